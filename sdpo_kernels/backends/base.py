@@ -1,0 +1,85 @@
+"""What a backend is asked and what it answers: the contract between `logps.py` and the kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from sdpo_kernels.head import Head
+
+EXTRAS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+KEEP_NOTHING = 0  # backward recomputes every chunk; a positive number = vocabulary columns to stash
+KEEP_DIRECTION = -1  # frozen head: forward also accumulates dlogp/dhidden up to one factor a row, no backward GEMM
+
+
+@dataclass(frozen=True)
+class Request:
+    """What has to be known to choose a backend; made of metadata only."""
+
+    device: torch.device
+    dtype: torch.dtype  # the dtype the products' operands are rounded to
+    head: Head
+    outputs: tuple[str, ...]  # which of EXTRAS
+
+
+@dataclass(frozen=True)
+class HeadCall:
+    """One problem: N scored rows against a head of V columns."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]; may be of another dtype than `dtype`: backends cast it chunk by chunk
+    bias: Tensor | None  # [V]
+    targets: Tensor  # [N] int64 in [0, V)
+    head: Head
+    dtype: torch.dtype  # float32, bfloat16, float16 or float64: what operands are rounded to
+    outputs: tuple[str, ...]
+    kept_rows: int  # rows of what a forward keeps: N, or more where the fake kernel could not know N; the rest is 0
+
+
+class HeadForward(NamedTuple):
+    """A forward's answer: float32 (float64 for float64 operands) vectors [N]; extras not asked for are None."""
+
+    logps: Tensor
+    lse: Tensor  # logsumexp over all columns
+    entropy: Tensor | None
+    log_sum_sq_probs: Tensor | None
+    mean_logits: Tensor | None
+    is_top1: Tensor | None  # bool: no other column's logit is above the target's
+    kept: Tensor | None  # stash [kept_rows, columns] or direction [kept_rows, H], see KEEP_*
+
+
+class Saved(NamedTuple):
+    """What a backward gets back of its forward."""
+
+    logps: Tensor
+    lse: Tensor
+    entropy: Tensor | None  # given where its gradient is wanted
+    kept: Tensor | None
+    keep: int
+
+
+class Backend(Protocol):
+    """Three methods; nothing else is asked of a backend."""
+
+    name: str
+    stash_bytes_per_logit: int  # what one stashed logit costs (doubled for float64)
+
+    def supports(self, request: Request) -> str | None:
+        """None where the request can be served, else the reason it cannot."""
+
+    def forward(self, call: HeadCall, keep: int) -> HeadForward:
+        """Log-probs and extras of the scored rows, and what `keep` asks to keep for the backward."""
+
+    def backward(
+        self,
+        call: HeadCall,
+        saved: Saved,
+        grad_logps: Tensor,
+        grad_entropy: Tensor | None,
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of hidden [N, H], weight [V, H] and bias [V], each in its tensor's dtype; None where not needed."""

@@ -1,0 +1,127 @@
+"""The arithmetic of a chunk of logits, in plain torch: running sums for the forward, dL/dlogits for the backward.
+
+The target's own column is left out of the running logsumexp, so that with d = lse_rest − z_target both ends are exact:
+logp = −log(1 + e^d) and 1 − p = −expm1(logp) lose nothing as p → 1 or p → 0. Everything is kept relative to the running
+logsumexp `rest`, so nothing overflows; [N]-sized vectors are float64, which costs nothing beside the [N, chunk] work
+and keeps hundreds of chunks from adding rounding of their own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sdpo_kernels.backends.base import HeadForward, Saved
+
+_LOWEST = -1e30  # stands for −inf where it is multiplied by a probability of 0
+
+
+class RunningSums:
+    """Fed with chunks of logits by `add`; `finish` gives the log-probs and the extras asked for."""
+
+    def __init__(self, n_rows: int, device: torch.device, dtype: torch.dtype, outputs: tuple[str, ...]) -> None:
+        def vector(value: float) -> Tensor:
+            return torch.full((n_rows,), value, dtype=torch.float64, device=device)
+
+        self.dtype = dtype  # of the answers
+        self.outputs = outputs
+        self.rest = vector(-torch.inf)  # logsumexp over the columns seen, without the target's
+        self.z_target = vector(-torch.inf)
+        self.max_rest = vector(-torch.inf)
+        self.sum_logits = vector(0.0)
+        self.sum_sq_probs = vector(0.0)  # Σ q², q = softmax over the rest
+        self.mean_log_prob = vector(0.0)  # Σ q log q
+
+    def add(self, z: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Take in a chunk's logits `z` [N, C] whose target columns are `columns` [N] (outside 0 … C−1: not here).
+
+        Returns the chunk's probabilities [N, C] among the rest seen so far (0 at the target) and the factor [N] by
+        which probabilities of earlier chunks have shrunk. The target's entry of `z` is −inf afterwards.
+        """
+        if "mean_logits" in self.outputs:
+            self.sum_logits += z.sum(1, dtype=torch.float64)
+        self._take_target_(z, columns)
+        top = z.amax(1)
+        shift = torch.where(top == -torch.inf, 0.0, top)
+        probs = (z - shift.unsqueeze(1)).exp_()
+        total = probs.sum(1).double()
+        before, self.rest = self.rest, torch.logaddexp(self.rest, shift.double() + total.log())
+        if "is_top1" in self.outputs:
+            self.max_rest = torch.maximum(self.max_rest, top.double())
+        # both factors are at most 1; where nothing was seen yet every term is 0, not NaN
+        rest = torch.where(self.rest == -torch.inf, 0.0, self.rest)
+        shrink, into = (before - rest).exp(), (shift.double() - rest).exp()
+        self._add_extras(z, probs, shift, total, shrink, into, before, rest)
+        return probs.mul_(into.unsqueeze(1).to(z.dtype)), shrink.to(z.dtype)
+
+    def _take_target_(self, z: Tensor, columns: Tensor) -> None:
+        inside = (columns >= 0) & (columns < z.shape[1])
+        column = columns.clamp(0, z.shape[1] - 1).unsqueeze(1)
+        value = z.gather(1, column).squeeze(1)
+        self.z_target = torch.where(inside, value.double(), self.z_target)
+        z.scatter_(1, column, torch.where(inside, -torch.inf, value).unsqueeze(1))
+
+    def _add_extras(
+        self,
+        z: Tensor,
+        probs: Tensor,
+        shift: Tensor,
+        total: Tensor,
+        shrink: Tensor,
+        into: Tensor,
+        before: Tensor,
+        rest: Tensor,
+    ) -> None:
+        if "log_sum_sq_probs" in self.outputs:
+            self.sum_sq_probs = self.sum_sq_probs * shrink.square() + probs.square().sum(1).double() * into.square()
+        if "entropy" in self.outputs:
+            centred = (z - shift.unsqueeze(1)).clamp_(min=_LOWEST)
+            here = (probs * centred).sum(1).double() + (shift.double() - rest) * total
+            earlier = self.mean_log_prob + (before - rest).clamp(min=_LOWEST)
+            self.mean_log_prob = earlier * shrink + here * into
+
+    def finish(self, n_columns: int, kept: Tensor | None) -> HeadForward:
+        """The log-probs and the extras asked for; `kept` is handed through."""
+        zero = torch.zeros_like(self.rest)
+        logps = -torch.logaddexp(self.rest - self.z_target, zero)
+        lse = torch.logaddexp(self.rest, self.z_target)
+        p, r = logps.exp(), -torch.expm1(logps)  # the target's probability and that of the rest
+        answers: dict[str, Tensor] = {}
+        if "entropy" in self.outputs:
+            # −p log p − r log r + r·H(q): every term at least 0, so nothing cancels
+            answers["entropy"] = -p * logps.clamp(min=_LOWEST) - torch.xlogy(r, r) - r * self.mean_log_prob
+        if "log_sum_sq_probs" in self.outputs:
+            answers["log_sum_sq_probs"] = (p.square() + r.square() * self.sum_sq_probs).log()
+        if "mean_logits" in self.outputs:
+            answers["mean_logits"] = self.sum_logits / n_columns
+        extras = {name: value.to(self.dtype) for name, value in answers.items()}
+        if "is_top1" in self.outputs:
+            extras["is_top1"] = self.z_target >= self.max_rest
+        return HeadForward(
+            logps=logps.to(self.dtype),
+            lse=lse.to(self.dtype),
+            entropy=extras.get("entropy"),
+            log_sum_sq_probs=extras.get("log_sum_sq_probs"),
+            mean_logits=extras.get("mean_logits"),
+            is_top1=extras.get("is_top1"),
+            kept=kept,
+        )
+
+
+def dlogits(z: Tensor, columns: Tensor, saved: Saved, coefficient: Tensor, grad_entropy: Tensor | None) -> Tensor:
+    """dL/dz of a chunk: g(1[j = y] − p) − h·p(log p + H), with 1 − p taken from the log-prob itself."""
+    log_probs = z - saved.lse.unsqueeze(1)
+    probs = log_probs.exp()
+    at_target = -torch.expm1(saved.logps) * coefficient
+    if grad_entropy is None:
+        grad = probs.mul_(-coefficient.unsqueeze(1))
+    else:
+        assert saved.entropy is not None
+        h = grad_entropy.to(probs.dtype)
+        finite = log_probs.clamp_(min=-1e30)  # 0·(−inf) would be NaN where a column is masked out
+        grad = probs * -(coefficient.unsqueeze(1) + h.unsqueeze(1) * (finite + saved.entropy.unsqueeze(1)))
+        at_target = at_target - h * saved.logps.exp() * (saved.logps.clamp(min=-1e30) + saved.entropy)
+    inside = (columns >= 0) & (columns < z.shape[1])
+    column = columns.clamp(0, z.shape[1] - 1).unsqueeze(1)
+    value = torch.where(inside, at_target, grad.gather(1, column).squeeze(1))
+    return grad.scatter_(1, column, value.unsqueeze(1))

@@ -1,0 +1,153 @@
+"""The eager backend: plain torch on any device and dtype, one walk over the vocabulary in chunks with all rows in each.
+
+Logits are float32 whatever the operands' dtype (float64 for float64); what is done with them is in `chunk_math.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdpo_kernels.backends.base import KEEP_DIRECTION, KEEP_NOTHING, HeadCall, HeadForward, Request, Saved
+from sdpo_kernels.backends.chunk_math import RunningSums, dlogits
+from sdpo_kernels.head import product_dtype
+
+CHUNK_ELEMENTS = 2**22  # logits plus weights of one chunk: 16 MiB in float32, small enough for a shared cache
+MIN_CHUNK_COLUMNS = 128
+
+
+class EagerBackend:
+    """Plain torch; the twin that faster backends are compared with."""
+
+    name = "eager"
+    stash_bytes_per_logit = 4  # the stash holds float32 logits
+
+    def supports(self, request: Request) -> str | None:
+        """Every device and floating dtype that linear_logps accepts."""
+        return None
+
+    def forward(self, call: HeadCall, keep: int) -> HeadForward:
+        """See `base.Backend.forward`."""
+        with _full_precision_products(call):
+            return self._forward(call, keep)
+
+    def _forward(self, call: HeadCall, keep: int) -> HeadForward:
+        x = _operand(call.hidden, call)
+        sums = RunningSums(x.shape[0], x.device, product_dtype(call.dtype), call.outputs)
+        width = call.weight.shape[1] if keep == KEEP_DIRECTION else keep
+        kept = x.new_empty((call.kept_rows, width), dtype=product_dtype(call.dtype))
+        kept[x.shape[0] :].zero_()
+        direction = kept[: x.shape[0]].zero_() if keep == KEEP_DIRECTION else None
+        stash = kept[: x.shape[0], : max(keep, 0)]
+        for start, stop in vocabulary_chunks(call, max(keep, 0)):
+            w = _operand(call.weight[start:stop], call)
+            z = _logits(x, w, call, start, stop)
+            if stop <= keep:
+                stash[:, start:stop] = z
+            probs, shrink = sums.add(z, call.targets - start)  # of this chunk in, and of all before by, the new sum
+            if direction is not None:
+                call.head.times_slope_(probs, z)
+                direction.mul_(shrink.unsqueeze(1)).sub_(_matmul(probs.to(w.dtype), w))
+        if direction is not None:
+            slope = call.head.times_slope_(
+                torch.ones_like(direction[:, 0]), sums.z_target.to(direction.dtype, copy=True)
+            )
+            w_target = call.weight.index_select(0, call.targets).to(call.dtype)
+            direction.addcmul_(slope.unsqueeze(1), w_target.to(direction.dtype))
+        return sums.finish(call.weight.shape[0], kept if keep != KEEP_NOTHING else None)
+
+    def backward(
+        self,
+        call: HeadCall,
+        saved: Saved,
+        grad_logps: Tensor,
+        grad_entropy: Tensor | None,
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """See `base.Backend.backward`."""
+        coefficient = grad_logps.to(saved.logps.dtype)
+        if saved.keep == KEEP_DIRECTION:
+            assert saved.kept is not None
+            rest_prob = -torch.expm1(saved.logps)
+            return (saved.kept * (coefficient * rest_prob).unsqueeze(1)).to(call.hidden.dtype), None, None
+        with _full_precision_products(call):
+            return self._backward(call, saved, coefficient, grad_entropy, needs)
+
+    def _backward(
+        self,
+        call: HeadCall,
+        saved: Saved,
+        coefficient: Tensor,
+        grad_entropy: Tensor | None,
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x = _operand(call.hidden, call)
+        dx = torch.zeros_like(x, dtype=product_dtype(call.dtype)) if needs[0] else None
+        dw = torch.empty_like(call.weight) if needs[1] else None
+        db = torch.empty_like(call.bias) if needs[2] and call.bias is not None else None
+        stashed = max(saved.keep, 0)
+        for start, stop in vocabulary_chunks(call, stashed):
+            w = _operand(call.weight[start:stop], call)
+            if stop <= stashed:
+                assert saved.kept is not None
+                z = saved.kept[:, start:stop].clone()
+            else:
+                z = _logits(x, w, call, start, stop)
+            grad = dlogits(z, call.targets - start, saved, coefficient, grad_entropy)
+            call.head.times_slope_(grad, z)
+            if db is not None:
+                db[start:stop] = grad.sum(0)
+            grad = grad.to(w.dtype)
+            if dw is not None:
+                dw[start:stop] = _matmul(grad.t(), x)
+            if dx is not None:
+                dx += _matmul(grad, w)
+        return (None if dx is None else dx.to(call.hidden.dtype)), dw, db
+
+
+def vocabulary_chunks(call: HeadCall, border: int = 0) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the walk's chunks; their borders depend on shapes only, and one of them is `border`."""
+    n_columns, width = call.weight.shape
+    step = max(MIN_CHUNK_COLUMNS, CHUNK_ELEMENTS // (call.hidden.shape[0] + width))
+    for first, last in ((0, border), (border, n_columns)):
+        for start in range(first, last, step):
+            yield start, min(start + step, last)
+
+
+def _logits(x: Tensor, w: Tensor, call: HeadCall, start: int, stop: int) -> Tensor:
+    """The logits z [N, stop − start] of a chunk, in the product dtype."""
+    z = _matmul(x, w.t())
+    if call.bias is not None:
+        z += call.bias[start:stop].to(z.dtype)
+    return call.head.logits_(z)
+
+
+def _operand(tensor: Tensor, call: HeadCall) -> Tensor:
+    """`tensor` rounded to the call's dtype, then as the products want it."""
+    rounded = tensor.to(call.dtype)
+    if rounded.is_cuda and call.dtype == torch.bfloat16:
+        return rounded  # tensor cores sum bf16 products in float32; elsewhere they have to be upcast
+    return rounded.to(product_dtype(call.dtype))
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b summed and given in float32 (float64 for float64)."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.dtype == torch.bfloat16 else torch.mm(a, b)
+
+
+@contextmanager
+def _full_precision_products(call: HeadCall) -> Iterator[None]:
+    """No autocast, TF32 or bf16 shortcuts inside: log-probs are exact to float32 whatever the session's settings."""
+    backends: Any = torch.backends  # its stubs lack mkldnn.matmul
+    backend = backends.cuda.matmul if call.hidden.is_cuda else backends.mkldnn.matmul
+    before = backend.fp32_precision
+    backend.fp32_precision = "ieee"
+    try:
+        with torch.autocast(call.hidden.device.type, enabled=False):
+            yield
+    finally:
+        backend.fp32_precision = before

@@ -1,0 +1,1 @@
+"""Adapters that let other people's models and trainers use the kernels."""

@@ -1,0 +1,156 @@
+"""Log-probs of targets for trainers that only have logits: no float32 copy of them, and a gradient in place if asked.
+
+logps = logits_logps(logits, targets)     # logits [..., V], targets [...]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdpo_kernels.backends.base import KEEP_NOTHING, Saved
+from sdpo_kernels.backends.chunk_math import RunningSums, dlogits
+from sdpo_kernels.head import Head, product_dtype
+from sdpo_kernels.rows import IGNORE_INDEX
+
+CHUNK_ELEMENTS = 2**22  # logits turned to float32 at a time
+
+
+def logits_logps(
+    logits: Tensor, targets: Tensor, *, temperature: float = 1.0, inplace_backward: bool = False
+) -> Tensor:
+    """Log-probability of each target under softmax(logits / temperature).
+
+    Args:
+        logits: [..., V] float32, bfloat16, float16 or float64.
+        targets: [...] int64 in [0, V); −100 gives log-prob 0 and no gradient.
+        temperature: above 0.
+        inplace_backward: write the gradient over the logits themselves, which are lost thereby: no second
+            [..., V] tensor. For logits that nothing else reads after the backward, contiguous and no leaf.
+
+    Returns:
+        [...] float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError: naming the argument, what it was and what it should be.
+
+    Example:
+        >>> import torch
+        >>> from sdpo_kernels import logits_logps
+        >>> logits_logps(torch.zeros(2, 100), torch.tensor([5, -100]))
+        tensor([-4.6052,  0.0000])
+    """
+    Head(temperature=temperature)  # checks it
+    if logits.dim() < 1 or not logits.is_floating_point() or logits.shape[-1] == 0:
+        raise ValueError(f"logits: was {logits.dtype} of shape {list(logits.shape)}, must be floating [..., V], V >= 1")
+    if targets.shape != logits.shape[:-1] or targets.dtype != torch.int64:
+        raise ValueError(
+            f"targets: was {targets.dtype} of shape {list(targets.shape)}, "
+            f"must be torch.int64 of shape {list(logits.shape[:-1])}"
+        )
+    if targets.device != logits.device:
+        raise ValueError(f"targets: was on {targets.device}, must be on {logits.device} as logits is")
+    if inplace_backward and logits.requires_grad and (logits.is_leaf or not logits.is_contiguous()):
+        was = "a leaf" if logits.is_leaf else "not contiguous"
+        raise ValueError(f"logits: was {was}, must be a contiguous result of a computation for inplace_backward")
+    flat = logits.reshape(-1, logits.shape[-1])
+    return _logits_logps(flat, targets.reshape(-1), temperature, inplace_backward)[0].view(targets.shape)
+
+
+@torch.library.custom_op("sdpo_kernels::logits_logps", mutates_args=())
+def _logits_logps(logits: Tensor, targets: Tensor, temperature: float, inplace_backward: bool) -> tuple[Tensor, Tensor]:
+    """logps and lse, [N] each."""
+    logps = logits.new_zeros(logits.shape[0], dtype=product_dtype(logits.dtype))
+    lse = torch.zeros_like(logps)
+    for rows in _chunks(_scored(targets), logits.shape[1]):
+        z, columns = _transformed(logits, rows, temperature), targets.index_select(0, rows)
+        _check_targets(columns, logits.shape[1])
+        sums = RunningSums(rows.shape[0], logits.device, logps.dtype, ())
+        sums.add(z, columns)
+        out = sums.finish(logits.shape[1], None)
+        logps.index_copy_(0, rows, out.logps)
+        lse.index_copy_(0, rows, out.lse)
+    return logps, lse
+
+
+@_logits_logps.register_fake
+def _(logits: Tensor, targets: Tensor, temperature: float, inplace_backward: bool) -> tuple[Tensor, Tensor]:
+    out = product_dtype(logits.dtype)
+    return logits.new_empty(logits.shape[0], dtype=out), logits.new_empty(logits.shape[0], dtype=out)
+
+
+@torch.library.custom_op("sdpo_kernels::logits_logps_backward", mutates_args=())
+def _gradient(grad: Tensor, logits: Tensor, targets: Tensor, logps: Tensor, lse: Tensor, temperature: float) -> Tensor:
+    """dL/dlogits [N, V] in logits' dtype."""
+    out = torch.empty_like(logits)
+    _write_gradient(out, grad, logits, targets, logps, lse, temperature)
+    return out
+
+
+@_gradient.register_fake
+def _(grad: Tensor, logits: Tensor, targets: Tensor, logps: Tensor, lse: Tensor, temperature: float) -> Tensor:
+    return torch.empty_like(logits)
+
+
+@torch.library.custom_op("sdpo_kernels::logits_logps_backward_", mutates_args=("logits",))
+def _gradient_(grad: Tensor, logits: Tensor, targets: Tensor, logps: Tensor, lse: Tensor, temperature: float) -> None:
+    """dL/dlogits [N, V] written over `logits`."""
+    _write_gradient(logits, grad, logits, targets, logps, lse, temperature)
+
+
+def _write_gradient(
+    out: Tensor, grad: Tensor, logits: Tensor, targets: Tensor, logps: Tensor, lse: Tensor, temperature: float
+) -> None:
+    for rows in _chunks(_scored(targets), logits.shape[1]):
+        z = _transformed(logits, rows, temperature)
+        saved = Saved(logps.index_select(0, rows), lse.index_select(0, rows), None, None, KEEP_NOTHING)
+        coefficient = grad.index_select(0, rows).to(z.dtype)
+        dz = dlogits(z, targets.index_select(0, rows), saved, coefficient, None)
+        out.index_copy_(0, rows, dz.div_(temperature).to(out.dtype))
+    out.index_fill_(0, (targets == IGNORE_INDEX).nonzero().squeeze(1), 0)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, targets, ctx.temperature, ctx.inplace = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, targets, *output)
+
+
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+    if grad is None:
+        return None, None, None, None
+    logits, targets, logps, lse = ctx.saved_tensors
+    if not ctx.inplace:
+        return _gradient(grad, logits, targets, logps, lse, ctx.temperature), None, None, None
+    _gradient_(grad, logits, targets, logps, lse, ctx.temperature)
+    return logits, None, None, None
+
+
+_logits_logps.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _scored(targets: Tensor) -> Tensor:
+    return (targets != IGNORE_INDEX).nonzero().squeeze(1)
+
+
+def _chunks(rows: Tensor, n_columns: int) -> Iterator[Tensor]:
+    """Row numbers, so many at a time that their float32 logits stay within CHUNK_ELEMENTS."""
+    yield from rows.split(max(1, CHUNK_ELEMENTS // n_columns))
+
+
+def _transformed(logits: Tensor, rows: Tensor, temperature: float) -> Tensor:
+    """The chosen rows as fresh float32 (float64) logits over temperature."""
+    return logits.index_select(0, rows).to(product_dtype(logits.dtype)).div_(temperature)
+
+
+def _check_targets(columns: Tensor, n_columns: int) -> None:
+    right = (columns >= 0) & (columns < n_columns)
+    if columns.is_cuda:
+        torch._assert_async(right.all(), f"targets: must be in [0, {n_columns}) or {IGNORE_INDEX}")
+    elif not bool(right.all()):
+        wrong = columns[~right][0].item()
+        raise ValueError(f"targets: was {wrong}, must be in [0, {n_columns}) or {IGNORE_INDEX} (not scored)")

@@ -1,0 +1,208 @@
+"""The primitive: per-token log-probabilities of a linear head, with a real backward and no [tokens, vocab] tensor.
+
+    out = linear_logps(hidden, weight, targets)     # hidden [N, H], weight [V, H], targets [N]
+    out.logps                                       # [N] float32
+
+Forward and backward are `torch.library` custom ops over whole batches; here rows without a label are gathered out,
+a backend is chosen, and what it may keep for its backward is settled before the op is called, because the op's fake
+kernel must know the shape of what is kept.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sdpo_kernels import logps_op
+from sdpo_kernels.backends import choose_backend
+from sdpo_kernels.backends.base import EXTRAS, KEEP_DIRECTION, KEEP_NOTHING, Backend, Request
+from sdpo_kernels.head import Head, product_dtype
+from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
+
+# read once at import, where torch.compile does not see it; 16 GiB is assumed where the system cannot be asked
+HOST_MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**34
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class LinearLogps(NamedTuple):
+    """Vectors [N] in float32 (float64 for float64 inputs), 0 in rows not scored; extras not requested are None."""
+
+    logps: Tensor
+    entropy: Tensor | None = None  # −Σ p log p in nats; differentiable
+    log_sum_sq_probs: Tensor | None = None  # log Σ p²; carries no gradient
+    mean_logits: Tensor | None = None  # mean over the vocabulary of the transformed logits; carries no gradient
+    is_top1: Tensor | None = None  # bool: no other logit is above the target's
+
+
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    outputs: Sequence[str] = (),
+    rows: ScoredRows | None = None,
+    backend: str = "auto",
+    stash_bytes: int | str = "auto",
+) -> LinearLogps:
+    """Log-probability of each target under softmax(z), z = softcap·tanh(scale·(hidden·Wᵀ + bias)/softcap)/temperature.
+
+    Args:
+        hidden: [N, H] float32, bfloat16, float16 or float64.
+        weight: [V, H], hidden's dtype. Under autocast both are rounded to the autocast dtype instead, chunk by chunk,
+            and the gradient of `weight` still comes in its own dtype, rounded once.
+        targets: [N] int64 in [0, V); rows of −100 give log-prob 0 and no gradient.
+        bias: [V], weight's dtype or float32.
+        temperature, logit_scale, softcap: the head's transform; softcap None leaves the tanh out.
+        outputs: extras from "entropy", "log_sum_sq_probs", "mean_logits", "is_top1".
+        rows: the scored rows, where they are known; spares finding them (one host synchronisation on CUDA).
+        backend: "auto" or a backend's name; the environment variable SDPO_BACKEND overrides "auto".
+        stash_bytes: memory the forward may spend to spare the backward its recomputation; 0 for none. "auto" is
+            min(2·N·V, 4·V·H, an eighth of the device's memory).
+
+    Returns:
+        `LinearLogps`. Logits are never rounded below float32; float32 inputs are multiplied without TF32. NaN inputs
+        give NaN log-probs and gradients.
+
+    Raises:
+        ValueError: naming the argument, what it was and what it should be.
+
+    Example:
+        >>> import torch
+        >>> from sdpo_kernels import linear_logps
+        >>> hidden, weight = torch.zeros(3, 8), torch.zeros(100, 8)
+        >>> linear_logps(hidden, weight, torch.tensor([5, -100, 7])).logps
+        tensor([-4.6052,  0.0000, -4.6052])
+    """
+    head = Head(logit_scale, softcap, temperature)
+    dtype = _check(hidden, weight, targets, bias, outputs, rows)
+    names = tuple(name for name in EXTRAS if name in outputs)
+    chosen = choose_backend(backend, Request(hidden.device, dtype, head, names))
+    if rows is not None:
+        index: Tensor | None = rows.index
+    elif torch.compiler.is_compiling():
+        index = None  # the number of scored rows depends on data: left to the op
+    else:
+        index = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+    n_rows = hidden.shape[0] if index is None else index.shape[0]
+    keep = _keep(chosen, hidden, weight, bias, n_rows, names, dtype, stash_bytes)
+    out = logps_op.linear_logps_op(
+        hidden,
+        weight,
+        targets,
+        bias,
+        index,
+        logit_scale,
+        softcap,
+        temperature,
+        ",".join(names),
+        dtype,
+        chosen.name,
+        keep,
+    )
+    asked = {name: out[2 + i] for i, name in enumerate(EXTRAS) if name in names}
+    return LinearLogps(out[0], **asked)
+
+
+def _keep(
+    backend: Backend,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    n_rows: int,
+    outputs: tuple[str, ...],
+    dtype: torch.dtype,
+    stash_bytes: int | str,
+) -> int:
+    """What the forward keeps for the backward: nothing, a number of stashed columns, or the frozen head's direction."""
+    budget = _stash_budget(hidden, weight, n_rows, stash_bytes)
+    head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if not torch.is_grad_enabled() or not (hidden.requires_grad or head_trains):
+        return KEEP_NOTHING
+    if not head_trains and "entropy" not in outputs:
+        return KEEP_DIRECTION
+    per_column = n_rows * backend.stash_bytes_per_logit * (2 if product_dtype(dtype) == torch.float64 else 1)
+    n_columns = weight.shape[0]
+    columns = n_columns if per_column == 0 else budget // per_column
+    return n_columns if columns >= n_columns else columns // 64 * 64
+
+
+def _stash_budget(hidden: Tensor, weight: Tensor, n_rows: int, stash_bytes: int | str) -> int:
+    if stash_bytes == "auto":
+        n_columns, width = weight.shape
+        return min(2 * n_rows * n_columns, 4 * n_columns * width, total_memory(hidden.device) // 8)
+    if isinstance(stash_bytes, int) and not isinstance(stash_bytes, bool) and stash_bytes >= 0:
+        return stash_bytes
+    raise ValueError(f'stash_bytes: was {stash_bytes!r}, must be "auto" or a number of bytes, at least 0')
+
+
+def total_memory(device: torch.device) -> int:
+    """Total (never free) memory of `device` in bytes, so that a run repeated is the same run."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return HOST_MEMORY
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    outputs: Sequence[str],
+    rows: ScoredRows | None,
+) -> torch.dtype:
+    """Raise ValueError for shapes, dtypes or devices that do not fit; return the dtype operands are rounded to."""
+    if hidden.dim() != 2:
+        raise ValueError(f"hidden: was of shape {list(hidden.shape)}, must be [N, H]")
+    n_rows, width = hidden.shape
+    if weight.dim() != 2 or weight.shape[1] != width:
+        raise ValueError(f"weight: was of shape {list(weight.shape)}, must be [V, {width}], hidden's H")
+    if weight.shape[0] == 0:
+        raise ValueError("weight: was of shape [0, H], must have at least one row (V >= 1)")
+    if targets.shape != (n_rows,) or targets.dtype != torch.int64:
+        raise ValueError(f"targets: was {_describe(targets)}, must be int64 of shape [{n_rows}]")
+    if bias is not None and bias.shape != (weight.shape[0],):
+        raise ValueError(f"bias: was of shape {list(bias.shape)}, must be [{weight.shape[0]}], weight's V")
+    if rows is not None and not (rows.index.dim() == 1 and rows.index.dtype == torch.int64):
+        raise ValueError(f"rows: its index was {_describe(rows.index)}, must be int64 of shape [N_scored]")
+    for name in [outputs] if isinstance(outputs, str) else outputs:
+        if isinstance(outputs, str) or name not in EXTRAS:
+            raise ValueError(f"outputs: was {outputs!r}, must be a sequence of names from {EXTRAS}")
+    others = {
+        "weight": weight,
+        "targets": targets,
+        "bias": bias,
+        "rows": None if rows is None else rows.index,
+    }
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{name}: was on {tensor.device}, must be on {hidden.device} as hidden is")
+    return _check_dtypes(hidden, weight, bias)
+
+
+def _check_dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    if hidden.dtype not in DTYPES:
+        raise ValueError(f"hidden: was of dtype {hidden.dtype}, must be one of {', '.join(map(str, DTYPES))}")
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind) and torch.float64 not in (hidden.dtype, weight.dtype):
+        dtype = torch.get_autocast_dtype(kind)
+        if weight.dtype not in DTYPES:
+            raise ValueError(f"weight: was of dtype {weight.dtype}, must be one of {', '.join(map(str, DTYPES))}")
+    else:
+        dtype = hidden.dtype
+        if weight.dtype != dtype:
+            raise ValueError(f"weight: was of dtype {weight.dtype}, must be {dtype} as hidden is (or use autocast)")
+    if bias is not None and bias.dtype not in (weight.dtype, torch.float32):
+        raise ValueError(f"bias: was of dtype {bias.dtype}, must be {weight.dtype} as weight is, or torch.float32")
+    return dtype
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {list(tensor.shape)}"

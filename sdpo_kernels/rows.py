@@ -1,0 +1,55 @@
+"""Which rows of a batch are scored, and which sequence each belongs to.
+
+A row is one position of the flattened batch. Rows without a label (prompt, padding) never reach a GEMM.
+`ScoredRows` is made once, by a collator or from labels, and may be handed to every entry point: with it nothing
+has to be looked up on the device, so neither forward nor backward synchronises with the host.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100  # the label of a row that is not scored, as in torch's cross_entropy
+
+
+class ScoredRows(NamedTuple):
+    """The scored rows of a batch of S sequences; all three are int64 on the batch's device."""
+
+    index: Tensor  # type: ignore[assignment]  # [N_scored] row numbers in the flattened batch, ascending
+    segment: Tensor  # [N_scored] the sequence, 0 … S-1, of each scored row
+    counts: Tensor  # [S] scored rows of each sequence
+
+    @classmethod
+    def from_labels(cls, labels: Tensor, cu_seqlens: Tensor | None = None) -> ScoredRows:
+        """Find the scored rows of `labels`: [S, T], or packed [N] with `cu_seqlens` [S+1]. Waits for a CUDA device."""
+        sequences = sequence_of_rows(labels, cu_seqlens)
+        index = (labels.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)
+        segment = sequences.index_select(0, index)
+        n_sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        counts = segment_sum(torch.ones_like(segment), segment, n_sequences)
+        return cls(index, segment, counts)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> ScoredRows:
+        """The same rows on another device."""
+        return ScoredRows(*(t.to(device, non_blocking=non_blocking) for t in self))
+
+
+def sequence_of_rows(labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """The sequence number [N] of every row of `labels` ([S, T], or packed [N] with `cu_seqlens` [S+1])."""
+    if cu_seqlens is None:
+        n_sequences, length = labels.shape
+        return torch.arange(n_sequences, device=labels.device).repeat_interleave(
+            length, output_size=n_sequences * length
+        )
+    rows = torch.arange(labels.shape[0], device=labels.device)
+    return torch.searchsorted(cu_seqlens[1:].to(rows.dtype), rows, right=True)
+
+
+def segment_sum(values: Tensor, segment: Tensor, n_segments: int) -> Tensor:
+    """Sum `values` [N] by `segment` [N] into [n_segments], same dtype; deterministic on CPU and CUDA."""
+    # index_put with accumulate sorts on CUDA, where index_add would use atomics in any order
+    zeros = torch.zeros(n_segments, dtype=values.dtype, device=values.device)
+    return zeros.index_put((segment,), values, accumulate=True)
