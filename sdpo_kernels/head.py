@@ -6,6 +6,7 @@ One small dataclass that every backend receives; the two formulas of the transfo
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +22,10 @@ class Head:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        _require_finite("logit_scale", self.logit_scale, "a finite number other than 0", self.logit_scale != 0)
-        _require_finite("temperature", self.temperature, "a finite number above 0", self.temperature > 0)
+        _require("logit_scale", self.logit_scale, "a finite number other than 0", lambda value: value != 0)
+        _require("temperature", self.temperature, "a finite number above 0", lambda value: value > 0)
         if self.softcap is not None:
-            _require_finite("softcap", self.softcap, "a finite number above 0, or None", self.softcap > 0)
+            _require("softcap", self.softcap, "a finite number above 0, or None", lambda value: value > 0)
 
     def logits_(self, a: Tensor) -> Tensor:
         """Turn `a` [..., V] (products plus bias) into logits z, in place."""
@@ -42,8 +43,8 @@ class Head:
         return grad if scale == 1.0 else grad.mul_(scale)
 
 
-def _require_finite(name: str, value: float, wanted: str, holds: bool) -> None:
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and holds):
+def _require(name: str, value: float, wanted: str, holds: Callable[[float], bool]) -> None:
+    if not (isinstance(value, (int, float)) and math.isfinite(value) and holds(value)):
         raise ValueError(f"{name}: was {value!r}, must be {wanted}")
 
 

@@ -62,9 +62,9 @@ def logits_logps(
 
 @torch.library.custom_op("sdpo_kernels::logits_logps", mutates_args=())
 def _logits_logps(logits: Tensor, targets: Tensor, temperature: float, inplace_backward: bool) -> tuple[Tensor, Tensor]:
-    """logps and lse, [N] each."""
+    """logps and lse (float64), [N] each."""
     logps = logits.new_zeros(logits.shape[0], dtype=product_dtype(logits.dtype))
-    lse = torch.zeros_like(logps)
+    lse = torch.zeros_like(logps, dtype=torch.float64)
     for rows in _chunks(_scored(targets), logits.shape[1]):
         z, columns = _transformed(logits, rows, temperature), targets.index_select(0, rows)
         _check_targets(columns, logits.shape[1])
@@ -79,7 +79,7 @@ def _logits_logps(logits: Tensor, targets: Tensor, temperature: float, inplace_b
 @_logits_logps.register_fake
 def _(logits: Tensor, targets: Tensor, temperature: float, inplace_backward: bool) -> tuple[Tensor, Tensor]:
     out = product_dtype(logits.dtype)
-    return logits.new_empty(logits.shape[0], dtype=out), logits.new_empty(logits.shape[0], dtype=out)
+    return logits.new_empty(logits.shape[0], dtype=out), logits.new_empty(logits.shape[0], dtype=torch.float64)
 
 
 @torch.library.custom_op("sdpo_kernels::logits_logps_backward", mutates_args=())

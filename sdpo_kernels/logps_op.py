@@ -76,7 +76,7 @@ def _(hidden, weight, targets, bias, index, logit_scale, softcap, temperature, o
     ]
     width = hidden.shape[1] if keep == KEEP_DIRECTION else keep
     kept = hidden.new_empty((0, 0) if keep == 0 else (kept_rows, width), dtype=out)
-    return (hidden.new_empty(n_rows, dtype=out), hidden.new_empty(n_rows, dtype=out), *extras, kept)
+    return (hidden.new_empty(n_rows, dtype=out), hidden.new_empty(n_rows, dtype=torch.float64), *extras, kept)
 
 
 @torch.library.custom_op("sdpo_kernels::linear_logps_backward", mutates_args=())

@@ -44,7 +44,7 @@ class HeadForward(NamedTuple):
     """A forward's answer: float32 (float64 for float64 operands) vectors [N]; extras not asked for are None."""
 
     logps: Tensor
-    lse: Tensor  # logsumexp over all columns
+    lse: Tensor  # logsumexp over all columns, float64: a float32 of 20 would cost gradients 1e-6
     entropy: Tensor | None
     log_sum_sq_probs: Tensor | None
     mean_logits: Tensor | None
@@ -56,7 +56,7 @@ class Saved(NamedTuple):
     """What a backward gets back of its forward."""
 
     logps: Tensor
-    lse: Tensor
+    lse: Tensor  # float64
     entropy: Tensor | None  # given where its gradient is wanted
     kept: Tensor | None
     keep: int

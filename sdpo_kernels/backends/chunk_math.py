@@ -83,8 +83,9 @@ class RunningSums:
     def finish(self, n_columns: int, kept: Tensor | None) -> HeadForward:
         """The log-probs and the extras asked for; `kept` is handed through."""
         zero = torch.zeros_like(self.rest)
-        logps = -torch.logaddexp(self.rest - self.z_target, zero)
-        lse = torch.logaddexp(self.rest, self.z_target)
+        z_target = self.z_target.masked_fill(self.z_target == torch.inf, torch.nan)  # as log_softmax has it
+        logps = -torch.logaddexp(self.rest - z_target, zero)
+        lse = torch.logaddexp(self.rest, z_target)
         p, r = logps.exp(), -torch.expm1(logps)  # the target's probability and that of the rest
         answers: dict[str, Tensor] = {}
         if "entropy" in self.outputs:
@@ -99,7 +100,7 @@ class RunningSums:
             extras["is_top1"] = self.z_target >= self.max_rest
         return HeadForward(
             logps=logps.to(self.dtype),
-            lse=lse.to(self.dtype),
+            lse=lse,
             entropy=extras.get("entropy"),
             log_sum_sq_probs=extras.get("log_sum_sq_probs"),
             mean_logits=extras.get("mean_logits"),
@@ -110,17 +111,21 @@ class RunningSums:
 
 def dlogits(z: Tensor, columns: Tensor, saved: Saved, coefficient: Tensor, grad_entropy: Tensor | None) -> Tensor:
     """dL/dz of a chunk: g(1[j = y] − p) − h·p(log p + H), with 1 − p taken from the log-prob itself."""
-    log_probs = z - saved.lse.unsqueeze(1)
+    lse = saved.lse.to(z.dtype)
+    tail = (saved.lse - lse).to(z.dtype)  # what rounding cut off the logsumexp: taken back row by row, for nothing
+    log_probs = z - lse.unsqueeze(1)
     probs = log_probs.exp()
     at_target = -torch.expm1(saved.logps) * coefficient
+    coefficient = coefficient * (-tail).exp()
     if grad_entropy is None:
         grad = probs.mul_(-coefficient.unsqueeze(1))
     else:
         assert saved.entropy is not None
         h = grad_entropy.to(probs.dtype)
-        finite = log_probs.clamp_(min=-1e30)  # 0·(−inf) would be NaN where a column is masked out
-        grad = probs * -(coefficient.unsqueeze(1) + h.unsqueeze(1) * (finite + saved.entropy.unsqueeze(1)))
-        at_target = at_target - h * saved.logps.exp() * (saved.logps.clamp(min=-1e30) + saved.entropy)
+        finite = log_probs.clamp_(min=_LOWEST)  # 0·(−inf) would be NaN where a column is masked out
+        slope = h * (-tail).exp()
+        grad = probs * -(coefficient.unsqueeze(1) + slope.unsqueeze(1) * (finite + (saved.entropy - tail).unsqueeze(1)))
+        at_target = at_target - h * saved.logps.exp() * (saved.logps.clamp(min=_LOWEST) + saved.entropy)
     inside = (columns >= 0) & (columns < z.shape[1])
     column = columns.clamp(0, z.shape[1] - 1).unsqueeze(1)
     value = torch.where(inside, at_target, grad.gather(1, column).squeeze(1))

@@ -16,7 +16,7 @@ from sdpo_kernels.backends.base import KEEP_DIRECTION, KEEP_NOTHING, HeadCall, H
 from sdpo_kernels.backends.chunk_math import RunningSums, dlogits
 from sdpo_kernels.head import product_dtype
 
-CHUNK_ELEMENTS = 2**22  # logits plus weights of one chunk: 16 MiB in float32, small enough for a shared cache
+CHUNK_ELEMENTS = 2**23  # logits plus weights of one chunk: 32 MiB in float32
 MIN_CHUNK_COLUMNS = 128
 
 

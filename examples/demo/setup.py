@@ -1,0 +1,128 @@
+"""What both ways of training start from, made once: the warmed-up model, its preference pairs and the run files.
+
+    start = set_up(Path("runs/demo"), FULL, Reporter())
+    start.run_files["sdpo"]                    # a YAML file that `sdpo train` takes
+
+Left in the folder: start/ (model and tokenizer), data/*.jsonl, dpo.yaml, sdpo.yaml and settings.json, which is written
+last: with it there, a second call with the same settings reads everything back, so a killed demo goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from examples.demo.model import build_model, build_tokenizer, save
+from examples.demo.preferences import preference_pairs, read_pairs, write_pairs
+from examples.demo.sft import warm_up
+from examples.demo.task import SOURCES, warmup_corpus
+from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.progress import Reporter
+
+HELDOUT = "heldout"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes and rates; pairs, heldout_pairs and heldout_prompts are for each source."""
+
+    warmup_steps: int
+    pairs: int
+    heldout_pairs: int
+    heldout_prompts: int
+    seed: int = 7
+    warmup_batch: int = 64
+    warmup_rate: float = 3e-3
+    batch: int = 16
+    learning_rate: float = 1e-5  # with beta chosen on other seeds; from 2e-5 on both ways lose right answers again
+    beta: float = 0.3
+
+
+FULL = Settings(warmup_steps=800, pairs=640, heldout_pairs=300, heldout_prompts=500)
+QUICK = Settings(warmup_steps=100, pairs=64, heldout_pairs=50, heldout_prompts=50)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What `set_up` made: training pairs and held-out pairs by the name of their source, run files by way of training."""
+
+    model: Path
+    pairs: dict[str, list[dict[str, str]]]
+    heldout: dict[str, list[dict[str, str]]]
+    run_files: dict[str, Path]
+
+
+def set_up(folder: Path, settings: Settings, reporter: Reporter) -> Start:
+    """Makes the start in `folder`, or reads it back; UserError where the folder holds a demo of other settings."""
+    record = folder / "settings.json"
+    if record.is_file():
+        if json.loads(record.read_text(encoding="utf-8")) != asdict(settings):
+            raise UserError(f"{folder}: holds a demo of other settings; give another --output or delete that folder")
+        reporter.say(f"going on with the start and the pairs in {folder}")
+    else:
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        make_start(folder, settings, reporter)
+        record.write_text(json.dumps(asdict(settings), indent=1) + "\n", encoding="utf-8")
+    return Start(
+        model=folder / "start",
+        pairs={source.name: read_pairs(pair_file(folder, source.name)) for source in SOURCES},
+        heldout={source.name: read_pairs(pair_file(folder, source.name, HELDOUT)) for source in SOURCES},
+        run_files={name: folder / f"{name}.yaml" for name in ("dpo", "sdpo")},
+    )
+
+
+def pair_file(folder: Path, source: str, split: str = "train") -> Path:
+    """Where the pairs of a source lie."""
+    return folder / "data" / f"{source}.{split}.jsonl"
+
+
+def make_start(folder: Path, settings: Settings, reporter: Reporter) -> None:
+    """Warm-up, preference pairs and run files, written to `folder`."""
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer, settings.seed)
+    rows = warmup_corpus(settings.warmup_steps * settings.warmup_batch, settings.seed)
+    with reporter.task("warm-up (SFT)", settings.warmup_steps) as bar:
+        warm_up(
+            model,
+            tokenizer,
+            rows,
+            batch_size=settings.warmup_batch,
+            learning_rate=settings.warmup_rate,
+            on_step=lambda step, loss: bar.update(step, f"loss {loss:.3f}"),
+        )
+    save(model, tokenizer, folder / "start")
+    for source in SOURCES:
+        for split, count in (("preference", settings.pairs), (HELDOUT, settings.heldout_pairs)):
+            pairs = preference_pairs(model, tokenizer, source, split, count, settings.seed)
+            write_pairs(pair_file(folder, source.name, "train" if split == "preference" else split), pairs)
+            if split == "preference":
+                reporter.say(f"pairs: {source.name}, words of {source.letters} letters; the first: {pairs[0]}")
+    files = {source.name: pair_file(folder, source.name) for source in SOURCES}
+    write_run_file(folder, "dpo", {"all": list(files.values())}, settings)
+    write_run_file(folder, "sdpo", {name: [path] for name, path in files.items()}, settings)
+
+
+def write_run_file(folder: Path, name: str, stages: dict[str, Sequence[Path]], settings: Settings) -> None:
+    """Writes <name>.yaml: the same model, pairs and rates for either way, only the stages differ."""
+    config: dict[str, Any] = {
+        "model": str(folder / "start"),
+        "output_dir": str(folder / name),
+        "beta": settings.beta,
+        "max_length": 64,
+        "stages": [{"name": stage, "data": [str(path) for path in paths]} for stage, paths in stages.items()],
+        "eval_data": [str(pair_file(folder, source.name, HELDOUT)) for source in SOURCES],
+        "trainer": {
+            "learning_rate": settings.learning_rate,
+            "per_device_train_batch_size": settings.batch,
+            "per_device_eval_batch_size": 64,
+            "logging_steps": 5,
+            "seed": settings.seed,
+        },
+    }
+    text = f"# Written by examples/demo; to train again: sdpo train {folder / name}.yaml output_dir=<another folder>\n"
+    (folder / f"{name}.yaml").write_text(text + yaml.safe_dump(config, sort_keys=False), encoding="utf-8")

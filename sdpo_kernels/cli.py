@@ -1,0 +1,101 @@
+"""The command `sdpo`: train, check, score and report. Each subcommand is a few lines over `stepwise/`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sdpo_kernels.stepwise.errors import Interrupted, UserError
+from sdpo_kernels.version import __version__
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Stepwise DPO (arXiv 2403.19270): preference training in stages, one model in memory.",
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="RUN.YAML", help="The run's settings.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to override, e.g. beta=0.05.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and warnings only.")]
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None, quiet: Quiet = False) -> None:
+    """Train all stages; run it again after a crash and it goes on where it was."""
+    from sdpo_kernels.stepwise.config import load_config
+    from sdpo_kernels.stepwise.progress import Reporter
+    from sdpo_kernels.stepwise.run import run
+
+    run(load_config(config, overrides or []), Reporter(quiet))
+
+
+@app.command()
+def check(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Read config, data and tokenizer; say what would happen; train nothing."""
+    from sdpo_kernels.stepwise.check import check_run
+    from sdpo_kernels.stepwise.config import load_config
+    from sdpo_kernels.stepwise.progress import Reporter
+
+    check_run(load_config(config, overrides or []), Reporter())
+
+
+@app.command()
+def score(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    model: Annotated[list[str] | None, typer.Option(help="Score this model; may be given more than once.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Score on this data instead of the run's eval_data.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Reward accuracy and margins on preference data: of the run's initial and finished models, or of --model."""
+    from sdpo_kernels.stepwise.config import load_config
+    from sdpo_kernels.stepwise.score import score_run
+
+    score_run(load_config(config, overrides or []), model or [], data or [], as_json=json_output)
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The output_dir of a run.")]) -> None:
+    """Rebuild a run's report.html and pictures."""
+    from sdpo_kernels.stepwise.report import write_report
+
+    for path in write_report(run_dir):
+        typer.echo(path)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sdpo_kernels {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Options of the command itself."""
+
+
+def main() -> None:
+    """Entry point: mistakes of the user end in one clear line and exit code 2, a stop by signal in 130."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its remarks and bars are not ours; both can be set
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(130)

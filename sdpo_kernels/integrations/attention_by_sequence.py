@@ -1,0 +1,155 @@
+"""Attention over sequences that lie end to end in one row, without a mask: `attn_implementation="sdpo_packed"`.
+
+Importing this file registers the attention and its mask function with transformers; `packed_attention.py` switches
+models to it. Boundaries are where `position_ids` [1, N] restart. Every sequence gets a scaled-dot-product attention of
+its own, so no padding is computed, no [N, N] mask exists, and the scores of a sequence do not depend on what it is
+packed with. Anything that is not a packed row (padded batches, generation with a cache) gets the usual mask and the
+usual attention.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+PACKED = "sdpo_packed"  # a name with "sdpa" in it would be refused by models that switch SDPA off (Gemma 2)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    position_ids: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function; kwargs it knows no use for are those other implementations read.
+
+    Args:
+        query: [B, heads, N, D]; key, value: [B, kv_heads, M, D].
+        attention_mask: None, or [B, 1, N, M] bool (True: attend) where `packed_mask` found one to be needed.
+        sliding_window: a position attends to the last `sliding_window` positions, itself among them.
+        softcap: scores become softcap·tanh(score/softcap). s_aux: [heads], one more score a row that takes no value.
+        position_ids: [1, N] or [B, N]; a sequence begins where a position does not follow from the one before.
+
+    Returns:
+        [B, N, heads, D] and None.
+    """
+    if position_bias is not None:
+        raise ValueError(f"position_bias: was given to {PACKED} attention, must be None")
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    options: dict[str, Any] = {"dropout": dropout, "scaling": scaling, "softcap": softcap, "sinks": s_aux}
+    if attention_mask is not None or not causal or query.shape[2] != key.shape[2]:
+        return _attend(query, key, value, attention_mask, False, **options).transpose(1, 2).contiguous(), None
+    lengths = _lengths(position_ids, query)
+    # split and cat: slicing would give the backward a gradient of the whole row for every sequence
+    parts = [
+        _attend_causal(q, k, v, sliding_window, **options)
+        for q, k, v in zip(*(t.split(lengths, 2) for t in (query, key, value)), strict=True)
+    ]
+    out = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def packed_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    **kwargs: Any,
+) -> Tensor | None:
+    """No mask for a row without padding; sdpa's for padding, a cache (M != N) or a model's own overlay (use_vmap)."""
+    padded = attention_mask is not None and not bool(attention_mask.all())
+    if not padded and not use_vmap and q_length == kv_length:
+        return None
+    kwargs["allow_is_causal_skip"] = False
+    return sdpa_mask(batch_size, q_length, kv_length, attention_mask=attention_mask, use_vmap=use_vmap, **kwargs)
+
+
+AttentionInterface.register(PACKED, packed_attention)
+AttentionMaskInterface.register(PACKED, packed_mask)
+
+_last: tuple[weakref.ref[Tensor], int, list[int]] | None = None  # position ids seen last, their version, their lengths
+
+
+def _lengths(position_ids: Tensor | None, query: Tensor) -> list[int]:
+    """Lengths of the sequences in the row; every layer of a forward asks for the same tensor, so the last is kept."""
+    global _last
+    if position_ids is None:
+        raise ValueError(f"position_ids: did not reach the attention layer, {PACKED} attention needs them")
+    version = -1 if position_ids.is_inference() else position_ids._version  # inference tensors count none
+    if _last is not None and _last[0]() is position_ids and _last[1] == version != -1:
+        return _last[2]
+    lengths = sequence_lengths(position_ids)
+    if query.shape[0] > 1 and len(lengths) > 1:
+        raise ValueError(f"input_ids: was of {query.shape[0]} rows with restarting position_ids, must be one row")
+    _last = (weakref.ref(position_ids), version, lengths)
+    return lengths
+
+
+def sequence_lengths(position_ids: Tensor) -> list[int]:
+    """Lengths of the sequences of a packed row; position_ids [1, N] (or [B, N]) restart where a sequence begins."""
+    if position_ids.dim() != 2:
+        raise ValueError(f"position_ids: was of shape {list(position_ids.shape)}, must be [1, N]")
+    starts = (position_ids.diff(dim=1) != 1).any(0).nonzero().squeeze(1) + 1
+    edges = [0, *starts.tolist(), position_ids.shape[1]]
+    return [end - begin for begin, end in itertools.pairwise(edges)]
+
+
+def _attend_causal(q: Tensor, k: Tensor, v: Tensor, window: int | None, **options: Any) -> Tensor:
+    length = q.shape[2]
+    if window is None or length <= window:
+        return _attend(q, k, v, None, True, **options)
+    position = torch.arange(length, device=q.device)
+    distance = position[:, None] - position  # [length, length] of this sequence only
+    return _attend(q, k, v, (distance >= 0) & (distance < window), False, **options)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    *,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """[B, heads, N, D] of one sequence (or one masked batch)."""
+    if softcap is None and sinks is None:
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=grouped
+        )
+    groups = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (k, v))
+    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)  # [B, heads, N, M]
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, column], -1)
+    probs = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+    return F.dropout(probs[..., : k.shape[2]], dropout) @ v

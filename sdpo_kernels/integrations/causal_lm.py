@@ -1,0 +1,294 @@
+"""Hugging Face causal language models with the fused head: token log-probs straight from `model(...)`, without logits.
+
+    model = AutoModelForCausalLM.from_pretrained(...)
+    disable_dropout(model)
+    attach_fused_head(model)                      # before PEFT, accelerate, DDP or FSDP wrap it
+    check_head(model, input_ids)                  # the fused log-probs against the model's own logits
+    out = model(input_ids=..., position_ids=..., logp_targets=...)   # out.logps [N] fp32
+
+The head runs inside the model's own `forward`, so the hooks of whatever wraps the model later (DDP's gradient
+synchronisation, FSDP's gathering, accelerate's autocast) fire as they do for any other forward. Without `logp_targets`
+the model behaves as before.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from sdpo_kernels.integrations.lm_head import LMHead, find_head, unwrap
+from sdpo_kernels.logps import linear_logps
+from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
+
+__all__ = [
+    "LMHead",
+    "LogpsOutput",
+    "attach_fused_head",
+    "check_head",
+    "detach_fused_head",
+    "disable_dropout",
+    "evaluating",
+    "find_head",
+    "unwrap",
+]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+CHECK_TOKENS = 128  # how much of the sequence check_head looks at: its logits are built whole
+RANDOM_RATE = re.compile("drop|jitter")  # jitter: the noise of some mixture-of-experts routers
+
+
+@dataclass
+class LogpsOutput(ModelOutput):
+    """What the model returns when it gets `logp_targets`."""
+
+    logps: Tensor | None = None  # [N] fp32, N = the batch's flattened rows; 0 where a row is not scored
+
+
+@dataclass(frozen=True)
+class _Fused:
+    """What attach_fused_head leaves on the model."""
+
+    backend: str
+    stash_bytes: int | str
+    previous: Callable[..., Any] | None  # an instance's own forward that was there before, if any
+
+
+def attach_fused_head(model: Model, *, backend: str = "auto", stash_bytes: int | str = "auto") -> Model:
+    """Let `model` answer `model(input_ids=..., logp_targets=...)` with log-probs; returns the same object.
+
+    Call it on the bare model, before `get_peft_model`, `Trainer` or DDP/FSDP see it. Afterwards `forward` takes
+
+        logp_targets: int64 of input_ids' shape; `logp_targets[i, t]` is the token that position t predicts (already
+            shifted), -100 = not scored
+        logp_rows: `ScoredRows` of the flattened batch, or None
+
+    and then returns `LogpsOutput(logps=[N] fp32)`; the key/value cache is off. Nothing is added to the model's config
+    or state dict. `backend` and `stash_bytes` are `linear_logps`'s. Undone by `detach_fused_head`.
+
+    Raises:
+        ValueError: the model has no head that can be found, or has one attached already.
+    """
+    base = unwrap(model)
+    find_head(base)
+    if hasattr(base, "_sdpo_fused"):
+        raise ValueError(f"model: was a {type(base).__name__} with a fused head already, must be one without")
+    previous = base.__dict__.get("forward")
+    base._sdpo_fused = _Fused(backend, stash_bytes, previous)  # type: ignore[assignment]
+    # A bound method, so that copy.deepcopy binds the copy's forward to the copy. No __wrapped__: accelerate's
+    # unwrap_model follows that chain to its end and would strip the fused head together with its autocast.
+    forward = _make_forward()
+    forward.__signature__ = _extended_signature(previous or type(base).forward)  # type: ignore[attr-defined]
+    base.forward = MethodType(forward, base)
+    return model
+
+
+def detach_fused_head(model: Model) -> Model:
+    """Undo `attach_fused_head`; returns the same object. Wrappers put around `forward` since (accelerate's) go too.
+
+    Raises:
+        ValueError: no fused head is attached.
+    """
+    base = unwrap(model)
+    fused = _attached(base)
+    del base.forward
+    del base._sdpo_fused
+    if fused.previous is not None:
+        base.forward = fused.previous
+    return model
+
+
+def _attached(base: nn.Module) -> _Fused:
+    fused = base.__dict__.get("_sdpo_fused")
+    if fused is None:
+        raise ValueError(f"model: was a {type(base).__name__} without a fused head, call attach_fused_head first")
+    return fused
+
+
+def _make_forward() -> Callable[..., Any]:
+    def forward(
+        self: nn.Module,
+        *args: Any,
+        logp_targets: Tensor | None = None,
+        logp_rows: ScoredRows | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if logp_targets is not None:
+            return LogpsOutput(logps=_fused_logps(self, args, kwargs, logp_targets, logp_rows))
+        if logp_rows is not None:
+            raise ValueError("logp_rows: was given without logp_targets, must come with them")
+        previous = _attached(self).previous
+        return previous(*args, **kwargs) if previous is not None else type(self).forward(self, *args, **kwargs)
+
+    return forward
+
+
+def _extended_signature(forward: Callable[..., Any]) -> inspect.Signature:
+    """`forward`'s signature with the two new keywords: Trainer and generate() read it."""
+    signature = inspect.signature(forward)
+    parameters = list(signature.parameters.values())
+    if not parameters or parameters[0].name != "self":  # an instance's own forward; ours is bound again
+        parameters.insert(0, inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD))
+    new = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in ("logp_targets", "logp_rows")]
+    last = parameters[-1].kind == inspect.Parameter.VAR_KEYWORD
+    return signature.replace(parameters=[*parameters[:-1], *new, parameters[-1]] if last else [*parameters, *new])
+
+
+def _fused_logps(
+    base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Tensor, rows: ScoredRows | None
+) -> Tensor:
+    """[N] fp32: body, then the fused head."""
+    fused = _attached(base)
+    if len(args) > 1:
+        raise ValueError(f"forward: was given {len(args)} positional arguments with logp_targets, must be at most 1")
+    inputs = {name: value for name, value in kwargs.items() if value is not None}
+    for name in ("labels", "logits_to_keep"):
+        if name in inputs:
+            raise ValueError(f"{name}: was given with logp_targets, must be left out")
+    if args:
+        inputs["input_ids"] = args[0]
+    inputs["use_cache"] = False
+    head = find_head(base)
+    hidden = head.hidden(**inputs)  # [B, T, H]
+    if hidden.shape[:-1] != targets.shape:
+        wanted, was = list(hidden.shape[:-1]), list(targets.shape)
+        raise ValueError(f"logp_targets: was of shape {was}, must be {wanted}, one target for each hidden state")
+    rows_in, weight, bias = head.operands(hidden.flatten(0, -2))
+    return linear_logps(
+        rows_in,
+        weight,
+        targets.reshape(-1).to(hidden.device),
+        bias=bias,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
+        rows=rows,
+        backend=fused.backend,
+        stash_bytes=fused.stash_bytes,
+    ).logps
+
+
+def disable_dropout(model: nn.Module) -> int:
+    """Set every random rate of `model` to 0 and return how many were above 0 before.
+
+    Dropout modules, float attributes that modules read at run time (Llama's `attention_dropout`, router jitter), and
+    the same in the config and its sub-configs, because some attention layers read their config. A config saved
+    afterwards says 0 too.
+    """
+    changed = 0
+    configs: dict[int, Any] = {}
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            module.p = 0.0
+            changed += 1
+        changed += _zero_rates(vars(module))
+        _collect_configs(getattr(module, "config", None), configs)
+    return changed + sum(_zero_rates(vars(config)) for config in configs.values())
+
+
+def _zero_rates(attributes: dict[str, Any]) -> int:
+    names = [
+        name
+        for name, value in attributes.items()
+        if isinstance(value, float) and value > 0 and RANDOM_RATE.search(name.lower())
+    ]
+    attributes.update(dict.fromkeys(names, 0.0))
+    return len(names)
+
+
+def _collect_configs(config: Any, found: dict[int, Any]) -> None:
+    if config is None or not hasattr(config, "sub_configs") or id(config) in found:
+        return
+    found[id(config)] = config
+    for name in config.sub_configs:
+        _collect_configs(getattr(config, name, None), found)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model` in eval mode without gradients; every module's own training flag comes back afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def check_head(model: nn.Module, input_ids: Tensor) -> float:
+    """Compare the fused log-probs of one sequence with the model's own logits; returns the largest deviation in nats.
+
+    Args:
+        model: with its fused head attached, and wrapped as it will be trained (PEFT adapters included).
+        input_ids: [T] or [1, T] int64, T >= 2; the first 128 tokens are used.
+
+    Raises:
+        ValueError: the deviation exceeds what rounding in the head's dtype explains, or a trainable parameter of the
+            head is not reached by the gradient (a new adapter that is dropped changes no log-prob yet).
+    """
+    base = unwrap(model)
+    _attached(base)
+    head = find_head(base)
+    ids = input_ids.reshape(1, -1)[:, :CHECK_TOKENS]
+    if ids.shape[1] < 2:
+        raise ValueError(f"input_ids: was of {ids.shape[1]} tokens, must be at least 2")
+    positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+    targets = torch.cat([ids[:, 1:], ids.new_full((1, 1), IGNORE_INDEX)], 1)
+    dtypes: list[torch.dtype] = []
+    hook = head.module.register_forward_hook(lambda _module, _args, out: dtypes.append(out.dtype))
+    try:
+        with evaluating(model):
+            fused = model(input_ids=ids, position_ids=positions, logp_targets=targets).logps
+            logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float()
+            missed = _unreached(head)
+    finally:
+        hook.remove()
+    own = logits.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None].to(logits.device)).squeeze(1)
+    deviation = float((fused[:-1].to(own.device) - own).abs().max())
+    tolerance = _tolerance(dtypes[0] if dtypes else torch.float32, logits, head.width)
+    if not deviation <= tolerance:  # NaN counts
+        raise ValueError(
+            f"model: fused log-probs of this {type(base).__name__} differ from its own logits by {deviation:.3g} nat, "
+            f"must be at most {tolerance:.3g}. Usual causes: a logit scale or softcap under another name in the config "
+            f"(found logit_scale {head.logit_scale:g}, softcap {head.softcap}), a head that is more than one linear "
+            f"layer, or an adapter on the head ({type(head.module).__name__}) that was dropped"
+        )
+    if missed:
+        raise ValueError(
+            f"model: the fused head never reaches its trainable {', '.join(missed)}; was the adapter dropped?"
+        )
+    return deviation
+
+
+def _tolerance(dtype: torch.dtype, logits: Tensor, width: int) -> float:
+    """What rounding explains: a few ulp of the largest logit, and in fp32 the sum over the width besides."""
+    eps = torch.finfo(dtype).eps
+    if dtype == torch.float32 and logits.is_cuda and torch.backends.cuda.matmul.allow_tf32:
+        eps = 2.0**-10
+    growth = math.sqrt(width) if dtype in (torch.float32, torch.float64) else 1.0
+    return 4 * eps * growth * max(1.0, float(logits.abs().max()))
+
+
+def _unreached(head: LMHead) -> list[str]:
+    """Names of the head's trainable parameters that its operands do not depend on."""
+    trainable = head.trainable()
+    if not trainable:
+        return []
+    like = trainable[0][1]
+    with torch.enable_grad():
+        ones = torch.ones(1, head.width, dtype=like.dtype, device=like.device, requires_grad=True)
+        hidden, weight, bias = head.operands(ones)
+        total = (hidden.float() @ weight.float().T).sum() + (0.0 if bias is None else bias.float().sum())
+    gradients = torch.autograd.grad(total, [parameter for _, parameter in trainable], allow_unused=True)
+    return [name for (name, _), gradient in zip(trainable, gradients, strict=True) if gradient is None]

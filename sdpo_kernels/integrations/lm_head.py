@@ -1,0 +1,174 @@
+"""Find the head of a Hugging Face causal language model: its body, its weight, and how its products become logits.
+
+    head = find_head(model)
+    hidden = head.hidden(input_ids=..., position_ids=..., use_cache=False)   # [B, T, H]
+    rows, weight, bias = head.operands(hidden.flatten(0, -2))                # what linear_logps takes
+
+Adapters that PEFT puts on the head are followed: LoRA, and a head named in `modules_to_save`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MULTIPLIERS = ("logit_scale", "lm_head_multiplier")  # Cohere; Falcon-H1
+DIVISORS = ("logits_scaling",)  # Granite
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma; RecurrentGemma; xLSTM
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """z = softcap·tanh(logit_scale·(hidden·weightᵀ + bias)/softcap), of the hidden states that `body` gives."""
+
+    body: nn.Module  # gives last_hidden_state
+    module: Any  # nn.Module: what the model calls its output embedding, PEFT's wrapper included
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def width(self) -> int:
+        """H."""
+        return self._base().weight.shape[1]
+
+    def hidden(self, **inputs: Any) -> Tensor:
+        """Hidden states [B, T, H] of the body, after its last norm."""
+        out = self.body(**inputs)
+        return out[0] if isinstance(out, tuple) else out.last_hidden_state
+
+    def weight(self) -> Tensor:
+        """[V, H]; with LoRA on the head base weight + deltas, in the wider of their dtypes; differentiable."""
+        weight = self._base().weight
+        for name in self._lora_names():
+            weight = weight + self.module.get_delta_weight(name)
+        return weight
+
+    def bias(self) -> Tensor | None:
+        """[V] or None; differentiable."""
+        bias = self._base().bias if hasattr(self._base(), "bias") else None
+        for name in self._lora_names():
+            extra = self.module.lora_B[name].bias
+            if extra is not None:
+                extra = extra * self.module.scaling[name]
+                bias = extra if bias is None else bias + extra
+        return bias
+
+    def operands(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Rows [N, H'], weight [V, H'], bias [V] or None, whose product is that of `hidden` [N, H] with the head.
+
+        A LoRA of rank r is r more columns (H' = H + r), [x, s·A·x]·[W, B]ᵀ, not W + s·B·A: added to a bfloat16
+        weight, a delta under half its ulp rounds away without a trace, and the [V, H] delta is never built.
+        """
+        base = self._base()
+        rows, weights = [hidden], [base.weight]
+        for name in self._lora_names():
+            lora_a, lora_b = self.module.lora_A[name], self.module.lora_B[name]
+            features = lora_a(hidden.to(lora_a.weight.dtype)) * self.module.scaling[name]
+            rows.append(features.to(hidden.dtype))
+            weights.append(lora_b.weight.to(base.weight.dtype))
+        if len(rows) == 1:
+            return hidden, base.weight, self.bias()
+        bias = self.bias()
+        return torch.cat(rows, 1), torch.cat(weights, 1), bias if bias is None else bias.to(base.weight.dtype)
+
+    def trainable(self) -> list[tuple[str, nn.Parameter]]:
+        """Name and parameter of everything in the head that trains."""
+        return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+
+    def _base(self) -> Any:
+        """The module that holds the [V, H] weight."""
+        module = self.module
+        if hasattr(module, "modules_to_save"):
+            active = [] if module.disable_adapters else module.active_adapters
+            module = module.modules_to_save[active[0]] if active else module.original_module
+        elif hasattr(module, "lora_A"):
+            if module.disable_adapters and module.merged:
+                module.unmerge()  # as PEFT's own forward does
+            module = module.get_base_layer()
+        return module
+
+    def _lora_names(self) -> list[str]:
+        """Active LoRA adapters of the head that are not merged into its weight."""
+        module = self.module
+        if not hasattr(module, "lora_A") or module.disable_adapters or module.merged:
+            return []
+        names = [name for name in module.active_adapters if name in module.lora_A]
+        for name in names:
+            dropout = module.lora_dropout[name]
+            if module.lora_variant.get(name) is not None:
+                kind = type(module.lora_variant[name]).__name__
+                raise ValueError(f"lora: adapter {name!r} on the head was a {kind}, must be plain LoRA there")
+            if module.training and getattr(dropout, "p", 0.0) > 0:
+                raise ValueError(f"lora_dropout: was {dropout.p} on the head, must be 0 (call disable_dropout)")
+        return names
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside torch.compile, DDP and PEFT."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()  # type: ignore[operator]
+        else:
+            return model
+
+
+def find_head(model: nn.Module) -> LMHead:
+    """The head of a causal language model, PEFT-wrapped or not.
+
+    Raises:
+        ValueError: no body, no head, or a head that is not one linear layer with a plain weight.
+    """
+    model = unwrap(model)
+    name = type(model).__name__
+    get_head = getattr(model, "get_output_embeddings", None)
+    module = get_head() if get_head is not None else None
+    body = getattr(model, "base_model", model)
+    if body is model:  # a class whose base_model_prefix names no attribute of it (Llama 4's text model)
+        body = getattr(model, "model", model)
+    if module is None or body is model:
+        raise ValueError(f"model: was a {name}, must be a causal language model with a body and an output embedding")
+    head = LMHead(body, module, *_transform(model.config))
+    _check_weight(head)
+    return head
+
+
+def _check_weight(head: LMHead) -> None:
+    wrapper, kind = head.module, type(head.module).__name__
+    known = hasattr(wrapper, "lora_A") or hasattr(wrapper, "modules_to_save")
+    if not known and (hasattr(wrapper, "base_layer") or hasattr(wrapper, "original_module")):
+        raise ValueError(f"model: its head was a PEFT {kind}, must be plain, LoRA or in modules_to_save")
+    weight = getattr(head._base(), "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
+        was = "without a weight" if weight is None else f"with a {weight.dtype} weight of shape {list(weight.shape)}"
+        raise ValueError(
+            f"model: its head was a {kind} {was}, must be one linear layer with a floating-point [V, H] weight"
+        )
+
+
+def _transform(config: Any) -> tuple[float, float | None]:
+    """(logit_scale, softcap) by the names that model families use."""
+    text = config.get_text_config()
+    scale = 1.0
+    for name in MULTIPLIERS:
+        scale *= _number(text, name, 1.0)
+    for name in DIVISORS:
+        scale /= _number(text, name, 1.0)
+    softcaps = [_number(text, name, 0.0) for name in SOFTCAPS]
+    softcap = max(softcaps)
+    return scale, softcap if softcap > 0 else None
+
+
+def _number(config: Any, name: str, default: float) -> float:
+    value = getattr(config, name, None)
+    if value is None:
+        return default
+    if not isinstance(value, (int, float)):
+        raise ValueError(f"config.{name}: was {value!r}, must be a number")
+    return float(value)

@@ -1,0 +1,188 @@
+"""Switch a model to an attention that keeps packed sequences apart, or say why it cannot be.
+
+    reason = use_packed_attention(model)     # None: packed rows are safe now
+    model(input_ids=ids, position_ids=positions)   # [1, N]; positions restart at 0 with each sequence; no mask
+
+On CUDA FlashAttention and FlexAttention, which know restarting positions too, replace our own. Recurrent,
+convolutional and linear-attention layers carry state over a sequence's end without any error, so nothing is believed
+that a probe of two short sequences has not shown.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import is_flash_attn_2_available
+
+from sdpo_kernels.integrations.attention_by_sequence import PACKED, packed_attention, packed_mask
+from sdpo_kernels.integrations.causal_lm import evaluating
+from sdpo_kernels.integrations.lm_head import LMHead, find_head, unwrap
+
+logger = logging.getLogger(__name__)
+
+PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
+STATEFUL_CLASS = re.compile(
+    r"mamba|rwkv|conv1d|shortconv|deltanet|deltarule|linear_?attention|lightning|recurrent|rglru|xlstm|retention|hyena",
+    re.IGNORECASE,
+)
+PROBE_LENGTHS = (7, 6)
+
+
+def use_packed_attention(model: nn.Module) -> str | None:
+    """Switch `model` to an attention that keeps the sequences of one packed row apart.
+
+    Call it before DDP or FSDP wrap the model, under the autocast it will be trained with.
+
+    Returns:
+        None when the model is switched; otherwise why it cannot be, and the model is as it was. It then needs padded
+        batches with an attention mask.
+    """
+    base: Any = unwrap(model)
+    reason = _stateful_layer(base)
+    if reason is not None:
+        return reason
+    before = base.config._attn_implementation
+    head = find_head(base)
+    sequences = _probe_sequences(base)
+    with evaluating(base):
+        alone = [_hidden(head, [ids]) for ids in sequences]
+    # Our own first, on every device: it is the one whose layers are asked what window they were told.
+    reason = _try(base, head, PACKED, sequences, alone)
+    if reason is not None:
+        base.set_attn_implementation(before)
+        return reason
+    for name in _faster(next(base.parameters())):
+        slower = _try(base, head, name, sequences, alone)
+        if slower is None:
+            return None
+        logger.warning("keeping %s attention, %s", PACKED, slower)
+        base.set_attn_implementation(PACKED)
+    return None
+
+
+def _faster(parameter: Tensor) -> list[str]:
+    """What goes before our own on CUDA. Written on a machine without CUDA and never run there."""
+    if not parameter.is_cuda:
+        return []
+    autocast = torch.is_autocast_enabled("cuda")
+    dtype = torch.get_autocast_dtype("cuda") if autocast else parameter.dtype
+    flash = is_flash_attn_2_available() and dtype in (torch.float16, torch.bfloat16)
+    return ["flash_attention_2", "flex_attention"] if flash else ["flex_attention"]
+
+
+def _stateful_layer(base: Any) -> str | None:
+    """Why the kinds of the model's layers rule packing out, or None."""
+    kind = type(base).__name__
+    layer_types = getattr(base.config.get_text_config(), "layer_types", None) or []
+    others = sorted(set(layer_types) - PACKABLE_LAYERS)
+    if others:
+        return f"{kind} has layers of type {', '.join(others)}, which cannot tell packed sequences apart"
+    for module in base.get_decoder().modules():
+        if isinstance(module, Conv1D):  # GPT-2's name for a linear layer
+            continue
+        if STATEFUL_CLASS.search(type(module).__name__):
+            return f"{kind} has a {type(module).__name__}, which carries state from one packed sequence into the next"
+    return None
+
+
+def _try(base: Any, head: LMHead, name: str, sequences: list[Tensor], alone: list[Tensor]) -> str | None:
+    """Switch to `name` and probe it; None when it is right, else what is wrong."""
+    kind = type(base).__name__
+    try:
+        base.set_attn_implementation(name)
+    except (ValueError, ImportError) as error:
+        return f"{kind} does not take {name} attention: {error}"
+    if base.config.get_text_config()._attn_implementation != name:
+        return f"{kind} does not attend through transformers' AttentionInterface"
+    try:
+        with evaluating(base):
+            return _probe(base, head, sequences, alone)
+    except (ValueError, RuntimeError, TypeError) as error:  # a model or a GPU kernel that cannot take such a row
+        return f"{kind} fails on a packed row with {name} attention: {error}"
+
+
+def _probe(base: Any, head: LMHead, sequences: list[Tensor], alone: list[Tensor]) -> str | None:
+    """What goes wrong with both sequences in one row under the present attention, or None."""
+    kind = type(base).__name__
+    with _windows() as windows:
+        together = _hidden(head, sequences)
+    first, second = sequences
+    other = _hidden(head, [first.roll(1).flip(0), second])
+    tail = len(first)
+    eps = torch.finfo(together.dtype).eps
+    # The row's shape is the same in both, so only what leaks can differ, and rounding where experts regroup.
+    leak = _relative(other[tail:], together[tail:])
+    if not leak <= eps**0.5 / 8:
+        return (
+            f"sequences leak into each other in {kind}: another neighbour moved hidden states by {leak:.1e} (relative)"
+        )
+    change = _relative(together, torch.cat(alone))
+    if not change <= eps**0.5:
+        return f"{kind} scores a packed sequence otherwise than alone: hidden states differ by {change:.1e} (relative)"
+    # A model may build a sliding mask that no layer of it uses.
+    slides = "sliding_attention" in (
+        getattr(base.config.get_text_config(), "layer_types", None) or ["sliding_attention"]
+    )
+    told, asked = sorted(windows["attention"]), sorted(windows["mask"] if slides else ())
+    if told != asked:
+        return f"{kind} asks for masks of width {asked} and tells its attention layers {told}"
+    return None
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    """The largest difference of a token's hidden state, in units of the root mean square token."""
+    difference = (a.float() - b.float()).norm(dim=1)  # [tokens]
+    return float(difference.max() / b.float().norm(dim=1).square().mean().sqrt())
+
+
+def _hidden(head: LMHead, sequences: list[Tensor]) -> Tensor:
+    """[N, H] of the sequences end to end in one row."""
+    positions = torch.cat([torch.arange(len(ids), device=ids.device) for ids in sequences])
+    row = torch.cat(sequences)
+    return head.hidden(input_ids=row[None], position_ids=positions[None], use_cache=False)[0]
+
+
+def _probe_sequences(base: Any) -> list[Tensor]:
+    """Two random sequences of ordinary tokens, the same ones every time."""
+    config = base.config.get_text_config()
+    special = {v for n, v in vars(config).items() if n.endswith(("token_id", "token_index")) and isinstance(v, int)}
+    ordinary = [i for i in range(min(config.vocab_size, 4096)) if i not in special] or [0]
+    generator = torch.Generator().manual_seed(0)
+    device = next(base.parameters()).device
+    tokens = torch.tensor(ordinary)
+    return [tokens[torch.randint(len(tokens), (n,), generator=generator)].to(device) for n in PROBE_LENGTHS]
+
+
+@contextmanager
+def _windows() -> Iterator[dict[str, set[int]]]:
+    """Record, for our own attention, the window each mask was asked for and the one each layer was told.
+
+    A layer that slides by its mask alone would see everything here, and no short probe would notice.
+    """
+    seen: dict[str, set[int]] = {"mask": set(), "attention": set()}
+
+    def mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
+        if local_size is not None:
+            seen["mask"].add(local_size)
+        return packed_mask(*args, local_size=local_size, **kwargs)
+
+    def attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        if kwargs.get("sliding_window") is not None:
+            seen["attention"].add(kwargs["sliding_window"])
+        return packed_attention(*args, **kwargs)
+
+    AttentionInterface.register(PACKED, attention)
+    AttentionMaskInterface.register(PACKED, mask)
+    try:
+        yield seen
+    finally:
+        AttentionInterface.register(PACKED, packed_attention)
+        AttentionMaskInterface.register(PACKED, packed_mask)

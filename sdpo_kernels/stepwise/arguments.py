@@ -1,0 +1,37 @@
+"""transformers.TrainingArguments of a stage: the person's fields and those the driver owns."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+
+from sdpo_kernels.stepwise.config import RunConfig, StageConfig
+from sdpo_kernels.stepwise.errors import UserError
+
+
+def training_arguments(config: RunConfig, stage: StageConfig, work: Path, tensorboard: Path) -> TrainingArguments:
+    """The arguments of `stage`, whose Trainer works in the folder `work`. UserError where transformers refuses them."""
+    settings = config.stage_trainer(stage)
+    if "tensorboard" in settings.get("report_to", "none"):
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(tensorboard)  # Trainer's callback reads nothing else
+    try:
+        return TrainingArguments(
+            **settings,
+            output_dir=str(work),
+            num_train_epochs=stage.epochs,
+            remove_unused_columns=False,
+            label_names=[],
+            disable_tqdm=True,
+            logging_first_step=True,
+            logging_nan_inf_filter=False,
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"trainer: {(str(error).splitlines() or [''])[0]}") from error
+
+
+def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
+    """What Trainer will compute in, where that is not the weights' own dtype."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None

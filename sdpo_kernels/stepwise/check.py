@@ -1,0 +1,99 @@
+"""`sdpo check`: read everything a run reads, say what would happen, train nothing."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from transformers import AutoConfig
+
+from sdpo_kernels.stepwise.config import RunConfig
+from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.files import read_json
+from sdpo_kernels.stepwise.order import StageData, scored_counts
+from sdpo_kernels.stepwise.prepare import Prepared, prepare
+from sdpo_kernels.stepwise.progress import Reporter
+
+_ORDERS = {
+    "given": "the order of the file",
+    "reward_accuracy": "most pairs ranked right by {ranks} first; decided when training starts",
+    "margin": "one source cut into {tiers} tiers, largest margin under the initial model first",
+    "random": "all pairs dealt at random to stages of these sizes",
+}
+
+
+def check_run(config: RunConfig, reporter: Reporter) -> None:
+    """Print what `sdpo train` would do. UserError for whatever would stop it before training."""
+    prepared = prepare(config)
+    model = _model_config(config)
+    prepared.say_warnings(reporter)
+    for line in prepared.skipped:
+        reporter.say(f"skipped  {line}")
+    reporter.say(_table(prepared))
+    scores = "an external score" if config.score_column else "the initial model"
+    order = _ORDERS[config.order].format(ranks=scores, tiers=config.tiers)
+    vocabulary = getattr(model.get_text_config(), "vocab_size", None)
+    reporter.say(f"model      {config.model} ({model.model_type}, vocabulary {vocabulary})")
+    reporter.say(f"order      {config.order}: {order}")
+    reporter.say(f"reference  {config.reference}; policy starts from {config.policy}; loss {config.loss}")
+    _check_vocabulary(prepared, vocabulary)
+    reporter.say(_state(config))
+
+
+def _table(prepared: Prepared) -> Table:
+    table = Table(title="stages")
+    for name in ("stage", "pairs", "dropped", "tokens", "scored", "longest", "steps", "beta"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for stage in prepared.stages:
+        tokens = stage.tokens
+        cells = (
+            len(tokens),
+            len(tokens.dropped),
+            int(tokens.lengths.sum()),
+            int(scored_counts(tokens).sum()),
+            int(tokens.lengths.max()),
+            _steps(prepared.config, stage),
+        )
+        table.add_row(stage.config.name, *(f"{n:,}" for n in cells), f"{prepared.config.stage_beta(stage.config):g}")
+    if prepared.eval_tokens is not None:
+        tokens = prepared.eval_tokens
+        counts = (len(tokens), len(tokens.dropped), int(tokens.lengths.sum()), int(scored_counts(tokens).sum()))
+        table.add_row("(eval_data)", *(f"{n:,}" for n in counts), f"{int(tokens.lengths.max()):,}", "", "")
+    return table
+
+
+def _steps(config: RunConfig, stage: StageData) -> int:
+    settings = config.stage_trainer(stage.config)
+    if settings.get("max_steps", -1) > 0:
+        return settings["max_steps"]
+    batches = math.ceil(len(stage.tokens) / settings["per_device_train_batch_size"])
+    return math.ceil(math.ceil(batches / settings.get("gradient_accumulation_steps", 1)) * stage.config.epochs)
+
+
+def _model_config(config: RunConfig) -> Any:
+    try:
+        return AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise UserError(f"model: no config can be loaded from {config.model}: {first}") from error
+
+
+def _check_vocabulary(prepared: Prepared, vocabulary: int | None) -> None:
+    parts = [stage.tokens for stage in prepared.stages] + ([prepared.eval_tokens] if prepared.eval_tokens else [])
+    highest = max(int(tokens.ids.max()) for tokens in parts)
+    if vocabulary is not None and highest >= vocabulary:
+        raise UserError(
+            f"model: the tokenizer makes token {highest}, the model's vocabulary ends at {vocabulary - 1}; "
+            "they do not belong together"
+        )
+
+
+def _state(config: RunConfig) -> str:
+    path = Path(config.output_dir) / "manifest.json"
+    if not path.exists():
+        return f"output     {config.output_dir} (new)"
+    stages = read_json(path).get("stages", [])
+    done = sum(stage.get("state") == "done" for stage in stages)
+    return f"output     {config.output_dir}: {done} of {len(stages)} stages done"

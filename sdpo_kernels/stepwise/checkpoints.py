@@ -1,0 +1,74 @@
+"""Checkpoints that count only once they are complete.
+
+Trainer writes a checkpoint in place: a kill in the middle leaves a half one, and its own resume would pick it. Here it
+is saved into a hidden folder of the stage, listed, fsynced and renamed; only then is the previous one removed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sdpo_kernels.stepwise.files import empty_folder, publish_folder, remove_folder
+
+SAVING = ".saving"
+LISTING = "complete.json"  # sizes of a checkpoint's files, written last
+_FOLDER = re.compile(r"checkpoint-(\d+)")
+
+
+class AtomicCheckpoints:
+    """Mix in before `transformers.Trainer`: its `_save_checkpoint`, made atomic and keeping one checkpoint."""
+
+    args: Any
+    state: Any
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self.args.output_dir)
+        staging = empty_folder(folder / SAVING)
+        self.args.output_dir = str(staging)
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        finally:
+            self.args.output_dir = str(folder)
+        name = f"checkpoint-{self.state.global_step}"
+        write_listing(staging / name)
+        remove_folder(folder / name)
+        publish_folder(staging / name, folder / name)
+        for old in folder.glob("checkpoint-*"):
+            if old.name != name:
+                remove_folder(old)
+
+
+def write_listing(checkpoint: Path) -> None:
+    """Write down which files of which sizes make the checkpoint complete."""
+    sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()}
+    (checkpoint / LISTING).write_text(json.dumps(sizes, indent=2))
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint in a stage's folder, or None; what is incomplete is cleared away."""
+    if not folder.is_dir():
+        return None
+    for leftover in [folder / SAVING, *folder.glob(".*.removing")]:
+        remove_folder(leftover)
+    complete: list[tuple[int, Path]] = []
+    for path in folder.glob("checkpoint-*"):
+        match = _FOLDER.fullmatch(path.name)
+        if match and is_complete(path):
+            complete.append((int(match[1]), path))
+        else:
+            remove_folder(path)
+    return max(complete)[1] if complete else None
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether every listed file is there with the size it was written with."""
+    try:
+        sizes = json.loads((checkpoint / LISTING).read_text())
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,310 @@
+"""A run's settings: the schema of run.yaml, and reading, writing and comparing them.
+
+    config = load_config("run.yaml", ["beta=0.05", "stages.0.epochs=2"])
+    config.stage_beta(config.stages[0]); config.stage_trainer(config.stages[0])
+
+Strict: an unknown key, a value of the wrong type and settings that contradict each other are a UserError, one line each
+that names the file, the key, what it was and what it should be. Relative paths (output_dir, data files, and model where
+it is a folder) are taken from the current working directory, not from the YAML's folder, as shells and TRL do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from sdpo_kernels import losses
+from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.setting_errors import SettingErrors, error_lines, show
+from sdpo_kernels.stepwise.sources import is_file_source
+from sdpo_kernels.stepwise.trainer_options import DEFAULT_TRAINER, check_trainer, trainer_fields
+from sdpo_kernels.stepwise.yaml_file import apply_override, read_settings, write_settings
+
+_FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"was {show(value)}, must be a number")
+    return value
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _empty_as_dict(value: Any) -> Any:
+    """`trainer:` with nothing below it is what is left when its lines are commented out."""
+    return {} if value is None else value
+
+
+Text = Annotated[str, Field(min_length=1)]
+Integer = Annotated[int, BeforeValidator(_no_bool)]
+Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_no_bool)]
+Sources = Annotated[tuple[Text, ...], Field(min_length=1), BeforeValidator(_as_list)]
+Options = Annotated[dict[str, Any], BeforeValidator(_empty_as_dict)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LoraSettings(_Section):
+    """Train a low-rank adapter; at a stage's end it is merged and full weights are saved."""
+
+    r: Annotated[Integer, Field(ge=1)] = 16
+    alpha: Annotated[Number, Field(gt=0)] = 32.0
+    dropout: Number = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+    @field_validator("dropout")
+    @classmethod
+    def _no_dropout(cls, dropout: float) -> float:
+        if dropout != 0:
+            raise ValueError(
+                f"was {show(dropout)}, must be 0: a stage starts from its reference, and with dropout its first loss "
+                "would not be ln 2, the check that catches a wrong reference"
+            )
+        return dropout
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _module_names(cls, value: Any) -> Any:
+        names = value if isinstance(value, (list, tuple)) else [value]
+        if not (names and all(isinstance(name, str) and name for name in names)):
+            raise ValueError(f"was {show(value)}, must be all-linear, a pattern or a list of module names")
+        return value
+
+
+class StageConfig(_Section):
+    """One stage: its data, and what it sets otherwise than the run."""
+
+    name: str
+    data: Sources
+    epochs: Annotated[Number, Field(gt=0)] = 1.0
+    beta: Annotated[Number, Field(gt=0)] | None = None
+    trainer: Options = Field(default_factory=dict)
+
+    @field_validator("name")
+    @classmethod
+    def _folder_name(cls, name: str) -> str:
+        if not _FOLDER_NAME.fullmatch(name):
+            raise ValueError(f"was {show(name)}, must be letters, digits, '.', '_' or '-': it names a folder")
+        return name
+
+    @field_validator("trainer")
+    @classmethod
+    def _trainer(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        return check_trainer(settings)
+
+
+class RunConfig(_Section):
+    """All settings of a run. `trainer` holds DEFAULT_TRAINER with the run's own values over it."""
+
+    model: Text
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    output_dir: Text
+    order: Literal["given", "reward_accuracy", "margin", "random"] = "given"
+    order_score: Literal["sum", "mean"] = "sum"
+    tiers: Annotated[Integer, Field(ge=2)] | None = None
+    score_column: Text | None = None
+    reference: Literal["previous", "initial", "none"] = "previous"
+    policy: Literal["previous", "initial"] = "previous"
+    loss: str = "sigmoid"
+    loss_options: Annotated[dict[str, Number], BeforeValidator(_empty_as_dict)] = Field(default_factory=dict)
+    beta: Annotated[Number, Field(gt=0)] = 0.1
+    max_length: Annotated[Integer, Field(ge=2)] = 1024
+    truncation: Literal["keep_start", "keep_end"] = "keep_start"
+    on_bad_row: Literal["error", "skip"] = "error"
+    stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)]
+    eval_data: Sources | None = None
+    batching: Literal["packed", "padded"] = "packed"
+    trust_remote_code: bool = False
+    trainer: Options = Field(default_factory=dict, validate_default=True)
+    lora: LoraSettings | None = None
+
+    @field_validator("loss")
+    @classmethod
+    def _known_loss(cls, loss: str) -> str:
+        names = losses.loss_names()
+        if loss not in names:
+            raise ValueError(f"was {show(loss)}, must be one of {', '.join(names)}")
+        return loss
+
+    @field_validator("trainer")
+    @classmethod
+    def _trainer(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        return check_trainer(DEFAULT_TRAINER | settings)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        mistakes = [*_order_mistakes(self), *_stage_mistakes(self)]
+        if self.dtype == "bfloat16" and self.lora is None:
+            mistakes.append(
+                (
+                    "dtype",
+                    "was 'bfloat16' without lora, must be float32: lr 5e-7 vanishes in bf16 weights "
+                    "(for bf16 compute set trainer.bf16: true)",
+                )
+            )
+        try:
+            _try_loss(self.loss, self.loss_options)
+        except ValueError as error:
+            mistakes.append(("loss_options", str(error)))
+        if mistakes:
+            raise SettingErrors(mistakes)
+        return self
+
+    def stage_beta(self, stage: StageConfig) -> float:
+        """β of a stage."""
+        return self.beta if stage.beta is None else stage.beta
+
+    def stage_trainer(self, stage: StageConfig) -> dict[str, Any]:
+        """Fields for TrainingArguments of a stage, without those the driver owns.
+
+        bf16 compute on a machine without an accelerator needs `use_cpu`, which transformers leaves to the caller. It is
+        set here and not in the config, so that a run can be read on another machine without a difference.
+        """
+        settings = self.trainer | stage.trainer
+        if settings.get("bf16") and "use_cpu" not in settings:
+            import torch
+
+            if not torch.accelerator.is_available():
+                settings["use_cpu"] = True
+        return settings
+
+
+def _order_mistakes(config: RunConfig) -> list[tuple[str, str]]:
+    mistakes = []
+    if config.order == "margin":
+        if config.tiers is None:
+            mistakes.append(("tiers", "is required with order: margin (how many stages its pairs are cut into)"))
+        if len(config.stages) != 1:
+            count = len(config.stages)
+            mistakes.append(
+                ("stages", f"were {count}, must be exactly one with order: margin, which cuts it into tiers")
+            )
+    elif config.tiers is not None:
+        mistakes.append(("tiers", f"was {config.tiers}, but only order: margin uses it (order is {config.order})"))
+    if config.score_column is not None and config.order != "reward_accuracy":
+        text = f"was {show(config.score_column)}, but only order: reward_accuracy uses it (order is {config.order})"
+        mistakes.append(("score_column", text))
+    ranks_by_logps = config.order == "margin" or (config.order == "reward_accuracy" and not config.score_column)
+    if config.order_score != "sum" and not ranks_by_logps:
+        text = f"was {config.order_score!r}, but nothing is ranked by log-probs with these order and score_column"
+        mistakes.append(("order_score", text))
+    return mistakes
+
+
+def _stage_mistakes(config: RunConfig) -> list[tuple[str, str]]:
+    mistakes = []
+    first: dict[str, int] = {}
+    for index, stage in enumerate(config.stages):
+        if stage.name in first:
+            text = f"was {show(stage.name)}, which stages.{first[stage.name]} has too; names must differ"
+            mistakes.append((f"stages.{index}.name", text))
+        first.setdefault(stage.name, index)
+        settings = config.trainer | stage.trainer
+        strategy = settings.get("eval_strategy", "no")
+        if strategy != "no" and config.eval_data is None:
+            mistakes.append(("eval_data", f"is required with eval_strategy: {strategy} (stage {stage.name})"))
+        try:
+            check_trainer(settings)
+        except SettingErrors as error:
+            mistakes += [(f"stages.{index}.trainer.{key}", text) for key, text in error.mistakes]
+    return mistakes
+
+
+def _try_loss(loss: str, options: dict[str, float]) -> None:
+    """Run the loss once on ones: unknown options and values out of range are the loss's own errors."""
+    import torch
+
+    ones = losses.PairLogps(*(torch.ones(1) for _ in losses.PairLogps._fields))
+    losses.pair_loss(loss, ones, beta=0.1, **options)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read, override ('key=value', dots go down, values are YAML), check, make paths absolute; UserError otherwise."""
+    settings = read_settings(path)
+    for override in overrides:
+        apply_override(settings, override)
+    try:
+        config = RunConfig.model_validate(settings)
+    except ValidationError as error:
+        sections: dict[str, type[BaseModel]] = {"": RunConfig, "stages": StageConfig, "lora": LoraSettings}
+        raise UserError("\n".join(error_lines(error, str(path), overrides, sections, trainer_fields()))) from None
+    return _resolve_paths(config, str(path))
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved YAML of a config; `load_config` reads it back equal."""
+    return write_settings(config.model_dump())
+
+
+def config_diff(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """One line a setting that differs, 'stages.0.beta: 0.1 -> 0.05'; a key that one side lacks is 'absent' there."""
+    before, after = _flatten(old), _flatten(new)
+    return [
+        f"{key}: {_plain(before.get(key, _ABSENT))} -> {_plain(after.get(key, _ABSENT))}"
+        for key in before | after
+        if before.get(key, _ABSENT) != after.get(key, _ABSENT)
+    ]
+
+
+_ABSENT = object()
+
+
+def _plain(value: Any) -> str:
+    return "absent" if value is _ABSENT else value if isinstance(value, str) else json.dumps(value)
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys with plain values; a list that holds nothing counts as a value, a tuple as a list."""
+    if not isinstance(value, (dict, list, tuple)):
+        return {prefix: value}
+    if not value and prefix:
+        return {prefix: {} if isinstance(value, dict) else []}
+    flat: dict[str, Any] = {}
+    for key, below in value.items() if isinstance(value, dict) else enumerate(value):
+        flat |= _flatten(below, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _resolve_paths(config: RunConfig, file: str) -> RunConfig:
+    is_folder = os.path.isdir(os.path.expanduser(config.model))
+    if not is_folder and (config.model.startswith((".", "/", "~")) or config.model.count("/") > 1):
+        raise UserError(f"{file}: model: was {config.model!r}, which is neither a folder nor the name of a hub model")
+    output = _absolute(config.output_dir)
+    if os.path.exists(output) and not os.path.isdir(output):
+        raise UserError(f"{file}: output_dir: was {config.output_dir!r}, which is a file, must be a folder")
+    stages = tuple(stage.model_copy(update={"data": _absolute_files(stage.data)}) for stage in config.stages)
+    return config.model_copy(
+        update={
+            "model": _absolute(config.model) if is_folder else config.model,
+            "output_dir": output,
+            "stages": stages,
+            "eval_data": None if config.eval_data is None else _absolute_files(config.eval_data),
+        }
+    )
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def _absolute_files(sources: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(_absolute(source) if is_file_source(source) else source for source in sources)

@@ -1,0 +1,130 @@
+"""What a run has done: manifest.json, written atomically, and metrics.jsonl, one logged step a line.
+
+The manifest is the run's only truth: a stage is done when it says so. Its keys are those that `report.py` draws.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdpo_kernels.stepwise.config import config_diff
+from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.files import read_json, replace_file, sync, write_json
+
+Record = dict[str, Any]
+
+# what a stage was planned from; a difference on an existing run is an error
+PLANNED = ("name", "pairs", "dropped", "data_hash", "beta", "loss", "reference", "policy")
+
+
+@dataclass
+class Manifest:
+    """manifest.json of a run folder; change `data`, then `save`."""
+
+    path: Path
+    data: Record
+
+    @classmethod
+    def open(cls, run_dir: Path, header: Record, stages: list[Record]) -> Manifest:
+        """The run's manifest, made new where there is none.
+
+        Raises UserError, showing every difference, where the run was started with another config or other data.
+        """
+        path = run_dir / "manifest.json"
+        if not path.exists():
+            manifest = cls(path, {**header, "initial_eval": None, "stages": stages})
+            manifest.save()
+            return manifest
+        data = read_json(path)
+        differences = config_diff(data.get("config", {}), header["config"])
+        if not differences:
+            differences = config_diff(_planned(data.get("stages", [])), _planned(stages))
+        if differences:
+            raise UserError(
+                f"{run_dir} holds a run that was started otherwise; choose another output_dir, or go back to:\n  "
+                + "\n  ".join(differences)
+            )
+        return cls(path, data)
+
+    @property
+    def stages(self) -> list[Record]:
+        """One record a stage, in order."""
+        return self.data["stages"]
+
+    def update_stage(self, index: int, values: Record) -> None:
+        """Change the record of stage `index` (from 1) and save."""
+        self.stages[index - 1].update(values)
+        self.save()
+
+    def save(self) -> None:
+        """Write the manifest, atomically."""
+        write_json(self.path, self.data)
+
+
+def _planned(stages: Iterable[Record]) -> Record:
+    """What of the stages must not change, by name, so that a difference reads well."""
+    return {stage["name"]: {key: stage.get(key) for key in PLANNED} for stage in stages}
+
+
+class MetricsFile:
+    """metrics.jsonl: appended to line by line; lines past a checkpoint are dropped when a stage resumes there."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / "metrics.jsonl"
+
+    def append(self, line: Record) -> None:
+        """Add one line; a kill in the middle leaves a half line, which `rewind` clears away."""
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+    def lines(self) -> list[Record]:
+        """The whole lines there are."""
+        if not self.path.exists():
+            return []
+        return [line for text in self.path.read_text("utf-8").splitlines() if (line := _parse(text)) is not None]
+
+    def rewind(self, stage: int, step: int) -> None:
+        """Keep the lines of stages before `stage` (from 1) and those of `stage` up to `step`."""
+        kept = [
+            line
+            for line in self.lines()
+            if line["stage/index"] < stage or (line["stage/index"] == stage and line["step"] <= step)
+        ]
+        replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+    def sync(self) -> None:
+        """Bring what was appended to the disk."""
+        if self.path.exists():
+            sync(self.path)
+
+    def of_stage(self, stage: int) -> list[Record]:
+        """The training lines of a stage (from 1), without its evaluations."""
+        return [line for line in self.lines() if line["stage/index"] == stage and "loss" in line]
+
+
+def _parse(text: str) -> Record | None:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and "stage/index" in line and "step" in line else None
+
+
+def host_environment(threads: int, device: str, seed: int) -> Record:
+    """What the bits of a run depend on beside config and data."""
+    import torch
+    import transformers
+
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": threads,
+        "device": device,
+        "seed": seed,
+        "host_cores": os.cpu_count(),
+    }

@@ -1,0 +1,128 @@
+"""Loading the one model that is resident: fused head attached, dropout off, attention that keeps pairs apart."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from sdpo_kernels.integrations.causal_lm import attach_fused_head, disable_dropout
+from sdpo_kernels.integrations.packed_attention import use_packed_attention
+from sdpo_kernels.stepwise.config import LoraSettings, RunConfig
+from sdpo_kernels.stepwise.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Loaded:
+    """A model ready to score or to train, and how its batches must be made."""
+
+    model: nn.Module
+    packed: bool  # False: padded batches
+    by_sequence: bool  # a sequence's score does not depend, bit for bit, on what else is in the batch
+
+
+def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies with the run's model; UserError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"model: no tokenizer can be loaded from {config.model}: {_first_line(error)}") from error
+
+
+def load_model(path: str, config: RunConfig, device: torch.device, autocast: torch.dtype | None) -> Loaded:
+    """Load `path` (a folder or hub name) in the run's dtype on `device`. UserError where it cannot be loaded.
+
+    `autocast` is the dtype that scoring and training will run under, if any: attention is chosen and probed with it.
+    """
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=getattr(torch, config.dtype),
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise UserError(f"model: {path} cannot be loaded: {_first_line(error)}") from error
+    model.to(device)
+    disable_dropout(model)
+    try:
+        attach_fused_head(model)
+    except ValueError as error:
+        raise UserError(f"model: {path} cannot be trained: {error}") from error
+    packed = config.batching == "packed"
+    if packed:
+        with autocast_context(device, autocast):
+            reason = use_packed_attention(model)
+        if reason is not None:
+            logger.warning("batches are padded instead of packed: %s", reason)
+            packed = False
+    by_sequence = packed and model.config._attn_implementation == "sdpo_packed"
+    return Loaded(model, packed, by_sequence)
+
+
+@contextmanager
+def autocast_context(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
+    """The mixed precision that Trainer will train with: its scores must be made on the same path."""
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        yield
+
+
+def weights_hash(model: nn.Module) -> str:
+    """sha256 over every parameter and buffer, names, dtypes and shapes included."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def release_memory() -> None:
+    """Give back what dropped models held, before the next one is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def add_adapter(loaded: Loaded, lora: LoraSettings) -> None:
+    """Wrap the model with a fresh LoRA adapter, the only thing that trains then."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    settings = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a float works as well as an int
+        lora_dropout=0.0,
+        target_modules=targets,
+    )
+    try:
+        loaded.model = get_peft_model(loaded.model, settings)
+    except ValueError as error:
+        raise UserError(f"lora: {_first_line(error)}") from error
+
+
+def merge_adapter(base_path: str, adapter: Path, config: RunConfig) -> nn.Module:
+    """The base in float32 on the CPU with a LoRA adapter merged into it."""
+    from peft import PeftModel
+
+    base: Any = AutoModelForCausalLM.from_pretrained(
+        base_path, dtype=torch.float32, use_safetensors=True, trust_remote_code=config.trust_remote_code
+    )
+    merged: Any = PeftModel.from_pretrained(base, str(adapter))
+    return merged.merge_and_unload()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

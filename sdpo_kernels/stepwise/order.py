@@ -1,0 +1,97 @@
+"""How pairs are divided into stages and which stage comes first.
+
+The paper (arXiv 2403.19270, section 3) makes one stage of each data source and sorts the sources by the share of pairs
+that the initial model already ranks right, easiest first. The implicit reward cannot rank there: with model = reference
+it is 0 everywhere. So pairs are ranked by log-probs (summed or per token) or by an external score column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sdpo_kernels.stepwise.config import RunConfig, StageConfig
+from sdpo_kernels.stepwise.tokenize import TokenizedPairs
+
+Score = Callable[[TokenizedPairs], Tensor]  # summed log-probs [n, 2] under the initial model
+
+
+@dataclass(frozen=True)
+class StageData:
+    """One stage's pairs before or after ordering."""
+
+    config: StageConfig
+    tokens: TokenizedPairs
+    where: list[str]  # 'file:line' of each pair
+    scores: NDArray[np.float64] | None = None  # external score of each pair, chosen minus rejected
+    accuracy: float | None = None  # share that the ranking finds right, where it was computed
+
+
+def order_stages(config: RunConfig, stages: Sequence[StageData], score: Score) -> list[StageData]:
+    """The stages in the order of training; `score` is called only where the order needs log-probs."""
+    if config.order == "reward_accuracy":
+        return _by_accuracy(config, stages, score)
+    if config.order == "margin":
+        return _tiers(config, stages[0], score)
+    if config.order == "random":
+        return _shuffled(stages, int(config.trainer["seed"]))
+    return list(stages)
+
+
+def scored_counts(tokens: TokenizedPairs) -> Tensor:
+    """Scored tokens [n, 2] of each sequence; a first token is never scored."""
+    prompts = np.maximum(tokens.prompt_lengths, 1).reshape(-1, 2)
+    return torch.from_numpy(tokens.lengths - prompts)
+
+
+def margins(config: RunConfig, tokens: TokenizedPairs, score: Score) -> NDArray[np.float64]:
+    """log-prob of chosen minus rejected [n] under the initial model, summed or per token as `order_score` says."""
+    logps = score(tokens).double()
+    if config.order_score == "mean":
+        logps = logps / scored_counts(tokens)
+    return (logps[:, 0] - logps[:, 1]).numpy()
+
+
+def _by_accuracy(config: RunConfig, stages: Sequence[StageData], score: Score) -> list[StageData]:
+    ranked = []
+    for stage in stages:
+        margin = stage.scores if stage.scores is not None else margins(config, stage.tokens, score)
+        accuracy = float((margin > 0).mean())
+        ranked.append(StageData(stage.config, stage.tokens, stage.where, stage.scores, accuracy))
+    return sorted(ranked, key=lambda stage: -(stage.accuracy or 0.0))  # stable: ties stay as given
+
+
+def _tiers(config: RunConfig, stage: StageData, score: Score) -> list[StageData]:
+    assert config.tiers is not None
+    margin = margins(config, stage.tokens, score)
+    easiest_first = np.argsort(-margin, kind="stable")
+    tiers = []
+    for number, members in enumerate(np.array_split(easiest_first, config.tiers), 1):
+        named = stage.config.model_copy(update={"name": f"{stage.config.name}-{number}"})
+        # inside a tier the pairs keep the order they were given in
+        chosen = np.sort(members)
+        accuracy = float((margin[chosen] > 0).mean())
+        tiers.append(StageData(named, *_take(stage, chosen), accuracy=accuracy))
+    return tiers
+
+
+def _shuffled(stages: Sequence[StageData], seed: int) -> list[StageData]:
+    """All pairs dealt anew, at random, to stages of the sizes they had."""
+    pool = StageData(
+        stages[0].config,
+        TokenizedPairs.concatenate([stage.tokens for stage in stages]),
+        [where for stage in stages for where in stage.where],
+    )
+    dealt = np.random.default_rng(seed).permutation(len(pool.tokens))
+    borders = np.cumsum([len(stage.tokens) for stage in stages])[:-1]
+    hands = np.split(dealt, borders)
+    return [StageData(stage.config, *_take(pool, hand)) for stage, hand in zip(stages, hands, strict=True)]
+
+
+def _take(stage: StageData, indices: NDArray[np.int64]) -> tuple[TokenizedPairs, list[str]]:
+    return stage.tokens.take(indices), [stage.where[i] for i in indices]

@@ -1,0 +1,235 @@
+"""Preference pairs out of data sources, validated: TRL's schema, one line for every row that is not right.
+
+    data = read_pairs(["data/a.jsonl", "org/name:train"], on_bad_row="error")
+    data.pairs[0].prompt, data.pairs[0].chosen, data.pairs[0].where          # ..., 'data/a.jsonl:1'
+
+`prompt`, `chosen` and `rejected` are all strings or all lists of {role, content} messages. Without `prompt` it is the
+common start of chosen and rejected. `tools` and `chat_template_kwargs` of a row go to the chat template, as in TRL;
+every other column is passed over. A pair whose answers are equal is a bad row: it teaches nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.sources import Row, read_rows
+
+Message = dict[str, Any]
+Text = str | list[Message]
+
+_COLUMNS = ["prompt", "chosen", "rejected", "tools", "chat_template_kwargs"]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One preference pair; `score` is chosen minus rejected of the score column, where one was asked for."""
+
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    where: str
+    score: float | None = None
+    tools: list[Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def is_conversational(self) -> bool:
+        """Whether the texts are lists of messages."""
+        return not isinstance(self.chosen, str)
+
+
+@dataclass(frozen=True)
+class PairData:
+    """The pairs of some sources in order, and one 'file:line: what is wrong' for each row that was skipped."""
+
+    pairs: list[Pair]
+    skipped: list[str]
+
+
+class _BadRow(Exception):
+    """What is wrong with one row."""
+
+
+def read_pairs(
+    sources: Sequence[str], *, on_bad_row: Literal["error", "skip"], score_column: str | None = None
+) -> PairData:
+    """Read and validate every source (see sources.py for the kinds).
+
+    `score_column` names '<name>_chosen' and '<name>_rejected', or one column '<name>' that holds their difference.
+    A bad row is a UserError that shows the first and counts the others, or is skipped and listed. A source that is
+    missing, unreadable or without a row, and a source whose rows are all bad, is a UserError with either setting.
+    """
+    scores = [score_column, f"{score_column}_chosen", f"{score_column}_rejected"] if score_column else []
+    pairs: list[Pair] = []
+    bad: list[str] = []
+    for source in sources:
+        good_before, bad_before = len(pairs), len(bad)
+        for row in read_rows(source, _COLUMNS + scores):
+            try:
+                pairs.append(_pair_of(row, score_column))
+            except _BadRow as problem:
+                bad.append(f"{row.where}: {problem}")
+        new_bad = len(bad) - bad_before
+        if len(pairs) == good_before and not new_bad:
+            raise UserError(f"{source}: has no rows")
+        if len(pairs) == good_before and on_bad_row == "skip":
+            raise UserError(f"{source}: none of its {new_bad} rows can be used; the first: {bad[bad_before]}")
+    if bad and on_bad_row == "error":
+        more = f" (and {len(bad) - 1} more bad rows)" if len(bad) > 1 else ""
+        raise UserError(f"{bad[0]}{more}; on_bad_row: skip leaves bad rows out")
+    return PairData(pairs, bad)
+
+
+def shared_pairs(named: dict[str, list[Pair]]) -> list[str]:
+    """One warning for every two stages that have the same pair (prompt, chosen and rejected alike), with counts."""
+    keys = {name: {_key(pair) for pair in pairs} for name, pairs in named.items()}
+    warnings = []
+    for (first, first_keys), (second, second_keys) in itertools.combinations(keys.items(), 2):
+        shared = len(first_keys & second_keys)
+        if shared:
+            warnings.append(
+                f"stages {first!r} and {second!r} share {shared} of their {len(first_keys)} and {len(second_keys)} "
+                "different pairs: the reference of the later stage was trained on them"
+            )
+    return warnings
+
+
+def _key(pair: Pair) -> bytes:
+    text = json.dumps([pair.prompt, pair.chosen, pair.rejected], sort_keys=True)
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _pair_of(row: Row, score_column: str | None) -> Pair:
+    if row.problem:
+        raise _BadRow(row.problem)
+    texts = _texts(row.values)
+    return Pair(
+        *texts,
+        where=row.where,
+        score=None if score_column is None else _score(row.values, score_column),
+        tools=_tools(row.values),
+        chat_template_kwargs=_mapping(row.values, "chat_template_kwargs"),
+    )
+
+
+def _texts(values: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """prompt, chosen, rejected; _BadRow when they are not what a preference pair needs."""
+    for name in ("chosen", "rejected"):
+        if name not in values:
+            raise _BadRow(f"{name!r} is missing; a row needs chosen and rejected (and may have prompt)")
+    names = [name for name in ("prompt", "chosen", "rejected") if name in values]
+    kinds = {name: _check_text(name, values[name]) for name in names}
+    if len(set(kinds.values())) > 1:
+        mixed = ", ".join(f"{name} is {kind}" for name, kind in kinds.items())
+        raise _BadRow(f"{mixed}; all must be strings or all lists of messages")
+    chosen, rejected = values["chosen"], values["rejected"]
+    for name in ("chosen", "rejected"):
+        if _is_blank(values[name]):
+            raise _BadRow(f"{name!r} is empty")
+    if chosen == rejected:
+        raise _BadRow("'chosen' and 'rejected' are equal; the pair teaches nothing")
+    prompt, chosen, rejected = (
+        (values["prompt"], chosen, rejected) if "prompt" in values else _split_prompt(chosen, rejected)
+    )
+    if isinstance(prompt, list) and not prompt:
+        reason = "'prompt' has no message" if "prompt" in values else "'chosen' and 'rejected' share no first message"
+        raise _BadRow(f"{reason}; a conversation needs at least one before the answers")
+    return prompt, chosen, rejected
+
+
+def _check_text(name: str, value: Any) -> str:
+    """'a string' or 'a list of messages'; _BadRow for anything else."""
+    if isinstance(value, str):
+        _check_unicode(name, value)
+        return "a string"
+    if not isinstance(value, list):
+        kind = "null" if value is None else f"of type {type(value).__name__}"
+        raise _BadRow(f"{name!r} is {kind}, must be a string or a list of messages")
+    for index, message in enumerate(value):
+        _check_message(f"{name}[{index}]", message)
+    return "a list of messages"
+
+
+def _check_message(name: str, message: Any) -> None:
+    if not isinstance(message, dict):
+        raise _BadRow(f"{name!r} is of type {type(message).__name__}, must be a message with role and content")
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not role:
+        raise _BadRow(f"{name!r} has no role, must have one such as user or assistant")
+    if isinstance(content, str):
+        _check_unicode(name, content)
+    elif content is not None:
+        raise _BadRow(f"'{name}.content' is of type {type(content).__name__}, must be a string (text only)")
+    elif not message.get("tool_calls"):
+        raise _BadRow(f"{name!r} has no content, must have a string")
+
+
+def _check_unicode(name: str, text: str) -> None:
+    """A JSON escape can make half of a surrogate pair, which no tokenizer can encode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _BadRow(f"{name!r} is not Unicode text: half a surrogate pair at character {error.start}") from None
+
+
+def _is_blank(text: Text) -> bool:
+    if isinstance(text, str):
+        return not text.strip()
+    return not any((message.get("content") or "").strip() or message.get("tool_calls") for message in text)
+
+
+def _split_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+    """The common start of both is the prompt (characters, or whole messages), cut as TRL's `extract_prompt` does.
+
+    Each answer keeps at least its last element, and a space before the answers goes to them, because tokenizers join
+    it to the word that follows.
+    """
+    longest = min(len(chosen), len(rejected)) - 1
+    start = next((i for i in range(longest + 1) if chosen[i] != rejected[i]), longest)
+    differs = chosen[start] != rejected[start]
+    if differs and start > 0 and chosen[start - 1] == " ":
+        start -= 1
+    return chosen[:start], chosen[start:], rejected[start:]
+
+
+def _score(values: dict[str, Any], column: str) -> float:
+    if column in values:
+        return _number(values, column)
+    names = (f"{column}_chosen", f"{column}_rejected")
+    if not all(name in values for name in names):
+        raise _BadRow(f"score_column {column!r}: needs {names[0]!r} and {names[1]!r}, or {column!r}")
+    return _number(values, names[0]) - _number(values, names[1])
+
+
+def _number(values: dict[str, Any], name: str) -> float:
+    value = values[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise _BadRow(f"{name!r} is {value!r:.40}, must be a finite number")
+    return float(value)
+
+
+def _tools(values: dict[str, Any]) -> list[Any] | None:
+    """The row's tools: a list, or the JSON text of one (columnar files cannot hold mixed structures)."""
+    tools = values.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise _BadRow(f"'tools' is broken JSON: {error}") from None
+    if tools is not None and not isinstance(tools, list):
+        raise _BadRow(f"'tools' is of type {type(tools).__name__}, must be a list")
+    return tools
+
+
+def _mapping(values: dict[str, Any], name: str) -> dict[str, Any] | None:
+    value = values.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise _BadRow(f"{name!r} is of type {type(value).__name__}, must be an object")
+    return value

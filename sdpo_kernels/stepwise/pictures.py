@@ -1,0 +1,328 @@
+"""The pictures of a run: curves over steps, bars by stage, lines over the models M₀, M₁, ….
+
+`run_pictures(manifest, lines)` turns what a run wrote into PNG bytes, one entry a picture that has data.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from sdpo_kernels.stepwise.drawing import (
+    BAND,
+    BLUE,
+    GREY,
+    ORANGE,
+    SOFT_INK,
+    WIDTH,
+    bars,
+    beside,
+    beside_all,
+    canvas,
+    finite,
+    house_style,
+    memory_unit,
+    model_name,
+    number,
+    percent_axis,
+    render,
+    stage_axis,
+    stage_label,
+    time_unit,
+)
+
+LN2_LOSSES = ("sigmoid", "robust", "dpop", "minor_dpo")  # their loss is ln 2 while policy = reference
+
+Record = dict[str, Any]
+
+
+def run_pictures(manifest: Record, lines: Sequence[Record]) -> dict[str, bytes]:
+    """The pictures of a run as {file name: PNG bytes}, in reading order; one without data is left out.
+
+    manifest: a run's manifest.json; lines: the objects of its metrics.jsonl, by "stage/global_step".
+    """
+    stages = manifest["stages"]
+    models = scored_models(manifest)
+    with house_style():
+        figures = {
+            "loss.png": loss_picture(stages, lines),
+            "reward_margin.png": margin_picture(stages, lines),
+            "reward_accuracy.png": accuracy_picture(stages, lines),
+            "gamma_reference.png": gamma_reference_picture(stages),
+            "eval_accuracy.png": eval_accuracy_picture(models),
+            "eval_gamma.png": eval_gamma_picture(models),
+            "time.png": time_picture(stages),
+            "memory.png": memory_picture(stages),
+        }
+        return {name: render(figure) for name, figure in figures.items() if figure is not None}
+
+
+def scored_models(manifest: Record) -> list[tuple[int, Record]]:
+    """The models scored on the evaluation pairs, as (t, scores) of M_t; M_0 is the one the run began with."""
+    scored = [(0, manifest.get("initial_eval"))]
+    scored += [(stage["index"], stage.get("eval")) for stage in manifest["stages"]]
+    return [(index, scores) for index, scores in scored if scores]
+
+
+# ---- over steps ----
+
+
+def loss_picture(stages: Sequence[Record], lines: Sequence[Record]) -> Figure | None:
+    """The loss over all steps; with a line at ln 2 under the stages whose loss starts there."""
+
+    def ln2_line(ax: Axes, spans: dict[int, tuple[float, float]]) -> None:
+        losses = {stage["index"]: stage.get("loss", "sigmoid") for stage in stages}
+        known = [span for index, span in spans.items() if losses.get(index) in LN2_LOSSES]
+        for start, end in known:
+            ax.hlines(math.log(2), start, end, colors=SOFT_INK, linewidth=0.9, linestyles=(0, (4, 3)), zorder=1.5)
+        if known:
+            beside(ax, math.log(2), "ln 2", SOFT_INK)
+
+    return curve_picture(stages, lines, "loss", "Loss", "loss", ln2_line)
+
+
+def margin_picture(stages: Sequence[Record], lines: Sequence[Record]) -> Figure | None:
+    """Mean reward of the chosen minus that of the rejected answers, over all steps."""
+
+    def zero_line(ax: Axes, spans: dict[int, tuple[float, float]]) -> None:
+        ax.axhline(0, color=GREY, linewidth=0.9, zorder=1.5)
+
+    return curve_picture(stages, lines, "rewards/margins", "Reward margin", "chosen − rejected (β × nat)", zero_line)
+
+
+def accuracy_picture(stages: Sequence[Record], lines: Sequence[Record]) -> Figure | None:
+    """The share of pairs whose chosen answer has the higher reward, over all steps."""
+
+    def full_scale(ax: Axes, spans: dict[int, tuple[float, float]]) -> None:
+        ax.set_ylim(-0.02, 1.02)
+        percent_axis(ax)
+
+    return curve_picture(
+        stages, lines, "rewards/accuracies", "Reward accuracy", "pairs with chosen > rejected", full_scale
+    )
+
+
+def curve_picture(
+    stages: Sequence[Record],
+    lines: Sequence[Record],
+    key: str,
+    title: str,
+    unit: str,
+    furnish: Callable[[Axes, dict[int, tuple[float, float]]], None],
+) -> Figure | None:
+    """`key` and `eval_<key>` of the metrics over the steps, one curve a stage, and what `furnish` adds."""
+    trained, evaluated = points(lines, key), points(lines, f"eval_{key}")
+    if not trained and not evaluated:
+        return None
+    counts = [len(x) for x, _ in trained.values()]
+    window = smoothing_window(max(counts, default=0))
+    marker = "o" if sum(counts) <= 60 else None
+    parts = [f"thin: each logged step · thick: mean over {window} of them"] if window > 1 else []
+    parts += ["orange dots: evaluation"] if evaluated else []
+    figure, ax = canvas(title, " · ".join(parts) or "at each logged step", head=0.2)
+    for x, y in trained.values():
+        draw_curve(ax, x, y, window, marker)
+    for x, y in evaluated.values():
+        style: Record = {"linewidth": 1.1, "markersize": 6, "markeredgecolor": "white", "zorder": 6, "clip_on": False}
+        ax.plot(x, y, "o-", color=ORANGE, **style)
+    spans = stage_spans(lines)
+    ax.set_xlim(min(start for start, _ in spans.values()), max(end for _, end in spans.values()) + 1e-9)
+    ax.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    ax.set_xlabel("optimizer step, over all stages" if len(stages) > 1 else "optimizer step")
+    ax.set_ylabel(unit)
+    if len(stages) > 1:
+        mark_stages(ax, stages, spans)
+    furnish(ax, spans)
+    return figure
+
+
+def points(lines: Sequence[Record], key: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """{stage index: (global steps, values of `key`)}, both float64 [n]; not finite: left out."""
+    found: dict[int, list[tuple[float, float]]] = {}
+    for line in lines:
+        value = line.get(key)
+        if finite(value):
+            found.setdefault(line["stage/index"], []).append((line["stage/global_step"], value))
+    return {index: (np.array(pairs)[:, 0], np.array(pairs)[:, 1]) for index, pairs in found.items()}
+
+
+def smoothing_window(count: int) -> int:
+    """Points under the thick curve's mean: a tenth of the longest stage, odd; 1 (no thick curve) if that is short."""
+    return 1 if count < 40 else count // 20 * 2 + 1
+
+
+def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean over `window` neighbours, [n]; over the fewer there are near the ends."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    position = np.arange(len(values))
+    first = (position - window // 2).clip(min=0)
+    end = (position + window // 2 + 1).clip(max=len(values))
+    return (total[end] - total[first]) / (end - first)
+
+
+def draw_curve(ax: Axes, x: np.ndarray, y: np.ndarray, window: int, marker: str | None) -> None:
+    """One stage's curve: a pale line under its moving mean, or one plain line when `window` is 1."""
+    if window == 1:
+        marker = "o" if len(x) == 1 else marker  # a line of one point would not be seen
+        ax.plot(x, y, color=BLUE, linewidth=1.5, marker=marker, markersize=3.5, zorder=3, clip_on=False)
+        return
+    ax.plot(x, y, color=BLUE, linewidth=0.7, alpha=0.3, zorder=2)
+    ax.plot(x, moving_mean(y, window), color=BLUE, linewidth=1.9, zorder=3)
+
+
+def stage_spans(lines: Sequence[Record]) -> dict[int, tuple[float, float]]:
+    """{stage index: (global step at which it began, last logged one)}; a stage ends where the next begins."""
+    spans: dict[int, tuple[float, float]] = {}
+    for line in lines:
+        index, last = line["stage/index"], line["stage/global_step"]
+        start = last - line["step"]
+        old = spans.get(index, (start, last))
+        spans[index] = (min(old[0], start), max(old[1], last))
+    order = sorted(spans)
+    for index, following in itertools.pairwise(order):
+        spans[index] = (spans[index][0], spans[following][0])
+    return spans
+
+
+def mark_stages(ax: Axes, stages: Sequence[Record], spans: dict[int, tuple[float, float]]) -> None:
+    """Bands and rules that part the stages, and their names above the axes as far as they fit."""
+    low, high = ax.get_xlim()
+    names = {stage["index"]: stage["name"] for stage in stages}
+    for place, (index, (start, end)) in enumerate(sorted(spans.items())):
+        if place % 2:
+            ax.axvspan(start, end, color=BAND, zorder=0)
+        if place:
+            ax.axvline(start, color=GREY, linewidth=0.8, zorder=1.2)
+        room = (end - start) / max(high - low, 1) * (WIDTH - 0.9)
+        label = stage_label(index, names.get(index, ""), room, sep=" ")
+        ax.annotate(
+            label,
+            ((start + end) / 2, 1),
+            (0, 4),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            color=SOFT_INK,
+        )
+
+
+# ---- by stage and by model ----
+
+
+def gamma_reference_picture(stages: Sequence[Record]) -> Figure | None:
+    """γ of each stage's reference on that stage's pairs."""
+    return stage_bars(
+        stages,
+        "gamma_reference",
+        "γ of the reference, by stage",
+        "mean of log π(chosen) − log π(rejected) on the stage's own pairs",
+        lambda top: (1.0, "nat"),
+        BLUE,
+    )
+
+
+def time_picture(stages: Sequence[Record]) -> Figure | None:
+    """Wall time of each stage."""
+    return stage_bars(stages, "seconds", "Time, by stage", "wall clock", time_unit, GREY)
+
+
+def memory_picture(stages: Sequence[Record]) -> Figure | None:
+    """Peak memory of each stage."""
+    subtitle = "highest during each stage"
+    return stage_bars(stages, "peak_memory_bytes", "Peak memory, by stage", subtitle, memory_unit, GREY)
+
+
+def stage_bars(
+    stages: Sequence[Record],
+    key: str,
+    title: str,
+    subtitle: str,
+    unit_of: Callable[[float], tuple[float, str]],
+    color: str,
+) -> Figure | None:
+    """One bar a stage for `key` of the manifest; `unit_of` the greatest value gives (divisor, unit)."""
+    known = [stage for stage in stages if finite(stage.get(key))]
+    if not known:
+        return None
+    divisor, unit = unit_of(max(abs(stage[key]) for stage in known))
+    figure, ax = canvas(title, subtitle)
+    bars(ax, [stage["index"] for stage in known], [stage[key] / divisor for stage in known], 0.56, color)
+    stage_axis(ax, [(stage["index"], stage["name"]) for stage in stages])
+    ax.set_ylabel(unit)
+    return figure
+
+
+def eval_accuracy_picture(models: Sequence[tuple[int, Record]]) -> Figure | None:
+    """Share of evaluation pairs that M₀, M₁, … rank right, by summed and by mean log-probability."""
+    series = [("pair_accuracy", "summed log-prob", BLUE), ("pair_accuracy_per_token", "per token", GREY)]
+    title, subtitle = "Pair accuracy on the evaluation pairs", "share with π(chosen) > π(rejected)"
+    # at least 8 points on the scale: a change of one in a hundred should not look like a cliff
+    figure = model_lines(models, series, title, subtitle, "{:.1%}".format, least_span=0.08)
+    if figure is not None:
+        low, high = figure.axes[0].get_ylim()
+        figure.axes[0].set_ylim(max(low, -0.04), min(high, 1.04))
+        percent_axis(figure.axes[0])
+        figure.axes[0].set_ylabel("pairs ranked right")
+    return figure
+
+
+def eval_gamma_picture(models: Sequence[tuple[int, Record]]) -> Figure | None:
+    """γ of M₀, M₁, … on the evaluation pairs."""
+    subtitle = "mean of log π(chosen) − log π(rejected) after each stage"
+    figure = model_lines(models, [("gamma", "", BLUE)], "γ on the evaluation pairs", subtitle, number)
+    if figure is not None:
+        figure.axes[0].set_ylabel("nat")
+    return figure
+
+
+def model_lines(
+    models: Sequence[tuple[int, Record]],
+    series: Sequence[tuple[str, str, str]],
+    title: str,
+    subtitle: str,
+    write: Callable[[float], str],
+    least_span: float = 0.0,
+) -> Figure | None:
+    """Lines of (key, name, colour) over the models, named at their ends; the first has its values written."""
+    drawn = [(key, *rest) for key, *rest in series if any(finite(scores.get(key)) for _, scores in models)]
+    if not drawn:
+        return None
+    figure, ax = canvas(title, subtitle)
+    ends: list[tuple[float, str, str]] = []
+    for place, (key, name, color) in enumerate(drawn):
+        x, y = zip(*[(t, scores[key]) for t, scores in models if finite(scores.get(key))], strict=True)
+        style: Record = {"linewidth": 1.8, "markersize": 6, "markeredgecolor": "white", "zorder": 3 - 0.1 * place}
+        ax.plot(x, y, "o-", color=color, **style)
+        ends.append((y[-1], name, color))
+        if place == 0 and len(x) <= 10:
+            write_values(ax, x, y, write)
+    ax.set_xlim(models[0][0] - 0.35, models[-1][0] + 0.35)
+    ax.margins(y=0.22)
+    low, high = ax.get_ylim()
+    slack = max(0.0, least_span - (high - low)) / 2
+    ax.set_ylim(low - slack, high + slack)
+    ax.xaxis.set_major_locator(MaxNLocator(12, integer=True, min_n_ticks=1))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: model_name(round(value))))
+    ax.set_xlabel("model (M₀ before the first stage, Mₜ after stage t)")
+    beside_all(ax, ends)
+    return figure
+
+
+def write_values(ax: Axes, x: Sequence[int], y: Sequence[float], write: Callable[[float], str]) -> None:
+    """Writes each value over its point, with a white rim that keeps it readable where a line passes."""
+    for place, value in zip(x, y, strict=True):
+        weight = "bold" if place == x[-1] else "normal"
+        text = ax.annotate(
+            write(value), (place, value), (0, 8), textcoords="offset points", ha="center", fontweight=weight, zorder=5
+        )
+        text.set_path_effects([withStroke(linewidth=3, foreground="white")])

@@ -1,0 +1,87 @@
+"""Everything a run reads before it trains: data, tokenizer, tokens. Whatever is wrong with them is said here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from sdpo_kernels.stepwise.config import RunConfig, StageConfig
+from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.models import load_tokenizer
+from sdpo_kernels.stepwise.order import StageData
+from sdpo_kernels.stepwise.pairs import Pair, read_pairs, shared_pairs
+from sdpo_kernels.stepwise.progress import Reporter
+from sdpo_kernels.stepwise.tokenize import TokenizedPairs, tokenize_pairs
+
+
+@dataclass
+class Prepared:
+    """A run's input, read and checked; stages are in the order of the config."""
+
+    config: RunConfig
+    tokenizer: PreTrainedTokenizerBase
+    stages: list[StageData]
+    eval_tokens: TokenizedPairs | None
+    skipped: list[str] = field(default_factory=list)  # 'file:line: what is wrong', with on_bad_row: skip
+    warnings: list[str] = field(default_factory=list)
+
+    def say_warnings(self, reporter: Reporter) -> None:
+        """What a person should know of before training."""
+        for message in self.warnings:
+            reporter.warn(message)
+        if self.skipped:
+            reporter.warn(f"{len(self.skipped)} bad rows skipped, the first: {self.skipped[0]}")
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Read and tokenise all data of a run. UserError for whatever a person can mend."""
+    tokenizer = load_tokenizer(config)
+    prepared = Prepared(config, tokenizer, [], None)
+    named: dict[str, list[Pair]] = {}
+    for stage in config.stages:
+        pairs = _read(config, stage.data, prepared)
+        named[stage.name] = pairs
+        tokens = _tokenize(config, pairs, f"stage {stage.name}", prepared)
+        prepared.stages.append(_stage_data(stage, pairs, tokens))
+    if config.eval_data is not None:
+        named["eval_data"] = _read(config, config.eval_data, prepared)
+        prepared.eval_tokens = _tokenize(config, named["eval_data"], "eval_data", prepared)
+    prepared.warnings += shared_pairs(named)
+    return prepared
+
+
+def read_eval(config: RunConfig, sources: Sequence[str]) -> tuple[TokenizedPairs, list[str], PreTrainedTokenizerBase]:
+    """Tokenised pairs of `sources` alone, what a person should know of them, and the tokenizer."""
+    prepared = Prepared(config, load_tokenizer(config), [], None)
+    tokens = _tokenize(config, _read(config, sources, prepared), ", ".join(sources), prepared)
+    return tokens, prepared.warnings + prepared.skipped, prepared.tokenizer
+
+
+def _read(config: RunConfig, sources: Sequence[str], prepared: Prepared) -> list[Pair]:
+    data = read_pairs(sources, on_bad_row=config.on_bad_row, score_column=config.score_column)
+    prepared.skipped += data.skipped
+    if not data.pairs:
+        raise UserError(f"{', '.join(sources)}: no pair is left after {len(data.skipped)} bad rows were skipped")
+    return data.pairs
+
+
+def _tokenize(config: RunConfig, pairs: list[Pair], name: str, prepared: Prepared) -> TokenizedPairs:
+    tokens = tokenize_pairs(pairs, prepared.tokenizer, max_length=config.max_length, truncation=config.truncation)
+    prepared.warnings += [f"{name}: {warning}" for warning in tokens.warnings]
+    if tokens.dropped:
+        prepared.warnings.append(
+            f"{name}: {len(tokens.dropped)} of {len(pairs)} pairs dropped, the first: {tokens.dropped[0]}"
+        )
+    return tokens
+
+
+def _stage_data(stage: StageConfig, pairs: list[Pair], tokens: TokenizedPairs) -> StageData:
+    kept = [pairs[i] for i in tokens.kept]
+    scores = [pair.score for pair in kept]
+    with_scores = all(score is not None for score in scores)
+    return StageData(
+        stage, tokens, [pair.where for pair in kept], np.array(scores, dtype=np.float64) if with_scores else None
+    )

@@ -1,0 +1,152 @@
+"""Reference log-probs: scored once, two floats a pair, kept in a file that is never believed without its key.
+
+At a stage's start the policy is the reference, so one forward pass without gradient replaces a second resident model.
+The cache's key hashes everything a score depends on; anything off (key, count, NaN, a file that cannot be read) means
+that it is made again, and said.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from sdpo_kernels.integrations.causal_lm import unwrap
+from sdpo_kernels.stepwise.arguments import autocast_dtype
+from sdpo_kernels.stepwise.collate import Batch, Collator, PairDataset, collate_packed, make_collate_padded
+from sdpo_kernels.stepwise.config import RunConfig
+from sdpo_kernels.stepwise.files import replace_file
+from sdpo_kernels.stepwise.models import Loaded, autocast_context, load_model, weights_hash
+from sdpo_kernels.stepwise.progress import Reporter
+from sdpo_kernels.stepwise.tokenize import TokenizedPairs
+
+logger = logging.getLogger(__name__)
+
+CACHE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores pairs on the path that Trainer takes: same batches, same attention, same mixed precision."""
+
+    config: RunConfig
+    device: torch.device
+    autocast: torch.dtype | None
+    batch_size: int  # pairs
+    pad_token_id: int
+    reporter: Reporter
+
+    @classmethod
+    def of(cls, config: RunConfig, args: TrainingArguments, pad_token_id: int, reporter: Reporter) -> Scorer:
+        """A scorer for a stage with these arguments."""
+        batch_size = args.per_device_eval_batch_size
+        return cls(config, args.device, autocast_dtype(args), batch_size, pad_token_id, reporter)
+
+    def load(self, path: str) -> Loaded:
+        """The model in `path`, ready to score or to train."""
+        return load_model(path, self.config, self.device, self.autocast)
+
+    def collator(self, loaded: Loaded) -> Collator:
+        """How the model's batches are made."""
+        return collate_packed if loaded.packed else make_collate_padded(self.pad_token_id)
+
+    def score(self, loaded: Loaded, tokens: TokenizedPairs, label: str) -> Tensor:
+        """Summed log-probs [n, 2] float32 on the CPU (chosen, rejected) of every pair."""
+        model, collate = loaded.model, self.collator(loaded)
+        data = PairDataset(tokens, torch.zeros(len(tokens), 2))
+        scores = torch.empty(len(tokens), 2)
+        model.eval()
+        with self.reporter.task(label, len(tokens)) as task:
+            for start in range(0, len(tokens), self.batch_size):
+                stop = min(start + self.batch_size, len(tokens))
+                inputs = collate([data[i] for i in range(start, stop)])
+                inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+                with torch.no_grad(), autocast_context(self.device, self.autocast):
+                    sums = Batch.of(inputs).logps(model)
+                scores[start:stop] = sums.float().view(2, -1).T.cpu()
+                task.update(stop)
+        return scores
+
+    def cached(self, loaded: Loaded, model_hash: str, tokens: TokenizedPairs, label: str, path: Path) -> Tensor:
+        """As `score`, kept in `path` under a key of everything the scores depend on."""
+        config = self.config
+        key = cache_key(
+            model_hash,
+            tokens,
+            max_length=config.max_length,
+            truncation=config.truncation,
+            dtype=config.dtype,
+            autocast=self.autocast,
+            attention=unwrap(loaded.model).config._attn_implementation,  # type: ignore[union-attr]
+            packed=loaded.packed,
+        )
+        return cached_scores(path, key, len(tokens), lambda: self.score(loaded, tokens, label))
+
+    def score_path(self, path: str, tokens: TokenizedPairs, label: str, cache: Path | None = None) -> Tensor:
+        """Load the model in `path`, score, and let it go."""
+        loaded = self.load(path)
+        if cache is None:
+            return self.score(loaded, tokens, label)
+        return self.cached(loaded, weights_hash(loaded.model), tokens, label, cache)
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that padding has; what is padded is never scored, so any valid id will do."""
+    return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def cache_key(reference_hash: str, tokens: TokenizedPairs, **settings: Any) -> str:
+    """Hash of all that scores depend on: the reference's weights, the tokens after truncation, and `settings`."""
+    parts = {"version": CACHE_VERSION, "reference": reference_hash, "tokens": tokens.content_hash(), **settings}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def cached_scores(path: Path, key: str, count: int, make: Callable[[], Tensor]) -> Tensor:
+    """The scores [count, 2] in `path` where they are right in every respect, else those `make` gives, saved there."""
+    scores, reason = read_scores(path, key, count)
+    if scores is not None:
+        return scores
+    if reason:
+        logger.warning("%s is made again: %s", path.name, reason)
+    scores = make()
+    write_scores(path, scores, key)
+    return scores
+
+
+def write_scores(path: Path, scores: Tensor, key: str) -> None:
+    """Save scores [n, 2] with their key, atomically."""
+    columns = {"chosen": scores[:, 0].contiguous(), "rejected": scores[:, 1].contiguous()}
+    replace_file(path, save(columns, metadata={"key": key, "format": "sdpo_kernels reference"}))
+
+
+def read_scores(path: Path, key: str | None, count: int) -> tuple[Tensor | None, str]:
+    """(scores, "") where the file is right; (None, why) otherwise, with no reason where there simply is none.
+
+    `key` None takes any key: for files whose place says what they hold.
+    """
+    if not path.exists():
+        return None, ""
+    try:
+        with safe_open(str(path), framework="pt") as stored:
+            metadata = stored.metadata() or {}
+            columns = [stored.get_tensor(name) for name in ("chosen", "rejected")]
+    except (SafetensorError, OSError) as error:
+        return None, f"it cannot be read ({error})"
+    if key is not None and metadata.get("key") != key:
+        return None, "its key differs: the reference, the data or a setting has changed since"
+    if any(column.shape != (count,) for column in columns):
+        return None, f"it holds {columns[0].shape[0]} pairs, not {count}"
+    scores = torch.stack(columns, 1)
+    if not bool(torch.isfinite(scores).all()):
+        return None, "it holds NaN or infinite values"
+    return scores, ""

@@ -1,0 +1,150 @@
+"""The loop over stages: `run(config)` trains whatever of a run is not done yet, and says so when nothing is left.
+
+from sdpo_kernels.stepwise.config import load_config
+from sdpo_kernels.stepwise.run import run
+manifest = run(load_config("run.yaml"))
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdpo_kernels.stepwise.arguments import training_arguments
+from sdpo_kernels.stepwise.config import RunConfig, dump_config
+from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.files import replace_file
+from sdpo_kernels.stepwise.manifest import Manifest, MetricsFile, Record, host_environment
+from sdpo_kernels.stepwise.order import StageData, order_stages
+from sdpo_kernels.stepwise.prepare import Prepared, prepare
+from sdpo_kernels.stepwise.progress import Reporter
+from sdpo_kernels.stepwise.reference import Scorer, pad_token_id
+from sdpo_kernels.stepwise.report import stage_table, write_report
+from sdpo_kernels.stepwise.scores import EvalData
+from sdpo_kernels.stepwise.stage import Run, Stage, train_stage
+from sdpo_kernels.stepwise.tokenize import TokenizedPairs
+from sdpo_kernels.version import __version__
+
+
+def run(config: RunConfig, reporter: Reporter | None = None) -> Record:
+    """Train all stages of `config` that are not done, and return the manifest.
+
+    Raises:
+        UserError: whatever a person can mend, before any training where it can be known there.
+        Interrupted: after Ctrl-C or SIGTERM, once everything is saved.
+    """
+    reporter = reporter or Reporter()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("WORLD_SIZE: was above 1, must be 1: this version trains in one process")
+    prepared = prepare(config)
+    prepared.say_warnings(reporter)
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        prepared.stages = order_stages(config, prepared.stages, _ranking(prepared, folder, reporter))
+        state = _open(prepared, folder, reporter)
+        if all(stage["state"] == "done" for stage in state.manifest.stages):
+            reporter.say(f"nothing to do: all {len(state.manifest.stages)} stages in {folder} are done")
+            return state.manifest.data
+        _train(state, [Stage(state, index, data) for index, data in enumerate(prepared.stages, 1)])
+        write_report(folder)
+    reporter.say(stage_table(state.manifest.data))
+    reporter.say(f"report: {folder / 'report.html'}")
+    return state.manifest.data
+
+
+def _ranking(prepared: Prepared, folder: Path, reporter: Reporter) -> Callable[[TokenizedPairs], Tensor]:
+    """Log-probs under the initial model, for orders that need them; cached, so that a second start costs nothing."""
+    config = prepared.config
+
+    def score(tokens: TokenizedPairs) -> Tensor:
+        args = training_arguments(config, prepared.stages[0].config, folder, folder)
+        scorer = Scorer.of(config, args, pad_token_id(prepared.tokenizer), reporter)
+        cache = folder / f".order_logps_{tokens.content_hash()[:12]}.safetensors"
+        return scorer.score_path(config.model, tokens, "ranking by the initial model", cache)
+
+    return score
+
+
+def _open(prepared: Prepared, folder: Path, reporter: Reporter) -> Run:
+    """The run's state: its manifest, compared with what was read."""
+    config = prepared.config
+    environment = _environment(config)
+    header = {
+        "version": __version__,
+        "model": config.model,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "environment": environment,
+        "config": config.model_dump(mode="json"),
+    }
+    records = [_planned(config, index, stage) for index, stage in enumerate(prepared.stages, 1)]
+    manifest = Manifest.open(folder, header, records)
+    _warn_of_environment(manifest, environment, reporter)
+    replace_file(folder / "config.yaml", dump_config(config).encode())
+    eval_data = None
+    if prepared.eval_tokens is not None:
+        eval_data = EvalData(prepared.eval_tokens, folder, config.beta)
+    return Run(config, folder, prepared.tokenizer, manifest, MetricsFile(folder), reporter, eval_data)
+
+
+def _train(state: Run, stages: list[Stage]) -> None:
+    if state.eval_data is not None and state.manifest.data["initial_eval"] is None:
+        scores = state.eval_data.evaluate(state.config.model, state.folder, stages[0].scorer)
+        state.manifest.data["initial_eval"] = scores
+        state.manifest.save()
+    for stage in stages:
+        if stage.record["state"] != "done":
+            train_stage(stage)
+
+
+def _planned(config: RunConfig, index: int, stage: StageData) -> Record:
+    """A stage's record before anything is done."""
+    return {
+        "name": stage.config.name,
+        "index": index,
+        "state": "pending",
+        "pairs": len(stage.tokens),
+        "dropped": len(stage.tokens.dropped),
+        "data_hash": stage.tokens.content_hash(),
+        "accuracy_before": stage.accuracy,
+        "reference": config.reference,
+        "policy": config.policy,
+        "loss": config.loss,
+        "beta": config.stage_beta(stage.config),
+        "epochs": stage.config.epochs,
+        "eval": None,
+    }
+
+
+def _environment(config: RunConfig) -> Record:
+    device = "cuda" if torch.cuda.is_available() and not config.trainer.get("use_cpu") else "cpu"
+    return host_environment(torch.get_num_threads(), device, int(config.trainer["seed"]))
+
+
+def _warn_of_environment(manifest: Manifest, now: Record, reporter: Reporter) -> None:
+    before = manifest.data["environment"]
+    changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
+    if changed:
+        reporter.warn(
+            f"this machine differs from the one the run was started on ({', '.join(changed)}): "
+            "the run goes on, but its last bits may differ from those of a run never stopped"
+        )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[Any]:
+    """Only one process at a time works on a run; the lock goes with the process, however it ends."""
+    with (folder / ".lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{folder}: another process is working on this run") from None
+        yield

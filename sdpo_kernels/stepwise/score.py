@@ -1,0 +1,63 @@
+"""`sdpo score`: how well models rank preference pairs. Rewards are against the run's initial model."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from sdpo_kernels.stepwise.arguments import training_arguments
+from sdpo_kernels.stepwise.config import RunConfig
+from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.files import read_json
+from sdpo_kernels.stepwise.manifest import Record
+from sdpo_kernels.stepwise.order import scored_counts
+from sdpo_kernels.stepwise.prepare import read_eval
+from sdpo_kernels.stepwise.progress import Reporter
+from sdpo_kernels.stepwise.reference import Scorer, pad_token_id
+from sdpo_kernels.stepwise.scores import summarise
+
+
+def score_run(config: RunConfig, models: Sequence[str], data: Sequence[str], *, as_json: bool) -> None:
+    """Print the scores of `models` (default: the run's finished stages) on `data` (default: its eval_data)."""
+    reporter = Reporter(quiet=as_json)
+    sources = tuple(data) or config.eval_data
+    if not sources:
+        raise UserError("eval_data: is not set in the run's settings; give --data FILE")
+    tokens, warnings, tokenizer = read_eval(config, sources)
+    for warning in warnings:
+        reporter.warn(warning)
+    counts = scored_counts(tokens)
+    with tempfile.TemporaryDirectory() as folder:  # Trainer's arguments want one; nothing is written there
+        args = training_arguments(config, config.stages[0], Path(folder), Path(folder))
+    scorer = Scorer.of(config, args, pad_token_id(tokenizer), reporter)
+    reference = scorer.score_path(config.model, tokens, "initial model")
+    results = {config.model: summarise(reference, counts, None, config.beta)}
+    for path in models or _finished(config):
+        logps = scorer.score_path(path, tokens, Path(path).name)
+        results[path] = summarise(logps, counts, reference, config.beta)
+    if as_json:
+        print(json.dumps(results, indent=2))
+    else:
+        reporter.say(_table(results))
+
+
+def _finished(config: RunConfig) -> list[str]:
+    path = Path(config.output_dir) / "manifest.json"
+    stages = read_json(path)["stages"] if path.exists() else []
+    return [str(path.parent / f"stage-{s['index']}-{s['name']}") for s in stages if s["state"] == "done"]
+
+
+def _table(results: dict[str, Record]) -> Table:
+    table = Table(title="scores")
+    table.add_column("model")
+    for title in ("pairs", "pair accuracy", "per token", "reward accuracy", "reward margin", "γ (nat)"):
+        table.add_column(title, justify="right")
+    for path, scores in results.items():
+        keys = ("pair_accuracy", "pair_accuracy_per_token", "reward_accuracy", "reward_margin", "gamma")
+        cells = ["–" if scores[key] is None else f"{scores[key]:.3f}" for key in keys]
+        table.add_row(Path(path).name, f"{scores['pairs']:,}", *cells)
+    return table

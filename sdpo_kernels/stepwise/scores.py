@@ -1,0 +1,67 @@
+"""How well a model ranks pairs: accuracy by log-probs, and reward accuracy and margin against a reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sdpo_kernels.stepwise.collate import PairDataset
+from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.manifest import Record
+from sdpo_kernels.stepwise.order import scored_counts
+from sdpo_kernels.stepwise.reference import Scorer, read_scores
+from sdpo_kernels.stepwise.tokenize import TokenizedPairs
+
+EVAL_FILE = "eval_logps.safetensors"
+
+
+def summarise(logps: Tensor, counts: Tensor, reference: Tensor | None, beta: float) -> Record:
+    """Scores of log-probs [n, 2] (chosen, rejected): shares, γ in nats, and rewards where a reference is given."""
+    margin = (logps[:, 0] - logps[:, 1]).double()
+    per_token = logps.double() / counts
+    scores: Record = {
+        "pairs": len(logps),
+        "pair_accuracy": _share(margin > 0),
+        "pair_accuracy_per_token": _share(per_token[:, 0] > per_token[:, 1]),
+        "gamma": float(margin.mean()),
+        "reward_accuracy": None,
+        "reward_margin": None,
+    }
+    if reference is not None:
+        rewards = beta * (logps.double() - reference.double())
+        scores["reward_accuracy"] = _share(rewards[:, 0] > rewards[:, 1])
+        scores["reward_margin"] = float((rewards[:, 0] - rewards[:, 1]).mean())
+    return scores
+
+
+def _share(right: Tensor) -> float:
+    return float(right.double().mean())
+
+
+@dataclass
+class EvalData:
+    """The evaluation pairs of a run; each model's log-probs on them lie in its folder, M_0's in the run's own."""
+
+    tokens: TokenizedPairs
+    folder: Path
+    beta: float
+
+    def evaluate(self, model: str, folder: Path, scorer: Scorer) -> Record:
+        """Scores of `model`, whose log-probs are kept in `folder`; rewards are against the initial model."""
+        logps = scorer.score_path(model, self.tokens, "evaluation", folder / EVAL_FILE)
+        reference = None if folder == self.folder else self._stored(self.folder)
+        return summarise(logps, scored_counts(self.tokens), reference, self.beta)
+
+    def dataset(self, reference: Path | None) -> PairDataset:
+        """The pairs with the log-probs that lie in the folder `reference`; zeros for no reference."""
+        logps = torch.zeros(len(self.tokens), 2) if reference is None else self._stored(reference)
+        return PairDataset(self.tokens, logps)
+
+    def _stored(self, folder: Path) -> Tensor:
+        logps, reason = read_scores(folder / EVAL_FILE, None, len(self.tokens))
+        if logps is None:
+            raise UserError(f"{folder / EVAL_FILE}: {reason or 'is missing'}; delete that folder to make it again")
+        return logps

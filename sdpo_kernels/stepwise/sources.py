@@ -1,0 +1,172 @@
+"""Rows out of preference-data sources: .jsonl, .jsonl.gz, .json, .parquet, or a data set of the Hugging Face hub.
+
+`read_rows(source, columns)` yields one `Row` a record with the place it stands at ('data.jsonl:17'); what the rows
+mean is `pairs.py`'s business. A record that cannot be decoded is yielded with its `problem`; a source that cannot be
+read at all is a UserError.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sdpo_kernels.stepwise.errors import UserError
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?::(?P<split>[\w.+\[\]%:-]+))?")
+
+
+class Row(NamedTuple):
+    """One record: where it stands, and either its values or what is wrong with it."""
+
+    where: str
+    values: dict[str, Any]
+    problem: str | None = None
+
+
+def is_file_source(source: str) -> bool:
+    """Whether `source` is meant as a local file rather than as 'org/name' or 'org/name:split' on the hub."""
+    path = os.path.expanduser(source)
+    if os.path.exists(path) or _reader_of(path) or not _HUB_NAME.fullmatch(source):
+        return True
+    return os.path.isdir(
+        os.path.dirname(path)
+    )  # 'data/x.jsnol' beside an existing data/ is a mistyped file, not a hub name
+
+
+def read_rows(source: str, columns: list[str]) -> Iterator[Row]:
+    """The rows of one source in order. `columns` are all that columnar files need to load."""
+    if not is_file_source(source):
+        yield from _hub_rows(source, columns)
+        return
+    path = os.path.expanduser(source)
+    reader = _reader_of(path)
+    if not os.path.exists(path):
+        raise UserError(f"{source}: no such file")
+    if os.path.isdir(path):
+        raise UserError(f"{source}: is a folder, must be a file ({', '.join(_READERS)})")
+    if reader is None:
+        raise UserError(f"{source}: unknown kind of file, must end in {', '.join(_READERS)}")
+    try:
+        yield from reader(Path(path), source, columns)
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read: {error.strerror or error}") from error
+
+
+def _reader_of(path: str) -> Callable[[Path, str, list[str]], Iterator[Row]] | None:
+    return next((reader for suffix, reader in _READERS.items() if path.lower().endswith(suffix)), None)
+
+
+def _json_lines(path: Path, source: str, columns: list[str]) -> Iterator[Row]:
+    with path.open("rb") as file:
+        yield from _parse_lines(file, source)
+
+
+def _zipped_json_lines(path: Path, source: str, columns: list[str]) -> Iterator[Row]:
+    try:
+        with gzip.open(path, "rb") as file:
+            yield from _parse_lines(file, source)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{source}: is not a whole gzip file: {error}") from error
+
+
+def _parse_lines(file: Iterable[bytes], source: str) -> Iterator[Row]:
+    """JSON lines read by hand for their numbers; blank lines are passed over, a byte order mark is tolerated."""
+    for number, line in enumerate(file, start=1):
+        where = f"{source}:{number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            yield Row(where, {}, f"is not UTF-8 (byte {error.start} of the line is 0x{line[error.start]:02x})")
+            continue
+        if text.strip():
+            yield _parse_row(where, text.rstrip("\r\n"))
+
+
+def _parse_row(where: str, text: str) -> Row:
+    try:
+        return _row(where, json.loads(text))
+    except json.JSONDecodeError as error:
+        return Row(where, {}, f"broken JSON: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, nesting too deep
+        return Row(where, {}, f"broken JSON: {error}")
+
+
+def _json_list(path: Path, source: str, columns: list[str]) -> Iterator[Row]:
+    try:
+        records = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source}: is not UTF-8 (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        hint = " (one object a line? then name it .jsonl)" if error.msg == "Extra data" else ""
+        raise UserError(f"{source}:{error.lineno}: broken JSON: {error.msg}{hint}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source}: broken JSON: {error}") from None
+    if not isinstance(records, list):
+        raise UserError(f"{source}: holds {_kind(records)}, must hold a list of objects")
+    for number, record in enumerate(records, start=1):
+        yield _row(f"{source}:row {number}", record)
+
+
+def _row(where: str, record: Any) -> Row:
+    if not isinstance(record, dict):
+        return Row(where, {}, f"is {_kind(record)}, must be an object with chosen and rejected")
+    return Row(where, record)
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _parquet(path: Path, source: str, columns: list[str]) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            present = [name for name in columns if name in file.schema_arrow.names]
+            for batch in file.iter_batches(columns=present):
+                for index in range(batch.num_rows):
+                    number += 1
+                    yield _record_of(batch, index, f"{source}:row {number}")
+    except pa.ArrowException as error:
+        raise UserError(f"{source}: is not a readable Parquet file: {str(error).splitlines()[0]}") from error
+
+
+def _record_of(batch: Any, index: int, where: str) -> Row:
+    names = batch.schema.names
+    try:
+        return Row(where, {name: batch.column(at)[index].as_py() for at, name in enumerate(names)})
+    except UnicodeDecodeError as error:
+        return Row(where, {}, f"is not UTF-8 (byte {error.start} of a string)")
+
+
+def _hub_rows(source: str, columns: list[str]) -> Iterator[Row]:
+    import datasets
+
+    name, _, split = source.partition(":")
+    try:
+        dataset = datasets.load_dataset(name, split=split or "train")
+    except Exception as error:  # a network, a missing set, a missing split, a broken file: each has its own class
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"{source}: no such file, and not loadable from the hub: {type(error).__name__}: {reason}"
+        ) from error
+    present = [column for column in columns if column in dataset.column_names]
+    for number, record in enumerate(dataset.select_columns(present), start=1):
+        yield Row(f"{source}:row {number}", record)
+
+
+_READERS: dict[str, Callable[[Path, str, list[str]], Iterator[Row]]] = {
+    ".jsonl": _json_lines,
+    ".jsonl.gz": _zipped_json_lines,
+    ".json": _json_list,
+    ".parquet": _parquet,
+}

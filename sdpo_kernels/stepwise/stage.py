@@ -1,0 +1,240 @@
+"""One stage: score the references, check the start, train, and leave a finished folder.
+
+While a stage is in progress everything of it lies in a hidden folder of the run; its finished folder appears in one
+rename. Nothing but one model, its optimiser and two cached floats a pair is resident.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
+
+from sdpo_kernels.integrations.causal_lm import check_head
+from sdpo_kernels.stepwise.arguments import training_arguments
+from sdpo_kernels.stepwise.checkpoints import latest_checkpoint
+from sdpo_kernels.stepwise.checks import StartGuard, cache_tolerance
+from sdpo_kernels.stepwise.collate import PairDataset
+from sdpo_kernels.stepwise.config import RunConfig
+from sdpo_kernels.stepwise.errors import Interrupted, UserError
+from sdpo_kernels.stepwise.files import empty_folder, publish_folder, read_json, remove_folder, replace_file
+from sdpo_kernels.stepwise.manifest import Manifest, MetricsFile, Record
+from sdpo_kernels.stepwise.model_card import model_card
+from sdpo_kernels.stepwise.models import Loaded, add_adapter, merge_adapter, release_memory, weights_hash
+from sdpo_kernels.stepwise.order import StageData
+from sdpo_kernels.stepwise.progress import Reporter, peak_memory_bytes, reset_peak_memory
+from sdpo_kernels.stepwise.reference import Scorer, pad_token_id, write_scores
+from sdpo_kernels.stepwise.scores import EvalData
+from sdpo_kernels.stepwise.trainer import MetricsWriter, ProgressShower, StageTrainer, StopOnSignal
+
+RECORD = "stage.json"  # a finished stage's record, inside its folder
+REFERENCE_FILE = "reference_logps.safetensors"
+
+
+@dataclass
+class Run:
+    """What all stages of a run share."""
+
+    config: RunConfig
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    manifest: Manifest
+    metrics: MetricsFile
+    reporter: Reporter
+    eval_data: EvalData | None
+
+    def stage_folder(self, index: int) -> Path:
+        """Where the finished stage `index` (from 1) lies."""
+        return self.folder / f"stage-{index}-{self.manifest.stages[index - 1]['name']}"
+
+
+class Stage:
+    """One stage of a run, `index` from 1."""
+
+    def __init__(self, run: Run, index: int, data: StageData) -> None:
+        self.run, self.index, self.data = run, index, data
+        self.name = data.config.name
+        self.folder = run.stage_folder(index)
+        self.work = run.folder / f".{self.folder.name}"  # where it lies while it is made
+        self.args: TrainingArguments = training_arguments(
+            run.config, data.config, self.work, run.folder / "tensorboard" / self.folder.name
+        )
+        self.scorer = Scorer.of(run.config, self.args, pad_token_id(run.tokenizer), run.reporter)
+
+    @property
+    def record(self) -> Record:
+        """Its record in the manifest."""
+        return self.run.manifest.stages[self.index - 1]
+
+    def update(self, values: Record) -> None:
+        """Change its record in the manifest."""
+        self.run.manifest.update_stage(self.index, values)
+
+    def model_before(self, which: str) -> str:
+        """The model that `previous` or `initial` names at this stage's start."""
+        if which == "initial" or self.index == 1:
+            return self.run.config.model
+        return str(self.run.stage_folder(self.index - 1))
+
+    @property
+    def starts_as_reference(self) -> bool:
+        """Whether the policy is its own reference at the stage's start."""
+        config = self.run.config
+        return config.reference != "none" and self.model_before(config.policy) == self.model_before(config.reference)
+
+
+def train_stage(stage: Stage) -> None:
+    """Bring a stage from wherever it is to its finished folder and its `done` in the manifest."""
+    if (stage.folder / RECORD).exists():  # killed between the rename and the manifest's last write
+        stage.update(read_json(stage.folder / RECORD))
+        remove_folder(stage.work)
+        return
+    started = time.monotonic()
+    reset_peak_memory()
+    stage.work.mkdir(parents=True, exist_ok=True)
+    checkpoint = latest_checkpoint(stage.work)
+    set_seed(stage.args.seed)
+    trainer, ref_logps = _prepare_trainer(stage)
+    step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+    stage.run.metrics.rewind(stage.index, step)
+    if checkpoint is not None:
+        trainer.guard = None  # the policy has left its start
+        stage.run.reporter.say(f"stage {stage.name}: going on at step {step}")
+    _fit(stage, trainer, checkpoint)
+    lines = stage.run.metrics.of_stage(stage.index)
+    record = stage.record | {
+        "state": "done",
+        "steps": trainer.state.global_step,
+        "first_loss": lines[0]["loss"],
+        "last_loss": lines[-1]["loss"],
+        "resumed_at_step": step or None,
+        "seconds": round(time.monotonic() - started, 3),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    staging = _save(stage, trainer, ref_logps)
+    del trainer
+    release_memory()
+    _finish(stage, staging, record)
+
+
+def _prepare_trainer(stage: Stage) -> tuple[StageTrainer, Tensor]:
+    """The trainer at the stage's start, its references scored and its head checked."""
+    config = stage.run.config
+    loaded, ref_logps, found = _references(stage)
+    stage.update({"state": "training", **found})
+    if config.lora is not None:
+        add_adapter(loaded, config.lora)
+    _check_head(stage, loaded)
+    tolerance = cache_tolerance(loaded.by_sequence, stage.scorer.autocast, next(loaded.model.parameters()).dtype)
+    guard = StartGuard(stage.name, stage.data.where, config.loss, tolerance) if stage.starts_as_reference else None
+    eval_dataset = None
+    if stage.run.eval_data is not None and stage.args.eval_strategy != "no":
+        eval_dataset = stage.run.eval_data.dataset(_eval_reference(stage))
+    trainer = StageTrainer(
+        loss={"loss_type": config.loss, "beta": config.stage_beta(stage.data.config), **config.loss_options},
+        guard=guard,
+        stage=stage.name,
+        model=loaded.model,
+        args=stage.args,
+        train_dataset=PairDataset(stage.data.tokens, ref_logps),
+        eval_dataset=eval_dataset,
+        data_collator=stage.scorer.collator(loaded),
+        processing_class=stage.run.tokenizer,
+    )
+    return trainer, ref_logps
+
+
+def _references(stage: Stage) -> tuple[Loaded, Tensor, Record]:
+    """The policy's starting model, the reference's log-probs [n, 2] and what the manifest keeps of them."""
+    config, tokens = stage.run.config, stage.data.tokens
+    policy_path = stage.model_before(config.policy)
+    if config.reference == "none":
+        none: Record = {"reference_hash": None, "gamma_reference": None, "score_seconds": 0.0}
+        return stage.scorer.load(policy_path), torch.zeros(len(tokens), 2), none
+    reference_path = stage.model_before(config.reference)
+    loaded = stage.scorer.load(reference_path)
+    started = time.monotonic()
+    reference_hash = weights_hash(loaded.model)
+    label = f"stage {stage.index} {stage.name}: references"
+    scores = stage.scorer.cached(loaded, reference_hash, tokens, label, stage.work / REFERENCE_FILE)
+    found = {
+        "reference_hash": reference_hash,
+        "gamma_reference": float((scores[:, 0] - scores[:, 1]).double().mean()),
+        "score_seconds": round(time.monotonic() - started, 3),
+    }
+    if policy_path != reference_path:
+        del loaded
+        release_memory()
+        loaded = stage.scorer.load(policy_path)
+    return loaded, scores, found
+
+
+def _check_head(stage: Stage, loaded: Loaded) -> None:
+    sequence = stage.data.tokens[0].chosen.ids
+    try:
+        check_head(loaded.model, torch.from_numpy(sequence.astype("int64")).to(stage.args.device))
+    except ValueError as error:
+        raise UserError(f"stage {stage.name}: {error}") from error
+
+
+def _eval_reference(stage: Stage) -> Path | None:
+    """Where the evaluation pairs' log-probs under this stage's reference lie; None for no reference."""
+    reference = stage.run.config.reference
+    if reference == "none":
+        return None
+    return stage.run.folder if reference == "initial" or stage.index == 1 else stage.run.stage_folder(stage.index - 1)
+
+
+def _fit(stage: Stage, trainer: StageTrainer, checkpoint: Path | None) -> None:
+    """Train to the stage's end, or raise Interrupted after a signal, saved."""
+    stop = StopOnSignal()
+    trainer.add_callback(stop)
+    steps_before = sum(record["steps"] for record in stage.run.manifest.stages[: stage.index - 1])
+    trainer.add_callback(MetricsWriter(stage.run.metrics, stage.name, stage.index, steps_before))
+    label = f"stage {stage.index} {stage.name}"
+    with stage.run.reporter.task(label, trainer.planned_steps()) as task, stop.installed():
+        trainer.add_callback(ProgressShower(task, trainer))
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.require_finite()
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(
+            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} of stage {stage.name}, saved; "
+            "the same command goes on from there"
+        )
+
+
+def _save(stage: Stage, trainer: StageTrainer, ref_logps: Tensor) -> Path:
+    """A hidden folder with everything a finished stage holds but its card and its record."""
+    staging = empty_folder(stage.work / "finished")
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    if stage.run.config.lora is not None:
+        model.save_pretrained(staging / "adapter")
+        base = stage.model_before(stage.run.config.policy)
+        model = merge_adapter(base, staging / "adapter", stage.run.config)
+    model.save_pretrained(staging)
+    stage.run.tokenizer.save_pretrained(staging)
+    cache = stage.work / REFERENCE_FILE
+    if stage.run.config.reference == "none":
+        write_scores(staging / REFERENCE_FILE, ref_logps, key="reference: none")
+    else:
+        shutil.copyfile(cache, staging / REFERENCE_FILE)
+    return staging
+
+
+def _finish(stage: Stage, staging: Path, record: Record) -> None:
+    """Evaluate what was saved, publish the folder, and say so in the manifest."""
+    if stage.run.eval_data is not None:
+        record["eval"] = stage.run.eval_data.evaluate(str(staging), staging, stage.scorer)
+    replace_file(staging / "README.md", model_card(stage.run.config, record).encode())
+    replace_file(staging / RECORD, (json.dumps(record, indent=2) + "\n").encode())
+    remove_folder(stage.folder)
+    publish_folder(staging, stage.folder)
+    stage.update(record)
+    remove_folder(stage.work)

@@ -1,0 +1,251 @@
+"""Token ids of preference pairs, exactly as TRL 1.16's DPOTrainer makes them, in flat arrays.
+
+    tokens = tokenize_pairs(pairs, tokenizer, max_length=1024, truncation="keep_start")
+    tokens[0].chosen.ids, tokens[0].chosen.prompt_length        # int32 array, how many of them are prompt
+
+The prompt and prompt + completion are tokenised apart; the completion starts where the two first differ. Plain strings
+get the tokenizer's EOS at their end, conversations the chat template (with the generation prompt after the prompt).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.pairs import Pair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CHUNK = 1000  # pairs tokenised in one call: fast tokenizers run a call's texts in parallel
+
+
+class TokenizedSequence(NamedTuple):
+    """One prompt with one completion: `ids` [T] int32, of which the first `prompt_length` are not scored."""
+
+    ids: NDArray[np.int32]
+    prompt_length: int
+
+
+class TokenizedPair(NamedTuple):
+    """The two sequences of a pair."""
+
+    chosen: TokenizedSequence
+    rejected: TokenizedSequence
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedPairs:
+    """Tokenised pairs as flat arrays; sequence 2i is the chosen and 2i + 1 the rejected one of pair i.
+
+    ids             [tokens] int32
+    offsets         [2n + 1] int64, where each sequence starts in `ids`
+    prompt_lengths  [2n] int32, after truncation
+    kept            [n] int64, the place of each pair in the list that was tokenised
+    dropped         one 'file:line: why' for each pair that truncation left without a scored token
+    warnings        what a person should know of; does not enter `content_hash`
+    """
+
+    ids: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    prompt_lengths: NDArray[np.int32]
+    kept: NDArray[np.int64]
+    dropped: list[str]
+    warnings: list[str]
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, index: int) -> TokenizedPair:
+        """The pair at `index` (negative counts from the end); its arrays are views."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index: was {index}, must be below {len(self)}")
+        first = 2 * (int(index) % len(self))
+        return TokenizedPair(self._sequence(first), self._sequence(first + 1))
+
+    def _sequence(self, number: int) -> TokenizedSequence:
+        start, end = self.offsets[number], self.offsets[number + 1]
+        return TokenizedSequence(self.ids[start:end], int(self.prompt_lengths[number]))
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each sequence, [n, 2]: chosen, rejected."""
+        return np.diff(self.offsets).reshape(-1, 2)
+
+    def take(self, indices: NDArray[np.int64]) -> TokenizedPairs:
+        """The pairs at `indices`, in that order; what was dropped or warned of stays behind."""
+        sequences = [sequence for index in indices for sequence in self[int(index)]]
+        return _flatten(sequences, [int(self.kept[i]) for i in indices], [], [])
+
+    @staticmethod
+    def concatenate(parts: Sequence[TokenizedPairs]) -> TokenizedPairs:
+        """The pairs of `parts` one after the other; `kept` is no longer a place in one list and counts from 0."""
+        sequences = [
+            sequence for part in parts for pair in map(part.__getitem__, range(len(part))) for sequence in pair
+        ]
+        dropped = [text for part in parts for text in part.dropped]
+        return _flatten(sequences, list(range(len(sequences) // 2)), dropped, [])
+
+    def content_hash(self) -> str:
+        """sha256 over ids, offsets and prompt lengths: equal exactly where training sees the same tokens."""
+        digest = hashlib.sha256()
+        for array in (self.ids, self.offsets, self.prompt_lengths):
+            digest.update(f"{array.dtype.str}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+
+class _RawPair(NamedTuple):
+    """Token ids of one pair before truncation."""
+
+    prompt: list[int]
+    chosen: list[int]  # prompt and completion
+    rejected: list[int]
+
+
+def tokenize_pairs(
+    pairs: Sequence[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    truncation: Literal["keep_start", "keep_end"],
+) -> TokenizedPairs:
+    """Tokenise `pairs`; a sequence over `max_length` tokens keeps its first or its last ones.
+
+    A pair of which either sequence is left without a scored token is dropped and listed. UserError: plain strings with
+    a tokenizer without EOS, a conversation with one without chat template, a template that refuses a conversation, a
+    `max_length` that leaves no pair at all.
+    """
+    _check_tokenizer(pairs, tokenizer)
+    sequences: list[TokenizedSequence] = []
+    kept: list[int] = []
+    dropped: list[str] = []
+    diverging: list[str] = []
+    for index, raw in enumerate(_raw_pairs(pairs, tokenizer)):
+        pair = pairs[index]
+        prompt_length = min(_common_prefix(raw.prompt, raw.chosen), _common_prefix(raw.prompt, raw.rejected))
+        if prompt_length < len(raw.prompt):
+            diverging.append(pair.where)
+        cut = [_truncate(ids, prompt_length, max_length, truncation) for ids in (raw.chosen, raw.rejected)]
+        reason = _unscored(cut, raw, prompt_length, max_length)
+        if reason:
+            dropped.append(f"{pair.where}: {reason}")
+        else:
+            kept.append(index)
+            sequences += cut
+    if pairs and not kept:
+        raise UserError(f"max_length: was {max_length}, which leaves none of {len(pairs)} pairs; first: {dropped[0]}")
+    return _flatten(sequences, kept, dropped, _divergence_warning(diverging, len(pairs)))
+
+
+def _check_tokenizer(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> None:
+    name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+    plain = next((pair for pair in pairs if not pair.is_conversational), None)
+    if plain is not None and tokenizer.eos_token is None:
+        raise UserError(f"{plain.where}: plain text needs an end token, and the tokenizer {name} has no eos_token")
+    chat = next((pair for pair in pairs if pair.is_conversational), None)
+    if chat is not None and not tokenizer.chat_template:
+        raise UserError(f"{chat.where}: is a conversation, and the tokenizer {name} has no chat template")
+
+
+def _raw_pairs(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> Iterable[_RawPair]:
+    """The ids of each pair in order, tokenised `_CHUNK` pairs at a time."""
+    for start in range(0, len(pairs), _CHUNK):
+        chunk = pairs[start : start + _CHUNK]
+        raw: dict[int, _RawPair] = {}
+        for conversational in (False, True):
+            members = [i for i, pair in enumerate(chunk) if pair.is_conversational == conversational]
+            render = _render_chat if conversational else _render_plain
+            texts = [text for i in members for text in render(chunk[i], tokenizer)]
+            if not texts:
+                continue
+            # A chat template writes the special tokens itself. verbose=False: no remark on model_max_length, which
+            # is answered by max_length here.
+            ids = tokenizer(texts, add_special_tokens=not conversational, verbose=False)["input_ids"]
+            for place, i in enumerate(members):
+                raw[i] = _RawPair(*ids[3 * place : 3 * place + 3])
+        yield from (raw[i] for i in range(len(chunk)))
+
+
+def _render_plain(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """prompt, prompt + chosen, prompt + rejected."""
+    eos: Any = tokenizer.eos_token
+    answers = [text if text.endswith(eos) else text + eos for text in (str(pair.chosen), str(pair.rejected))]
+    prompt = str(pair.prompt)
+    return [prompt, *(prompt + answer for answer in answers)]
+
+
+def _render_chat(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The same three through the chat template."""
+    options: dict[str, Any] = {"tokenize": False, "tools": pair.tools, **(pair.chat_template_kwargs or {})}
+    prompt: Any = pair.prompt
+    render: Any = tokenizer.apply_chat_template
+    try:
+        return [
+            render(prompt, add_generation_prompt=True, **options),
+            render(prompt + pair.chosen, **options),
+            render(prompt + pair.rejected, **options),
+        ]
+    except Exception as error:  # a template is a program of the tokenizer's author: it raises what it likes
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"{pair.where}: the tokenizer's chat template refuses it: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def _common_prefix(ids: list[int], other: list[int]) -> int:
+    """How many leading tokens the two have in common."""
+    if other[: len(ids)] == ids:  # nearly always, and compared at C speed
+        return len(ids)
+    return next((at for at, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b), min(len(ids), len(other)))
+
+
+def _truncate(
+    ids: list[int], prompt_length: int, max_length: int, truncation: Literal["keep_start", "keep_end"]
+) -> TokenizedSequence:
+    excess = max(0, len(ids) - max_length)
+    if truncation == "keep_start":
+        return TokenizedSequence(np.asarray(ids[:max_length], dtype=np.int32), min(prompt_length, max_length))
+    return TokenizedSequence(np.asarray(ids[excess:], dtype=np.int32), max(0, prompt_length - excess))
+
+
+def _unscored(cut: list[TokenizedSequence], raw: _RawPair, prompt_length: int, max_length: int) -> str | None:
+    """Why a pair has nothing to score, or None. A first token is never scored: nothing stands before it."""
+    for name, sequence, ids in zip(("chosen", "rejected"), cut, (raw.chosen, raw.rejected), strict=True):
+        if len(sequence.ids) > max(1, sequence.prompt_length):
+            continue
+        if len(ids) > max(1, prompt_length):
+            return f"max_length {max_length} leaves nothing of {name} after a prompt of {prompt_length} tokens"
+        return f"{name} has no token to score after its prompt of {prompt_length} tokens"
+    return None
+
+
+def _divergence_warning(diverging: list[str], total: int) -> list[str]:
+    if not diverging:
+        return []
+    return [
+        f"{len(diverging)} of {total} pairs (the first is {diverging[0]}): the tokenised prompt is not the start of "
+        "the tokenised prompt + completion; the completion begins where they part, so the model is trained on a "
+        "context that differs from the one at inference. End the prompt on a token boundary, or mend the chat template"
+    ]
+
+
+def _flatten(
+    sequences: list[TokenizedSequence], kept: list[int], dropped: list[str], warnings: list[str]
+) -> TokenizedPairs:
+    offsets = np.zeros(len(sequences) + 1, dtype=np.int64)
+    np.cumsum([len(sequence.ids) for sequence in sequences], out=offsets[1:])
+    return TokenizedPairs(
+        ids=np.concatenate([np.zeros(0, np.int32), *(sequence.ids for sequence in sequences)], dtype=np.int32),
+        offsets=offsets,
+        prompt_lengths=np.array([sequence.prompt_length for sequence in sequences], dtype=np.int32),
+        kept=np.array(kept, dtype=np.int64),
+        dropped=dropped,
+        warnings=warnings,
+    )

@@ -1,0 +1,28 @@
+"""What all tests share: thread count, hypothesis profiles and the folder of real data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+# torch is slow at its first call and machines are noisy: no deadline. HYPOTHESIS_PROFILE=search draws new examples.
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.register_profile("search", deadline=None, max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The real preference data beside the checkout, `../shared/data`."""
+    if not DATA.is_dir():
+        pytest.skip(f"no real data at {DATA}")
+    return DATA

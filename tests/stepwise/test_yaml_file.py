@@ -1,0 +1,75 @@
+"""YAML 1.2 in and out: files that hold no settings, and that anything written reads back equal."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.yaml_file import read_settings, write_settings
+
+
+@pytest.fixture(autouse=True)
+def _in_a_fresh_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def write(text: str | bytes) -> str:
+    Path("run.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return "run.yaml"
+
+
+def refusal(path: str) -> str:
+    with pytest.raises(UserError) as raised:
+        read_settings(path)
+    return str(raised.value)
+
+
+FILES = [
+    ("", "run.yaml: is empty, must hold at least model, output_dir and stages"),
+    ("# only a remark\n", "run.yaml: is empty"),
+    ("- a\n- b\n", "run.yaml: holds a list, must hold keys such as 'model: …' at the top"),
+    ("just text", "run.yaml: holds a single value ('just text')"),
+    ("a: [1\nb: 2\n", "run.yaml:2: is not valid YAML: "),
+    ("a: 1\n\tb: 2\n", "run.yaml:2: is not valid YAML: found character '\\t' that cannot start any token"),
+    ("a: 1\nb: 2\na: 3\n", "run.yaml:3: is not valid YAML: the key 'a' is given twice"),
+    ("t:\n  lr: 1\n  lr: 2\n", "run.yaml:3: is not valid YAML: the key 'lr' is given twice"),
+    ("a: !!python/name:os.system\n", "run.yaml:1: is not valid YAML: could not determine a constructor"),
+    ("a: " + "9" * 5000, "run.yaml:1: is not valid YAML: Exceeds the limit"),
+    ("a: " + "[" * 5000, "run.yaml: is not valid YAML: "),
+    (b"a: \xff\n", "run.yaml: is not UTF-8 text (byte 3)"),
+    (b"a: \x00\n", "run.yaml: is not valid YAML: unacceptable character"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), FILES, ids=[repr(expected) for _, expected in FILES])
+def test_a_file_that_is_no_mapping_is_one_clear_line(text, expected):
+    message = refusal(write(text))
+    assert message.startswith(expected)
+    assert "\n" not in message
+
+
+def test_missing_file_and_folder(tmp_path):
+    assert refusal(str(tmp_path / "none.yaml")) == f"{tmp_path}/none.yaml: no such file"
+    assert refusal(str(tmp_path)) == f"{tmp_path}: is a folder, must be a YAML file"
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=12)
+KEYS = st.text(max_size=8) | st.sampled_from(["no", "1e-5", "null", "<<", "010", "0x1", "~", "1_000", "12:30:45", "="])
+TREES = st.dictionaries(
+    KEYS,
+    st.recursive(
+        SCALARS | KEYS, lambda t: st.lists(t, max_size=3) | st.dictionaries(KEYS, t, max_size=3), max_leaves=6
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(tree=TREES)
+@example(tree={"breaks of Unicode": "a\x85b\u2028c\u2029d\ufeffe", "\x85": ["\x85"]})
+def test_any_plain_settings_survive_writing_and_reading(tree):
+    text = write_settings(tree)
+    assert read_settings(write(text)) == tree

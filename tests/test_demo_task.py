@@ -1,0 +1,278 @@
+"""The demo's own parts: task, tokenizer, warm-up, preference pairs, evaluation and tables."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from pathlib import Path
+from string import ascii_lowercase
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from examples.demo.evaluate import answer_logps, difference, exactly_right, pair_gammas
+from examples.demo.generate import write_answers
+from examples.demo.model import build_model, build_tokenizer, load, save
+from examples.demo.preferences import is_wrong_word, preference_pairs, read_pairs, write_pairs
+from examples.demo.sft import NOT_SCORED, answer_tensors, warm_up
+from examples.demo.task import SOURCES, SPLITS, Problem, draw_words, split_of, warmup_corpus
+from sdpo_kernels.stepwise.pairs import read_pairs as driver_reads
+from sdpo_kernels.stepwise.tokenize import tokenize_pairs
+
+words = st.text(ascii_lowercase, min_size=2, max_size=9)
+sources = st.sampled_from(SOURCES)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def novice(tokenizer):
+    """A model after a few steps of warm-up: it writes words that end, nearly all of them wrong."""
+    model = build_model(tokenizer, seed=0)
+    warm_up(model, tokenizer, warmup_corpus(64 * 60, seed=0), batch_size=64, learning_rate=3e-3)
+    return model
+
+
+# ---- the task ----
+
+
+@given(words)
+def test_the_answer_has_the_same_letters_in_rising_order(word: str) -> None:
+    answer = Problem(word).answer
+    assert Counter(answer) == Counter(word)
+    assert all(before <= after for before, after in itertools.pairwise(answer))
+
+
+@given(words)
+def test_only_the_answer_is_right(word: str) -> None:
+    problem = Problem(word)
+    assert problem.is_right(problem.answer)
+    assert not problem.is_right(problem.answer + problem.answer[-1])
+    assert not problem.is_right(problem.answer[:-1])
+    assert problem.is_right(problem.answer[::-1]) == (len(set(word)) == 1)
+
+
+@given(words)
+def test_the_careless_answer_is_right_exactly_where_the_last_letter_is_the_greatest(word: str) -> None:
+    problem = Problem(word)
+    assert problem.careless[-1] == word[-1]
+    assert Counter(problem.careless) == Counter(word)
+    assert problem.is_right(problem.careless) == (word[-1] == max(word))
+
+
+@given(sources, st.sampled_from(SPLITS), st.integers(0, 40), st.integers(0, 10_000))
+def test_drawn_words_are_different_belong_to_the_split_and_are_drawn_again_alike(source, split, count, seed) -> None:
+    problems = draw_words(source, split, count, seed)
+    assert len({problem.word for problem in problems}) == count
+    assert all(len(problem.word) == source.letters and split_of(problem.word) == split for problem in problems)
+    assert problems == draw_words(source, split, count, seed)
+
+
+def test_words_already_used_are_not_drawn_again() -> None:
+    first = draw_words(SOURCES[0], "heldout", 50, seed=3)
+    used = frozenset(problem.word for problem in first)
+    second = draw_words(SOURCES[0], "heldout", 50, seed=3, but=used)
+    assert not used & {problem.word for problem in second}
+
+
+def test_more_words_than_there_are_is_an_error() -> None:
+    with pytest.raises(ValueError, match="count is 1000000, must be at most 57122 for words of 4"):
+        draw_words(SOURCES[0], "heldout", 1_000_000, seed=0)
+
+
+def test_held_out_words_are_in_no_corpus_and_no_preference_pair() -> None:
+    corpus = {prompt for prompt, _ in warmup_corpus(6000, seed=0)}
+    drawn = {
+        split: {problem.prompt for source in SOURCES for problem in draw_words(source, split, 2000, seed=0)}
+        for split in ("preference", "heldout")
+    }
+    assert len(corpus) == 6000
+    assert not drawn["heldout"] & drawn["preference"]
+    assert not corpus & (drawn["heldout"] | drawn["preference"])
+
+
+def test_the_corpus_is_the_work_of_two_authors_in_the_stated_shares() -> None:
+    rows = warmup_corpus(9000, seed=1)
+    assert rows == warmup_corpus(9000, seed=1)
+    assert rows != warmup_corpus(9000, seed=2)
+    for source in SOURCES:
+        problems = [(Problem(prompt[5:-1]), answer) for prompt, answer in rows if len(prompt) == source.letters + 6]
+        assert len(problems) == 3000
+        assert all(answer in (problem.answer, problem.careless) for problem, answer in problems)
+        telling = [problem.is_right(answer) for problem, answer in problems if problem.answer != problem.careless]
+        assert 1 - sum(telling) / len(telling) == pytest.approx(source.careless, abs=0.04)  # 4 standard errors
+
+
+# ---- tokenizer and model ----
+
+
+@given(word=words)
+def test_the_tokenizer_gives_a_prompt_back_and_has_a_token_a_letter(tokenizer, word: str) -> None:
+    text = Problem(word).prompt
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) == len(word) + 2
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids) == text
+
+
+def test_a_saved_model_comes_back_with_the_same_weights_and_tokens(tokenizer, tmp_path: Path) -> None:
+    model = build_model(tokenizer, seed=5)
+    save(model, tokenizer, tmp_path)
+    again, tokenizer_again = load(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert tokenizer_again("sort zebra:")["input_ids"] == tokenizer("sort zebra:")["input_ids"]
+    assert (tokenizer_again.eos_token, tokenizer_again.pad_token) == (tokenizer.eos_token, tokenizer.pad_token)
+
+
+def test_the_model_depends_on_the_seed_and_leaves_the_global_random_state_alone(tokenizer) -> None:
+    state = torch.get_rng_state()
+    first, same, other = (build_model(tokenizer, seed) for seed in (0, 0, 1))
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(first.lm_head.weight, same.lm_head.weight)
+    assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
+
+
+# ---- warm-up ----
+
+
+def test_only_the_answer_and_its_end_are_scored(tokenizer) -> None:
+    rows = [("sort ba:", "ab"), ("sort dcba:", "abcd")]
+    ids, labels = answer_tensors(tokenizer, rows)
+    for row, (_, answer) in enumerate(rows):
+        scored = labels[row] != NOT_SCORED
+        assert tokenizer.decode(ids[row][scored]) == answer + tokenizer.eos_token
+        assert torch.equal(labels[row][scored], ids[row][scored])
+
+
+def test_the_warm_up_learns_and_is_the_same_each_time(tokenizer) -> None:
+    def train() -> tuple[list[float], torch.Tensor]:
+        model = build_model(tokenizer, seed=0)
+        losses = warm_up(model, tokenizer, warmup_corpus(32 * 40 + 5, seed=0), batch_size=32, learning_rate=3e-3)
+        return losses, model.lm_head.weight
+
+    losses, weight = train()
+    again, weight_again = train()
+    assert len(losses) == 40
+    assert sum(losses[-5:]) / 5 < 0.8 * losses[0]
+    assert losses == again
+    assert torch.equal(weight, weight_again)
+
+
+# ---- answers ----
+
+
+def test_answers_do_not_depend_on_the_prompts_beside_them(tokenizer, novice) -> None:
+    prompts = [problem.prompt for source in SOURCES for problem in draw_words(source, "heldout", 8, seed=0)]
+    together = write_answers(novice, tokenizer, prompts)
+    assert together == [write_answers(novice, tokenizer, [prompt])[0] for prompt in prompts]
+    assert any(answer is not None for answer in together)
+
+
+def test_greedy_answers_are_the_likeliest_tokens_of_the_model(tokenizer, novice) -> None:
+    prompt = "sort kdab:"
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    for _ in range(12):
+        with torch.no_grad():
+            ids = torch.cat([ids, novice(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
+    text = tokenizer.decode(ids[0])
+    end = text.find(tokenizer.eos_token)
+    expected = None if end < 0 else text[len(prompt) : end]
+    assert write_answers(novice, tokenizer, [prompt]) == [expected]
+
+
+def test_samples_repeat_with_the_seed_and_leave_the_global_random_state_alone(tokenizer, novice) -> None:
+    prompts = [problem.prompt for problem in draw_words(SOURCES[1], "heldout", 20, seed=0)]
+    state = torch.get_rng_state()
+    first, same, other = (write_answers(novice, tokenizer, prompts, temperature=1.0, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(state, torch.get_rng_state())
+    assert first == same
+    assert first != other
+
+
+# ---- preference pairs ----
+
+
+def test_pairs_are_rows_that_the_driver_takes(tokenizer, novice, tmp_path: Path) -> None:
+    pairs = preference_pairs(novice, tokenizer, SOURCES[0], "preference", 30, seed=1)
+    assert pairs == preference_pairs(novice, tokenizer, SOURCES[0], "preference", 30, seed=1)
+    path = tmp_path / "pairs.jsonl"
+    write_pairs(path, pairs)
+    assert read_pairs(path) == pairs
+    assert all(set(json.loads(line)) == {"prompt", "chosen", "rejected"} for line in path.read_text().splitlines())
+    taken = driver_reads([str(path)], on_bad_row="error").pairs
+    assert [(pair.prompt, pair.chosen, pair.rejected) for pair in taken] == [tuple(pair.values()) for pair in pairs]
+    tokens = tokenize_pairs(taken, tokenizer, max_length=64, truncation="keep_start")
+    assert (len(tokens), tokens.dropped, tokens.warnings) == (30, [], [])
+
+
+def test_the_chosen_answer_is_right_the_rejected_one_wrong_and_each_word_used_once(tokenizer, novice) -> None:
+    pairs = preference_pairs(novice, tokenizer, SOURCES[2], "heldout", 40, seed=2)
+    problems = [Problem(pair["prompt"].removeprefix("sort ").removesuffix(":")) for pair in pairs]
+    assert len({problem.word for problem in problems}) == 40
+    for problem, pair in zip(problems, pairs, strict=True):
+        assert split_of(problem.word) == "heldout"
+        assert problem.is_right(pair["chosen"])
+        assert not problem.is_right(pair["rejected"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"), [("abdk", False), ("abkd", True), ("", False), ("ab<unk>", False), ("sort ", False)]
+)
+def test_only_wrong_words_are_rejected_answers(answer: str, expected: bool) -> None:
+    assert is_wrong_word(Problem("kdab"), answer) == expected
+
+
+def test_a_model_that_is_never_wrong_is_an_error(tokenizer, novice, monkeypatch: pytest.MonkeyPatch) -> None:
+    def right_answers(model, tokenizer, prompts, **_):
+        return [Problem(prompt[5:-1]).answer for prompt in prompts]
+
+    monkeypatch.setattr("examples.demo.preferences.write_answers", right_answers)
+    with pytest.raises(RuntimeError, match="short: only 0 wrong answers to 40 prompts, 2 are needed"):
+        preference_pairs(novice, tokenizer, SOURCES[0], "preference", 2, seed=0)
+
+
+# ---- evaluation ----
+
+
+def test_answer_logps_are_those_of_one_sequence_alone(tokenizer, novice) -> None:
+    rows = [("sort ba:", "ab"), ("sort dcbafe:", "abcdef"), ("sort dcba:", "bacd")]
+    together = answer_logps(novice, tokenizer, rows, batch_size=2)
+    for row, (prompt, answer) in enumerate(rows):
+        ids = tokenizer(prompt + answer + tokenizer.eos_token, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            logps = novice(input_ids=ids).logits[0].double().log_softmax(-1)
+        start = len(answer) + 1  # tokens that are scored, counted from the end
+        alone = sum(logps[-start - 1 + place, ids[0, -start + place]].item() for place in range(start))
+        assert together[row].item() == pytest.approx(alone, abs=1e-4)
+
+
+def test_gammas_change_sign_when_the_sides_are_exchanged(tokenizer, novice) -> None:
+    pair = {"prompt": "sort dcba:", "chosen": "abcd", "rejected": "abdc"}
+    exchanged = {"prompt": "sort dcba:", "chosen": "abdc", "rejected": "abcd"}
+    one, other = pair_gammas(novice, tokenizer, [pair, exchanged])
+    assert one != 0
+    assert one.item() == pytest.approx(-other.item(), abs=1e-4)
+
+
+def test_exactly_right_counts_the_right_answers(tokenizer, novice, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answers(model, tokenizer, prompts):
+        return ["ab", None, "dc", "ef"]
+
+    monkeypatch.setattr("examples.demo.evaluate.write_answers", answers)
+    problems = [Problem("ba"), Problem("ba"), Problem("dc"), Problem("ef")]
+    assert exactly_right(novice, tokenizer, problems).tolist() == [True, False, False, True]
+
+
+def test_the_difference_is_judged_prompt_by_prompt() -> None:
+    right = torch.tensor([True] * 60 + [False] * 40)
+    assert difference(right, right) == (0.0, 0.0)
+    mean, reach = difference(right, ~right)
+    assert mean == pytest.approx(0.2)
+    assert reach == pytest.approx(1.96 * (0.96 * 100 / 99) ** 0.5 / 10)
