@@ -129,9 +129,7 @@ class Case:
 
         return run
 
-    def _found(
-        self, run: Callable[[dict[str, Tensor]], dict[str, Tensor]], dtype: torch.dtype | None = None
-    ) -> Found:
+    def _found(self, run: Callable[[dict[str, Tensor]], dict[str, Tensor]], dtype: torch.dtype | None = None) -> Found:
         tensors = {"hidden": self.hidden, "weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
         leaves = {name: t.detach().to(dtype or t.dtype, copy=True) for name, t in tensors.items()}
         for name, leaf in leaves.items():

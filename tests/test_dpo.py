@@ -15,7 +15,9 @@ from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
 from tests.reference import chunk_columns, error, logits_of, size, target_logps
 
 EPS = torch.finfo(torch.float32).eps
-LOSSES = [("sigmoid", {}), ("sigmoid", {"label_smoothing": 0.2}), ("robust", {"label_smoothing": 0.1}), ("hinge", {}), ("ipo", {})]  # fmt: skip
+LOSSES = [
+    ("sigmoid", {}), ("sigmoid", {"label_smoothing": 0.2}), ("robust", {"label_smoothing": 0.1}), ("hinge", {}), ("ipo", {}),
+]  # fmt: skip
 
 
 class Batch:
@@ -148,7 +150,9 @@ def test_loss_and_gradients_in_lower_precision(name, options, dtype):
 def test_packed_is_padded(dtype, rows_given):
     batch = Batch(3, 11, 8, 60, seed=4).cast(dtype)
     packed, borders = batch.packed()
-    rows = [ScoredRows.from_labels(*labels) if rows_given else None for labels in ((batch.labels,), (packed.labels, borders))]  # fmt: skip
+    rows = [None, None]
+    if rows_given:
+        rows = [ScoredRows.from_labels(batch.labels), ScoredRows.from_labels(packed.labels, borders)]
     one, (d_hidden, d_weight) = with_gradients(batch, **batch.reference(), rows=rows[0])
     other, found = with_gradients(packed, **packed.reference(), rows=rows[1], cu_seqlens=borders)
     for a, b in zip(one, other, strict=True):
@@ -191,7 +195,8 @@ def test_a_policy_equal_to_its_reference_loses_ln_2_with_margins_of_exactly_0(na
 
 def test_the_module_is_the_function():
     batch = Batch(2, 6, 5, 40, bias=True).cast(torch.float32)
-    settings = {"beta": 0.3, "loss_type": "robust", "label_smoothing": 0.1, "softcap": 5.0, "temperature": 2.0, "logit_scale": 0.5, "stash_bytes": 0, "backend": "eager"}  # fmt: skip
+    settings = {"beta": 0.3, "loss_type": "robust", "label_smoothing": 0.1, "stash_bytes": 0, "backend": "eager"}
+    settings |= {"softcap": 5.0, "temperature": 2.0, "logit_scale": 0.5}
     module = FusedLinearDPOLoss(**settings)
     tensors = {"bias": batch.bias, **batch.reference()}
     one = module(batch.hidden, batch.weight, batch.labels, **tensors)
@@ -243,6 +248,7 @@ def test_compile_without_a_graph_break(given_rows, packed):
         assert error(a, b) <= 4 * EPS * size(b)
 
 
+@pytest.mark.slow
 def test_compile_with_the_default_backend():
     torch._dynamo.reset()
     batch = Batch(2, 6, 5, 40).cast(torch.float32)
@@ -276,7 +282,12 @@ NO_REFERENCE = {"ref_logps": None}
 
 def call(**changes):
     """fused_linear_dpo on a good padded pair with `changes`."""
-    inputs = {"hidden": torch.zeros(2, 3, 5), "weight": torch.zeros(9, 5), "labels": LABELS, "ref_logps": torch.zeros(2)}
+    inputs = {
+        "hidden": torch.zeros(2, 3, 5),
+        "weight": torch.zeros(9, 5),
+        "labels": LABELS,
+        "ref_logps": torch.zeros(2),
+    }
     inputs |= changes
     return fused_linear_dpo(inputs.pop("hidden"), inputs.pop("weight"), inputs.pop("labels"), **inputs)  # fmt: skip
 
@@ -289,21 +300,21 @@ def test_the_good_calls_below_are_good():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden": torch.zeros(6, 5)}, r"hidden: was of shape \[6, 5\], must be \[2B, T, H\], or \[N, H\] with cu_seq"),
+        ({"hidden": torch.zeros(6, 5)}, r"hidden: was of shape \[6, 5\], must be \[2B, T, H\], or \[N, H\] with"),
         ({**PACKED, "hidden": torch.zeros(2, 3, 5)}, r"hidden: was of shape \[2, 3, 5\], must be packed \[N, H\]"),
-        ({"hidden": torch.zeros(3, 3, 5), "labels": torch.ones(3, 3).long()}, r"hidden: was of 3 sequences, must be an even"),
-        ({"hidden": torch.zeros(0, 3, 5), "labels": torch.ones(0, 3).long()}, r"hidden: was of 0 sequences, must be an even"),
+        ({"hidden": torch.zeros(3, 3, 5), "labels": torch.ones(3, 3).long()}, r"hidden: was of 3 sequences, must be"),
+        ({"hidden": torch.zeros(0, 3, 5), "labels": torch.ones(0, 3).long()}, r"hidden: was of 0 sequences, must be"),
         ({**PACKED, "cu_seqlens": torch.tensor([0, 2, 4, 6])}, r"cu_seqlens: was of 3 sequences, must be an even"),
-        ({**PACKED, "cu_seqlens": torch.tensor([0.0, 3.0, 6.0])}, r"cu_seqlens: was torch.float32 of shape \[3\], must be int"),
+        ({**PACKED, "cu_seqlens": torch.tensor([0.0, 3.0, 6.0])}, r"cu_seqlens: was torch.float32 of shape \[3\]"),
         ({**PACKED, "cu_seqlens": torch.tensor([0, 3, 5])}, r"cu_seqlens: was \[0, 3, 5\], must ascend from 0 to 6"),
         ({**PACKED, "cu_seqlens": torch.tensor([1, 3, 6])}, r"cu_seqlens: was \[1, 3, 6\], must ascend from 0 to 6"),
         ({**PACKED, "cu_seqlens": torch.tensor([0, 4, 3, 5, 6])}, r"cu_seqlens: was \[0, 4, 3, 5, 6\], must ascend"),
-        ({"labels": LABELS[:, :2]}, r"labels: was torch.int64 of shape \[2, 2\], must be torch.int64 of shape \[2, 3\]"),
+        ({"labels": LABELS[:, :2]}, r"labels: was torch.int64 of shape \[2, 2\], must be .* \[2, 3\]"),
         ({"labels": LABELS.int()}, r"labels: was torch.int32 of shape \[2, 3\], must be torch.int64"),
         ({"labels": torch.full((2, 3), -100)}, r"labels: sequence 0 has no scored token \(all are -100\), must have"),
         ({"labels": torch.tensor([[1, 2, 3], [-100] * 3])}, r"labels: sequence 1 has no scored token"),
         ({"labels": torch.tensor([[1, 2, 3], [-100, 9, 1]])}, r"targets: was 9, must be in \[0, 9\)"),
-        ({"rows": ScoredRows.from_labels(LABELS[:1])}, r"rows: was of 1 sequences, 2 rows and 2 segments, must be of 2"),
+        ({"rows": ScoredRows.from_labels(LABELS[:1])}, r"rows: was of 1 sequences, 2 rows and 2 segments"),
         (NO_REFERENCE, r"ref_logps: was None, must be given: either ref_logps, or both"),
         ({**NO_REFERENCE, "ref_hidden": torch.zeros(2, 3, 5)}, r"ref_weight: was None, must be given"),
         ({**NO_REFERENCE, "ref_weight": torch.zeros(9, 5)}, r"ref_hidden: was None, must be given"),

@@ -1,4 +1,4 @@
-"""linear_logps: values and gradients of every option against float64, extremes, errors, autocast, compile."""
+"""linear_logps: values and gradients of every option against float64, what is scored, what is refused."""
 
 from __future__ import annotations
 
@@ -10,15 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdpo_kernels import linear_logps, logps_op
-from sdpo_kernels.backends.base import KEEP_DIRECTION
+from sdpo_kernels.backends.base import EXTRAS, KEEP_DIRECTION
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
-from tests.reference import (
-    Case, allocations, check, chunk_columns, error, logits_of, random_case, scored_rows, size, target_logps,
-)  # fmt: skip
+from tests.reference import Case, check, chunk_columns, random_case, scored_rows
 
-EXTRAS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-EPS = torch.finfo(torch.float32).eps
 ALL = 10**12  # stash_bytes that holds everything
 
 
@@ -58,7 +54,7 @@ def test_values_and_gradients_of_every_option(dtype):
     def holds(case, columns):
         with chunk_columns(columns):
             ours = case.ours()
-        check(case, ours, slack=32 if dtype == torch.float64 else 4)  # float64's truth has roundings of its own
+        check(case, ours, slack=256 if dtype == torch.float64 else 4)  # float64's truth has roundings of its own
         for name in case.trains:
             if (grad := ours.get(f"d_{name}")) is not None:
                 assert grad.dtype == dtype
@@ -82,9 +78,7 @@ def test_the_ways_of_keeping_are_what_this_file_means_by_them(monkeypatch):
     monkeypatch.setattr(logps_op, "linear_logps_op", lambda *args: seen.append(args[-1]) or op(*args))
 
     def keep(trains: tuple[str, ...], stash_bytes: int | str, outputs: tuple[str, ...] = ()) -> int:
-        random_case(
-            8, 4, 200, trains=trains, outputs=outputs, bias=True, settings={"stash_bytes": stash_bytes}
-        ).ours()
+        random_case(8, 4, 200, trains=trains, outputs=outputs, bias=True, settings={"stash_bytes": stash_bytes}).ours()
         return seen.pop()
 
     both = ("hidden", "weight")
@@ -197,297 +191,6 @@ def test_the_same_bits_twice():
     assert all(torch.equal(one[name], other[name]) for name in ("logps", "d_hidden", "d_weight"))
 
 
-# --- extremes ---------------------------------------------------------------------------------------------------
-
-
-def logit_case(logits: list[float], target: int = 0, **options) -> Case:
-    """One row whose logits are exactly `logits`: hidden is 1, so d_weight [V, 1] is dL/dlogits."""
-    return Case(torch.ones(1, 1), torch.tensor(logits).unsqueeze(1), torch.tensor([target]), **options)
-
-
-def relative(found: torch.Tensor, truth: torch.Tensor) -> float:
-    """The largest error relative to the entry itself."""
-    return ((found.double() - truth) / truth).abs().max().item()
-
-
-@pytest.mark.parametrize("columns", [2, 1000])
-@pytest.mark.parametrize("stash_bytes", [0, ALL])
-@pytest.mark.parametrize("gap", [12.0, 25.0, 40.0, 80.0])
-def test_near_certainty_nothing_is_lost(gap, stash_bytes, columns):
-    case = logit_case([gap, 0.0, -0.5, 0.25, 1.0], settings={"stash_bytes": stash_bytes})
-    with chunk_columns(columns):
-        ours = case.ours()
-    z = torch.tensor(case.weight.squeeze(1).tolist(), dtype=torch.float64)
-    rest = z[1:].logsumexp(0) - z[0]  # float64 log_softmax itself loses 1 − p here
-    p_rest = torch.sigmoid(rest)
-    truth = -(z[1:] - z[1:].logsumexp(0)).exp() * p_rest
-    assert relative(ours["logps"], -torch.nn.functional.softplus(rest)) <= 4 * EPS
-    rounding = EPS * gap  # of z − logsumexp before the exponential
-    assert relative(ours["d_weight"][0], p_rest) <= 4 * EPS
-    assert relative(ours["d_weight"][1:, 0], truth) <= 4 * rounding
-    if gap >= 25:
-        assert case.plain()["d_weight"][0] == 0.0  # what plain float32 gives instead
-
-
-@pytest.mark.parametrize("gap", [12.0, 25.0, 40.0])
-def test_near_certainty_a_frozen_head_loses_nothing_either(gap):
-    weight = torch.tensor([[gap, 1.0], [0.0, -2.0], [0.5, 3.0]])
-    case = Case(torch.tensor([[1.0, 0.0]]), weight, torch.tensor([0]), trains=("hidden",))
-    z = weight[:, 0].double()
-    q = (z[1:] - z[1:].logsumexp(0)).exp()
-    truth = torch.sigmoid(z[1:].logsumexp(0) - z[0]) * (weight[0].double() - q @ weight[1:].double())
-    assert relative(case.ours()["d_hidden"][0], truth) <= 8 * EPS
-
-
-@pytest.mark.parametrize("trains", [("hidden", "weight", "bias"), ("hidden",)], ids="+".join)
-@pytest.mark.parametrize("gap", [100.0, 300.0])
-def test_hopeless_targets(gap, trains):
-    case = random_case(4, 3, 50, bias=True, trains=trains)
-    case.bias[7] = -gap
-    case.targets[:] = 7
-    with chunk_columns(13):
-        ours = case.ours()
-    assert ours["logps"].max() < 10 - gap
-    check(case, ours)
-
-
-@pytest.mark.parametrize("bias", [-60.0, -1000.0, 1000.0])
-def test_logits_far_from_0(bias):
-    case = random_case(6, 5, 150, bias=True, outputs=("entropy",), grad_entropy=torch.randn(6))
-    case.bias += bias  # log-probs are the same; every logit is rounded at `bias`
-    with chunk_columns(64):
-        check(case, case.ours())
-
-
-@pytest.mark.parametrize("trains", [("hidden", "weight", "bias"), ("hidden",)], ids="+".join)
-def test_columns_masked_out_by_a_bias_of_minus_infinity(trains):
-    outputs = ("entropy", "log_sum_sq_probs", "is_top1")
-    grad_entropy = torch.ones(5) if "weight" in trains else None
-    case = random_case(5, 4, 60, bias=True, outputs=outputs, grad_entropy=grad_entropy, trains=trains)
-    case.bias[[0, 1, 2, 3, 17, 59]] = -torch.inf  # the first chunk has nothing else
-    case.targets[:] = torch.tensor([5, 6, 16, 18, 58])
-    with chunk_columns(4):
-        ours = case.ours()
-    kept = case.bias.isfinite()
-    alone = dataclasses.replace(
-        case, weight=case.weight[kept], bias=case.bias[kept], targets=kept.cumsum(0)[case.targets] - 1
-    )
-    for name in ("d_weight", "d_bias"):
-        if ours[name] is not None:
-            assert not ours[name][~kept].any()
-            ours[name] = ours[name][kept]
-    check(alone, ours)
-
-
-def test_a_masked_target_has_log_prob_minus_infinity():
-    case = logit_case([-torch.inf, 1.0, 2.0])
-    ours, truth = case.ours(), case.truth()
-    assert ours["logps"].item() == -torch.inf
-    assert error(ours["d_weight"], truth["d_weight"]) <= 4 * EPS
-
-
-@pytest.mark.parametrize("trains", [("hidden", "weight"), ("hidden",)], ids="+".join)
-@pytest.mark.parametrize("columns", [2, 1000])
-@pytest.mark.parametrize(
-    "logits",
-    [
-        [torch.nan, 0.0, 1.0, 2.0],
-        [0.0, 1.0, 2.0, torch.nan],
-        [torch.inf, 0.0, 1.0, 2.0],
-        [0.0, torch.inf, 1.0, 2.0],
-        [torch.inf, -torch.inf, -torch.inf, -torch.inf],
-        [torch.inf, torch.inf, 0.0, 0.0],
-        [-torch.inf, -torch.inf, -torch.inf, -torch.inf],
-    ],
-    ids=str,
-)
-def test_nan_where_float64_has_nan(logits, columns, trains):
-    case = logit_case(logits, outputs=("entropy",) if len(trains) == 2 else ())
-    with chunk_columns(columns):
-        ours = case.ours()
-    assert case.truth()["logps"].isnan().all()
-    assert ours["logps"].isnan().all()
-    assert ours[f"d_{trains[-1]}"].isnan().all()
-    if "entropy" in ours:
-        assert ours["entropy"].isnan().all()
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_nan_stays_in_its_row(bad):
-    case = random_case(4, 3, 20)
-    case.hidden[2, 1] = bad
-    ours = case.ours()
-    assert ours["logps"].isnan().tolist() == [False, False, True, False]
-    assert ours["d_hidden"].isnan().any(1).tolist() == [False, False, True, False]
-    assert ours["d_weight"].isnan().all()  # every row adds to every column
-
-
-def test_bfloat16_sums_of_512_tokens_over_a_vocabulary_of_152k():
-    case = random_case(512, 8, 151936, dtype=torch.bfloat16, scale=4.0)
-    with torch.no_grad():
-        ours = linear_logps(case.hidden, case.weight, case.targets).logps
-    truth = torch.cat([
-        target_logps(logits_of(x.double(), case.weight.double()), y)
-        for x, y in zip(case.hidden.split(64), case.targets.split(64), strict=True)
-    ])  # fmt: skip
-    assert abs(ours.double().sum() - truth.sum()) < 5e-3
-    assert error(ours, truth) <= 16 * EPS * size(truth)
-
-
-@pytest.mark.slow
-def test_more_logits_than_an_int32_can_count():
-    n_rows, n_columns = 20000, 120000
-    assert n_rows * n_columns > 2**31
-    case = random_case(n_rows, 1, n_columns, scale=2.0)
-    case.targets[-1] = n_columns - 1
-    with torch.no_grad():
-        ours = linear_logps(case.hidden, case.weight, case.targets).logps
-    looked_at = torch.tensor([0, 1, n_rows // 2, n_rows - 2, n_rows - 1])
-    truth = target_logps(logits_of(case.hidden[looked_at].double(), case.weight.double()), case.targets[looked_at])
-    assert error(ours[looked_at], truth) <= 4 * EPS * size(truth)
-
-
-# --- memory -----------------------------------------------------------------------------------------------------
-
-
-def test_no_tensor_of_all_logits_and_flat_memory(tmp_path):
-    n_rows, width = 1024, 4
-    peaks = []
-    for n_columns in (65536, 131072):
-        case = random_case(n_rows, width, n_columns, masked=0.1, settings={"stash_bytes": 0})
-        case.ours()  # what torch sets up once
-        with allocations(tmp_path / "trace.json") as found:
-            case.ours()
-        assert found["largest"] < n_rows * n_columns  # a byte a logit would be more
-        peaks.append(found["peak"] - 2 * 4 * width * n_columns)  # less the copy of the weight and its gradient
-    assert peaks[1] < 1.05 * peaks[0]
-
-
-def test_the_stash_stays_within_its_budget(tmp_path):
-    n_rows, n_columns = 256, 65536
-    peaks = {}
-    for budget in (0, 8_000_000, 40_000_000):
-        case = random_case(n_rows, 4, n_columns, settings={"stash_bytes": budget})
-        with chunk_columns(512), allocations(tmp_path / "trace.json") as found:
-            case.ours()
-        peaks[budget] = found["peak"]
-    for budget in (8_000_000, 40_000_000):
-        assert 0.9 * budget < peaks[budget] - peaks[0] <= budget
-
-
-# --- the session's settings -------------------------------------------------------------------------------------
-
-
-def test_autocast_equals_casting_by_hand():
-    case = random_case(9, 16, 130, masked=0.2, bias=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        auto = case.ours()
-    rounded = dataclasses.replace(case, hidden=case.hidden.bfloat16(), weight=case.weight.bfloat16())
-    by_hand = rounded.ours()
-    assert torch.equal(auto["logps"], by_hand["logps"])
-    assert auto["d_weight"].dtype == torch.float32
-    assert torch.equal(auto["d_weight"].bfloat16(), by_hand["d_weight"])
-    assert not torch.equal(auto["d_weight"].bfloat16().float(), auto["d_weight"])  # it was not rounded on its way
-    assert auto["d_hidden"].dtype == torch.float32
-    assert torch.equal(auto["d_hidden"].bfloat16(), by_hand["d_hidden"])
-    assert torch.equal(auto["d_bias"], by_hand["d_bias"])
-
-
-def test_autocast_with_a_bfloat16_body_and_a_float32_head():
-    case = random_case(9, 16, 130)
-    mixed = dataclasses.replace(case, hidden=case.hidden.bfloat16())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = mixed.ours()
-        full = case.ours()
-    assert torch.equal(ours["logps"], full["logps"])
-    assert torch.equal(ours["d_weight"], full["d_weight"])
-    assert torch.equal(ours["d_hidden"], full["d_hidden"].bfloat16())
-
-
-def test_autocast_leaves_float64_alone():
-    case = random_case(5, 6, 40, dtype=torch.float64)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = case.ours()
-    assert ours["logps"].dtype == torch.float64
-    check(case, ours)
-
-
-def test_the_sessions_matmul_precision_changes_nothing_and_is_not_changed():
-    case = random_case(64, 256, 300)
-    before = case.ours()
-    old = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("medium")
-        with_medium = case.ours()
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(old)
-    assert all(torch.equal(before[name], with_medium[name]) for name in ("logps", "d_hidden", "d_weight"))
-
-
-@pytest.mark.parametrize("precision", ["bf16", "tf32"])
-def test_the_newer_setting_of_the_same(precision):
-    case = random_case(64, 256, 300)
-    before = case.ours()
-    setting = torch.backends.mkldnn.matmul
-    old = setting.fp32_precision
-    try:
-        setting.fp32_precision = precision
-        after = case.ours()
-        assert setting.fp32_precision == precision
-    finally:
-        setting.fp32_precision = old
-    assert all(torch.equal(before[name], after[name]) for name in ("logps", "d_hidden", "d_weight"))
-
-
-# --- custom op and compiler -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("given", [False, True], ids=["rows found", "rows given"])
-@pytest.mark.parametrize(
-    ("keep", "outputs", "trains"),
-    [
-        (0, ",".join(EXTRAS), (True, True, True)),
-        (64, "", (True, True, False)),
-        (130, "", (False, True, True)),
-        (KEEP_DIRECTION, "", (True, False, False)),
-    ],
-)
-def test_opcheck(keep, outputs, trains, given):
-    case = random_case(5, 4, 130, bias=True)
-    case.targets[2] = IGNORE_INDEX
-    index = scored_rows(case.targets).index if given else None
-    hidden, weight, bias = (
-        t.requires_grad_(wanted) for t, wanted in zip((case.hidden, case.weight, case.bias), trains, strict=True)
-    )
-    settings = (1.5, 20.0, 0.8)
-    args = (hidden, weight, case.targets, bias, index, *settings, outputs, torch.float32, "eager", keep)
-    torch.library.opcheck(logps_op.linear_logps_op, args)
-    with torch.no_grad():
-        logps, lse, entropy, *_, kept = logps_op.linear_logps_op(*args)
-        grad_entropy = torch.ones(5) if "entropy" in outputs else None
-        backward = (
-            torch.ones(5), grad_entropy, hidden, weight, case.targets, bias, index, logps, lse, entropy, kept,
-            *settings, torch.float32, "eager", keep, list(trains),
-        )  # fmt: skip
-        torch.library.opcheck(logps_op.linear_logps_backward_op, backward)
-
-
-@pytest.mark.parametrize("given", [False, True], ids=["rows found", "rows given"])
-def test_compile_without_a_graph_break(given):
-    torch._dynamo.reset()
-    case = random_case(7, 5, 90, masked=0.3, bias=True, outputs=EXTRAS, softcap=9.0, grad_entropy=torch.ones(7))
-    case.settings = {"rows": scored_rows(case.targets) if given else None, "stash_bytes": ALL}
-
-    def function(hidden, weight, targets, **options):
-        out = linear_logps(hidden * 2, weight, targets, **options)
-        return out._replace(logps=out.logps * 3)
-
-    compiled = case.ours(torch.compile(function, fullgraph=True, backend="aot_eager"))
-    for name, value in case.ours(function).items():
-        assert torch.equal(compiled[name], value), name
-
-
 # --- errors -----------------------------------------------------------------------------------------------------
 
 
@@ -529,7 +232,7 @@ META = torch.device("meta")
         ({"softcap": -1.0}, r"softcap: was -1.0, must be a finite number above 0, or None"),
         ({"outputs": ["perplexity"]}, r"outputs: was \['perplexity'\], must be a sequence of names from"),
         ({"outputs": "entropy"}, r"outputs: was 'entropy', must be a sequence of names from"),
-        ({"rows": rows_of(torch.zeros(4, dtype=torch.int32))}, r"rows: its index was int32 of shape \[4\], must be int64"),
+        ({"rows": rows_of(torch.zeros(4, dtype=torch.int32))}, r"rows: its index was int32 of shape \[4\], must"),
         ({"rows": rows_of(torch.zeros(4, device=META, dtype=torch.int64))}, r"rows: was on meta, must be on cpu"),
         ({"backend": "cuda"}, r"backend: was 'cuda', must be one of: auto, .*eager"),
         ({"stash_bytes": -1}, r'stash_bytes: was -1, must be "auto" or a number of bytes'),

@@ -43,11 +43,11 @@ class EagerBackend:
         kept[x.shape[0] :].zero_()
         direction = kept[: x.shape[0]].zero_() if keep == KEEP_DIRECTION else None
         stash = kept[: x.shape[0], : max(keep, 0)]
-        for start, stop in vocabulary_chunks(call, max(keep, 0)):
+        for start, stop in vocabulary_chunks(call):  # whatever is kept: policy and reference get the same bits
             w = _operand(call.weight[start:stop], call)
             z = _logits(x, w, call, start, stop)
-            if stop <= keep:
-                stash[:, start:stop] = z
+            if start < keep:
+                stash[:, start:stop] = z[:, : keep - start]
             probs, shrink = sums.add(z, call.targets - start)  # of this chunk in, and of all before by, the new sum
             if direction is not None:
                 call.head.times_slope_(probs, z)

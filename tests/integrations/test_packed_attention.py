@@ -101,6 +101,52 @@ def test_bf16_autocast(family: str) -> None:
     assert torch.isfinite(gradients(model, logps)).all()
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("length", [1, 3, 64, 65, 130])
+@pytest.mark.parametrize("window", [None, 5, 70, 600])
+def test_attention_of_one_sequence(length: int, window: int | None, softcap: float | None) -> None:
+    """The fused kernel and (with a softcap) blocks, at and off the edges of both, against a few lines of float64."""
+    generator = torch.Generator().manual_seed(length)
+    shapes = [(1, 4, length, 8), (1, 2, length, 8), (1, 2, length, 6)]
+    q, k, v = (torch.randn(s, generator=generator, requires_grad=True) for s in shapes)
+    direction = torch.randn(1, length, 4, 6, generator=generator)
+    out, _ = attention_by_sequence.packed_attention(
+        torch.nn.Identity(),
+        q,
+        k,
+        v,
+        None,
+        sliding_window=window,
+        softcap=softcap,
+        position_ids=torch.arange(length)[None],
+    )
+    got = torch.autograd.grad((out * direction).sum(), (q, k, v))
+    q64, k64, v64 = (t.detach().double().requires_grad_() for t in (q, k, v))
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    hidden = (distance < 0) | (distance >= (window or length))
+    scores = q64 @ k64.repeat_interleave(2, 1).mT / 8**0.5
+    scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+    exact = (scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v64.repeat_interleave(2, 1)).transpose(1, 2)
+    expected = torch.autograd.grad((exact * direction).sum(), (q64, k64, v64))
+    for a, b in zip((out, *got), (exact, *expected), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_bf16_in_blocks_is_nearer_to_float32_than_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 150, 8, generator=generator).bfloat16() for heads in (4, 2, 2))
+    where = {"position_ids": torch.arange(150)[None]}
+
+    def attend(*tensors: Tensor) -> Tensor:
+        return attention_by_sequence.packed_attention(torch.nn.Identity(), *tensors, None, **where)[0].float()
+
+    exact = attend(q.float(), k.float(), v.float())
+    blocks = float((attend(q, k, v) - exact).norm())
+    monkeypatch.setattr(attention_by_sequence, "BLOCKS_UP_TO", 0)
+    fused = float((attend(q, k, v) - exact).norm())
+    assert 0 < blocks < fused
+
+
 def test_gradient_checkpointing_changes_nothing() -> None:
     ids = sequences(*LENGTHS)
     model = ready("llama")

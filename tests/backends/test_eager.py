@@ -1,0 +1,126 @@
+"""The eager backend and the arithmetic of its chunks, asked directly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdpo_kernels.backends import AUTO_ORDER, BACKENDS, choose_backend, eager, get_backend
+from sdpo_kernels.backends.base import EXTRAS, KEEP_DIRECTION, KEEP_NOTHING, HeadCall, Request
+from sdpo_kernels.backends.chunk_math import RunningSums
+from sdpo_kernels.backends.eager import EagerBackend, vocabulary_chunks
+from sdpo_kernels.head import Head
+from tests.reference import chunk_columns, error, extras_of, logits_of, random_case, size, target_logps
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def head_call(n_rows: int = 6, width: int = 5, n_columns: int = 300, dtype=torch.float32, **options) -> HeadCall:
+    """A call of random numbers with every row scored."""
+    case = random_case(n_rows, width, n_columns, dtype=dtype, bias=True)
+    values = {"outputs": (), "kept_rows": n_rows, "head": Head(), **options}
+    return HeadCall(case.hidden, case.weight, case.bias, case.targets, dtype=dtype, **values)
+
+
+def test_it_is_registered_and_chosen():
+    request = Request(torch.device("cpu"), torch.float16, Head(), EXTRAS)
+    assert get_backend("eager") is BACKENDS["eager"]
+    assert choose_backend("eager", request).name == "eager"
+    assert AUTO_ORDER[-1] == "eager"  # it serves everything, so nothing may stand behind it
+    assert BACKENDS["eager"].supports(request) is None
+
+
+@given(
+    st.integers(0, 40), st.integers(1, 30), st.integers(1, 3000), st.floats(0, 1),
+    st.sampled_from([1, 100, 10**5]), st.sampled_from([1, 7, 128]),
+)  # fmt: skip
+def test_chunks_cover_the_vocabulary_once_and_stop_at_the_border(n_rows, width, n_columns, share, elements, least):
+    call = HeadCall(
+        torch.empty(n_rows, width, device="meta"), torch.empty(n_columns, width, device="meta"), None,
+        torch.empty(0), Head(), torch.float32, (), n_rows,
+    )  # fmt: skip
+    border = int(share * n_columns)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eager, "CHUNK_ELEMENTS", elements)
+        patch.setattr(eager, "MIN_CHUNK_COLUMNS", least)
+        chunks = list(vocabulary_chunks(call, border))
+    starts, stops = zip(*chunks, strict=True)
+    assert starts[0] == 0
+    assert stops[-1] == n_columns
+    assert starts[1:] == stops[:-1]
+    assert all(start < stop for start, stop in chunks)
+    assert border in {0, *stops}
+    widest = max(stop - start for start, stop in chunks)
+    assert widest <= max(least, elements // (n_rows + width))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_log_probs_have_the_same_bits_whatever_is_kept(dtype):
+    call = head_call(33, 16, 1000, dtype)
+    with chunk_columns(300):
+        answers = [EagerBackend().forward(call, keep) for keep in (KEEP_NOTHING, 64, 320, 1000, KEEP_DIRECTION)]
+    for answer in answers[1:]:
+        assert torch.equal(answer.logps, answers[0].logps)
+        assert torch.equal(answer.lse, answers[0].lse)
+
+
+@pytest.mark.parametrize("keep", [64, 192, 300])
+def test_the_stash_holds_logits_and_zeros_below_them(keep):
+    call = head_call(kept_rows=9, head=Head(softcap=4.0))
+    with chunk_columns(100):
+        kept = EagerBackend().forward(call, keep).kept
+    z = logits_of(call.hidden, call.weight, call.bias, softcap=4.0)
+    assert kept.shape == (9, keep)
+    assert error(kept[:6], z[:, :keep]) <= 8 * EPS * size(z)
+    assert not kept[6:].any()
+
+
+def test_what_is_kept_for_a_frozen_head_is_the_gradient_up_to_1_minus_p():
+    call = head_call(kept_rows=8, dtype=torch.float64)
+    answer = EagerBackend().forward(call, KEEP_DIRECTION)
+    hidden = call.hidden.clone().requires_grad_()
+    target_logps(logits_of(hidden, call.weight, call.bias), call.targets).sum().backward()
+    rest = -torch.expm1(answer.logps)
+    assert error(answer.kept[:6] * rest.unsqueeze(1), hidden.grad) < 1e-14
+    assert not answer.kept[6:].any()
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
+def test_only_the_gradients_needed_are_made(needs):
+    from sdpo_kernels.backends.base import Saved
+
+    call = head_call()
+    answer = EagerBackend().forward(call, KEEP_NOTHING)
+    saved = Saved(answer.logps, answer.lse, None, None, KEEP_NOTHING)
+    found = EagerBackend().backward(call, saved, torch.ones(6), None, needs)
+    assert tuple(grad is not None for grad in found) == needs
+
+
+def test_the_inputs_are_left_alone():
+    call = head_call(outputs=EXTRAS, head=Head(softcap=3.0, temperature=2.0))
+    before = [t.clone() for t in (call.hidden, call.weight, call.bias, call.targets)]
+    EagerBackend().forward(call, 64)
+    EagerBackend().forward(call, KEEP_DIRECTION)
+    for mine, old in zip((call.hidden, call.weight, call.bias, call.targets), before, strict=True):
+        assert torch.equal(mine, old)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 2**31), st.sampled_from([1.0, 30.0, 400.0]))
+def test_running_sums_over_any_chunks_are_those_of_the_whole(widths, seed, scale):
+    generator = torch.Generator().manual_seed(seed)
+    z = scale * torch.randn(5, sum(widths), generator=generator, dtype=torch.float64)
+    targets = torch.randint(sum(widths), (5,), generator=generator)
+    sums, start = RunningSums(5, z.device, torch.float64, EXTRAS), 0
+    for width in widths:
+        part = z[:, start : start + width].clone()
+        probs, shrink = sums.add(part, targets - start)
+        assert ((probs >= 0) & (probs <= 1)).all()
+        assert ((shrink >= 0) & (shrink <= 1)).all()
+        start += width
+    answer = sums.finish(sum(widths), None)
+    assert error(answer.logps, target_logps(z, targets)) <= 1e-12 * scale
+    assert error(answer.lse, z.logsumexp(1)) <= 1e-12 * scale
+    for name, truth in extras_of(z, targets).items():
+        assert error(getattr(answer, name), truth) <= 1e-12 * scale, name

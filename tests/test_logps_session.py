@@ -1,0 +1,153 @@
+"""linear_logps in its surroundings: autocast, the session's matmul settings, torch.compile, memory."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from sdpo_kernels import linear_logps, logps_op
+from sdpo_kernels.backends.base import EXTRAS, KEEP_DIRECTION
+from sdpo_kernels.rows import IGNORE_INDEX
+from tests.reference import allocations, check, chunk_columns, random_case, scored_rows
+
+ALL = 10**12  # stash_bytes that holds everything
+
+
+def test_no_tensor_of_all_logits_and_flat_memory(tmp_path):
+    n_rows, width = 1024, 4
+    peaks = []
+    for n_columns in (32768, 65536):
+        case = random_case(n_rows, width, n_columns, masked=0.1, settings={"stash_bytes": 0})
+        case.ours()  # what torch sets up once
+        with allocations(tmp_path / "trace.json") as found:
+            case.ours()
+        assert found["largest"] < 2 * n_rows * n_columns  # bfloat16 logits would be as much
+        peaks.append(found["peak"] - 2 * 4 * width * n_columns)  # less the copy of the weight and its gradient
+    assert peaks[1] < 1.05 * peaks[0]
+
+
+def test_the_stash_stays_within_its_budget(tmp_path):
+    n_rows, n_columns = 256, 65536
+    peaks = {}
+    for budget in (0, 8_000_000, 40_000_000):
+        case = random_case(n_rows, 4, n_columns, settings={"stash_bytes": budget})
+        with chunk_columns(512), allocations(tmp_path / "trace.json") as found:
+            case.ours()
+        peaks[budget] = found["peak"]
+    for budget in (8_000_000, 40_000_000):
+        assert 0.9 * budget < peaks[budget] - peaks[0] <= budget
+
+
+# --- the session's settings -------------------------------------------------------------------------------------
+
+
+def test_autocast_equals_casting_by_hand():
+    case = random_case(9, 16, 130, masked=0.2, bias=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        auto = case.ours()
+    rounded = dataclasses.replace(case, hidden=case.hidden.bfloat16(), weight=case.weight.bfloat16())
+    by_hand = rounded.ours()
+    assert torch.equal(auto["logps"], by_hand["logps"])
+    assert auto["d_weight"].dtype == torch.float32
+    assert torch.equal(auto["d_weight"].bfloat16(), by_hand["d_weight"])
+    assert not torch.equal(auto["d_weight"].bfloat16().float(), auto["d_weight"])  # it was not rounded on its way
+    assert auto["d_hidden"].dtype == torch.float32
+    assert torch.equal(auto["d_hidden"].bfloat16(), by_hand["d_hidden"])
+    assert torch.equal(auto["d_bias"], by_hand["d_bias"])
+
+
+def test_autocast_with_a_bfloat16_body_and_a_float32_head():
+    case = random_case(9, 16, 130)
+    mixed = dataclasses.replace(case, hidden=case.hidden.bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = mixed.ours()
+        full = case.ours()
+    assert torch.equal(ours["logps"], full["logps"])
+    assert torch.equal(ours["d_weight"], full["d_weight"])
+    assert torch.equal(ours["d_hidden"], full["d_hidden"].bfloat16())
+
+
+def test_autocast_leaves_float64_alone():
+    case = random_case(5, 6, 40, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = case.ours()
+    assert ours["logps"].dtype == torch.float64
+    check(case, ours)
+
+
+def test_the_sessions_matmul_precision_changes_nothing_and_is_not_changed():
+    case = random_case(64, 256, 300)
+    before = case.ours()
+    old = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with_medium = case.ours()
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(old)
+    assert all(torch.equal(before[name], with_medium[name]) for name in ("logps", "d_hidden", "d_weight"))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_the_newer_setting_of_the_same(precision):
+    case = random_case(64, 256, 300)
+    before = case.ours()
+    setting = torch.backends.mkldnn.matmul
+    old = setting.fp32_precision
+    try:
+        setting.fp32_precision = precision
+        after = case.ours()
+        assert setting.fp32_precision == precision
+    finally:
+        setting.fp32_precision = old
+    assert all(torch.equal(before[name], after[name]) for name in ("logps", "d_hidden", "d_weight"))
+
+
+# --- custom op and compiler -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["rows found", "rows given"])
+@pytest.mark.parametrize(
+    ("keep", "outputs", "trains"),
+    [
+        (0, ",".join(EXTRAS), (True, True, True)),
+        (64, "", (True, True, False)),
+        (130, "", (False, True, True)),
+        (KEEP_DIRECTION, "", (True, False, False)),
+    ],
+)
+def test_opcheck(keep, outputs, trains, given):
+    case = random_case(5, 4, 130, bias=True)
+    case.targets[2] = IGNORE_INDEX
+    index = scored_rows(case.targets).index if given else None
+    hidden, weight, bias = (
+        t.requires_grad_(wanted) for t, wanted in zip((case.hidden, case.weight, case.bias), trains, strict=True)
+    )
+    settings = (1.5, 20.0, 0.8)
+    args = (hidden, weight, case.targets, bias, index, *settings, outputs, torch.float32, "eager", keep)
+    torch.library.opcheck(logps_op.linear_logps_op, args)
+    with torch.no_grad():
+        logps, lse, entropy, *_, kept = logps_op.linear_logps_op(*args)
+        grad_entropy = torch.ones(5) if "entropy" in outputs else None
+        backward = (
+            torch.ones(5), grad_entropy, hidden, weight, case.targets, bias, index, logps, lse, entropy, kept,
+            *settings, torch.float32, "eager", keep, list(trains),
+        )  # fmt: skip
+        torch.library.opcheck(logps_op.linear_logps_backward_op, backward)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["rows found", "rows given"])
+def test_compile_without_a_graph_break(given):
+    torch._dynamo.reset()
+    case = random_case(7, 5, 90, masked=0.3, bias=True, outputs=EXTRAS, softcap=9.0, grad_entropy=torch.ones(7))
+    case.settings = {"rows": scored_rows(case.targets) if given else None, "stash_bytes": ALL}
+
+    def function(hidden, weight, targets, **options):
+        out = linear_logps(hidden * 2, weight, targets, **options)
+        return out._replace(logps=out.logps * 3)
+
+    compiled = case.ours(torch.compile(function, fullgraph=True, backend="aot_eager"))
+    for name, value in case.ours(function).items():
+        assert torch.equal(compiled[name], value), name
