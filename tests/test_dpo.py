@@ -16,8 +16,12 @@ from tests.reference import chunk_columns, error, logits_of, size, target_logps
 
 EPS = torch.finfo(torch.float32).eps
 LOSSES = [
-    ("sigmoid", {}), ("sigmoid", {"label_smoothing": 0.2}), ("robust", {"label_smoothing": 0.1}), ("hinge", {}), ("ipo", {}),
-]  # fmt: skip
+    ("sigmoid", {}),
+    ("sigmoid", {"label_smoothing": 0.2}),
+    ("robust", {"label_smoothing": 0.1}),
+    ("hinge", {}),
+    ("ipo", {}),
+]
 
 
 class Batch:

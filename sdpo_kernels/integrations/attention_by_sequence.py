@@ -10,7 +10,6 @@ usual attention.
 from __future__ import annotations
 
 import itertools
-import weakref
 from typing import Any
 
 import torch
@@ -90,21 +89,14 @@ def packed_mask(
 AttentionInterface.register(PACKED, packed_attention)
 AttentionMaskInterface.register(PACKED, packed_mask)
 
-_last: tuple[weakref.ref[Tensor], int, list[int]] | None = None  # position ids seen last, their version, their lengths
-
 
 def _lengths(position_ids: Tensor | None, query: Tensor) -> list[int]:
-    """Lengths of the sequences in the row; every layer of a forward asks for the same tensor, so the last is kept."""
-    global _last
+    """Lengths of the sequences in the row. Every layer works them out anew: keeping them showed no gain."""
     if position_ids is None:
         raise ValueError(f"position_ids: did not reach the attention layer, {PACKED} attention needs them")
-    version = -1 if position_ids.is_inference() else position_ids._version  # inference tensors count none
-    if _last is not None and _last[0]() is position_ids and _last[1] == version != -1:
-        return _last[2]
     lengths = sequence_lengths(position_ids)
     if query.shape[0] > 1 and len(lengths) > 1:
         raise ValueError(f"input_ids: was of {query.shape[0]} rows with restarting position_ids, must be one row")
-    _last = (weakref.ref(position_ids), version, lengths)
     return lengths
 
 

@@ -229,6 +229,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def check_head(model: nn.Module, input_ids: Tensor) -> float:
     """Compare the fused log-probs of one sequence with the model's own logits; returns the largest deviation in nats.
 
+    Under DDP or FSDP every process calls it: both forwards are collective.
+
     Args:
         model: with its fused head attached, and wrapped as it will be trained (PEFT adapters included).
         input_ids: [T] or [1, T] int64, T >= 2; the first 128 tokens are used.

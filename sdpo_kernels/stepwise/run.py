@@ -50,7 +50,7 @@ def run(config: RunConfig, reporter: Reporter | None = None) -> Record:
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         prepared.stages = order_stages(config, prepared.stages, _ranking(prepared, folder, reporter))
-        state = _open(prepared, folder, reporter)
+        state = open_run(prepared, folder, reporter)
         if all(stage["state"] == "done" for stage in state.manifest.stages):
             reporter.say(f"nothing to do: all {len(state.manifest.stages)} stages in {folder} are done")
             return state.manifest.data
@@ -74,7 +74,7 @@ def _ranking(prepared: Prepared, folder: Path, reporter: Reporter) -> Callable[[
     return score
 
 
-def _open(prepared: Prepared, folder: Path, reporter: Reporter) -> Run:
+def open_run(prepared: Prepared, folder: Path, reporter: Reporter) -> Run:
     """The run's state: its manifest, compared with what was read."""
     config = prepared.config
     environment = _environment(config)

@@ -101,7 +101,7 @@ def train_stage(stage: Stage) -> None:
     stage.work.mkdir(parents=True, exist_ok=True)
     checkpoint = latest_checkpoint(stage.work)
     set_seed(stage.args.seed)
-    trainer, ref_logps = _prepare_trainer(stage)
+    trainer, ref_logps = prepare_trainer(stage)
     step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     stage.run.metrics.rewind(stage.index, step)
     if checkpoint is not None:
@@ -124,7 +124,7 @@ def train_stage(stage: Stage) -> None:
     _finish(stage, staging, record)
 
 
-def _prepare_trainer(stage: Stage) -> tuple[StageTrainer, Tensor]:
+def prepare_trainer(stage: Stage) -> tuple[StageTrainer, Tensor]:
     """The trainer at the stage's start, its references scored and its head checked."""
     config = stage.run.config
     loaded, ref_logps, found = _references(stage)

@@ -1,0 +1,171 @@
+"""How far from bare GEMMs is one DPO step at the head? `python -m benchmarks.head [--json results.json]`
+
+Every case does the same work on the same tensors: reference forward, policy forward and backward into hidden states
+and weight (see `rivals.py`). Each is measured in fresh processes, in turn round after round (A B C A B C), so that what
+the machine does meanwhile falls on all. The floor, "gemms", is the four matrix products on the scored rows alone.
+Columns: median, least and largest time; ratio of the medians to the floor; peak extra memory (see `measure.py`); the
+largest error of a sequence's summed log-prob against float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import measure
+from benchmarks.rivals import FLOOR, RIVALS, CannotRun, Problem, true_logps
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+QUICK = {"pairs": 1, "length": 16, "hidden": 32, "vocab": 200, "repeats": 1, "rounds": 1}
+SHAPE = ("pairs", "length", "hidden", "vocab", "scored", "dtype", "device")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure all cases, or, as a child process, one of them once."""
+    options = parse(arguments)
+    if options.child:
+        print(json.dumps(measure_case(options)))
+        return 0
+    report = measure_all(options)
+    print(show(report))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.head", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256, help="positions a sequence")
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--scored", type=float, default=0.4, help="share of the positions that are scored")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=3, help="fresh processes a case")
+    parser.add_argument("--repeats", type=int, default=3, help="timed calls a process")
+    parser.add_argument("--cases", nargs="+", choices=RIVALS, default=list(RIVALS), metavar="CASE")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--quick", action="store_true", help=f"a tiny run: {QUICK}")
+    parser.add_argument("--child", choices=RIVALS, help=argparse.SUPPRESS)
+    parser.add_argument("--with-error", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.quick:
+        vars(options).update(QUICK)
+    return options
+
+
+def problem_of(options: argparse.Namespace) -> Problem:
+    """The tensors of the shape asked for."""
+    shape = (options.pairs, options.length, options.hidden, options.vocab, options.scored)
+    return Problem.random(*shape, DTYPES[options.dtype], options.device)
+
+
+def measure_case(options: argparse.Namespace) -> dict[str, Any]:
+    """In a fresh process: memory on the first call, then times, then the error."""
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    device = torch.device(options.device)
+    rival = RIVALS[options.child]
+    try:
+        rival(Problem.random(1, 8, 64, 128, 0.5, DTYPES[options.dtype], options.device))()  # loads the libraries
+        problem = problem_of(options)
+        step = rival(problem)
+    except CannotRun as reason:
+        return {"skipped": str(reason)}
+    memory = measure.peak_extra_bytes(step, device)
+    times = []
+    for _ in range(options.repeats):
+        problem.forget_gradients()
+        times.append(measure.seconds(step, device))
+    answer: dict[str, Any] = {"times_s": times, "peak_extra_bytes": memory}
+    if options.with_error and options.child != FLOOR:
+        problem.forget_gradients()
+        found = step()
+        assert found is not None
+        truth = true_logps(problem.hidden, problem.weight, problem.labels)
+        answer["error_nat"] = (found.policy_logps.double() - truth).abs().max().item()
+    return answer
+
+
+def measure_all(options: argparse.Namespace) -> dict[str, Any]:
+    """Rounds of fresh processes; the report that --json writes."""
+    device = torch.device(options.device)
+    report = {"benchmark": "head"} | measure.surroundings(options.threads, device)
+    report["shape"] = {name: getattr(options, name) for name in SHAPE}
+    answers: dict[str, list[dict[str, Any]]] = {case: [] for case in options.cases}
+    for number in range(options.rounds):
+        for case, found in answers.items():
+            if found and "skipped" in found[-1]:
+                continue
+            found.append(
+                measure.run_fresh("benchmarks.head", child_arguments(options, case, number == 0), options.threads)
+            )
+    report["results"] = [{"case": case} | summary(found) for case, found in answers.items()]
+    floor = next((r.get("median_s") for r in report["results"] if r["case"] == FLOOR), None)
+    for result in report["results"]:
+        if floor and "median_s" in result:
+            result["ratio_to_floor"] = result["median_s"] / floor
+    return report
+
+
+def child_arguments(options: argparse.Namespace, case: str, with_error: bool) -> list[str]:
+    """The command line of a case's process."""
+    names = (*SHAPE, "repeats", "threads")
+    arguments = [f"--{name}={getattr(options, name)}" for name in names]
+    return [*arguments, f"--child={case}", *(["--with-error"] if with_error else [])]
+
+
+def summary(answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """One result from a case's processes."""
+    if "skipped" in answers[-1]:
+        return {"skipped": answers[-1]["skipped"]}
+    times = [time for answer in answers for time in answer["times_s"]]
+    memories = [a["peak_extra_bytes"] for a in answers if a["peak_extra_bytes"] is not None]
+    return {
+        "median_s": statistics.median(times),
+        "min_s": min(times),
+        "max_s": max(times),
+        "times_s": times,
+        "peak_extra_bytes": statistics.median_high(memories) if memories else None,
+        "error_nat": answers[0].get("error_nat"),
+    }
+
+
+def show(report: dict[str, Any]) -> str:
+    """The report as a table with what it was measured on."""
+    lines, skipped = [], []
+    for result in report["results"]:
+        if "skipped" in result:
+            skipped.append(f"{result['case']}: not measured, {result['skipped']}")
+            continue
+        memory, error, ratio = result["peak_extra_bytes"], result["error_nat"], result.get("ratio_to_floor")
+        lines.append([
+            result["case"],
+            f"{1e3 * result['median_s']:.1f}",
+            f"{1e3 * result['min_s']:.1f}",
+            f"{1e3 * result['max_s']:.1f}",
+            "" if ratio is None else f"{ratio:.2f}",
+            "" if memory is None else f"{memory / 2**20:.0f}",
+            "" if error is None else f"{error:.1e}",
+        ])  # fmt: skip
+    headings = ["case", "median ms", "min ms", "max ms", "× floor", "extra MiB", "error nat"]
+    machine, shape = report["machine"], report["shape"]
+    above = (
+        f"{machine['processor']}, {machine['threads']} threads, {machine['device']}, "
+        f"torch {report['versions']['torch']}, commit {report['commit']}, load {machine['load_average']:.1f}\n"
+        + ", ".join(f"{name} {value}" for name, value in shape.items())
+    )
+    return "\n".join([above, "", measure.table(headings, lines), *skipped])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

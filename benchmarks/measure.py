@@ -1,0 +1,155 @@
+"""How the benchmarks measure: time, peak extra memory, the machine, one fresh process a case.
+
+**Time** is wall-clock of one call, the device synchronised before and after, after a warm-up at full size.
+
+**Peak extra memory** is the highest memory during a call above the level just before it, inputs made, so it counts
+all that the call allocates: temporaries, what is kept for the backward, and the gradients it leaves. On CPU it is the
+process's peak resident memory (VmHWM, reset through /proc/self/clear_refs) less its resident memory before, taken on
+the process's first call of full size (afterwards the allocator holds freed memory back) when a tiny call has already
+loaded libraries and started threads. On CUDA it is `torch.cuda.max_memory_allocated` likewise.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("torch", "sdpo-kernels", "triton", "numpy", "trl", "liger-kernel", "cut-cross-entropy")
+
+
+def seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Wall-clock seconds of one call."""
+    _synchronize(device)
+    start = time.perf_counter()
+    call()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
+    """The most memory `call` holds above what is held before it; None where the system does not tell."""
+    if device.type == "cuda":
+        _synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        _synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if not _reset_peak():
+        call()
+        return None
+    before = _status("VmRSS")
+    result = call()
+    peak = _status("VmHWM") - before
+    del result
+    return peak
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _reset_peak() -> bool:
+    """Set VmHWM back to VmRSS; False where there is no Linux /proc that allows it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _status(key: str) -> int:
+    """A line of /proc/self/status in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {key}")
+
+
+def run_fresh(module: str, arguments: list[str], threads: int) -> dict[str, Any]:
+    """Run `python -m module arguments…` in a new process; its last line of output is its answer, in JSON.
+
+    A process that fails answers {"skipped": the last line of its complaint}: a rival that cannot run is listed with
+    why, and the others go on.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    if done.returncode == 0:
+        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return answer
+    complaint = done.stderr.strip().splitlines() or ["no message"]
+    return {"skipped": f"exit status {done.returncode}: {complaint[-1]}"}
+
+
+def surroundings(threads: int, device: torch.device) -> dict[str, Any]:
+    """What a number means nothing without: date, machine, versions, commit."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "threads": threads,
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "load_average": os.getloadavg()[0],
+            "system": platform.platform(),
+        },
+        "versions": {"python": platform.python_version()} | _versions(),
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue  # not installed, not listed
+    return found
+
+
+def _commit() -> str:
+    """The checkout's commit, with "+changes" where files that git tracks differ from it."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    commit = git("rev-parse", "--short=12", "HEAD") or "unknown"
+    return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def table(headings: list[str], lines: list[list[str]]) -> str:
+    """A plain table: first column left, the others right."""
+    widths = [max(len(line[i]) for line in [headings, *lines]) for i in range(len(headings))]
+
+    def row(cells: list[str]) -> str:
+        first, *others = (c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
+        return "  ".join([first, *others]).rstrip()
+
+    return "\n".join([row(headings), "  ".join("-" * w for w in widths), *(row(line) for line in lines)])

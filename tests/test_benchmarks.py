@@ -1,0 +1,115 @@
+"""The head benchmark: every rival does the same right work, memory is measured truly, the command writes its report."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import head, measure
+from benchmarks.rivals import FLOOR, IGNORE_INDEX, RIVALS, CannotRun, Problem, true_logps
+from tests.reference import error, size, target_logps
+
+CPU = torch.device("cpu")
+
+
+def problem(dtype: torch.dtype = torch.float32) -> Problem:
+    return Problem.random(2, 12, 16, 90, 0.4, dtype, "cpu")
+
+
+def test_the_problem_is_what_was_asked_for():
+    ours = problem()
+    assert ours.hidden.shape == ours.ref_hidden.shape == (4, 12, 16)
+    assert ours.weight.shape == ours.ref_weight.shape == (90, 16)
+    assert ((ours.labels != IGNORE_INDEX).sum(1) == 5).all()
+    assert torch.equal(ours.hidden, problem().hidden)
+    assert not torch.equal(ours.hidden, ours.ref_hidden)
+    logits = Problem.random(2, 64, 256, 500, 0.4, torch.float32, "cpu")
+    assert 2.5 < (logits.hidden @ logits.weight.t()).std().item() < 3.5
+
+
+@pytest.mark.parametrize("name", [name for name in RIVALS if name != FLOOR])
+def test_every_rival_computes_the_same_loss_and_gradients(name):
+    given = problem()
+    hidden, weight = (t.detach().double().requires_grad_() for t in (given.hidden, given.weight))
+    policy = target_logps(hidden @ weight.t(), given.labels).sum(1)
+    ref = target_logps(given.ref_hidden.double() @ given.ref_weight.double().t(), given.labels).sum(1)
+    chosen, rejected = (policy - ref).chunk(2)
+    loss = -(0.1 * (chosen - rejected)).sigmoid().log().mean()
+    loss.backward()
+    try:
+        found = RIVALS[name](given)()
+    except CannotRun as reason:
+        pytest.skip(str(reason))
+    assert error(true_logps(given.hidden, given.weight, given.labels), policy.detach()) < 1e-12
+    rounding = 16 * torch.finfo(torch.float32).eps * size(policy.detach())  # the same arithmetic in float32
+    assert error(found.policy_logps, policy.detach()) < rounding
+    assert error(found.loss, loss.detach()) < rounding
+    for mine, right in ((given.hidden.grad, hidden.grad), (given.weight.grad, weight.grad)):
+        assert error(mine, right) < rounding * size(right)
+
+
+def test_the_floor_runs():
+    assert RIVALS[FLOOR](problem(torch.bfloat16))() is None
+
+
+def test_peak_memory_is_that_of_a_known_allocation():
+    def call() -> None:
+        torch.ones(2**24)  # 64 MiB, freed at once
+        torch.ones(2**23)
+
+    found = measure.peak_extra_bytes(call, CPU)
+    if found is None:
+        pytest.skip("this system does not tell a process its peak memory")
+    assert 0.95 * 2**26 < found < 1.1 * 2**26
+
+
+def test_a_case_that_fails_is_answered_with_why(monkeypatch):
+    answer = measure.run_fresh("benchmarks.head", ["--child=naive", "--device=nonsense"], 1)
+    assert answer["skipped"].startswith("exit status 1: ")
+    assert "nonsense" in answer["skipped"]
+
+    def absent(problem):
+        raise CannotRun("it is not installed")
+
+    monkeypatch.setitem(RIVALS, "naive", absent)
+    assert head.measure_case(head.parse(["--child=naive", "--quick"])) == {"skipped": "it is not installed"}
+
+
+def test_the_command_measures_in_turn_and_writes_its_report(tmp_path, capsys):
+    path = tmp_path / "results" / "head.json"
+    assert head.main(["--quick", "--cases", "gemms", "ours", "--threads=1", f"--json={path}"]) == 0
+    shown = capsys.readouterr().out
+    report = json.loads(path.read_text())
+    assert report["shape"] == {
+        "pairs": 1, "length": 16, "hidden": 32, "vocab": 200, "scored": 0.4, "dtype": "bf16", "device": "cpu",
+    }  # fmt: skip
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["machine"]["threads"] == 1
+    floor, ours = report["results"]
+    assert (floor["case"], ours["case"]) == ("gemms", "ours")
+    assert floor["ratio_to_floor"] == 1.0
+    assert ours["ratio_to_floor"] == ours["median_s"] / floor["median_s"]
+    assert ours["error_nat"] < 1e-4
+    assert "gemms" in shown
+    assert "× floor" in shown
+
+
+def test_rounds_are_taken_in_turn_and_a_case_that_cannot_run_is_not_asked_again(monkeypatch, capsys):
+    asked = []
+
+    def answer(module, arguments, threads):
+        case = next(a.removeprefix("--child=") for a in arguments if a.startswith("--child="))
+        asked.append((case, "--with-error" in arguments))
+        if case == "naive":
+            return {"skipped": "it is too slow"}
+        return {"times_s": [1.0, 2.0 + len(asked)], "peak_extra_bytes": len(asked), "error_nat": 0.5}
+
+    monkeypatch.setattr(measure, "run_fresh", answer)
+    assert head.main(["--rounds=2", "--cases", "gemms", "naive", "ours"]) == 0
+    assert asked == [("gemms", True), ("naive", True), ("ours", True), ("gemms", False), ("ours", False)]
+    shown = capsys.readouterr().out
+    assert "naive: not measured, it is too slow" in shown
+    report = head.measure_all(head.parse(["--rounds=1", "--cases", "ours"]))
+    assert "ratio_to_floor" not in report["results"][0]  # no floor was measured
