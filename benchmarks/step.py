@@ -2,14 +2,15 @@
 
     python -m benchmarks.step [--threads 1] [--pairs 48] [--rounds 5] [--json PATH]     # TRL from `make bench-env`
 
-Both train stories260K (260,032 parameters, fp32) at 4 pairs a batch on the same slices of the three compact stages, with
-the reference's log-probs computed beforehand and TRL's gradient checkpointing off. A step is the time between the ends
+Both train stories260K (260,032 parameters, fp32) at 4 pairs a batch on the same slices of the three compact stages,
+with the reference's log-probs computed beforehand and TRL's gradient checkpointing off. A step is the time between the ends
 of two optimiser steps, so collation, logging hooks and Trainer's own work count; the first step of a round is left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -80,13 +81,13 @@ def driver_round(rows: list[dict[str, Any]], folder: Path) -> list[float]:
     trainer, _ = prepare_trainer(stage)
     ends = clock(trainer)
     trainer.train()
-    return [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(ends)]
 
 
 def trl_round(rows: list[dict[str, Any]], folder: Path) -> list[float]:
     """Train one round with TRL's DPOTrainer; seconds of each step but the first."""
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
     from trl import DPOConfig, DPOTrainer
 
     args = DPOConfig(
@@ -111,9 +112,10 @@ def trl_round(rows: list[dict[str, Any]], folder: Path) -> list[float]:
         train_dataset=Dataset.from_list(columns),
         processing_class=AutoTokenizer.from_pretrained(MODEL),
     )
+    trainer.remove_callback(PrinterCallback)
     ends = clock(trainer)
     trainer.train()
-    return [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(ends)]
 
 
 def main() -> None:
@@ -125,7 +127,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     logging.disable(logging.WARNING)
     sides: dict[str, Callable[[list[dict[str, Any]], Path], list[float]]] = {"ours": driver_round, "trl": trl_round}
     results = []
@@ -145,7 +148,11 @@ def main() -> None:
             flush=True,
         )
     if options.json:
-        record = {"question": "step", "environment": surroundings(options.threads, torch.device("cpu")), "options": vars(options) | {"json": None}}
+        record = {
+            "question": "step",
+            "environment": surroundings(options.threads, torch.device("cpu")),
+            "options": vars(options) | {"json": None},
+        }
         options.json.write_text(json.dumps(record | {"results": results}, indent=2) + "\n")
 
 

@@ -35,12 +35,16 @@ class AtomicCheckpoints:
         finally:
             self.args.output_dir = str(folder)
         name = f"checkpoint-{self.state.global_step}"
+        self.write_extra(staging / name)
         write_listing(staging / name)
         remove_folder(folder / name)
         publish_folder(staging / name, folder / name)
         for old in folder.glob("checkpoint-*"):
             if old.name != name:
                 remove_folder(old)
+
+    def write_extra(self, checkpoint: Path) -> None:
+        """What else belongs into a checkpoint; nothing here."""
 
 
 def write_listing(checkpoint: Path) -> None:

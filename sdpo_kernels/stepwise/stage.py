@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from sdpo_kernels.integrations.causal_lm import check_head
 from sdpo_kernels.stepwise.arguments import training_arguments
+from sdpo_kernels.stepwise.callbacks import MetricsWriter, ProgressShower, StopOnSignal
 from sdpo_kernels.stepwise.checkpoints import latest_checkpoint
 from sdpo_kernels.stepwise.checks import StartGuard, cache_tolerance
 from sdpo_kernels.stepwise.collate import PairDataset
@@ -32,7 +33,7 @@ from sdpo_kernels.stepwise.order import StageData
 from sdpo_kernels.stepwise.progress import Reporter, peak_memory_bytes, reset_peak_memory
 from sdpo_kernels.stepwise.reference import Scorer, pad_token_id, write_scores
 from sdpo_kernels.stepwise.scores import EvalData
-from sdpo_kernels.stepwise.trainer import MetricsWriter, ProgressShower, StageTrainer, StopOnSignal
+from sdpo_kernels.stepwise.trainer import StageTrainer
 
 RECORD = "stage.json"  # a finished stage's record, inside its folder
 REFERENCE_FILE = "reference_logps.safetensors"
@@ -105,7 +106,6 @@ def train_stage(stage: Stage) -> None:
     step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     stage.run.metrics.rewind(stage.index, step)
     if checkpoint is not None:
-        trainer.guard = None  # the policy has left its start
         stage.run.reporter.say(f"stage {stage.name}: going on at step {step}")
     _fit(stage, trainer, checkpoint)
     lines = stage.run.metrics.of_stage(stage.index)
@@ -201,7 +201,10 @@ def _fit(stage: Stage, trainer: StageTrainer, checkpoint: Path | None) -> None:
     label = f"stage {stage.index} {stage.name}"
     with stage.run.reporter.task(label, trainer.planned_steps()) as task, stop.installed():
         trainer.add_callback(ProgressShower(task, trainer))
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if checkpoint is None:
+            trainer.train()
+        else:
+            trainer.resume(checkpoint)
     trainer.require_finite()
     if trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(

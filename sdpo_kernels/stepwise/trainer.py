@@ -1,27 +1,24 @@
-"""One stage's `transformers.Trainer`: the fused loss on pairs, TRL's metric names, whole checkpoints, a clean stop."""
+"""One stage's `transformers.Trainer`: the fused loss on pairs, TRL's metric names, whole checkpoints."""
 
 from __future__ import annotations
 
 import math
-import signal
-import threading
-import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer
 
 from sdpo_kernels.dpo import DPOOutput, pair_output
 from sdpo_kernels.stepwise.checkpoints import AtomicCheckpoints
 from sdpo_kernels.stepwise.checks import StartGuard
 from sdpo_kernels.stepwise.collate import Batch
 from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.manifest import MetricsFile
-from sdpo_kernels.stepwise.progress import Task, gigabytes, peak_memory_bytes
+
+PENDING = "pending_metrics.safetensors"  # in a checkpoint: what was collected since the last log
 
 
 class StageTrainer(AtomicCheckpoints, Trainer):
@@ -79,6 +76,8 @@ class StageTrainer(AtomicCheckpoints, Trainer):
     def _remember(self, out: DPOOutput, training: bool) -> None:
         """Keep the batch's metrics as tensors: reading them here would wait for the device at every step."""
         metrics = self._metrics["train" if training else "eval"]
+        if training:
+            metrics["loss"].append(out.loss.detach())  # in place of Trainer's, which forgets at a resume
         metrics["rewards/chosen"].append(out.chosen_rewards.mean())
         metrics["rewards/rejected"].append(out.rejected_rewards.mean())
         metrics["rewards/accuracies"].append(out.accuracy.mean())
@@ -121,92 +120,14 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         self.require_finite()
         super()._save_checkpoint(model, trial)
 
+    def write_extra(self, checkpoint: Path) -> None:
+        """The metrics since the last log, so that a resumed run logs what one never stopped does."""
+        pending = {name: torch.stack(values).cpu() for name, values in self._metrics["train"].items() if values}
+        save_file(pending, checkpoint / PENDING)
 
-class MetricsWriter(TrainerCallback):
-    """Writes every logged step to metrics.jsonl."""
-
-    def __init__(self, metrics: MetricsFile, stage: str, index: int, steps_before: int) -> None:
-        self.metrics, self.stage, self.index, self.steps_before = metrics, stage, index, steps_before
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
-    ) -> None:
-        """One line a training step or an evaluation; Trainer's closing summary, which is timings, is left out."""
-        if not logs or not ("loss" in logs or "eval_loss" in logs):
-            return
-        head = {
-            "stage/name": self.stage,
-            "stage/index": self.index,
-            "step": state.global_step,
-            "stage/global_step": self.steps_before + state.global_step,
-        }
-        timings = ("runtime", "per_second")
-        values = {name: value for name, value in logs.items() if not any(part in name for part in timings)}
-        self.metrics.append(head | {name: v if _is_json(v) else str(v) for name, v in values.items()})
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """What the checkpoint's steps logged must not be lost to a power cut after it."""
-        self.metrics.sync()
-
-
-class ProgressShower(TrainerCallback):
-    """Moves a stage's bar."""
-
-    def __init__(self, task: Task, trainer: StageTrainer) -> None:
-        self.task, self.trainer = task, trainer
-        self.note = ""
-        self.clock: float | None = None
-        self.rows = 0
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """One step further."""
-        self.task.update(state.global_step, self.note)
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
-    ) -> None:
-        """Loss, margin, accuracy, speed and memory as last logged."""
-        if not logs or "loss" not in logs:
-            return
-        now, rows = time.monotonic(), self.trainer.rows_seen
-        speed = f"  {(rows - self.rows) / (now - self.clock):,.0f} tok/s" if self.clock else ""
-        self.clock, self.rows = now, rows
-        self.note = (
-            f"loss {logs['loss']:.4f}  margin {logs['rewards/margins']:+.3f}  acc {logs['rewards/accuracies']:.2f}"
-            f"{speed}  peak {gigabytes(peak_memory_bytes())}"
-        )
-
-
-class StopOnSignal(TrainerCallback):
-    """Ctrl-C or SIGTERM: finish the step, save, stop. A second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Listen for the signals, in the main thread (others may not)."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Ask Trainer for a checkpoint and an end."""
-        if self.requested:
-            control.should_save = True
-            control.should_training_stop = True
-
-
-def _is_json(value: Any) -> bool:
-    return isinstance(value, (int, str)) or (isinstance(value, float) and math.isfinite(value))
+    def resume(self, checkpoint: Path) -> None:
+        """Train on from `checkpoint`."""
+        self.guard = None  # the policy has left its start
+        pending = load_file(checkpoint / PENDING)
+        self._metrics["train"].update({name: list(values) for name, values in pending.items()})
+        self.train(resume_from_checkpoint=str(checkpoint))
