@@ -3,8 +3,8 @@
     python -m benchmarks.step [--threads 1] [--pairs 48] [--rounds 5] [--json PATH]     # TRL from `make bench-env`
 
 Both train stories260K (260,032 parameters, fp32) at 4 pairs a batch on the same slices of the three compact stages,
-with the reference's log-probs computed beforehand and TRL's gradient checkpointing off. A step is the time between the ends
-of two optimiser steps, so collation, logging hooks and Trainer's own work count; the first step of a round is left out.
+with the reference's log-probs computed beforehand and TRL's gradient checkpointing off. A step is the time between the
+ends of two optimiser steps, so collation, logging hooks and Trainer's own work count; the first step of a round is left out.
 """
 
 from __future__ import annotations
@@ -150,8 +150,8 @@ def main() -> None:
     if options.json:
         record = {
             "question": "step",
-            "environment": surroundings(options.threads, torch.device("cpu")),
-            "options": vars(options) | {"json": None},
+            "machine": surroundings(options.threads, torch.device("cpu")),
+            "options": {"pairs": options.pairs, "rounds": options.rounds, "batch": BATCH, "max_length": MAX_LENGTH},
         }
         options.json.write_text(json.dumps(record | {"results": results}, indent=2) + "\n")
 

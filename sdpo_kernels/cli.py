@@ -35,7 +35,11 @@ def train(config: ConfigFile, overrides: Overrides = None, quiet: Quiet = False)
     from sdpo_kernels.stepwise.progress import Reporter
     from sdpo_kernels.stepwise.run import run
 
-    run(load_config(config, overrides or []), Reporter(quiet))
+    settings = load_config(config, overrides or [])
+    try:
+        run(settings, Reporter(quiet))
+    except KeyboardInterrupt:  # a stage's steps listen for it themselves; elsewhere there is nothing new to save
+        raise Interrupted("stopped; the same command goes on from there") from None
 
 
 @app.command()

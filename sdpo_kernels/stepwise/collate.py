@@ -1,7 +1,8 @@
 """Batches of preference pairs: packed end to end without padding, or padded where a model cannot keep them apart.
 
 Both collators make the same keys; `Batch` reads them. A sequence of T tokens gives T − 1 rows: its last token predicts
-nothing, so it is left out of the input. All chosen sequences come first, then the rejected ones in the same order.
+nothing, so it is left out of the input. All chosen sequences come first, then the rejected ones in the same order; in a
+padded batch sequences of like length are run together, in groups, which spares most of the padding.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from sdpo_kernels.dpo import sequence_logps
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
 from sdpo_kernels.stepwise.tokenize import TokenizedPairs, TokenizedSequence
 
-Collator = Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]
+Collator = Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
+
+PADDED_GROUP = 4  # sequences run together in a padded batch
 
 
 class PairDataset(Dataset):
@@ -44,26 +48,28 @@ class Batch:
 
     pair_index: Tensor  # [B] places in the data set
     ref_logps: Tensor  # [2B]
-    rows: ScoredRows  # of the flattened input
-    model_inputs: dict[str, Tensor]
+    rows: ScoredRows  # of the groups' flattened rows, one group after the other
+    groups: list[dict[str, Tensor]]  # what the model is called with, once a group
 
     @classmethod
-    def of(cls, inputs: dict[str, Tensor]) -> Batch:
+    def of(cls, inputs: dict[str, Any]) -> Batch:
         """Read what a collator made, after Trainer has moved it to the device."""
         rows = ScoredRows(inputs["rows_index"], inputs["rows_segment"], inputs["rows_counts"])
-        names = ("input_ids", "position_ids", "attention_mask", "logp_targets")
-        model_inputs = {name: inputs[name] for name in names if name in inputs}
-        return cls(inputs["pair_index"], inputs["ref_logps"], rows, model_inputs)
+        return cls(inputs["pair_index"], inputs["ref_logps"], rows, inputs["groups"])
+
+    @property
+    def n_rows(self) -> int:
+        """Rows that go through the model's body, padding included."""
+        return sum(group["input_ids"].numel() for group in self.groups)
 
     def logps(self, model: torch.nn.Module) -> Tensor:
         """Summed log-probs [2B] under `model`, which has its fused head attached."""
-        from sdpo_kernels.dpo import sequence_logps
+        rows = self.rows if len(self.groups) == 1 else None  # of several groups each finds its own
+        parts = [model(**group, logp_rows=rows, use_cache=False).logps for group in self.groups]
+        return sequence_logps(torch.cat(parts), self.rows)
 
-        token_logps = model(**self.model_inputs, logp_rows=self.rows, use_cache=False).logps
-        return sequence_logps(token_logps, self.rows)
 
-
-def collate_packed(examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+def collate_packed(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One row [1, N] that holds all 2B sequences; `position_ids` restart with each; no attention mask."""
     sequences = _sequences(examples)
     lengths = np.array([len(s.ids) - 1 for s in sequences])
@@ -71,39 +77,41 @@ def collate_packed(examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     targets = np.concatenate([_targets(s) for s in sequences])
     starts = np.cumsum(lengths) - lengths
     positions = np.arange(len(ids)) - np.repeat(starts, lengths)
-    index = np.flatnonzero(targets != IGNORE_INDEX)
-    segment = np.repeat(np.arange(len(sequences)), lengths)[index]
-    return {
-        **_common(examples, index, segment, len(sequences)),
-        "input_ids": _tensor(ids)[None],
-        "position_ids": _tensor(positions)[None],
-        "logp_targets": _tensor(targets)[None],
-    }
+    group = {"input_ids": ids[None], "position_ids": positions[None], "logp_targets": targets[None]}
+    segment = np.repeat(np.arange(len(sequences)), lengths)
+    return _batch(examples, [group], segment)
 
 
 def make_collate_padded(pad_token_id: int) -> Collator:
-    """[2B, T] padded on the right to the longest sequence of the batch, with an attention mask."""
+    """Groups [g, T] of sequences of like length, padded on the right, with an attention mask."""
 
-    def collate(examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def collate(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         sequences = _sequences(examples)
-        width = max(len(s.ids) for s in sequences) - 1
-        ids = np.full((len(sequences), width), pad_token_id)
-        targets = np.full((len(sequences), width), IGNORE_INDEX)
-        mask = np.zeros((len(sequences), width), dtype=np.int64)
-        for row, sequence in enumerate(sequences):
-            length = len(sequence.ids) - 1
-            ids[row, :length] = sequence.ids[:-1]
-            targets[row, :length] = _targets(sequence)
-            mask[row, :length] = 1
-        index = np.flatnonzero(targets != IGNORE_INDEX)
-        return {
-            **_common(examples, index, index // width, len(sequences)),
-            "input_ids": _tensor(ids),
-            "attention_mask": _tensor(mask),
-            "logp_targets": _tensor(targets),
-        }
+        by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids))
+        groups, segments = [], []
+        for first in range(0, len(by_length), PADDED_GROUP):
+            members = by_length[first : first + PADDED_GROUP]
+            groups.append(_pad([sequences[i] for i in members], pad_token_id))
+            segments.append(np.repeat(members, groups[-1]["input_ids"].shape[1]))
+        return _batch(examples, groups, np.concatenate(segments))
 
     return collate
+
+
+def _pad(sequences: list[TokenizedSequence], pad_token_id: int) -> dict[str, np.ndarray]:
+    width = max(len(s.ids) for s in sequences) - 1
+    shape = (len(sequences), width)
+    group = {
+        "input_ids": np.full(shape, pad_token_id),
+        "attention_mask": np.zeros(shape, dtype=np.int64),
+        "logp_targets": np.full(shape, IGNORE_INDEX),
+    }
+    for row, sequence in enumerate(sequences):
+        length = len(sequence.ids) - 1
+        group["input_ids"][row, :length] = sequence.ids[:-1]
+        group["attention_mask"][row, :length] = 1
+        group["logp_targets"][row, :length] = _targets(sequence)
+    return group
 
 
 def _sequences(examples: Sequence[dict[str, Any]]) -> list[TokenizedSequence]:
@@ -117,16 +125,19 @@ def _targets(sequence: TokenizedSequence) -> np.ndarray:
     return targets
 
 
-def _common(
-    examples: Sequence[dict[str, Any]], index: np.ndarray, segment: np.ndarray, n_sequences: int
-) -> dict[str, Tensor]:
+def _batch(
+    examples: Sequence[dict[str, Any]], groups: list[dict[str, np.ndarray]], segment: np.ndarray
+) -> dict[str, Any]:
+    """The batch of `groups`; `segment` is the sequence of each of their rows, one group after the other."""
+    index = np.flatnonzero(np.concatenate([group["logp_targets"].ravel() for group in groups]) != IGNORE_INDEX)
     refs = torch.stack([example["ref_logps"] for example in examples])  # [B, 2]
     return {
         "pair_index": torch.tensor([example["index"] for example in examples]),  # first: its length is the batch size
         "ref_logps": refs.T.reshape(-1),
         "rows_index": _tensor(index),
-        "rows_segment": _tensor(segment),
-        "rows_counts": _tensor(np.bincount(segment, minlength=n_sequences)),
+        "rows_segment": _tensor(segment[index]),
+        "rows_counts": _tensor(np.bincount(segment[index], minlength=2 * len(examples))),
+        "groups": [{name: _tensor(array) for name, array in group.items()} for group in groups],
     }
 
 

@@ -57,12 +57,10 @@ def empty_folder(path: Path) -> Path:
 
 def remove_folder(path: Path) -> None:
     """Remove a folder and what is in it; renamed out of sight first, so that a kill leaves no half of it in place."""
-    if not path.exists():
-        return
     doomed = path.with_name(f".{path.name.lstrip('.')}.removing")
-    if doomed.exists():
+    if doomed.exists():  # a kill left it
         shutil.rmtree(doomed)
-    if path != doomed:
+    if path.exists():
         os.rename(path, doomed)
         shutil.rmtree(doomed)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ class Manifest:
         data = read_json(path)
         differences = config_diff(data.get("config", {}), header["config"])
         if not differences:
-            differences = config_diff(_planned(data.get("stages", [])), _planned(stages))
+            differences = config_diff(_plan(data), _plan(header | {"stages": stages}))
         if differences:
             raise UserError(
                 f"{run_dir} holds a run that was started otherwise; choose another output_dir, or go back to:\n  "
@@ -66,9 +65,15 @@ class Manifest:
         write_json(self.path, self.data)
 
 
-def _planned(stages: Iterable[Record]) -> Record:
-    """What of the stages must not change, by name, so that a difference reads well."""
-    return {stage["name"]: {key: stage.get(key) for key in PLANNED} for stage in stages}
+def _plan(data: Record) -> Record:
+    """What of a manifest must not change: its stages by name, so that a difference reads well."""
+    stages = {stage["name"]: planned(stage) for stage in data.get("stages", [])}
+    return {"eval_data_hash": data.get("eval_data_hash"), **stages}
+
+
+def planned(stage: Record) -> Record:
+    """What of a stage's record was fixed before it was trained."""
+    return {key: stage.get(key) for key in PLANNED}
 
 
 class MetricsFile:
@@ -88,12 +93,13 @@ class MetricsFile:
             return []
         return [line for text in self.path.read_text("utf-8").splitlines() if (line := _parse(text)) is not None]
 
-    def rewind(self, stage: int, step: int) -> None:
-        """Keep the lines of stages before `stage` (from 1) and those of `stage` up to `step`."""
+    def rewind(self, stage: int, step: int | None) -> None:
+        """Keep the lines of stages before `stage` (from 1) and those of `stage` up to `step`; None: none of its own."""
         kept = [
             line
             for line in self.lines()
-            if line["stage/index"] < stage or (line["stage/index"] == stage and line["step"] <= step)
+            if line["stage/index"] < stage
+            or (step is not None and line["stage/index"] == stage and line["step"] <= step)
         ]
         replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 

@@ -65,7 +65,7 @@ def load_model(path: str, config: RunConfig, device: torch.device, autocast: tor
         with autocast_context(device, autocast):
             reason = use_packed_attention(model)
         if reason is not None:
-            logger.warning("batches are padded instead of packed: %s", reason)
+            logger.warning("batches are padded, in groups of like length, instead of packed: %s", reason)
             packed = False
     by_sequence = packed and model.config._attn_implementation == "sdpo_packed"
     return Loaded(model, packed, by_sequence)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -25,6 +26,7 @@ from sdpo_kernels.integrations.causal_lm import unwrap
 from sdpo_kernels.stepwise.arguments import autocast_dtype
 from sdpo_kernels.stepwise.collate import Batch, Collator, PairDataset, collate_packed, make_collate_padded
 from sdpo_kernels.stepwise.config import RunConfig
+from sdpo_kernels.stepwise.errors import UserError
 from sdpo_kernels.stepwise.files import replace_file
 from sdpo_kernels.stepwise.models import Loaded, autocast_context, load_model, weights_hash
 from sdpo_kernels.stepwise.progress import Reporter
@@ -70,7 +72,7 @@ class Scorer:
             for start in range(0, len(tokens), self.batch_size):
                 stop = min(start + self.batch_size, len(tokens))
                 inputs = collate([data[i] for i in range(start, stop)])
-                inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+                inputs = send_to_device(inputs, self.device)
                 with torch.no_grad(), autocast_context(self.device, self.autocast):
                     sums = Batch.of(inputs).logps(model)
                 scores[start:stop] = sums.float().view(2, -1).T.cpu()
@@ -87,8 +89,10 @@ class Scorer:
             truncation=config.truncation,
             dtype=config.dtype,
             autocast=self.autocast,
-            attention=unwrap(loaded.model).config._attn_implementation,  # type: ignore[union-attr]
             packed=loaded.packed,
+            # attention, positions, the head's scale and softcap, whatever else turns weights into scores
+            model=unwrap(loaded.model).config.to_dict(),  # type: ignore[union-attr,operator]
+            attention=unwrap(loaded.model).config._attn_implementation,  # type: ignore[union-attr]
         )
         return cached_scores(path, key, len(tokens), lambda: self.score(loaded, tokens, label))
 
@@ -119,6 +123,12 @@ def cached_scores(path: Path, key: str, count: int, make: Callable[[], Tensor]) 
     if reason:
         logger.warning("%s is made again: %s", path.name, reason)
     scores = make()
+    bad = ~torch.isfinite(scores).all(1)
+    if bool(bad.any()):
+        raise UserError(
+            f"{path.name}: the model scores {int(bad.sum())} of {count} pairs as NaN or infinite, the first is pair "
+            f"{int(bad.nonzero()[0]) + 1}; its weights are broken, or overflow in this precision"
+        )
     write_scores(path, scores, key)
     return scores
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from sdpo_kernels.stepwise.arguments import training_arguments
 from sdpo_kernels.stepwise.config import RunConfig, dump_config
 from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.files import replace_file
+from sdpo_kernels.stepwise.files import remove_folder, replace_file
 from sdpo_kernels.stepwise.manifest import Manifest, MetricsFile, Record, host_environment
 from sdpo_kernels.stepwise.order import StageData, order_stages
 from sdpo_kernels.stepwise.prepare import Prepared, prepare
@@ -47,14 +47,21 @@ def run(config: RunConfig, reporter: Reporter | None = None) -> Record:
     prepared = prepare(config)
     prepared.say_warnings(reporter)
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir: {folder} cannot be made: {error.strerror or error}") from error
     with _locked(folder):
         prepared.stages = order_stages(config, prepared.stages, _ranking(prepared, folder, reporter))
         state = open_run(prepared, folder, reporter)
+        _clear_leftovers(state)
         if all(stage["state"] == "done" for stage in state.manifest.stages):
+            if not (folder / "report.html").exists():  # killed before its last file
+                write_report(folder)
             reporter.say(f"nothing to do: all {len(state.manifest.stages)} stages in {folder} are done")
             return state.manifest.data
-        _train(state, [Stage(state, index, data) for index, data in enumerate(prepared.stages, 1)])
+        (folder / "report.html").unlink(missing_ok=True)  # asked for in the middle of the run
+        _train(state, prepared.stages)
         write_report(folder)
     reporter.say(stage_table(state.manifest.data))
     reporter.say(f"report: {folder / 'report.html'}")
@@ -84,6 +91,7 @@ def open_run(prepared: Prepared, folder: Path, reporter: Reporter) -> Run:
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "environment": environment,
         "config": config.model_dump(mode="json"),
+        "eval_data_hash": None if prepared.eval_tokens is None else prepared.eval_tokens.content_hash(),
     }
     records = [_planned(config, index, stage) for index, stage in enumerate(prepared.stages, 1)]
     manifest = Manifest.open(folder, header, records)
@@ -95,14 +103,27 @@ def open_run(prepared: Prepared, folder: Path, reporter: Reporter) -> Run:
     return Run(config, folder, prepared.tokenizer, manifest, MetricsFile(folder), reporter, eval_data)
 
 
-def _train(state: Run, stages: list[Stage]) -> None:
+def _clear_leftovers(state: Run) -> None:
+    """Remove what a kill left: temporary files, and working folders of stages that are done."""
+    for path in state.folder.glob(".*.tmp"):
+        path.unlink()
+    doing = {f".{state.stage_folder(s['index']).name}" for s in state.manifest.stages if s["state"] != "done"}
+    for path in state.folder.glob(".stage-*"):
+        if path.name not in doing:
+            remove_folder(path)
+
+
+def _train(state: Run, data: list[StageData]) -> None:
+    # All are made before the first is trained, so that settings which transformers refuses are heard of at once.
+    stages = [Stage(state, index, stage_data) for index, stage_data in enumerate(data, 1)]
     if state.eval_data is not None and state.manifest.data["initial_eval"] is None:
         scores = state.eval_data.evaluate(state.config.model, state.folder, stages[0].scorer)
         state.manifest.data["initial_eval"] = scores
         state.manifest.save()
-    for stage in stages:
-        if stage.record["state"] != "done":
-            train_stage(stage)
+    for index, stage_data in enumerate(data, 1):
+        if state.manifest.stages[index - 1]["state"] != "done":
+            # Made anew: accelerate and TensorBoard keep in one global place what the arguments made last have set.
+            train_stage(Stage(state, index, stage_data))
 
 
 def _planned(config: RunConfig, index: int, stage: StageData) -> Record:

@@ -26,7 +26,7 @@ from sdpo_kernels.stepwise.collate import PairDataset
 from sdpo_kernels.stepwise.config import RunConfig
 from sdpo_kernels.stepwise.errors import Interrupted, UserError
 from sdpo_kernels.stepwise.files import empty_folder, publish_folder, read_json, remove_folder, replace_file
-from sdpo_kernels.stepwise.manifest import Manifest, MetricsFile, Record
+from sdpo_kernels.stepwise.manifest import Manifest, MetricsFile, Record, planned
 from sdpo_kernels.stepwise.model_card import model_card
 from sdpo_kernels.stepwise.models import Loaded, add_adapter, merge_adapter, release_memory, weights_hash
 from sdpo_kernels.stepwise.order import StageData
@@ -64,6 +64,7 @@ class Stage:
         self.name = data.config.name
         self.folder = run.stage_folder(index)
         self.work = run.folder / f".{self.folder.name}"  # where it lies while it is made
+        self.use_cache = True  # what the model's config said before Trainer saw it
         self.args: TrainingArguments = training_arguments(
             run.config, data.config, self.work, run.folder / "tensorboard" / self.folder.name
         )
@@ -94,27 +95,29 @@ class Stage:
 def train_stage(stage: Stage) -> None:
     """Bring a stage from wherever it is to its finished folder and its `done` in the manifest."""
     if (stage.folder / RECORD).exists():  # killed between the rename and the manifest's last write
-        stage.update(read_json(stage.folder / RECORD))
-        remove_folder(stage.work)
+        _adopt(stage)
         return
     started = time.monotonic()
     reset_peak_memory()
     stage.work.mkdir(parents=True, exist_ok=True)
     checkpoint = latest_checkpoint(stage.work)
+    if checkpoint is not None and stage.run.config.reference != "none" and not (stage.work / REFERENCE_FILE).exists():
+        stage.run.reporter.warn(f"stage {stage.name}: its {REFERENCE_FILE} is gone and is made again")
     set_seed(stage.args.seed)
     trainer, ref_logps = prepare_trainer(stage)
-    step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+    step = None if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     stage.run.metrics.rewind(stage.index, step)
     if checkpoint is not None:
+        stage.args.eval_on_start = False  # that was before the checkpoint
         stage.run.reporter.say(f"stage {stage.name}: going on at step {step}")
-    _fit(stage, trainer, checkpoint)
+    stopped = _fit(stage, trainer, checkpoint)
     lines = stage.run.metrics.of_stage(stage.index)
     record = stage.record | {
         "state": "done",
         "steps": trainer.state.global_step,
         "first_loss": lines[0]["loss"],
         "last_loss": lines[-1]["loss"],
-        "resumed_at_step": step or None,
+        "resumed_at_step": step,
         "seconds": round(time.monotonic() - started, 3),
         "peak_memory_bytes": peak_memory_bytes(),
     }
@@ -122,12 +125,30 @@ def train_stage(stage: Stage) -> None:
     del trainer
     release_memory()
     _finish(stage, staging, record)
+    if stopped and stage.index < len(stage.run.manifest.stages):
+        raise Interrupted(f"stopped after stage {stage.name}, which is finished; the same command goes on from there")
+
+
+def _adopt(stage: Stage) -> None:
+    """Enter a folder that was finished before the manifest could say so."""
+    record = read_json(stage.folder / RECORD)
+    if planned(record) != planned(stage.record):
+        raise UserError(f"{stage.folder} was left by another run; move it away or choose another output_dir")
+    stage.update(record)
+    remove_folder(stage.work)
 
 
 def prepare_trainer(stage: Stage) -> tuple[StageTrainer, Tensor]:
     """The trainer at the stage's start, its references scored and its head checked."""
     config = stage.run.config
     loaded, ref_logps, found = _references(stage)
+    stage.use_cache = getattr(loaded.model.config, "use_cache", True)
+    before = stage.record.get("reference_hash")
+    if before not in (None, found["reference_hash"]):
+        raise UserError(
+            f"stage {stage.name}: the weights of its reference have changed since the stage was started; "
+            "put them back, or choose another output_dir"
+        )
     stage.update({"state": "training", **found})
     if config.lora is not None:
         add_adapter(loaded, config.lora)
@@ -192,8 +213,8 @@ def _eval_reference(stage: Stage) -> Path | None:
     return stage.run.folder if reference == "initial" or stage.index == 1 else stage.run.stage_folder(stage.index - 1)
 
 
-def _fit(stage: Stage, trainer: StageTrainer, checkpoint: Path | None) -> None:
-    """Train to the stage's end, or raise Interrupted after a signal, saved."""
+def _fit(stage: Stage, trainer: StageTrainer, checkpoint: Path | None) -> bool:
+    """Train to the stage's end; whether a signal came at its last step. Before that it raises Interrupted, saved."""
     stop = StopOnSignal()
     trainer.add_callback(stop)
     steps_before = sum(record["steps"] for record in stage.run.manifest.stages[: stage.index - 1])
@@ -211,6 +232,7 @@ def _fit(stage: Stage, trainer: StageTrainer, checkpoint: Path | None) -> None:
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} of stage {stage.name}, saved; "
             "the same command goes on from there"
         )
+    return stop.requested
 
 
 def _save(stage: Stage, trainer: StageTrainer, ref_logps: Tensor) -> Path:
@@ -221,6 +243,8 @@ def _save(stage: Stage, trainer: StageTrainer, ref_logps: Tensor) -> Path:
         model.save_pretrained(staging / "adapter")
         base = stage.model_before(stage.run.config.policy)
         model = merge_adapter(base, staging / "adapter", stage.run.config)
+    else:
+        model.config.use_cache = stage.use_cache  # Trainer switched it off, and generation wants it
     model.save_pretrained(staging)
     stage.run.tokenizer.save_pretrained(staging)
     cache = stage.work / REFERENCE_FILE

@@ -51,7 +51,7 @@ class StageTrainer(AtomicCheckpoints, Trainer):
             guard.check(batch.pair_index, sums, fresh, batch.ref_logps, float(out.loss.detach()))
         self._remember(out, model.training)
         if model.training:
-            self.rows_seen += batch.model_inputs["input_ids"].numel()
+            self.rows_seen += batch.n_rows
         return (out.loss, {"logps": sums}) if return_outputs else out.loss
 
     def _score_afresh(self, model: nn.Module, batch: Batch) -> Tensor:
