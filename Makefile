@@ -5,10 +5,14 @@ BIN := $(VENV)/bin
 DEMO_OUTPUT ?= runs/demo
 BENCH ?= head
 
-.PHONY: demo test lint bench bench-env clean
+.PHONY: demo picture test lint bench bench-env clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m examples.demo.run --output $(DEMO_OUTPUT)
+
+# the picture that README shows
+picture: demo
+	cp $(DEMO_OUTPUT)/comparison.png docs/demo.png
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup

@@ -93,6 +93,7 @@ def main() -> None:
     """Entry point: mistakes of the user end in one clear line and exit code 2, a stop by signal in 130."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # about fields it will rename
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its remarks and bars are not ours; both can be set
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 from collections import Counter
@@ -12,14 +13,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from examples.demo.evaluate import answer_logps, difference, exactly_right, pair_gammas
 from examples.demo.generate import write_answers
 from examples.demo.model import build_model, build_tokenizer, load, save
 from examples.demo.preferences import is_wrong_word, preference_pairs, read_pairs, write_pairs
+from examples.demo.results import Judged, difference_lines, gamma_table, result_rows, result_table, write_results
+from examples.demo.setup import QUICK, Settings, set_up
 from examples.demo.sft import NOT_SCORED, answer_tensors, warm_up
 from examples.demo.task import SOURCES, SPLITS, Problem, draw_words, split_of, warmup_corpus
+from sdpo_kernels.stepwise.config import load_config
+from sdpo_kernels.stepwise.errors import UserError
 from sdpo_kernels.stepwise.pairs import read_pairs as driver_reads
+from sdpo_kernels.stepwise.progress import Reporter
 from sdpo_kernels.stepwise.tokenize import tokenize_pairs
 
 words = st.text(ascii_lowercase, min_size=2, max_size=9)
@@ -276,3 +283,112 @@ def test_the_difference_is_judged_prompt_by_prompt() -> None:
     mean, reach = difference(right, ~right)
     assert mean == pytest.approx(0.2)
     assert reach == pytest.approx(1.96 * (0.96 * 100 / 99) ** 0.5 / 10)
+
+
+# ---- the common start ----
+
+TINY = Settings(warmup_steps=40, pairs=12, heldout_pairs=6, heldout_prompts=6)
+
+
+@pytest.fixture(scope="module")
+def tiny_start(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("demo")
+    return folder, set_up(folder, TINY, Reporter(quiet=True))
+
+
+def test_both_run_files_hold_the_same_pairs_rates_and_start(tiny_start) -> None:
+    folder, start = tiny_start
+    dpo, sdpo = (load_config(start.run_files[name]) for name in ("dpo", "sdpo"))
+    assert [stage.name for stage in sdpo.stages] == [source.name for source in SOURCES]
+    assert [stage.name for stage in dpo.stages] == ["all"]
+    assert dpo.stages[0].data == tuple(path for stage in sdpo.stages for path in stage.data)
+    differing = {key for key, value in dpo.model_dump().items() if sdpo.model_dump()[key] != value}
+    assert differing == {"stages", "output_dir"}
+    assert Path(dpo.model) == (folder / "start").resolve()
+
+
+def test_held_out_pairs_share_no_prompt_with_those_of_training(tiny_start) -> None:
+    _, start = tiny_start
+    training = {pair["prompt"] for pairs in start.pairs.values() for pair in pairs}
+    heldout = {pair["prompt"] for pairs in start.heldout.values() for pair in pairs}
+    assert (len(training), len(heldout)) == (36, 18)
+    assert not training & heldout
+
+
+def test_a_second_call_reads_the_start_back_and_leaves_its_files(tiny_start) -> None:
+    folder, start = tiny_start
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    assert set_up(folder, TINY, Reporter(quiet=True)) == start
+    assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_other_settings_in_the_same_folder_are_an_error(tiny_start) -> None:
+    folder, _ = tiny_start
+    with pytest.raises(UserError, match="holds a demo of other settings; give another --output"):
+        set_up(folder, QUICK, Reporter(quiet=True))
+
+
+def test_a_start_made_again_elsewhere_is_the_same(tiny_start, tmp_path: Path) -> None:
+    folder, start = tiny_start
+    again = set_up(tmp_path, TINY, Reporter(quiet=True))
+    assert (again.pairs, again.heldout) == (start.pairs, start.heldout)
+    weights = [(place / "start" / "model.safetensors").read_bytes() for place in (folder, tmp_path)]
+    assert weights[0] == weights[1]
+
+
+# ---- tables ----
+
+
+@pytest.fixture
+def judged() -> list[Judged]:
+    def model(name: str, right: int) -> Judged:
+        shares = {source.name: torch.arange(20) < right + place for place, source in enumerate(SOURCES)}
+        return Judged(name, right=shares, ranked={source: ~values for source, values in shares.items()})
+
+    return [model("SFT", 2), model("DPO", 15), model("sDPO", 15)]
+
+
+GAMMAS = {
+    "SFT": {"short": 0.5, "medium": 0.6, "long": 0.7},
+    "DPO": {"all": 0.6},
+    "sDPO": {"short": 0.5, "medium": 1.25, "long": 2.75},
+}
+
+
+def text_of(table: object) -> str:
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table)
+    return console.export_text()
+
+
+def test_rows_hold_the_shares_by_source_and_overall(judged: list[Judged]) -> None:
+    row = result_rows(judged, GAMMAS)[0]
+    assert row["exactly_right"] == pytest.approx({"short": 0.10, "medium": 0.15, "long": 0.20})
+    assert row["exactly_right_overall"] == pytest.approx(0.15)
+    assert row["pair_accuracy_overall"] == pytest.approx(0.85)
+    assert (row["pairs"], row["prompts"]) == ({"short": 20, "medium": 20, "long": 20},) * 2
+
+
+def test_tables_show_the_numbers_within_80_columns(judged: list[Judged]) -> None:
+    rows = result_rows(judged, GAMMAS)
+    shares, gammas = text_of(result_table(rows)), text_of(gamma_table(rows))
+    overall = next(line for line in shares.splitlines() if "answers exactly right" in line)
+    assert overall.split()[-3:] == ["15.0%", "80.0%", "80.0%"]
+    stages = next(line for line in gammas.splitlines() if "sDPO's reference" in line)
+    assert stages.split()[-3:] == ["0.50", "1.25", "2.75"]
+
+
+def test_a_difference_within_its_interval_is_said_to_be_none(judged: list[Judged]) -> None:
+    lines = difference_lines(judged)
+    assert lines[0].startswith("DPO - SFT: +65.0 ± ")
+    assert lines[0].endswith("points")
+    assert lines[2] == "sDPO - DPO: +0.0 ± 0.0 points: no difference that this run shows"
+
+
+def test_results_are_written_as_they_are(judged: list[Judged], tmp_path: Path) -> None:
+    rows = result_rows(judged, GAMMAS)
+    page = write_results(tmp_path, judged, rows, TINY)
+    assert json.loads((tmp_path / "results.json").read_text())["rows"] == rows
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert "80.0%" in page.read_text(encoding="utf-8")
+    assert "no difference that this run shows" in page.read_text(encoding="utf-8")

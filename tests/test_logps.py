@@ -153,6 +153,19 @@ def test_the_unrequested_is_none_and_only_log_probs_and_entropy_carry_gradient()
     assert out.is_top1.dtype == torch.bool
 
 
+def test_equal_logits_are_all_top():
+    out = linear_logps(torch.ones(2, 1), torch.tensor([[1.0], [3.0], [3.0]]), torch.tensor([1, 0]), outputs=["is_top1"])
+    assert out.is_top1.tolist() == [True, False]
+
+
+@pytest.mark.parametrize("trains", [("hidden", "weight"), ("weight",)], ids="+".join)
+def test_a_row_with_one_of_two_coefficients_0_still_counts(trains):
+    case = random_case(3, 4, 20, outputs=("entropy",), trains=trains)
+    case.grad = torch.tensor([0.0, 1.0, 0.0])
+    case.grad_entropy = torch.tensor([1.0, 0.0, 0.0])
+    check(case, case.ours())
+
+
 def test_order_and_repetition_of_outputs_do_not_matter():
     hidden, weight, targets = torch.randn(3, 4), torch.randn(9, 4), torch.tensor([0, 8, 1])
     one = linear_logps(hidden, weight, targets, outputs=["entropy", "is_top1"])

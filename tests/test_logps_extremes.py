@@ -73,6 +73,18 @@ def test_logits_far_from_0(bias):
         check(case, case.ours())
 
 
+@pytest.mark.parametrize("offset", [-30000.0, 1000.0, 30000.0])
+def test_exact_logits_far_from_0_cost_no_precision(offset):
+    near = (8 * torch.randn(50, generator=torch.Generator().manual_seed(0))).round() / 4  # exact also after the shift
+    grad_entropy = torch.tensor([0.7])
+    case, shifted = (
+        logit_case((near + by).tolist(), 3, outputs=("entropy",), grad_entropy=grad_entropy) for by in (0.0, offset)
+    )
+    ours, moved = case.ours(), shifted.ours()
+    for name in ("logps", "entropy", "d_weight"):
+        assert error(moved[name], ours[name]) <= 4 * EPS * size(ours[name]), name
+
+
 @pytest.mark.parametrize("trains", [("hidden", "weight", "bias"), ("hidden",)], ids="+".join)
 def test_columns_masked_out_by_a_bias_of_minus_infinity(trains):
     outputs = ("entropy", "log_sum_sq_probs", "is_top1")

@@ -77,12 +77,12 @@ def result_rows(judged: Sequence[Judged], gammas: dict[str, dict[str, float]]) -
 def result_table(rows: Sequence[dict[str, Any]]) -> Table:
     """The shares as a table for the terminal (80 columns do)."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, header_style="bold")
-    table.add_column("held-out words")
+    table.add_column("held-out words", no_wrap=True)
     keys = (("pair_accuracy", "pairs ranked right"), ("exactly_right", "answers exactly right"))
     for row in rows:
         table.add_column(row["name"], justify="right")
     for key, title in keys:
-        table.add_row(f"[bold]{title}[/bold]", *(f"[bold]{row[f'{key}_overall']:.1%}[/bold]" for row in rows))
+        table.add_row(title, *(f"{row[f'{key}_overall']:.1%}" for row in rows), style="bold")
         for source in SOURCES:
             table.add_row(f"  {source.letters} letters", *(f"{row[key][source.name]:.1%}" for row in rows))
     return table
@@ -121,6 +121,7 @@ def write_results(folder: Path, judged: Sequence[Judged], rows: Sequence[dict[st
     lines = difference_lines(judged)
     record = {"rows": rows, "differences": lines, "seed": settings.seed}
     (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    picture = comparison_picture(folder / "comparison.png", rows, TITLE)
+    drawn = [{key: row[key] for key in row if (row["name"], key) != ("SFT", "gamma_reference")} for row in rows]
+    picture = comparison_picture(folder / "comparison.png", drawn, TITLE)
     note = f"{NOTE} Exactly right, difference and its 95 % interval over the prompts: {'; '.join(lines)}."
     return comparison_html(folder / "comparison.html", rows, TITLE, picture, note)

@@ -16,9 +16,11 @@ import argparse
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.utils import logging as transformers_logging
 
 from examples.demo.evaluate import pair_gammas
@@ -26,7 +28,7 @@ from examples.demo.model import load
 from examples.demo.results import difference_lines, gamma_table, judge, result_rows, result_table, write_results
 from examples.demo.setup import FULL, QUICK, Settings, Start, set_up
 from sdpo_kernels.stepwise.config import load_config
-from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.errors import Interrupted, UserError
 from sdpo_kernels.stepwise.progress import Reporter
 from sdpo_kernels.stepwise.run import run
 
@@ -82,13 +84,17 @@ def main() -> None:
     mode = os.environ.get("DEMO", "full")
     if mode not in ("full", "quick"):
         parser.error(f"DEMO was {mode!r}, must be full or quick")
+    # One thread: a model this small gains little from a second, which loses much where the cores are shared, and the
+    # numbers then do not depend on how many cores there are.
+    torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
     try:
         demo(output, QUICK if mode == "quick" else FULL, Reporter())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (Interrupted, KeyboardInterrupt):
         print("stopped; the same command goes on where it was", file=sys.stderr)
         sys.exit(130)
 

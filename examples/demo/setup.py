@@ -20,11 +20,13 @@ import yaml
 from examples.demo.model import build_model, build_tokenizer, save
 from examples.demo.preferences import preference_pairs, read_pairs, write_pairs
 from examples.demo.sft import warm_up
-from examples.demo.task import SOURCES, warmup_corpus
+from examples.demo.task import SOURCES, Split, warmup_corpus
 from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.files import replace_file
 from sdpo_kernels.stepwise.progress import Reporter
 
-HELDOUT = "heldout"
+TRAINING: Split = "preference"
+HELDOUT: Split = "heldout"
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ QUICK = Settings(warmup_steps=100, pairs=64, heldout_pairs=50, heldout_prompts=5
 
 @dataclass(frozen=True)
 class Start:
-    """What `set_up` made: training pairs and held-out pairs by the name of their source, run files by way of training."""
+    """What `set_up` made: training and held-out pairs by the name of their source, run files by way of training."""
 
     model: Path
     pairs: dict[str, list[dict[str, str]]]
@@ -67,7 +69,7 @@ def set_up(folder: Path, settings: Settings, reporter: Reporter) -> Start:
     else:
         (folder / "data").mkdir(parents=True, exist_ok=True)
         make_start(folder, settings, reporter)
-        record.write_text(json.dumps(asdict(settings), indent=1) + "\n", encoding="utf-8")
+        replace_file(record, (json.dumps(asdict(settings), indent=1) + "\n").encode())
     return Start(
         model=folder / "start",
         pairs={source.name: read_pairs(pair_file(folder, source.name)) for source in SOURCES},
@@ -76,7 +78,7 @@ def set_up(folder: Path, settings: Settings, reporter: Reporter) -> Start:
     )
 
 
-def pair_file(folder: Path, source: str, split: str = "train") -> Path:
+def pair_file(folder: Path, source: str, split: Split = TRAINING) -> Path:
     """Where the pairs of a source lie."""
     return folder / "data" / f"{source}.{split}.jsonl"
 
@@ -97,10 +99,10 @@ def make_start(folder: Path, settings: Settings, reporter: Reporter) -> None:
         )
     save(model, tokenizer, folder / "start")
     for source in SOURCES:
-        for split, count in (("preference", settings.pairs), (HELDOUT, settings.heldout_pairs)):
+        for split, count in ((TRAINING, settings.pairs), (HELDOUT, settings.heldout_pairs)):
             pairs = preference_pairs(model, tokenizer, source, split, count, settings.seed)
-            write_pairs(pair_file(folder, source.name, "train" if split == "preference" else split), pairs)
-            if split == "preference":
+            write_pairs(pair_file(folder, source.name, split), pairs)
+            if split == TRAINING:
                 reporter.say(f"pairs: {source.name}, words of {source.letters} letters; the first: {pairs[0]}")
     files = {source.name: pair_file(folder, source.name) for source in SOURCES}
     write_run_file(folder, "dpo", {"all": list(files.values())}, settings)

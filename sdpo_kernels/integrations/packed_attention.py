@@ -117,7 +117,7 @@ def _probe(base: Any, head: LMHead, sequences: list[Tensor], alone: list[Tensor]
     first, second = sequences
     other = _hidden(head, [first.roll(1).flip(0), second])
     tail = len(first)
-    eps = torch.finfo(together.dtype).eps
+    eps = torch.finfo(_compute_dtype(together)).eps
     # The row's shape is the same in both, so only what leaks can differ, and rounding where experts regroup.
     leak = _relative(other[tail:], together[tail:])
     if not leak <= eps**0.5 / 8:
@@ -135,6 +135,12 @@ def _probe(base: Any, head: LMHead, sequences: list[Tensor], alone: list[Tensor]
     if told != asked:
         return f"{kind} asks for masks of width {asked} and tells its attention layers {told}"
     return None
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    """What `hidden` was computed in: under autocast a last norm may give float32 out of products in bfloat16."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

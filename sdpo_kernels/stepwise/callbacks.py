@@ -39,6 +39,11 @@ class MetricsWriter(TrainerCallback):
         values = {name: value for name, value in logs.items() if not any(part in name for part in timings)}
         self.metrics.append(head | {name: v if _is_json(v) else str(v) for name, v in values.items()})
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The last step is logged too, whatever `logging_steps` is."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """What the checkpoint's steps logged must not be lost to a power cut after it."""
         self.metrics.sync()

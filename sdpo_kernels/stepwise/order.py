@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sdpo_kernels.stepwise.config import RunConfig, StageConfig
+from sdpo_kernels.stepwise.errors import UserError
 from sdpo_kernels.stepwise.tokenize import TokenizedPairs
 
 Score = Callable[[TokenizedPairs], Tensor]  # summed log-probs [n, 2] under the initial model
@@ -68,6 +69,8 @@ def _by_accuracy(config: RunConfig, stages: Sequence[StageData], score: Score) -
 
 def _tiers(config: RunConfig, stage: StageData, score: Score) -> list[StageData]:
     assert config.tiers is not None
+    if config.tiers > len(stage.tokens):
+        raise UserError(f"tiers: was {config.tiers}, must be at most {len(stage.tokens)}, the pairs there are")
     margin = margins(config, stage.tokens, score)
     easiest_first = np.argsort(-margin, kind="stable")
     tiers = []

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
@@ -81,7 +81,7 @@ class Scorer:
 
     def cached(self, loaded: Loaded, model_hash: str, tokens: TokenizedPairs, label: str, path: Path) -> Tensor:
         """As `score`, kept in `path` under a key of everything the scores depend on."""
-        config = self.config
+        config, model_config = self.config, cast(Any, unwrap(loaded.model).config)
         key = cache_key(
             model_hash,
             tokens,
@@ -91,8 +91,8 @@ class Scorer:
             autocast=self.autocast,
             packed=loaded.packed,
             # attention, positions, the head's scale and softcap, whatever else turns weights into scores
-            model=unwrap(loaded.model).config.to_dict(),  # type: ignore[union-attr,operator]
-            attention=unwrap(loaded.model).config._attn_implementation,  # type: ignore[union-attr]
+            model=model_config.to_dict() | {"_name_or_path": None},
+            attention=model_config._attn_implementation,
         )
         return cached_scores(path, key, len(tokens), lambda: self.score(loaded, tokens, label))
 
@@ -136,7 +136,7 @@ def cached_scores(path: Path, key: str, count: int, make: Callable[[], Tensor]) 
 def write_scores(path: Path, scores: Tensor, key: str) -> None:
     """Save scores [n, 2] with their key, atomically."""
     columns = {"chosen": scores[:, 0].contiguous(), "rejected": scores[:, 1].contiguous()}
-    replace_file(path, save(columns, metadata={"key": key, "format": "sdpo_kernels reference"}))
+    replace_file(path, save(columns, metadata={"key": key}))  # two keys come in any order
 
 
 def read_scores(path: Path, key: str | None, count: int) -> tuple[Tensor | None, str]:

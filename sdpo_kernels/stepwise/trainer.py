@@ -94,7 +94,7 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         kind = "train" if "loss" in logs else "eval" if "eval_loss" in logs else None
         if kind is not None:
             prefix = "" if kind == "train" else "eval_"
-            for name, values in self._metrics[kind].items():
+            for name, values in sorted(self._metrics[kind].items()):  # sorted: a resumed run's came from a file
                 logs[prefix + name] = torch.stack(values).mean().item()
             self._metrics[kind].clear()
         super().log(logs, start_time)
