@@ -239,6 +239,11 @@ def _save(stage: Stage, trainer: StageTrainer, ref_logps: Tensor) -> Path:
     """A hidden folder with everything a finished stage holds but its card and its record."""
     staging = empty_folder(stage.work / "finished")
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    broken = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
+    if broken:  # the last step's update; the losses were all finite
+        raise UserError(
+            f"stage {stage.name}: the last step made weights NaN or infinite, first {broken[0]}; lower the learning rate"
+        )
     if stage.run.config.lora is not None:
         model.save_pretrained(staging / "adapter")
         base = stage.model_before(stage.run.config.policy)

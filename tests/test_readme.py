@@ -1,0 +1,107 @@
+"""Every command and every block of README.md runs; the docs name every setting; the examples' YAML loads."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sdpo_kernels.stepwise.config import RunConfig, load_config
+from sdpo_kernels.stepwise.trainer_options import DEFAULT_TRAINER
+from tests.stepwise.runs import make_model, make_rows, write_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = dict(re.findall(r"```(python|yaml)\n(.*?)```", README, re.S))
+COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if line.startswith("    ") and line.strip()]
+
+# installing is what `make` itself does before every one of these tests
+INSTALLS = {"make test", "make bench-env", "pip install sdpo-kernels", "pip install sdpo-kernels[train]"}
+# what a make target runs, cut short
+TARGETS = {"make demo": ["-m", "examples.demo.run"], "make bench": ["-m", "benchmarks.head", "--quick"]}
+
+
+def test_every_command_is_known():
+    sdpo = {command for command in COMMANDS if command.startswith("sdpo ")}
+    assert len(sdpo) == 5
+    assert set(COMMANDS) - sdpo - INSTALLS - set(TARGETS) == {"python -m benchmarks.step"}
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert {command.split()[1] for command in COMMANDS if command.startswith("make ")} <= targets
+
+
+def test_python_block_runs():
+    done = subprocess.run([sys.executable, "-c", BLOCKS["python"]], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"\d+\.\d+ tensor\(\[", done.stdout)
+
+
+def test_sdpo_commands_run_on_the_yaml_block(tmp_path):
+    make_model(tmp_path / "path/to/your/sft-model")
+    (tmp_path / "data").mkdir()
+    for seed, name in enumerate(("easy", "hard", "eval")):
+        write_rows(tmp_path / "data" / f"{name}.jsonl", make_rows(8, seed))
+    (tmp_path / "run.yaml").write_text(BLOCKS["yaml"])
+    commands = [command for command in COMMANDS if command.startswith("sdpo ")]
+    for command in commands:
+        if "beta=" in command:  # another config than the run's: for a run of its own
+            command += " output_dir=runs/other"
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        program = [sys.executable, "-m", "sdpo_kernels", *command.split()[1:]]
+        done = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+    assert (tmp_path / "runs/quick/report.html").exists()
+    assert (tmp_path / "runs/quick/stage-2-hard/model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_quick_demo(tmp_path):
+    environment = os.environ | {"DEMO": "quick", "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, *TARGETS["make demo"], "--output", str(tmp_path / "demo")]
+    done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    for word in ("SFT", "DPO", "sDPO", "exactly right", "γ of the reference"):
+        assert word in done.stdout
+    assert (tmp_path / "demo/comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_target_runs(tmp_path):
+    program = [sys.executable, *TARGETS["make bench"], "--json", str(tmp_path / "head.json")]
+    done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "head.json").exists()
+
+
+def test_step_benchmark_runs(data_dir, tmp_path):
+    pytest.importorskip("trl")
+    options = ["--rounds", "1", "--pairs", "12", "--json", str(tmp_path / "step.json")]
+    done = subprocess.run([sys.executable, "-m", "benchmarks.step", *options], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("TRL/ours") == 3
+
+
+@pytest.mark.parametrize("name", [*RunConfig.model_fields, *DEFAULT_TRAINER])
+def test_settings_page_names_every_key(name):
+    assert f"`{name}" in (ROOT / "docs/settings.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
+def test_examples_load(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = load_config(path)
+    assert len(config.stages) == 3
+    for stage in config.stages:
+        assert all("shared/data/" in source for source in stage.data)
+
+
+def test_links_lead_somewhere():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            if "://" not in link:
+                assert (page.parent / link).exists(), f"{page.name}: {link}"
