@@ -1,0 +1,146 @@
+"""Loading: dropout off, head attached, attention that packs or the padded fallback; hashes; adapters."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Lfm2Config
+
+from sdpo_kernels.stepwise.config import LoraSettings
+from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.models import add_adapter, load_model, load_tokenizer, merge_adapter, weights_hash
+from tests.stepwise import runs
+
+CPU = torch.device("cpu")
+
+
+def load(config, path=None):
+    return load_model(path or config.model, config, CPU, None)
+
+
+def test_a_loaded_model_is_ready_to_train(tmp_path):
+    folder = runs.make_model(tmp_path / "m", attention_dropout=0.1)
+    loaded = load(runs.configured(tmp_path, folder))
+    assert loaded.packed
+    assert loaded.by_sequence
+    assert loaded.model.config._attn_implementation == "sdpo_packed"
+    assert loaded.model.model.layers[0].self_attn.attention_dropout == 0.0
+    ids = torch.tensor([[5, 6, 7]])
+    positions = torch.arange(3)[None]
+    assert loaded.model(input_ids=ids, position_ids=positions, logp_targets=ids).logps.shape == (3,)
+
+
+def test_padded_batches_where_asked_for(tmp_path, model):
+    loaded = load(runs.configured(tmp_path, model, batching="padded"))
+    assert not loaded.packed
+    assert not loaded.by_sequence
+
+
+def test_a_model_that_leaks_gets_padded_batches_and_that_is_said(tmp_path, caplog):
+    """Short convolutions carry state over a sequence's end."""
+    config = Lfm2Config(
+        vocab_size=len(runs.VOCABULARY), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, layer_types=["conv", "full_attention"], pad_token_id=0,
+    )  # fmt: skip
+    folder = tmp_path / "lfm2"
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    runs.make_tokenizer().save_pretrained(folder)
+    run_config = runs.configured(tmp_path, folder, sizes=(8,))
+    loaded = load(run_config)
+    assert not loaded.packed
+    assert "batches are padded, in groups of like length, instead of packed: Lfm2ForCausalLM" in caplog.text
+    manifest = runs.train(run_config)
+    assert manifest["stages"][0]["first_loss"] == pytest.approx(0.693147, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: shutil.rmtree(folder),
+        lambda folder: (folder / "config.json").unlink(),
+        lambda folder: (folder / "config.json").write_text('{"model_type": "nonesuch"}'),
+        lambda folder: (folder / "model.safetensors").unlink(),
+        lambda folder: (folder / "model.safetensors").write_bytes(b"short"),
+    ],
+    ids=["no folder", "no config", "unknown type", "no weights", "broken weights"],
+)
+def test_a_model_that_cannot_be_loaded_is_one_clear_line(tmp_path, model, damage):
+    folder = tmp_path / "m"
+    shutil.copytree(model, folder)
+    config = runs.configured(tmp_path, folder)
+    damage(folder)
+    with pytest.raises(UserError) as error:
+        load(config)
+    assert str(error.value).startswith(f"model: {folder} cannot be loaded: ")
+    assert "\n" not in str(error.value)
+
+
+def test_pickled_weights_are_refused(tmp_path, model):
+    """pytorch_model.bin may run code when it is read."""
+    folder = tmp_path / "m"
+    shutil.copytree(model, folder)
+    state = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load(runs.configured(tmp_path, folder))
+
+
+def test_a_missing_tokenizer_is_one_clear_line(tmp_path, model):
+    folder = tmp_path / "m"
+    shutil.copytree(model, folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    with pytest.raises(UserError, match="model: no tokenizer can be loaded from") as error:
+        load_tokenizer(runs.configured(tmp_path, folder))
+    assert "\n" not in str(error.value)
+
+
+def test_the_hash_sees_every_weight_name_and_dtype(tmp_path, model):
+    network = AutoModelForCausalLM.from_pretrained(model)
+    first = weights_hash(network)
+    assert weights_hash(AutoModelForCausalLM.from_pretrained(model)) == first
+    seen = {first}
+    for parameter in network.parameters():
+        kept = parameter.data.clone()
+        parameter.data.view(-1)[-1] = torch.nextafter(parameter.data.view(-1)[-1], torch.tensor(9.0))
+        seen.add(weights_hash(network))
+        parameter.data.copy_(kept)
+    assert len(seen) == 1 + len(list(network.parameters()))
+    assert weights_hash(network) == first
+    assert weights_hash(network.bfloat16()) not in seen
+    network.register_buffer("more", torch.zeros(1))
+    assert weights_hash(network) not in seen
+
+
+def test_adapters_train_alone_and_merge_in_float32(tmp_path, model):
+    config = runs.configured(tmp_path, model, lora={"r": 2})
+    loaded = load(config)
+    add_adapter(loaded, config.lora)
+    trained = [name for name, p in loaded.model.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+    assert not any("lm_head" in name for name in trained)
+    with torch.no_grad():
+        for name, parameter in loaded.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    loaded.model.save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[5, 9, 7, 30]])
+    with torch.no_grad():
+        wanted = loaded.model(input_ids=ids).logits
+        merged = merge_adapter(str(model), tmp_path / "adapter", config)
+        own = merged(input_ids=ids).logits
+        base = AutoModelForCausalLM.from_pretrained(model)(input_ids=ids).logits
+    assert all(p.dtype == torch.float32 for p in merged.parameters())
+    assert torch.allclose(own, wanted, atol=1e-5)
+    assert not torch.allclose(own, base, atol=1e-3)
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 2
+
+
+def test_an_unknown_target_module_is_one_clear_line(tmp_path, model):
+    loaded = load(runs.configured(tmp_path, model))
+    with pytest.raises(UserError, match=r"lora: .*nonesuch") as error:
+        add_adapter(loaded, LoraSettings(target_modules="nonesuch"))
+    assert "\n" not in str(error.value)
