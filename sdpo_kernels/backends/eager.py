@@ -17,6 +17,7 @@ from sdpo_kernels.backends.chunk_math import RunningSums, dlogits
 from sdpo_kernels.head import product_dtype
 
 CHUNK_ELEMENTS = 2**23  # logits plus weights of one chunk: 32 MiB in float32
+CUDA_CHUNK = 8  # times as much on a CUDA device, whose products want to be large
 MIN_CHUNK_COLUMNS = 128
 
 
@@ -110,9 +111,10 @@ class EagerBackend:
 
 
 def vocabulary_chunks(call: HeadCall, border: int = 0) -> Iterator[tuple[int, int]]:
-    """(start, stop) of the walk's chunks; their borders depend on shapes only, and one of them is `border`."""
+    """(start, stop) of the walk's chunks; their borders depend on shapes and the kind of device only, and one of them is `border`."""
     n_columns, width = call.weight.shape
-    step = max(MIN_CHUNK_COLUMNS, CHUNK_ELEMENTS // (call.hidden.shape[0] + width))
+    elements = CHUNK_ELEMENTS * (CUDA_CHUNK if call.hidden.is_cuda else 1)
+    step = max(MIN_CHUNK_COLUMNS, elements // (call.hidden.shape[0] + width))
     for first, last in ((0, border), (border, n_columns)):
         for start in range(first, last, step):
             yield start, min(start + step, last)

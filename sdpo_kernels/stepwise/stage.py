@@ -242,7 +242,8 @@ def _save(stage: Stage, trainer: StageTrainer, ref_logps: Tensor) -> Path:
     broken = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
     if broken:  # the last step's update; the losses were all finite
         raise UserError(
-            f"stage {stage.name}: the last step made weights NaN or infinite, first {broken[0]}; lower the learning rate"
+            f"stage {stage.name}: the last step made weights NaN or infinite, "
+            f"first {broken[0]}; lower the learning rate"
         )
     if stage.run.config.lora is not None:
         model.save_pretrained(staging / "adapter")

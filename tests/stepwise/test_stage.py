@@ -242,7 +242,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, model, reference):
 
 def test_weights_that_turn_infinite_at_the_very_last_step_are_not_published(tmp_path, model):
     trainer = {"learning_rate": 3e38, "max_grad_norm": 0, "optim": "sgd", "max_steps": 1}
-    config = runs.configured(tmp_path, model, sizes=(8,), reference="none", trainer=trainer)
+    config = runs.configured(tmp_path, model, sizes=(8,), beta=10.0, trainer=trainer)
     with pytest.raises(UserError, match="stage s1: the last step made weights NaN or infinite, first "):
         runs.train(config)
     assert not (tmp_path / "run" / "stage-1-s1").exists()

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# One call on a machine with a CUDA device: tests marked `gpu`, then the head benchmark at the five shapes of the design.
+# Works from a bare checkout without network; everything lands in $OUT (default benchmarks/results/gpu). About six minutes.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+export OUT="${OUT:-benchmarks/results/gpu}" PYTHONPATH=. PYTHONUNBUFFERED=1
+mkdir -p "$OUT"
+status=0
+{
+  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+  git rev-parse HEAD 2>/dev/null
+  python3 -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)'
+} | tee "$OUT/machine.txt"
+timeout 200 python3 -m pytest -q -m gpu -p no:cacheprovider tests/test_cuda.py 2>&1 | tee "$OUT/tests.txt" || status=1
+
+# rows scored, hidden, vocabulary: all positions are scored, 4 pairs a batch
+while read -r rows hidden vocab; do
+  echo "== N $rows, H $hidden, V $vocab"
+  timeout 90 python3 -m benchmarks.head --device cuda --pairs 4 --length $((rows / 8)) --scored 1.0 \
+    --hidden "$hidden" --vocab "$vocab" --rounds 1 --repeats 10 --json "$OUT/head-$rows-$hidden-$vocab.json" || status=1
+done <<SHAPES | tee "$OUT/head.txt"
+8192 4096 128256
+8192 2048 151936
+16384 3584 152064
+4096 8192 128256
+8192 2304 256000
+SHAPES
+exit $status
