@@ -111,7 +111,7 @@ class EagerBackend:
 
 
 def vocabulary_chunks(call: HeadCall, border: int = 0) -> Iterator[tuple[int, int]]:
-    """(start, stop) of the walk's chunks; their borders depend on shapes and the kind of device only, and one of them is `border`."""
+    """(start, stop) of the walk's chunks; borders depend on shapes and kind of device only, one of them is `border`."""
     n_columns, width = call.weight.shape
     elements = CHUNK_ELEMENTS * (CUDA_CHUNK if call.hidden.is_cuda else 1)
     step = max(MIN_CHUNK_COLUMNS, elements // (call.hidden.shape[0] + width))

@@ -13,8 +13,9 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sdpo_kernels.stepwise.manifest import MetricsFile
-from sdpo_kernels.stepwise.progress import Task, gigabytes, peak_memory_bytes
+from sdpo_kernels.stepwise.progress import Task, peak_memory_bytes
 from sdpo_kernels.stepwise.trainer import StageTrainer
+from sdpo_kernels.stepwise.units import write_bytes
 
 
 class MetricsWriter(TrainerCallback):
@@ -59,8 +60,9 @@ class ProgressShower(TrainerCallback):
         self.rows = 0
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """One step further."""
-        self.task.update(state.global_step, self.note)
+        """One step further; the last one is told by `on_log`, with its figures."""
+        if state.global_step < state.max_steps:
+            self.task.update(state.global_step, self.note)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
@@ -73,8 +75,9 @@ class ProgressShower(TrainerCallback):
         self.clock, self.rows = now, rows
         self.note = (
             f"loss {logs['loss']:.4f}  margin {logs['rewards/margins']:+.3f}  acc {logs['rewards/accuracies']:.2f}"
-            f"{speed}  peak {gigabytes(peak_memory_bytes())}"
+            f"{speed}  peak {write_bytes(peak_memory_bytes())}"
         )
+        self.task.update(state.global_step, self.note)
 
 
 class StopOnSignal(TrainerCallback):

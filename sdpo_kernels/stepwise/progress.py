@@ -102,8 +102,3 @@ def reset_peak_memory() -> None:
     """Start a new peak, where the device can (the peak of resident memory only ever grows)."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-
-
-def gigabytes(size: float) -> str:
-    """'1.5 GB' or '320 MB'."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

@@ -7,6 +7,7 @@ of a server that has imported everything once, with one thread.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -163,6 +164,7 @@ def leftovers(folder: Path) -> list[str]:
 # ---- children that can be killed ----
 
 _context: Any = None
+_numbers = itertools.count()
 
 
 def _server() -> Any:
@@ -192,7 +194,7 @@ class Child:
     """`sdpo ARGUMENTS` in a process of its own. `fault(*options)` is called there first, to break something."""
 
     def __init__(self, folder: Path, *arguments: Any, fault: Callable[..., None] | None = None, options: Any = ()):
-        self.output = folder / "child.txt"
+        self.output = folder / f"child{next(_numbers)}.txt"
         command = [str(argument) for argument in arguments]
         self.process = _server().Process(target=_command, args=(command, str(self.output), fault, tuple(options)))
         self.process.start()

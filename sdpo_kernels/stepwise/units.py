@@ -1,0 +1,18 @@
+"""Times and sizes as people read them."""
+
+from __future__ import annotations
+
+
+def write_seconds(seconds: float) -> str:
+    """A span of time as people say it: 4.2s, 3m05s, 2h07m."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def write_bytes(size: float) -> str:
+    """A size of memory in MiB or GiB."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
