@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from transformers import AutoConfig
 
-from sdpo_kernels.stepwise.config import RunConfig
+from sdpo_kernels.stepwise.arguments import training_arguments
+from sdpo_kernels.stepwise.config import RunConfig, config_diff
 from sdpo_kernels.stepwise.errors import UserError
 from sdpo_kernels.stepwise.files import read_json
+from sdpo_kernels.stepwise.manifest import started_otherwise
 from sdpo_kernels.stepwise.order import StageData, scored_counts
 from sdpo_kernels.stepwise.prepare import Prepared, prepare
 from sdpo_kernels.stepwise.progress import Reporter
@@ -27,6 +30,9 @@ _ORDERS = {
 def check_run(config: RunConfig, reporter: Reporter) -> None:
     """Print what `sdpo train` would do. UserError for whatever would stop it before training."""
     prepared = prepare(config)
+    with tempfile.TemporaryDirectory() as folder:  # transformers' own refusals; nothing is written there
+        for stage in config.stages:
+            training_arguments(config, stage, Path(folder), Path(folder))
     model = _model_config(config)
     prepared.say_warnings(reporter)
     for line in prepared.skipped:
@@ -94,6 +100,10 @@ def _state(config: RunConfig) -> str:
     path = Path(config.output_dir) / "manifest.json"
     if not path.exists():
         return f"output     {config.output_dir} (new)"
-    stages = read_json(path).get("stages", [])
+    manifest = read_json(path)
+    differences = config_diff(manifest.get("config", {}), config.model_dump(mode="json"))
+    if differences:
+        raise UserError(started_otherwise(path.parent, differences))
+    stages = manifest.get("stages", [])
     done = sum(stage.get("state") == "done" for stage in stages)
     return f"output     {config.output_dir}: {done} of {len(stages)} stages done"

@@ -44,10 +44,7 @@ class Manifest:
         if not differences:
             differences = config_diff(_plan(data), _plan(header | {"stages": stages}))
         if differences:
-            raise UserError(
-                f"{run_dir} holds a run that was started otherwise; choose another output_dir, or go back to:\n  "
-                + "\n  ".join(differences)
-            )
+            raise UserError(started_otherwise(run_dir, differences))
         return cls(path, data)
 
     @property
@@ -63,6 +60,12 @@ class Manifest:
     def save(self) -> None:
         """Write the manifest, atomically."""
         write_json(self.path, self.data)
+
+
+def started_otherwise(run_dir: Path, differences: list[str]) -> str:
+    """What to say of a run folder whose config or data differ from what is asked for now."""
+    head = f"{run_dir} holds a run that was started otherwise; choose another output_dir, or go back to the values on"
+    return f"{head} the left:\n  " + "\n  ".join(differences)
 
 
 def _plan(data: Record) -> Record:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from sdpo_kernels.stepwise.config import RunConfig
@@ -15,7 +16,7 @@ def model_card(config: RunConfig, stage: Record) -> str:
     lines = [
         "---",
         "library_name: transformers",
-        f"base_model: {config.model}",
+        f"base_model: {json.dumps(config.model, ensure_ascii=False)}",  # JSON is YAML, whatever is in the name
         "tags: [dpo, stepwise-dpo, preference]",
         "---",
         f"# {name}, stage {stage['index']} ({stage['name']}) of a stepwise DPO run",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from sdpo_kernels.stepwise import run as run_module
 from tests.stepwise import runs
@@ -16,6 +17,7 @@ from tests.stepwise import runs
 def _one_thread():
     """Runs are compared bit for bit with those of children, which have one thread; imports are kept out of every gc."""
     torch.set_num_threads(1)
+    disable_progress_bar()  # transformers' own, which `main` switches off where it is the first to import it
     gc.collect()
     gc.freeze()
     yield

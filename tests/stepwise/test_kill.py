@@ -161,7 +161,6 @@ def _scoring() -> None:
 MOMENTS = {
     "scoring references": _scoring,
     "scored, not yet kept": lambda: _die_at(reference, "write_scores", 2),
-    "references kept": lambda: _die_at(reference, "write_scores", 2, after=True),
     "half of a checkpoint's file": _half_saved,
     "checkpoint written, not listed": lambda: _die_at(checkpoints, "write_listing", 2),
     "checkpoint listed, not renamed": lambda: _die_at(checkpoints, "write_listing", 2, after=True),
@@ -175,7 +174,6 @@ MOMENTS = {
     "finished, not renamed": lambda: _die_at(stage_module, "publish_folder", 1),
     "renamed, before the manifest": _before_the_manifest_says_done,
     "manifest written, working folder still there": lambda: _die_at(stage_module, "remove_folder", 2),
-    "before the last stage's working folder is gone": lambda: _die_at(stage_module, "remove_folder", 4),
     "before the report": lambda: _die_at(run_module, "write_report", 1),
 }
 
@@ -223,7 +221,7 @@ def at_event(number: int) -> None:
         watch(owner, name)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_kills_at_random_events_one_after_the_other(world, tmp_path, seed):
     draw, run = random.Random(seed), tmp_path / "run"
     for _ in range(4):
@@ -237,7 +235,7 @@ def test_kills_at_random_events_one_after_the_other(world, tmp_path, seed):
 
 def test_kills_from_outside_at_random_times(world, tmp_path):
     draw, run, kills = random.Random(5), tmp_path / "run", 0
-    for _ in range(5):
+    for _ in range(4):
         child = world.start(run)
         child.process.join(draw.uniform(0.05, 0.8))
         child.signal(signal.SIGKILL)
@@ -349,7 +347,7 @@ def test_a_second_process_on_the_same_run_is_told_so(world, tmp_path):
 # ---- checkpoints that must not be believed ----
 
 
-@pytest.mark.parametrize("damage", ["no optimizer", "short model", "zero length rng", "no listing"])
+@pytest.mark.parametrize("damage", ["no optimizer", "short model"])
 def test_a_damaged_checkpoint_is_not_resumed_from(world, tmp_path, damage):
     run = tmp_path / "run"
     child = world.start(run, stops_itself, ["s1", 3])
@@ -357,11 +355,7 @@ def test_a_damaged_checkpoint_is_not_resumed_from(world, tmp_path, damage):
     (checkpoint,) = (run / ".stage-1-s1").glob("checkpoint-*")
     if damage == "no optimizer":
         (checkpoint / "optimizer.pt").unlink()
-    elif damage == "short model":
-        os.truncate(checkpoint / "model.safetensors", 1000)
-    elif damage == "zero length rng":
-        os.truncate(checkpoint / "rng_state.pth", 0)
     else:
-        (checkpoint / checkpoints.LISTING).unlink()
+        os.truncate(checkpoint / "model.safetensors", 1000)
     world.check_ends_the_same(run)
     assert json.loads((run / "manifest.json").read_text())["stages"][0]["resumed_at_step"] is None

@@ -1,0 +1,112 @@
+"""`sdpo check`: says what would happen, refuses what training would refuse, trains and writes nothing."""
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from sdpo_kernels.stepwise.check import check_run
+from sdpo_kernels.stepwise.config import load_config
+from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.progress import Reporter
+from tests.stepwise import runs
+
+
+def checked(config) -> str:
+    stream = io.StringIO()
+    check_run(config, Reporter(console=Console(file=stream, width=120, highlight=False)))
+    return stream.getvalue()
+
+
+def row(text, name):
+    (line,) = [line for line in text.splitlines() if re.match(rf"\W*{re.escape(name)}\W", line)]
+    return re.findall(r"[\w.,()-]+", line)
+
+
+def test_says_what_would_happen_and_does_nothing(tmp_path, model):
+    evaluation = runs.write_rows(tmp_path / "e.jsonl", runs.make_rows(3, seed=9))
+    config = runs.configured(tmp_path, model, eval_data=str(evaluation), trainer={"gradient_accumulation_steps": 2})
+    before = sorted(tmp_path.rglob("*"))
+    text = checked(config)
+    assert sorted(tmp_path.rglob("*")) == before
+    name, pairs, dropped, tokens, scored, longest, steps, beta = row(text, "s1")
+    assert (name, pairs, dropped, steps, beta) == ("s1", "12", "0", "2", "0.1")
+    assert int(tokens) > int(scored) > 24
+    assert int(longest) <= 12
+    assert row(text, "(eval_data)")[1] == "3"
+    for line in (
+        f"model      {model} (llama, vocabulary {len(runs.VOCABULARY)})",
+        "order      given: the order of the file",
+        "reference  previous; policy starts from previous; loss sigmoid",
+        f"output     {tmp_path}/run (new)",
+    ):
+        assert line in text.replace("\n", " ") or line in text
+
+
+def test_the_steps_it_names_are_those_that_are_trained(tmp_path, model):
+    stages = [
+        {"name": "a", "data": str(runs.write_rows(tmp_path / "a.jsonl", runs.make_rows(10))), "epochs": 2.5},
+        {
+            "name": "b",
+            "data": str(runs.write_rows(tmp_path / "b.jsonl", runs.make_rows(9, 1))),
+            "trainer": {"max_steps": 1},
+        },
+    ]
+    config = runs.configured(tmp_path, model, stages=stages)
+    text = checked(config)
+    manifest = runs.train(config)
+    for stage in manifest["stages"]:
+        assert row(text, stage["name"])[6] == str(stage["steps"])
+    assert "2 of 2 stages done" in checked(config)
+
+
+def test_bad_rows_and_dropped_pairs_are_listed(tmp_path, model):
+    rows = runs.make_rows(5)
+    rows[0]["chosen"] = 7
+    rows[3]["prompt"] = " ".join(["word1"] * 20)
+    runs.write_rows(tmp_path / "data1.jsonl", rows)
+    text = checked(runs.configured(tmp_path, model, sizes=(5,), on_bad_row="skip", max_length=10))
+    assert row(text, "s1")[1:3] == ["3", "1"]
+    text = text.replace("\n", " ")
+    assert "data1.jsonl:1: 'chosen' is of type int" in text
+    assert "1 of 4 pairs dropped, the first" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"order": "reward_accuracy"}, "most pairs ranked right by the initial model first"),
+        ({"order": "random"}, "dealt at random"),
+        ({"order": "margin", "tiers": 2, "sizes": (12,)}, "cut into 2 tiers"),
+    ],
+)
+def test_orders_are_explained(tmp_path, model, settings, text):
+    assert text in checked(runs.configured(tmp_path, model, **settings)).replace("\n", " ")
+
+
+def test_a_tokenizer_of_another_model_is_found_out(tmp_path):
+    folder = runs.make_model(tmp_path / "small", vocab_size=20)
+    with pytest.raises(UserError, match=r"makes token \d+, the model's vocabulary ends at 19"):
+        checked(runs.configured(tmp_path, folder))
+
+
+def test_what_transformers_would_refuse_is_found_out(tmp_path, model):
+    config = load_config(runs.write_settings(tmp_path, model), ["stages.1.trainer={tf32: true}"])
+    with pytest.raises(UserError, match=r"^trainer: .*tf32"):
+        checked(config)
+
+
+def test_another_config_than_the_runs_is_found_out(tmp_path, model):
+    runs.train(runs.configured(tmp_path, model, sizes=(4,)))
+    with pytest.raises(UserError, match=r"beta: 0\.1 -> 0\.2"):
+        checked(runs.configured(tmp_path, model, sizes=(4,), beta=0.2))
+
+
+def test_a_model_without_a_config_is_one_clear_line(tmp_path, model):
+    config = runs.configured(tmp_path, model)
+    (tmp_path / "empty").mkdir()
+    runs.make_tokenizer().save_pretrained(tmp_path / "empty")
+    with pytest.raises(UserError, match=r"model: no config can be loaded from .*empty") as error:
+        checked(config.model_copy(update={"model": str(tmp_path / "empty")}))
+    assert "\n" not in str(error.value)

@@ -1,0 +1,157 @@
+"""The command `sdpo`: exit codes, one line an error, clean output where there is no terminal."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sdpo_kernels import cli
+from sdpo_kernels.stepwise import run as run_module
+from sdpo_kernels.version import __version__
+from tests.stepwise import runs
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """`main()` in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sdpo", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_train_as_a_person_does(main, tmp_path, model):
+    """A real process: nothing on stderr, plain lines on stdout."""
+    path = runs.write_settings(tmp_path, model)
+    settings = ("beta=0.3", "stages.0.epochs=2")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "sdpo_kernels", "train", str(path), *settings]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\x1b" not in done.stdout
+    assert "\r" not in done.stdout
+    lines = done.stdout.splitlines()
+    assert lines[0] == "stage 1 s1: references  12/12"
+    assert any(line.startswith("stage 1 s1  6/6  loss ") for line in lines)
+    assert lines[-1] == f"report: {tmp_path}/run/report.html"
+    assert (tmp_path / "run" / "report.html").exists()
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert [(s["beta"], s["steps"]) for s in manifest["stages"]] == [(0.3, 6), (0.3, 2)]
+    assert main("train", path, *settings) == (0, f"nothing to do: all 2 stages in {tmp_path}/run are done\n", "")
+    code, out, err = main("train", path)
+    assert (code, out) == (2, "")
+    assert "\n  beta: 0.3 -> 0.1\n" in err
+
+
+def test_quiet_says_nothing(main, tmp_path, model):
+    path = runs.write_settings(tmp_path, model, sizes=(4,))
+    assert main("train", path, "--quiet") == (0, "", "")
+    assert (tmp_path / "run" / "stage-1-s1" / "model.safetensors").exists()
+
+
+def test_warnings_are_heard_with_quiet_too(main, tmp_path, model):
+    rows = runs.make_rows(4)
+    runs.write_rows(tmp_path / "data1.jsonl", rows)
+    runs.write_rows(tmp_path / "data2.jsonl", rows)
+    code, out, err = main("train", runs.write_settings(tmp_path, model), "-q", "trainer.max_steps=1")
+    assert (code, out) == (0, "")
+    assert err.startswith("warning: stages 's1' and 's2' share 4 of their 4 and 4 different pairs")
+    assert err.count("\n") == 1
+
+
+def test_version(main):
+    assert main("--version") == (0, f"sdpo_kernels {__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", [[], ["train", "--help"], ["--help"]])
+def test_help_names_the_commands(main, command):
+    _, out, err = main(*command)
+    assert ("train" in out + err) or ("RUN.YAML" in out + err)
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", ["train", "check", "score"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonesuch.yaml"], "error: nonesuch.yaml: no such file"),
+        (["{yaml}", "betta=1"], "betta: unknown key; did you mean 'beta'? (from the override 'betta=1')"),
+        (["{yaml}", "beta=-1"], "beta: was -1, must be greater than 0 (from the override 'beta=-1')"),
+        (["{yaml}", "beta"], "error: override 'beta': must be key=value"),
+        (["{yaml}", "eval_data=nonesuch.jsonl"], "nonesuch.jsonl: no such file"),
+        (["{yaml}", "trainer.learning_rate=fast"], "trainer.learning_rate: was 'fast', must be a valid number"),
+    ],
+)
+def test_mistakes_are_one_line_on_stderr_and_exit_code_2(main, tmp_path, model, command, arguments, message):
+    path = runs.write_settings(tmp_path, model)
+    evaluation = runs.write_rows(tmp_path / "e.jsonl", runs.make_rows(2))
+    given = [a.format(yaml=path) for a in arguments]
+    if command == "score" and not any(a.startswith("eval_data") for a in given):
+        given.append(f"eval_data={evaluation}")
+    code, out, err = main(command, *given)
+    assert code == 2
+    assert message in err
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_row_names_file_and_line(main, tmp_path, model):
+    (tmp_path / "data1.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": \n')
+    code, _, err = main("check", runs.write_settings(tmp_path, model))
+    assert code == 2
+    assert err.startswith(f"error: {tmp_path}/data1.jsonl:2: broken JSON")
+
+
+def test_check_and_score_and_report(main, tmp_path, model, pictures):
+    evaluation = runs.write_rows(tmp_path / "e.jsonl", runs.make_rows(3))
+    path = runs.write_settings(tmp_path, model, sizes=(4,), eval_data=str(evaluation))
+    code, out, err = main("check", path)
+    assert (code, err) == (0, "")
+    assert "(new)" in out
+    assert not (tmp_path / "run").exists()
+    assert main("train", path, "-q")[0] == 0
+    assert "1 of 1 stages done" in main("check", path)[1]
+    code, out, err = main("score", path, "--json", "--model", model)
+    assert (code, err) == (0, "")
+    assert json.loads(out)[str(model)]["pairs"] == 3
+    for page in (tmp_path / "run").glob("*.html"):
+        page.unlink()
+    code, out, err = main("report", tmp_path / "run")
+    assert (code, err) == (0, "")
+    assert str(tmp_path / "run" / "report.html") in out.splitlines()
+    code, out, err = main("report", tmp_path)
+    assert (code, out) == (2, "")
+    assert "no manifest.json there" in err
+
+
+def test_a_stop_outside_of_training_says_how_to_go_on(main, tmp_path, model, monkeypatch):
+    def stop(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "prepare", stop)
+    code, out, err = main("train", runs.write_settings(tmp_path, model))
+    assert (code, out) == (130, "")
+    assert err == "stopped; the same command goes on from there\n"
+
+
+def test_the_command_itself_imports_no_transformers():
+    """Help and version must not wait for it."""
+    code = "import sys, sdpo_kernels.cli; print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "False\n"

@@ -1,0 +1,48 @@
+"""A finished stage's README: YAML that the hub reads, numbers of the record."""
+
+import yaml
+
+from sdpo_kernels.stepwise.config import RunConfig
+from sdpo_kernels.stepwise.model_card import model_card
+
+STAGE = {
+    "index": 2, "name": "hard", "loss": "sigmoid", "beta": 0.05, "reference": "previous", "pairs": 1200, "steps": 300,
+    "first_loss": 0.69314, "last_loss": 0.51239, "eval": None,
+}  # fmt: skip
+SCORES = {"pairs": 77, "pair_accuracy": 0.625, "reward_accuracy": 0.75, "reward_margin": 0.125}
+
+
+def config(**settings):
+    stages = [{"name": "hard", "data": "d.jsonl"}]
+    return RunConfig.model_validate({"model": "org/base-7b", "output_dir": "r", "stages": stages, **settings})
+
+
+def front_matter(card):
+    _, head, body = card.split("---\n", 2)
+    return yaml.safe_load(head), body
+
+
+def test_the_card_says_what_the_model_is_and_how_it_was_made():
+    head, body = front_matter(model_card(config(), STAGE))
+    assert head == {
+        "library_name": "transformers",
+        "base_model": "org/base-7b",
+        "tags": ["dpo", "stepwise-dpo", "preference"],
+    }
+    assert body.startswith("# base-7b, stage 2 (hard) of a stepwise DPO run\n")
+    for text in ("arXiv 2403.19270", "sigmoid, beta 0.05", "| previous |", "| 1200 |", "| 300 |", "0.6931, 0.5124"):
+        assert text in body
+    assert "evaluation" not in body
+    assert "adapter" not in body
+
+
+def test_scores_and_adapter_where_there_are_any():
+    _, body = front_matter(model_card(config(lora={}), STAGE | {"eval": SCORES}))
+    assert "| pair accuracy on 77 evaluation pairs | 0.625 |" in body
+    assert "| reward accuracy, margin | 0.750, 0.125 |" in body
+    assert "`adapter/`" in body
+
+
+def test_a_path_with_yaml_in_it_stays_readable():
+    head, _ = front_matter(model_card(config(model="/models/a: b #1"), STAGE))
+    assert head["base_model"] == "/models/a: b #1"

@@ -1,0 +1,240 @@
+"""The loop over stages: what a run leaves, what a second command does, what stops it before anything is trained."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from sdpo_kernels.stepwise import run as run_module
+from sdpo_kernels.stepwise.config import load_config
+from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.report import read_run
+from sdpo_kernels.stepwise.run import run
+from tests.stepwise import runs
+
+
+@pytest.fixture
+def evaluation(tmp_path):
+    return str(runs.write_rows(tmp_path / "eval.jsonl", runs.make_rows(5, seed=9)))
+
+
+def test_what_a_run_leaves_behind(tmp_path, model, evaluation, pictures, spoken):
+    config = runs.configured(tmp_path, model, eval_data=evaluation)
+    returned = run(config, spoken.reporter)
+    folder = tmp_path / "run"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest == returned
+    assert [stage["state"] for stage in manifest["stages"]] == ["done", "done"]
+    for name in ("version", "model", "created", "environment", "config", "initial_eval"):
+        assert manifest[name], name
+    assert load_config(folder / "config.yaml") == config
+    assert runs.leftovers(folder) == []
+    for path in ("report.html", "loss.png", "stage-1-s1/README.md", "stage-2-s2/model.safetensors"):
+        assert (folder / path).stat().st_size > 0
+    assert read_run(folder).unreadable == []
+    for stage in manifest["stages"]:
+        assert stage["eval"]["pairs"] == 5
+        assert stage["seconds"] > 0
+        assert stage["peak_memory_bytes"] > 1e6
+        assert json.loads((folder / f"stage-{stage['index']}-{stage['name']}" / "stage.json").read_text()) == stage
+    names = {"stage/name", "stage/index", "step", "stage/global_step", "epoch", "loss", "learning_rate", "grad_norm"}
+    names |= {f"rewards/{x}" for x in ("chosen", "rejected", "accuracies", "margins")}
+    names |= {"logps/chosen", "logps/rejected"}
+    lines = runs.metrics(folder)
+    assert all(set(line) == names for line in lines)
+    assert [line["stage/global_step"] for line in lines] == [1, 2, 3, 4, 5]
+    for text in ("stage 1 s1: references  12/12", "stage 1 s1  3/3", "stage 2 s2  2/2", "report: "):
+        assert text in spoken.text
+
+
+def test_a_finished_run_does_nothing_and_says_so(tmp_path, model, evaluation, pictures, monkeypatch):
+    config = runs.configured(tmp_path, model, eval_data=evaluation)
+    runs.train(config)
+    folder = tmp_path / "run"
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    spoken = runs.Spoken(tmp_path)
+    monkeypatch.setattr(run_module, "train_stage", lambda stage: pytest.fail("trained again"))
+    manifest = run(config, spoken.reporter)
+    assert spoken.text.strip() == f"nothing to do: all 2 stages in {folder} are done"
+    assert manifest["stages"][1]["state"] == "done"
+    after = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    changed = {path.name for path in before | after if before.get(path) != after.get(path)}
+    assert changed <= {".lock", "config.yaml"}
+
+
+def test_two_runs_are_equal_to_the_bit_and_a_seed_changes_them(tmp_path, model):
+    prints = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        folder = tmp_path / name
+        folder.mkdir()
+        runs.train(runs.configured(folder, model, trainer={"seed": seed}))
+        prints.append(runs.fingerprint(folder / "run"))
+    assert prints[0] == prints[1]
+    assert prints[0]["stage-2-s2/model.safetensors"] != prints[2]["stage-2-s2/model.safetensors"]
+
+
+def test_a_changed_setting_is_an_error_that_shows_it(tmp_path, model):
+    runs.train(runs.configured(tmp_path, model))
+    before = runs.fingerprint(tmp_path / "run")
+    with pytest.raises(UserError) as error:
+        runs.train(runs.configured(tmp_path, model, beta=0.2, trainer={"learning_rate": 1e-3}))
+    assert "beta: 0.1 -> 0.2" in str(error.value)
+    assert "trainer.learning_rate: 0.01 -> 0.001" in str(error.value)
+    assert runs.fingerprint(tmp_path / "run") == before
+
+
+def test_changed_data_is_an_error_that_shows_it(tmp_path, model, evaluation):
+    config = runs.configured(tmp_path, model, eval_data=evaluation)
+    runs.train(config)
+    rows = runs.make_rows(8, seed=2)
+    rows[3]["chosen"] = " good1 good1"
+    kept = (tmp_path / "data2.jsonl").read_text()
+    runs.write_rows(tmp_path / "data2.jsonl", rows)
+    with pytest.raises(UserError, match=r"s2\.data_hash: \w+ -> \w+"):
+        runs.train(config)
+    (tmp_path / "data2.jsonl").write_text(kept)
+    runs.write_rows(Path(evaluation), runs.make_rows(5, seed=10))
+    with pytest.raises(UserError, match="eval_data_hash"):
+        runs.train(config)
+
+
+def test_orders_change_the_stages_of_a_run(tmp_path, model):
+    """The model before training ranks; the manifest says what it found, and the folders are numbered as trained."""
+    rows = runs.make_rows(12, seed=3)
+    config = runs.configured(tmp_path, model, sizes=(12,), order="margin", tiers=3)
+    runs.write_rows(tmp_path / "data1.jsonl", rows)
+    manifest = runs.train(config)
+    assert [stage["name"] for stage in manifest["stages"]] == ["s1-1", "s1-2", "s1-3"]
+    accuracies = [stage["accuracy_before"] for stage in manifest["stages"]]
+    assert accuracies == sorted(accuracies, reverse=True)
+    assert accuracies[0] > accuracies[-1]
+    gammas = [stage["gamma_reference"] for stage in manifest["stages"][:1]]
+    assert gammas[0] > 0
+    assert (tmp_path / "run" / "stage-3-s1-3" / "model.safetensors").exists()
+    assert runs.train(config)["stages"] == manifest["stages"]  # ordered again, from the cached ranking
+
+
+def test_reward_accuracy_trains_the_easiest_source_first(tmp_path, model):
+    """Sources made of one source's pairs, in the order the model ranks them and the other way round."""
+    easy = [row | {"s": 1.0} for row in runs.make_rows(4, seed=1)]
+    hard = [row | {"s": -1.0} for row in runs.make_rows(4, seed=2)]
+    runs.write_rows(tmp_path / "data1.jsonl", hard)
+    runs.write_rows(tmp_path / "data2.jsonl", easy)
+    config = runs.configured(tmp_path, model, sizes=(4, 4), order="reward_accuracy", score_column="s")
+    manifest = runs.train(config)
+    assert [(s["name"], s["accuracy_before"]) for s in manifest["stages"]] == [("s2", 1.0), ("s1", 0.0)]
+    assert (tmp_path / "run" / "stage-1-s2").is_dir()
+
+
+def test_evaluations_during_training(tmp_path, model, evaluation):
+    """TRL's names; against each stage's reference, so all rewards are 0 before the first step."""
+    trainer = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
+    manifest = runs.train(runs.configured(tmp_path, model, eval_data=evaluation, trainer=trainer))
+    lines = [line for line in runs.metrics(tmp_path / "run") if "eval_loss" in line]
+    assert [(line["stage/index"], line["step"]) for line in lines] == [
+        (1, 0),
+        (1, 1),
+        (1, 2),
+        (1, 3),
+        (2, 0),
+        (2, 1),
+        (2, 2),
+    ]
+    for line in lines:
+        for name in ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen"):
+            assert f"eval_{name}" in line
+        if line["step"] == 0:
+            assert line["eval_loss"] == pytest.approx(0.693147, abs=1e-5)
+            assert line["eval_rewards/margins"] == pytest.approx(0, abs=1e-6)
+        else:
+            assert line["eval_loss"] != pytest.approx(0.693147, abs=1e-5)
+    # γ of the manifest is what the last evaluation of a stage sees, over batches of 3 and 2 pairs
+    first = next(line for line in lines if line["stage/index"] == 2)
+    assert manifest["stages"][0]["eval"]["pairs"] == 5
+    assert first["eval_rewards/chosen"] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_evaluation_reference_of_initial_stays_the_initial_model(tmp_path, model, evaluation):
+    trainer = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "per_device_eval_batch_size": 8}
+    settings = {"eval_data": evaluation, "reference": "initial", "trainer": trainer}
+    manifest = runs.train(runs.configured(tmp_path, model, **settings))
+    start = next(x for x in runs.metrics(tmp_path / "run") if "eval_loss" in x and x["stage/index"] == 2)
+    scores = manifest["stages"][0]["eval"]  # of the same model against the same reference
+    assert start["eval_rewards/margins"] == pytest.approx(scores["reward_margin"], abs=1e-6)
+    assert start["eval_rewards/accuracies"] == pytest.approx(scores["reward_accuracy"])
+    assert abs(scores["reward_margin"]) > 1e-4
+
+
+def test_training_helps_on_pairs_it_has_not_seen(tmp_path, model, evaluation):
+    """Chosen and rejected answers are made of different words: that is soon learnt."""
+    rows = runs.make_rows(64, seed=1)
+    runs.write_rows(tmp_path / "data1.jsonl", rows)
+    manifest = runs.train(runs.configured(tmp_path, model, sizes=(64,), eval_data=evaluation))
+    before, after = manifest["initial_eval"], manifest["stages"][0]["eval"]
+    assert after["gamma"] > before["gamma"] + 1
+    assert after["reward_accuracy"] == 1.0
+    assert manifest["stages"][0]["last_loss"] < 0.6
+
+
+def test_gamma_of_the_reference_is_that_of_the_stage_before(tmp_path, model):
+    """The same pairs twice: what the second stage's reference thinks of them is what the first stage taught."""
+    runs.write_rows(tmp_path / "data1.jsonl", runs.make_rows(16, seed=1))
+    runs.write_rows(tmp_path / "data2.jsonl", runs.make_rows(16, seed=1))
+    manifest = runs.train(runs.configured(tmp_path, model))
+    first, second = manifest["stages"]
+    assert second["gamma_reference"] > first["gamma_reference"] + 0.5
+    assert first["reference_hash"] != second["reference_hash"]
+
+
+def test_several_processes_are_refused(tmp_path, model, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="WORLD_SIZE: was above 1, must be 1"):
+        runs.train(runs.configured(tmp_path, model))
+
+
+def test_a_folder_that_cannot_be_made_is_the_users_to_mend(tmp_path, model):
+    (tmp_path / "file").write_text("x")
+    config = runs.configured(tmp_path, model, output_dir=str(tmp_path / "file" / "run"))
+    with pytest.raises(UserError, match=r"output_dir: .*/file/run cannot be made: Not a directory"):
+        runs.train(config)
+
+
+def test_what_transformers_refuses_stops_before_the_first_stage(tmp_path, model):
+    path = runs.write_settings(tmp_path, model)
+    config = load_config(path, ["stages.1.trainer={tf32: true}"])  # without CUDA
+    with pytest.raises(UserError, match=r"^trainer: .*tf32"):
+        runs.train(config)
+    assert not (tmp_path / "run" / "stage-1-s1").exists()
+
+
+def test_a_stage_folder_of_another_run_is_not_taken_for_ones_own(tmp_path, model):
+    """Someone removed manifest.json and changed the data."""
+    runs.train(runs.configured(tmp_path, model, sizes=(8,)))
+    (tmp_path / "run" / "manifest.json").unlink()
+    runs.write_rows(tmp_path / "data1.jsonl", runs.make_rows(8, seed=5))
+    with pytest.raises(UserError, match="stage-1-s1 was left by another run"):
+        runs.train(runs.configured(tmp_path, model, sizes=(8,)))
+
+
+def test_another_machine_is_warned_of(tmp_path, model, monkeypatch, spoken):
+    config = runs.configured(tmp_path, model)
+    with monkeypatch.context() as patch:
+        runs.stop_at(patch, stage="s2", step=1)
+        with pytest.raises(KeyboardInterrupt):
+            runs.train(config)
+    manifest = tmp_path / "run" / "manifest.json"
+    data = json.loads(manifest.read_text())
+    data["environment"]["threads"] = 64
+    manifest.write_text(json.dumps(data))
+    run(config, spoken.reporter)
+    assert "this machine differs from the one the run was started on (threads 64 -> 1)" in spoken.text
+
+
+def test_a_report_that_a_kill_prevented_is_drawn_later(tmp_path, model, pictures):
+    config = runs.configured(tmp_path, model, sizes=(4,))
+    runs.train(config)
+    report = tmp_path / "run" / "report.html"
+    os.unlink(report)
+    runs.train(config)
+    assert report.exists()
