@@ -18,7 +18,7 @@ def training_arguments(config: RunConfig, stage: StageConfig, work: Path, tensor
     if "tensorboard" in settings.get("report_to", "none"):
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(tensorboard)  # Trainer's callback reads nothing else
     try:
-        return TrainingArguments(
+        args = TrainingArguments(
             **settings,
             output_dir=str(work),
             num_train_epochs=stage.epochs,
@@ -30,6 +30,9 @@ def training_arguments(config: RunConfig, stage: StageConfig, work: Path, tensor
         )
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"trainer: {(str(error).splitlines() or [''])[0]}") from error
+    if args.fp16 and args.device.type == "cpu":  # accelerate would leave it out without a word
+        raise UserError("trainer.fp16: was true, which needs a GPU; on a CPU use bf16")
+    return args
 
 
 def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:

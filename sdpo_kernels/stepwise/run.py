@@ -28,7 +28,7 @@ from sdpo_kernels.stepwise.prepare import Prepared, prepare
 from sdpo_kernels.stepwise.progress import Reporter
 from sdpo_kernels.stepwise.reference import Scorer, pad_token_id
 from sdpo_kernels.stepwise.report import stage_table, write_report
-from sdpo_kernels.stepwise.scores import EvalData
+from sdpo_kernels.stepwise.scores import EVAL_FILE, EvalData
 from sdpo_kernels.stepwise.stage import Run, Stage, train_stage
 from sdpo_kernels.stepwise.tokenize import TokenizedPairs
 from sdpo_kernels.version import __version__
@@ -116,7 +116,8 @@ def _clear_leftovers(state: Run) -> None:
 def _train(state: Run, data: list[StageData]) -> None:
     # All are made before the first is trained, so that settings which transformers refuses are heard of at once.
     stages = [Stage(state, index, stage_data) for index, stage_data in enumerate(data, 1)]
-    if state.eval_data is not None and state.manifest.data["initial_eval"] is None:
+    scored = state.manifest.data["initial_eval"] is not None and (state.folder / EVAL_FILE).exists()
+    if state.eval_data is not None and not scored:
         scores = state.eval_data.evaluate(state.config.model, state.folder, stages[0].scorer)
         state.manifest.data["initial_eval"] = scores
         state.manifest.save()

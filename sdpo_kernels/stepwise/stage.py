@@ -153,23 +153,35 @@ def prepare_trainer(stage: Stage) -> tuple[StageTrainer, Tensor]:
     if config.lora is not None:
         add_adapter(loaded, config.lora)
     _check_head(stage, loaded)
+    return _make_trainer(stage, loaded, ref_logps), ref_logps
+
+
+def _make_trainer(stage: Stage, loaded: Loaded, ref_logps: Tensor) -> StageTrainer:
+    """UserError for what transformers refuses only now that it has a model."""
+    config = stage.run.config
     tolerance = cache_tolerance(loaded.by_sequence, stage.scorer.autocast, next(loaded.model.parameters()).dtype)
     guard = StartGuard(stage.name, stage.data.where, config.loss, tolerance) if stage.starts_as_reference else None
     eval_dataset = None
     if stage.run.eval_data is not None and stage.args.eval_strategy != "no":
         eval_dataset = stage.run.eval_data.dataset(_eval_reference(stage))
-    trainer = StageTrainer(
-        loss={"loss_type": config.loss, "beta": config.stage_beta(stage.data.config), **config.loss_options},
-        guard=guard,
-        stage=stage.name,
-        model=loaded.model,
-        args=stage.args,
-        train_dataset=PairDataset(stage.data.tokens, ref_logps),
-        eval_dataset=eval_dataset,
-        data_collator=stage.scorer.collator(loaded),
-        processing_class=stage.run.tokenizer,
-    )
-    return trainer, ref_logps
+    try:
+        trainer = StageTrainer(
+            loss={"loss_type": config.loss, "beta": config.stage_beta(stage.data.config), **config.loss_options},
+            guard=guard,
+            stage=stage.name,
+            model=loaded.model,
+            args=stage.args,
+            train_dataset=PairDataset(stage.data.tokens, ref_logps),
+            eval_dataset=eval_dataset,
+            data_collator=stage.scorer.collator(loaded),
+            processing_class=stage.run.tokenizer,
+        )
+        trainer.create_optimizer()  # now rather than in train(), for what it refuses: a library that is not there
+    except (ValueError, ImportError) as error:
+        raise UserError(f"stage {stage.name}: trainer: {(str(error).splitlines() or [''])[0]}") from error
+    if len(trainer.get_train_dataloader()) == 0:
+        raise UserError(f"stage {stage.name}: trainer.dataloader_drop_last drops its only batch; set it to false")
+    return trainer
 
 
 def _references(stage: Stage) -> tuple[Loaded, Tensor, Record]:

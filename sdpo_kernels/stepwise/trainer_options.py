@@ -55,6 +55,7 @@ OWNED: dict[str, str] = {
     "save_only_model": "a checkpoint without optimizer state resumes silently wrong",
     "save_total_limit": "the driver keeps the last complete checkpoint of the stage in progress",
     "disable_tqdm": "the driver draws its own progress; use `--quiet`",
+    "logging_first_step": "the first step is always logged: its loss says whether the stage starts as its reference",
     "logging_nan_inf_filter": "it would hide a NaN loss as 0; the driver stops at one instead",
     "prediction_loss_only": _OWN_METRICS,
     "include_for_metrics": _OWN_METRICS,

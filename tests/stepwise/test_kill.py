@@ -28,8 +28,6 @@ from sdpo_kernels.stepwise.trainer import StageTrainer
 from tests.stepwise import runs
 from tests.stepwise.runs import Child, die
 
-pytestmark = pytest.mark.xdist_group("kill")
-
 SIZES = (16, 12)  # 4 and 3 steps
 
 
@@ -143,6 +141,20 @@ def _half_removed() -> None:
     shutil.rmtree = rmtree
 
 
+def _manifest_not_renamed() -> None:
+    """A temporary file is left in the run's own folder."""
+    genuine, count = os.replace, 0
+
+    def replace(source: Any, target: Any) -> None:
+        nonlocal count
+        count += Path(target).name == "manifest.json"
+        if count == 3:
+            die()
+        genuine(source, target)
+
+    os.replace = replace
+
+
 def _before_the_manifest_says_done() -> None:
     genuine = Manifest.update_stage
 
@@ -167,7 +179,7 @@ MOMENTS = {
     "checkpoint renamed, the old one still there": lambda: _die_at(checkpoints, "publish_folder", 2, after=True),
     "half of the old checkpoint removed": _half_removed,
     "half a line of metrics": _half_line,
-    "a temporary file not yet renamed": lambda: _die_at(os, "replace", 8),
+    "the manifest written, not yet renamed": _manifest_not_renamed,
     "inside the final save": lambda: _die_at(PreTrainedModel, "save_pretrained", 3, after=True),
     "the tokenizer's save": lambda: _die_at(PreTrainedTokenizerBase, "save_pretrained", 3),
     "evaluating the finished stage": lambda: _die_at(EvalData, "evaluate", 2),

@@ -238,3 +238,15 @@ def test_a_report_that_a_kill_prevented_is_drawn_later(tmp_path, model, pictures
     os.unlink(report)
     runs.train(config)
     assert report.exists()
+
+
+def test_the_initial_models_evaluation_is_made_again_when_its_file_is_gone(tmp_path, model, evaluation, monkeypatch):
+    """The rewards of every later evaluation are against it."""
+    config = runs.configured(tmp_path, model, eval_data=evaluation)
+    with monkeypatch.context() as patch:
+        runs.stop_at(patch, stage="s1", step=1)
+        with pytest.raises(KeyboardInterrupt):
+            runs.train(config)
+    (tmp_path / "run" / "eval_logps.safetensors").unlink()
+    manifest = runs.train(config)
+    assert manifest["stages"][1]["eval"]["reward_margin"] > 0

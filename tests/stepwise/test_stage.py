@@ -268,3 +268,40 @@ def test_the_policy_is_not_scored_with_the_resumed_weights(tmp_path, model, monk
     monkeypatch.setattr(reference_module.Scorer, "score", lambda *a: scored.append(a))
     runs.train(config)
     assert scored == []
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        ({"optim": "adamw_8bit"}, "stage s1: trainer: .*bitsandbytes"),
+        ({"report_to": "nonesuch"}, "stage s1: trainer: nonesuch is not supported"),
+        (
+            {"dataloader_drop_last": True, "per_device_train_batch_size": 50},
+            r"stage s1: trainer\.dataloader_drop_last drops its only batch",
+        ),
+        ({"fp16": True}, r"trainer\.fp16: was true, which needs a GPU"),
+    ],
+)
+def test_what_trainer_refuses_is_one_clear_line(tmp_path, model, trainer, message):
+    with pytest.raises(UserError, match=message) as error:
+        runs.train(runs.configured(tmp_path, model, trainer=trainer))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run" / "stage-1-s1").exists()
+
+
+@pytest.mark.parametrize(
+    "trainer",
+    [
+        {"dataloader_num_workers": 1},
+        {"save_strategy": "no"},
+        {"logging_strategy": "no"},
+        {"include_num_input_tokens_seen": "all"},
+        {"train_sampling_strategy": "sequential"},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    ],
+    ids=str,
+)
+def test_trainers_own_settings_work(tmp_path, model, trainer):
+    manifest = runs.train(runs.configured(tmp_path, model, trainer=trainer))
+    assert [stage["steps"] for stage in manifest["stages"]] == [3, 2]
+    assert [stage["first_loss"] for stage in manifest["stages"]] == pytest.approx([LN2, LN2], abs=1e-3)
