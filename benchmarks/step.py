@@ -4,7 +4,7 @@
 
 Both train stories260K (260,032 parameters, fp32) at 4 pairs a batch on the same slices of the three compact stages,
 with the reference's log-probs computed beforehand and TRL's gradient checkpointing off. A step is the time between the
-ends of two optimiser steps, so collation, logging hooks and Trainer's own work count; the first step of a round is left out.
+ends of two optimiser steps, so collation, logging and Trainer's own work count; the first of a round is left out.
 """
 
 from __future__ import annotations

@@ -45,10 +45,6 @@ class MetricsWriter(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_log = True
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """What the checkpoint's steps logged must not be lost to a power cut after it."""
-        self.metrics.sync()
-
 
 class ProgressShower(TrainerCallback):
     """Moves a stage's bar."""

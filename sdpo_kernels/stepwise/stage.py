@@ -169,6 +169,7 @@ def _make_trainer(stage: Stage, loaded: Loaded, ref_logps: Tensor) -> StageTrain
             loss={"loss_type": config.loss, "beta": config.stage_beta(stage.data.config), **config.loss_options},
             guard=guard,
             stage=stage.name,
+            before_checkpoint=stage.run.metrics.sync,  # what its steps logged must not be lost to a power cut
             model=loaded.model,
             args=stage.args,
             train_dataset=PairDataset(stage.data.tokens, ref_logps),
@@ -251,12 +252,7 @@ def _save(stage: Stage, trainer: StageTrainer, ref_logps: Tensor) -> Path:
     """A hidden folder with everything a finished stage holds but its card and its record."""
     staging = empty_folder(stage.work / "finished")
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    broken = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
-    if broken:  # the last step's update; the losses were all finite
-        raise UserError(
-            f"stage {stage.name}: the last step made weights NaN or infinite, "
-            f"first {broken[0]}; lower the learning rate"
-        )
+    trainer.require_finite_weights()
     if stage.run.config.lora is not None:
         model.save_pretrained(staging / "adapter")
         base = stage.model_before(stage.run.config.policy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,19 @@ PENDING = "pending_metrics.safetensors"  # in a checkpoint: what was collected s
 
 
 class StageTrainer(AtomicCheckpoints, Trainer):
-    """Trains one stage. `loss` holds pair_output's options: loss_type, beta and the loss's own."""
+    """Trains one stage. `loss` holds pair_output's options; `before_checkpoint` is called before each one is saved."""
 
-    def __init__(self, *, loss: dict[str, Any], guard: StartGuard | None, stage: str, **trainer: Any) -> None:
+    def __init__(
+        self,
+        *,
+        loss: dict[str, Any],
+        guard: StartGuard | None,
+        stage: str,
+        before_checkpoint: Callable[[], None] = lambda: None,
+        **trainer: Any,
+    ) -> None:
         super().__init__(**trainer)
+        self.before_checkpoint = before_checkpoint
         self.remove_callback(PrinterCallback)
         self.loss_settings = loss
         self.guard = guard
@@ -74,28 +84,28 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         return loss.detach(), None, None
 
     def _remember(self, out: DPOOutput, training: bool) -> None:
-        """Keep the batch's metrics as tensors: reading them here would wait for the device at every step."""
+        """Keep the pairs' metrics as tensors [B]: reading them here would wait for the device at every step."""
         metrics = self._metrics["train" if training else "eval"]
         if training:
-            metrics["loss"].append(out.loss.detach())  # in place of Trainer's, which forgets at a resume
-        metrics["rewards/chosen"].append(out.chosen_rewards.mean())
-        metrics["rewards/rejected"].append(out.rejected_rewards.mean())
-        metrics["rewards/accuracies"].append(out.accuracy.mean())
-        metrics["rewards/margins"].append(out.margins.mean())
-        metrics["logps/chosen"].append(out.chosen_logps.mean())
-        metrics["logps/rejected"].append(out.rejected_logps.mean())
+            metrics["loss"].append(out.loss.detach()[None])  # in place of Trainer's, which forgets at a resume
+        metrics["rewards/chosen"].append(out.chosen_rewards)
+        metrics["rewards/rejected"].append(out.rejected_rewards)
+        metrics["rewards/accuracies"].append(out.accuracy)
+        metrics["rewards/margins"].append(out.margins)
+        metrics["logps/chosen"].append(out.chosen_logps)
+        metrics["logps/rejected"].append(out.rejected_logps)
         if training:
             finite = torch.isfinite(out.loss.detach())
             self._all_finite = finite if self._all_finite is None else self._all_finite & finite
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's log with the pair metrics, averaged over what was seen since the last one."""
+        """Trainer's log with the pair metrics, averaged over the pairs seen since the last one."""
         self.require_finite()
         kind = "train" if "loss" in logs else "eval" if "eval_loss" in logs else None
         if kind is not None:
             prefix = "" if kind == "train" else "eval_"
             for name, values in sorted(self._metrics[kind].items()):  # sorted: a resumed run's came from a file
-                logs[prefix + name] = torch.stack(values).mean().item()
+                logs[prefix + name] = torch.cat(values).mean().item()
             self._metrics[kind].clear()
         super().log(logs, start_time)
 
@@ -118,16 +128,28 @@ class StageTrainer(AtomicCheckpoints, Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.require_finite()
+        self.require_finite_weights()
+        self.before_checkpoint()
         super()._save_checkpoint(model, trial)
+
+    def require_finite_weights(self) -> None:
+        """UserError where the last update made a weight NaN or infinite, though every loss was finite before it."""
+        model = self.accelerator.unwrap_model(self.model)
+        broken = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
+        if broken:
+            raise UserError(
+                f"stage {self.stage}: the last step made weights NaN or infinite, first {broken[0]}; "
+                "lower the learning rate"
+            )
 
     def write_extra(self, checkpoint: Path) -> None:
         """The metrics since the last log, so that a resumed run logs what one never stopped does."""
-        pending = {name: torch.stack(values).cpu() for name, values in self._metrics["train"].items() if values}
+        pending = {name: torch.cat(values).cpu() for name, values in self._metrics["train"].items() if values}
         save_file(pending, checkpoint / PENDING)
 
     def resume(self, checkpoint: Path) -> None:
         """Train on from `checkpoint`."""
         self.guard = None  # the policy has left its start
         pending = load_file(checkpoint / PENDING)
-        self._metrics["train"].update({name: list(values) for name, values in pending.items()})
+        self._metrics["train"].update({name: [values] for name, values in pending.items()})
         self.train(resume_from_checkpoint=str(checkpoint))
