@@ -45,7 +45,9 @@ def load_model(path: str, config: RunConfig, device: torch.device, autocast: tor
     """Load `path` (a folder or hub name) in the run's dtype on `device`. UserError where it cannot be loaded.
 
     `autocast` is the dtype that scoring and training will run under, if any: attention is chosen and probed with it.
+    A model is part of reference cycles, so one that was dropped before is freed here first.
     """
+    release_memory()
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             path,

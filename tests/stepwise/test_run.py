@@ -1,10 +1,12 @@
 """The loop over stages: what a run leaves, what a second command does, what stops it before anything is trained."""
 
+import gc
 import json
 import os
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sdpo_kernels.stepwise import run as run_module
 from sdpo_kernels.stepwise.config import load_config
@@ -250,3 +252,18 @@ def test_the_initial_models_evaluation_is_made_again_when_its_file_is_gone(tmp_p
     (tmp_path / "run" / "eval_logps.safetensors").unlink()
     manifest = runs.train(config)
     assert manifest["stages"][1]["eval"]["reward_margin"] > 0
+
+
+def test_no_model_is_alive_when_the_next_is_loaded(tmp_path, model, evaluation, monkeypatch):
+    """One model in memory: after evaluations, after training, and where reference and policy differ."""
+    alive = []
+    from_pretrained = AutoModelForCausalLM.from_pretrained
+
+    def counting(*args, **kwargs):
+        alive.append(sum(isinstance(thing, PreTrainedModel) for thing in gc.get_objects()))
+        return from_pretrained(*args, **kwargs)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", counting)
+    runs.train(runs.configured(tmp_path, model, reference="initial", eval_data=evaluation))
+    assert len(alive) >= 6
+    assert set(alive) == {0}
