@@ -5,18 +5,14 @@ logps = logits_logps(logits, targets)     # logits [..., V], targets [...]
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sdpo_kernels.backends.base import KEEP_NOTHING, Saved
-from sdpo_kernels.backends.chunk_math import RunningSums, dlogits
+from sdpo_kernels.backends import choose_logits_backend
 from sdpo_kernels.head import Head, product_dtype
 from sdpo_kernels.rows import IGNORE_INDEX
-
-CHUNK_ELEMENTS = 2**22  # logits turned to float32 at a time
 
 
 def logits_logps(
@@ -63,17 +59,8 @@ def logits_logps(
 @torch.library.custom_op("sdpo_kernels::logits_logps", mutates_args=())
 def _logits_logps(logits: Tensor, targets: Tensor, temperature: float, inplace_backward: bool) -> tuple[Tensor, Tensor]:
     """logps and lse (float64), [N] each."""
-    logps = logits.new_zeros(logits.shape[0], dtype=product_dtype(logits.dtype))
-    lse = torch.zeros_like(logps, dtype=torch.float64)
-    for rows in _chunks(_scored(targets), logits.shape[1]):
-        z, columns = _transformed(logits, rows, temperature), targets.index_select(0, rows)
-        _check_targets(columns, logits.shape[1])
-        sums = RunningSums(rows.shape[0], logits.device, logps.dtype, ())
-        sums.add(z, columns)
-        out = sums.finish(logits.shape[1], None)
-        logps.index_copy_(0, rows, out.logps)
-        lse.index_copy_(0, rows, out.lse)
-    return logps, lse
+    _check_targets(targets, logits.shape[1])
+    return choose_logits_backend(logits.device, logits.dtype).logits_forward(logits, targets, temperature)
 
 
 @_logits_logps.register_fake
@@ -85,14 +72,14 @@ def _(logits: Tensor, targets: Tensor, temperature: float, inplace_backward: boo
 @torch.library.custom_op("sdpo_kernels::logits_logps_backward", mutates_args=())
 def _gradient(grad: Tensor, logits: Tensor, targets: Tensor, logps: Tensor, lse: Tensor, temperature: float) -> Tensor:
     """dL/dlogits [N, V] in logits' dtype."""
-    out = torch.empty_like(logits)
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     _write_gradient(out, grad, logits, targets, logps, lse, temperature)
     return out
 
 
 @_gradient.register_fake
 def _(grad: Tensor, logits: Tensor, targets: Tensor, logps: Tensor, lse: Tensor, temperature: float) -> Tensor:
-    return torch.empty_like(logits)
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("sdpo_kernels::logits_logps_backward_", mutates_args=("logits",))
@@ -104,13 +91,8 @@ def _gradient_(grad: Tensor, logits: Tensor, targets: Tensor, logps: Tensor, lse
 def _write_gradient(
     out: Tensor, grad: Tensor, logits: Tensor, targets: Tensor, logps: Tensor, lse: Tensor, temperature: float
 ) -> None:
-    for rows in _chunks(_scored(targets), logits.shape[1]):
-        z = _transformed(logits, rows, temperature)
-        saved = Saved(logps.index_select(0, rows), lse.index_select(0, rows), None, None, KEEP_NOTHING)
-        coefficient = grad.index_select(0, rows).to(z.dtype)
-        dz = dlogits(z, targets.index_select(0, rows), saved, coefficient, None)
-        out.index_copy_(0, rows, dz.div_(temperature).to(out.dtype))
-    out.index_fill_(0, (targets == IGNORE_INDEX).nonzero().squeeze(1), 0)
+    backend = choose_logits_backend(logits.device, logits.dtype)
+    backend.logits_backward(grad, logits, targets, logps, lse, temperature, out)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -133,24 +115,10 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
 _logits_logps.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _scored(targets: Tensor) -> Tensor:
-    return (targets != IGNORE_INDEX).nonzero().squeeze(1)
-
-
-def _chunks(rows: Tensor, n_columns: int) -> Iterator[Tensor]:
-    """Row numbers, so many at a time that their float32 logits stay within CHUNK_ELEMENTS."""
-    yield from rows.split(max(1, CHUNK_ELEMENTS // n_columns))
-
-
-def _transformed(logits: Tensor, rows: Tensor, temperature: float) -> Tensor:
-    """The chosen rows as fresh float32 (float64) logits over temperature."""
-    return logits.index_select(0, rows).to(product_dtype(logits.dtype)).div_(temperature)
-
-
-def _check_targets(columns: Tensor, n_columns: int) -> None:
-    right = (columns >= 0) & (columns < n_columns)
-    if columns.is_cuda:
+def _check_targets(targets: Tensor, n_columns: int) -> None:
+    right = ((targets >= 0) & (targets < n_columns)) | (targets == IGNORE_INDEX)
+    if targets.is_cuda:
         torch._assert_async(right.all(), f"targets: must be in [0, {n_columns}) or {IGNORE_INDEX}")
     elif not bool(right.all()):
-        wrong = columns[~right][0].item()
+        wrong = targets[~right][0].item()
         raise ValueError(f"targets: was {wrong}, must be in [0, {n_columns}) or {IGNORE_INDEX} (not scored)")

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from sdpo_kernels import logps_op
 from sdpo_kernels.backends import choose_backend
-from sdpo_kernels.backends.base import EXTRAS, KEEP_DIRECTION, KEEP_NOTHING, Backend, Request
-from sdpo_kernels.head import Head, product_dtype
+from sdpo_kernels.backends.base import EXTRAS, KEEP_DIRECTION, KEEP_NOTHING, STASH_MULTIPLE, Backend, Request
+from sdpo_kernels.head import Head
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
 
 # read once at import, where torch.compile does not see it; 16 GiB is assumed where the system cannot be asked
@@ -84,7 +84,7 @@ def linear_logps(
     head = Head(logit_scale, softcap, temperature)
     dtype = _check(hidden, weight, targets, bias, outputs, rows)
     names = tuple(name for name in EXTRAS if name in outputs)
-    chosen = choose_backend(backend, Request(hidden.device, dtype, head, names))
+    chosen = choose_backend(backend, Request(hidden.device, dtype, weight.dtype, head, names))
     if rows is not None:
         index: Tensor | None = rows.index
     elif torch.compiler.is_compiling():
@@ -128,10 +128,10 @@ def _keep(
         return KEEP_NOTHING
     if not head_trains and "entropy" not in outputs:
         return KEEP_DIRECTION
-    per_column = n_rows * backend.stash_bytes_per_logit * (2 if product_dtype(dtype) == torch.float64 else 1)
-    n_columns = weight.shape[0]
-    columns = n_columns if per_column == 0 else budget // per_column
-    return n_columns if columns >= n_columns else columns // 64 * 64
+    per_column = n_rows * backend.stash_dtype(dtype).itemsize
+    everything = -(-weight.shape[0] // STASH_MULTIPLE) * STASH_MULTIPLE
+    columns = everything if per_column == 0 else budget // per_column
+    return min(columns // STASH_MULTIPLE * STASH_MULTIPLE, everything)
 
 
 def _stash_budget(hidden: Tensor, weight: Tensor, n_rows: int, stash_bytes: int | str) -> int:

@@ -17,7 +17,7 @@ from sdpo_kernels.rows import IGNORE_INDEX
 
 N_INPUTS = 12  # of linear_logps_op
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # logps, lse, EXTRAS …, kept
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # logps, state, EXTRAS …, kept
 
 
 @torch.library.custom_op("sdpo_kernels::linear_logps", mutates_args=())
@@ -35,7 +35,7 @@ def linear_logps_op(
     backend: str,
     keep: int,
 ) -> Outputs:
-    """logps [N], lse [N], the four extras ([N] or [0]), and what is kept for the backward."""
+    """logps [N], state [N, w], the four extras ([N] or [0]), and what is kept for the backward."""
     kept_rows = hidden.shape[0] if index is None else index.shape[0]
     if index is None:
         index = (targets != IGNORE_INDEX).nonzero().squeeze(1)
@@ -50,13 +50,13 @@ def linear_logps_op(
             return hidden.new_empty(0, dtype=torch.bool if name == "is_top1" else product_dtype(dtype))
         if index.shape[0] == n_rows:
             return value
-        return value.new_zeros(n_rows).index_copy_(0, index, value)
+        return value.new_zeros(n_rows, *value.shape[1:]).index_copy_(0, index, value)
 
     extras = [whole(getattr(out, name), name) for name in EXTRAS]
-    kept = hidden.new_empty((0, 0), dtype=product_dtype(dtype)) if out.kept is None else out.kept
+    kept = hidden.new_empty((0, 0)) if out.kept is None else out.kept
     return (
         whole(out.logps, "logps"),
-        whole(out.lse, "lse"),
+        whole(out.state, "state"),
         extras[0],
         extras[1],
         extras[2],
@@ -74,9 +74,15 @@ def _(hidden, weight, targets, bias, index, logit_scale, softcap, temperature, o
         hidden.new_empty(n_rows if name in outputs.split(",") else 0, dtype=torch.bool if name == "is_top1" else out)
         for name in EXTRAS
     ]
-    width = hidden.shape[1] if keep == KEEP_DIRECTION else keep
-    kept = hidden.new_empty((0, 0) if keep == 0 else (kept_rows, width), dtype=out)
-    return (hidden.new_empty(n_rows, dtype=out), hidden.new_empty(n_rows, dtype=torch.float64), *extras, kept)
+    chosen = get_backend(backend)
+    if keep == 0:
+        kept = hidden.new_empty((0, 0))
+    elif keep == KEEP_DIRECTION:
+        kept = hidden.new_empty((kept_rows, hidden.shape[1]), dtype=out)
+    else:
+        kept = hidden.new_empty((kept_rows, keep), dtype=chosen.stash_dtype(dtype))
+    state = hidden.new_empty((n_rows, chosen.state_columns), dtype=torch.float64)
+    return (hidden.new_empty(n_rows, dtype=out), state, *extras, kept)
 
 
 @torch.library.custom_op("sdpo_kernels::linear_logps_backward", mutates_args=())
@@ -89,7 +95,7 @@ def linear_logps_backward_op(
     bias: Tensor | None,
     index: Tensor | None,
     logps: Tensor,
-    lse: Tensor,
+    state: Tensor,
     entropy: Tensor,
     kept: Tensor,
     logit_scale: float,
@@ -103,15 +109,16 @@ def linear_logps_backward_op(
     """Gradients of hidden, weight and bias; [0]-sized where not needed."""
     if index is None:
         index = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-    kept = kept[: index.shape[0]]
-    index, kept = _drop_idle_rows(index, kept, keep, grad_logps, grad_entropy)
+    index, rows = _busy_rows(index, grad_logps, grad_entropy)
     head = Head(logit_scale, softcap, temperature)
     call = _scored(hidden, weight, targets, bias, index, head, dtype, "", 0)
 
     def scored(vector: Tensor) -> Tensor:
         return vector.index_select(0, index)
 
-    saved = Saved(scored(logps), scored(lse), None if grad_entropy is None else scored(entropy), kept, keep)
+    if rows is None and index.shape[0] != kept.shape[0]:
+        rows = torch.arange(index.shape[0], device=index.device)  # of a forward that could not know their number
+    saved = Saved(scored(logps), scored(state), None if grad_entropy is None else scored(entropy), kept, rows, keep)
     h = None if grad_entropy is None else scored(grad_entropy)
     dx, dw, db = get_backend(backend).backward(call, saved, scored(grad_logps), h, (needs[0], needs[1], needs[2]))
     if dx is not None and index.shape[0] != hidden.shape[0]:
@@ -125,7 +132,7 @@ def linear_logps_backward_op(
 
 
 @linear_logps_backward_op.register_fake
-def _(grad_logps, grad_entropy, hidden, weight, targets, bias, index, logps, lse, entropy, kept, logit_scale, softcap,
+def _(grad_logps, grad_entropy, hidden, weight, targets, bias, index, logps, state, entropy, kept, logit_scale, softcap,
       temperature, dtype, backend, keep, needs):  # fmt: skip
     def like(tensor: Tensor | None, needed: bool) -> Tensor:
         return torch.empty_like(tensor) if needed and tensor is not None else hidden.new_empty(0)
@@ -135,16 +142,16 @@ def _(grad_logps, grad_entropy, hidden, weight, targets, bias, index, logps, lse
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     hidden, weight, targets, bias, index, *options = inputs
-    logps, lse, entropy, log_sum_sq_probs, mean_logits, is_top1, kept = output
+    logps, state, entropy, log_sum_sq_probs, mean_logits, is_top1, kept = output
     unrequested = () if "entropy" in options[3].split(",") else (entropy,)
-    ctx.mark_non_differentiable(lse, log_sum_sq_probs, mean_logits, is_top1, kept, *unrequested)
+    ctx.mark_non_differentiable(state, log_sum_sq_probs, mean_logits, is_top1, kept, *unrequested)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, targets, bias, index, logps, lse, entropy, kept)
+    ctx.save_for_backward(hidden, weight, targets, bias, index, logps, state, entropy, kept)
     ctx.options = options
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    hidden, weight, targets, bias, index, logps, lse, entropy, kept = ctx.saved_tensors
+    hidden, weight, targets, bias, index, logps, state, entropy, kept = ctx.saved_tensors
     logit_scale, softcap, temperature, _, dtype, backend, keep = ctx.options
     grad_logps, grad_entropy = grads[0], grads[2]
     if grad_logps is None and grad_entropy is None:
@@ -153,7 +160,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_logps = torch.zeros_like(logps)
     needs = [bool(ctx.needs_input_grad[i]) for i in (0, 1, 3)]
     found = linear_logps_backward_op(
-        grad_logps, grad_entropy, hidden, weight, targets, bias, index, logps, lse, entropy, kept,
+        grad_logps, grad_entropy, hidden, weight, targets, bias, index, logps, state, entropy, kept,
         logit_scale, softcap, temperature, dtype, backend, keep, needs,
     )  # fmt: skip
     dx, dw, db = (grad if needed else None for grad, needed in zip(found, needs, strict=True))
@@ -192,15 +199,16 @@ def _check_targets(call: HeadCall) -> None:
         raise ValueError(f"targets: was {wrong}, must be in [0, {n_columns}) or {IGNORE_INDEX} (not scored)")
 
 
-def _drop_idle_rows(
-    index: Tensor, kept: Tensor, keep: int, grad_logps: Tensor, grad_entropy: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """On CPU, leave out rows whose coefficients are exactly 0: they would cost a GEMM's rows and change nothing."""
+def _busy_rows(index: Tensor, grad_logps: Tensor, grad_entropy: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """On CPU, leave out rows whose coefficients are exactly 0: they would cost a GEMM's rows and change nothing.
+
+    Returns what is left of `index`, and which of its entries that is; None: all.
+    """
     if index.is_cuda:
-        return index, kept  # finding them would wait for the device
+        return index, None  # finding them would wait for the device
     busy = grad_logps.index_select(0, index) != 0
     if grad_entropy is not None:
         busy |= grad_entropy.index_select(0, index) != 0
     if bool(busy.all()):
-        return index, kept
-    return index[busy], (kept[busy] if keep != 0 else kept)
+        return index, None
+    return index[busy], busy.nonzero().squeeze(1)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+from sdpo_kernels import backends
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -26,3 +29,14 @@ def data_dir() -> Path:
     if not DATA.is_dir():
         pytest.skip(f"no real data at {DATA}")
     return DATA
+
+
+@pytest.fixture(scope="module", params=["eager", "native"])
+def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The module's tests run once a backend: "auto" prefers it, and takes eager for what it cannot serve."""
+    if request.param == "native" and (reason := backends.BACKENDS["native"].reason) is not None:
+        pytest.skip(reason)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("SDPO_BACKEND", raising=False)
+        patch.setattr(backends, "AUTO_ORDER", (request.param, "eager"))
+        yield request.param

@@ -12,6 +12,7 @@ from sdpo_kernels.backends.base import EXTRAS, KEEP_DIRECTION
 from sdpo_kernels.rows import IGNORE_INDEX
 from tests.reference import allocations, check, chunk_columns, random_case, scored_rows
 
+pytestmark = pytest.mark.usefixtures("each_backend")
 ALL = 10**12  # stash_bytes that holds everything
 
 

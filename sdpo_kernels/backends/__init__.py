@@ -10,34 +10,48 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from functools import cache
+
+import torch
 
 from sdpo_kernels.backends.base import Backend, Request
 from sdpo_kernels.backends.eager import EagerBackend
+from sdpo_kernels.backends.native import NativeBackend
 
 logger = logging.getLogger(__name__)
 
-BACKENDS: dict[str, Backend] = {"eager": EagerBackend()}
-AUTO_ORDER = ("eager",)  # fastest first
+BACKENDS: dict[str, Backend] = {"native": NativeBackend(), "eager": EagerBackend()}
+AUTO_ORDER = ("native", "eager")  # fastest first
 ENVIRONMENT_VARIABLE = "SDPO_BACKEND"  # overrides "auto", never an explicit choice
 
 
 def choose_backend(name: str, request: Request) -> Backend:
     """The backend for `request`. Raises ValueError for an unknown name or a named backend that cannot serve it."""
+    return _choose(name, lambda backend: backend.supports(request), request)
+
+
+def choose_logits_backend(device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend for logits of `dtype` on `device`; the environment variable counts as for "auto"."""
+    return _choose("auto", lambda backend: backend.supports_logits(device, dtype), f"logits of {dtype} on {device}")
+
+
+def _choose(name: str, reason_against: Callable[[Backend], str | None], asked: object) -> Backend:
     if name == "auto":
         name = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
     if name != "auto":
         backend = get_backend(name)
-        reason = backend.supports(request)
+        reason = reason_against(backend)
         if reason is not None:
             raise ValueError(f"backend: {name!r} cannot serve this call: {reason}")
         return backend
     for candidate in AUTO_ORDER:
-        reason = BACKENDS[candidate].supports(request)
+        reason = reason_against(BACKENDS[candidate])
         if reason is None:
             return BACKENDS[candidate]
-        _say_once(candidate, reason)
-    raise ValueError(f"backend: none supports this call: {request}")
+        if not torch.compiler.is_compiling():  # the compiler cannot trace a log
+            _say_once(candidate, reason)
+    raise ValueError(f"backend: none supports this call: {asked}")
 
 
 def get_backend(name: str) -> Backend:

@@ -13,6 +13,7 @@ from sdpo_kernels.head import Head
 EXTRAS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 KEEP_NOTHING = 0  # backward recomputes every chunk; a positive number = vocabulary columns to stash
+STASH_MULTIPLE = 64  # of a stash's columns; those past V are padding
 KEEP_DIRECTION = -1  # frozen head: forward also accumulates dlogp/dhidden up to one factor a row, no backward GEMM
 
 
@@ -22,6 +23,7 @@ class Request:
 
     device: torch.device
     dtype: torch.dtype  # the dtype the products' operands are rounded to
+    weight_dtype: torch.dtype
     head: Head
     outputs: tuple[str, ...]  # which of EXTRAS
 
@@ -44,29 +46,33 @@ class HeadForward(NamedTuple):
     """A forward's answer: float32 (float64 for float64 operands) vectors [N]; extras not asked for are None."""
 
     logps: Tensor
-    lse: Tensor  # logsumexp over all columns, float64: a float32 of 20 would cost gradients 1e-6
+    state: Tensor  # [N, state_columns] float64: what the backward needs to know of each row
     entropy: Tensor | None
     log_sum_sq_probs: Tensor | None
     mean_logits: Tensor | None
     is_top1: Tensor | None  # bool: no other column's logit is above the target's
-    kept: Tensor | None  # stash [kept_rows, columns] or direction [kept_rows, H], see KEEP_*
+    kept: Tensor | None  # stash [kept_rows, columns] or direction [kept_rows, H], see KEEP_*; laid out as it likes
 
 
 class Saved(NamedTuple):
     """What a backward gets back of its forward."""
 
     logps: Tensor
-    lse: Tensor  # float64
+    state: Tensor
     entropy: Tensor | None  # given where its gradient is wanted
-    kept: Tensor | None
+    kept: Tensor | None  # as the forward left it
+    rows: Tensor | None  # [N] int64: which rows of the forward these are; None: all, in order
     keep: int
 
 
 class Backend(Protocol):
-    """Three methods; nothing else is asked of a backend."""
+    """What is asked of a backend: the answers depend on shapes, dtypes and the machine, never on values."""
 
     name: str
-    stash_bytes_per_logit: int  # what one stashed logit costs (doubled for float64)
+    state_columns: int  # float64 numbers of a row that a forward saves for its backward
+
+    def stash_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What a stash holds for operands of `dtype`."""
 
     def supports(self, request: Request) -> str | None:
         """None where the request can be served, else the reason it cannot."""
@@ -83,3 +89,21 @@ class Backend(Protocol):
         needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of hidden [N, H], weight [V, H] and bias [V], each in its tensor's dtype; None where not needed."""
+
+    def supports_logits(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """None where logits of `dtype` on `device` can be served, else the reason they cannot."""
+
+    def logits_forward(self, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """logps [N] float32 (float64) and logsumexp [N] float64 of logits [N, V]/temperature; 0 where not scored."""
+
+    def logits_backward(
+        self,
+        grad: Tensor,
+        logits: Tensor,
+        targets: Tensor,
+        logps: Tensor,
+        lse: Tensor,
+        temperature: float,
+        out: Tensor,
+    ) -> None:
+        """Write dL/dlogits to `out` [N, V], contiguous and of logits' dtype; it may be `logits` itself."""

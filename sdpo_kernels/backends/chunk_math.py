@@ -100,7 +100,7 @@ class RunningSums:
             extras["is_top1"] = self.z_target >= self.max_rest
         return HeadForward(
             logps=logps.to(self.dtype),
-            lse=lse,
+            state=lse.unsqueeze(1),
             entropy=extras.get("entropy"),
             log_sum_sq_probs=extras.get("log_sum_sq_probs"),
             mean_logits=extras.get("mean_logits"),
@@ -111,8 +111,9 @@ class RunningSums:
 
 def dlogits(z: Tensor, columns: Tensor, saved: Saved, coefficient: Tensor, grad_entropy: Tensor | None) -> Tensor:
     """dL/dz of a chunk: g(1[j = y] − p) − h·p(log p + H), with 1 − p taken from the log-prob itself."""
-    lse = saved.lse.to(z.dtype)
-    tail = (saved.lse - lse).to(z.dtype)  # what rounding cut off the logsumexp: taken back row by row, for nothing
+    exact_lse = saved.state[:, 0]
+    lse = exact_lse.to(z.dtype)
+    tail = (exact_lse - lse).to(z.dtype)  # what rounding cut off the logsumexp: taken back row by row, for nothing
     log_probs = z - lse.unsqueeze(1)
     probs = log_probs.exp()
     at_target = -torch.expm1(saved.logps) * coefficient

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import sdpo_kernels.backends.eager_logits as eager_logits
 from sdpo_kernels.backends.base import KEEP_DIRECTION, KEEP_NOTHING, HeadCall, HeadForward, Request, Saved
 from sdpo_kernels.backends.chunk_math import RunningSums, dlogits
 from sdpo_kernels.head import product_dtype
@@ -25,11 +26,22 @@ class EagerBackend:
     """Plain torch; the twin that faster backends are compared with."""
 
     name = "eager"
-    stash_bytes_per_logit = 4  # the stash holds float32 logits
+    state_columns = 1  # logsumexp over all columns: as float32, one of 20 would cost gradients 1e-6
+
+    def stash_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The stash holds logits as the products are summed."""
+        return product_dtype(dtype)
 
     def supports(self, request: Request) -> str | None:
         """Every device and floating dtype that linear_logps accepts."""
         return None
+
+    def supports_logits(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Every device and floating dtype that logits_logps accepts."""
+        return None
+
+    logits_forward = staticmethod(eager_logits.logits_forward)
+    logits_backward = staticmethod(eager_logits.logits_backward)
 
     def forward(self, call: HeadCall, keep: int) -> HeadForward:
         """See `base.Backend.forward`."""
@@ -42,6 +54,7 @@ class EagerBackend:
         width = call.weight.shape[1] if keep == KEEP_DIRECTION else keep
         kept = x.new_empty((call.kept_rows, width), dtype=product_dtype(call.dtype))
         kept[x.shape[0] :].zero_()
+        kept[:, call.weight.shape[0] :].zero_()
         direction = kept[: x.shape[0]].zero_() if keep == KEEP_DIRECTION else None
         stash = kept[: x.shape[0], : max(keep, 0)]
         for start, stop in vocabulary_chunks(call):  # whatever is kept: policy and reference get the same bits
@@ -74,7 +87,7 @@ class EagerBackend:
         if saved.keep == KEEP_DIRECTION:
             assert saved.kept is not None
             rest_prob = -torch.expm1(saved.logps)
-            return (saved.kept * (coefficient * rest_prob).unsqueeze(1)).to(call.hidden.dtype), None, None
+            return (_rows_of(saved.kept, saved.rows) * (coefficient * rest_prob).unsqueeze(1)).to(call.hidden.dtype), None, None
         with _full_precision_products(call):
             return self._backward(call, saved, coefficient, grad_entropy, needs)
 
@@ -90,12 +103,12 @@ class EagerBackend:
         dx = torch.zeros_like(x, dtype=product_dtype(call.dtype)) if needs[0] else None
         dw = torch.empty_like(call.weight) if needs[1] else None
         db = torch.empty_like(call.bias) if needs[2] and call.bias is not None else None
-        stashed = max(saved.keep, 0)
+        stashed = min(max(saved.keep, 0), call.weight.shape[0])
         for start, stop in vocabulary_chunks(call, stashed):
             w = _operand(call.weight[start:stop], call)
             if stop <= stashed:
                 assert saved.kept is not None
-                z = saved.kept[:, start:stop].clone()
+                z = _rows_of(saved.kept[:, start:stop], saved.rows).clone()
             else:
                 z = _logits(x, w, call, start, stop)
             grad = dlogits(z, call.targets - start, saved, coefficient, grad_entropy)
@@ -118,6 +131,10 @@ def vocabulary_chunks(call: HeadCall, border: int = 0) -> Iterator[tuple[int, in
     for first, last in ((0, border), (border, n_columns)):
         for start in range(first, last, step):
             yield start, min(start + step, last)
+
+
+def _rows_of(kept: Tensor, rows: Tensor | None) -> Tensor:
+    return kept if rows is None else kept.index_select(0, rows)
 
 
 def _logits(x: Tensor, w: Tensor, call: HeadCall, start: int, stop: int) -> Tensor:

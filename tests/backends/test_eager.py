@@ -25,7 +25,7 @@ def head_call(n_rows: int = 6, width: int = 5, n_columns: int = 300, dtype=torch
 
 
 def test_it_is_registered_and_chosen():
-    request = Request(torch.device("cpu"), torch.float16, Head(), EXTRAS)
+    request = Request(torch.device("cpu"), torch.float16, torch.float16, Head(), EXTRAS)
     assert get_backend("eager") is BACKENDS["eager"]
     assert choose_backend("eager", request).name == "eager"
     assert AUTO_ORDER[-1] == "eager"  # it serves everything, so nothing may stand behind it
@@ -63,18 +63,19 @@ def test_log_probs_have_the_same_bits_whatever_is_kept(dtype):
         answers = [EagerBackend().forward(call, keep) for keep in (KEEP_NOTHING, 64, 320, 1000, KEEP_DIRECTION)]
     for answer in answers[1:]:
         assert torch.equal(answer.logps, answers[0].logps)
-        assert torch.equal(answer.lse, answers[0].lse)
+        assert torch.equal(answer.state, answers[0].state)
 
 
-@pytest.mark.parametrize("keep", [64, 192, 300])
-def test_the_stash_holds_logits_and_zeros_below_them(keep):
+@pytest.mark.parametrize("keep", [64, 192, 320])
+def test_the_stash_holds_logits_and_zeros_around_them(keep):
     call = head_call(kept_rows=9, head=Head(softcap=4.0))
     with chunk_columns(100):
         kept = EagerBackend().forward(call, keep).kept
     z = logits_of(call.hidden, call.weight, call.bias, softcap=4.0)
     assert kept.shape == (9, keep)
-    assert error(kept[:6], z[:, :keep]) <= 8 * EPS * size(z)
+    assert error(kept[:6, :300], z[:, :keep]) <= 8 * EPS * size(z)
     assert not kept[6:].any()
+    assert not kept[:, 300:].any()
 
 
 def test_what_is_kept_for_a_frozen_head_is_the_gradient_up_to_1_minus_p():
@@ -93,7 +94,7 @@ def test_only_the_gradients_needed_are_made(needs):
 
     call = head_call()
     answer = EagerBackend().forward(call, KEEP_NOTHING)
-    saved = Saved(answer.logps, answer.lse, None, None, KEEP_NOTHING)
+    saved = Saved(answer.logps, answer.state, None, None, None, KEEP_NOTHING)
     found = EagerBackend().backward(call, saved, torch.ones(6), None, needs)
     assert tuple(grad is not None for grad in found) == needs
 
@@ -121,6 +122,6 @@ def test_running_sums_over_any_chunks_are_those_of_the_whole(widths, seed, scale
         start += width
     answer = sums.finish(sum(widths), None)
     assert error(answer.logps, target_logps(z, targets)) <= 1e-12 * scale
-    assert error(answer.lse, z.logsumexp(1)) <= 1e-12 * scale
+    assert error(answer.state[:, 0], z.logsumexp(1)) <= 1e-12 * scale
     for name, truth in extras_of(z, targets).items():
         assert error(getattr(answer, name), truth) <= 1e-12 * scale, name

@@ -1,0 +1,212 @@
+// Packing and the register tile of the matrix products. Included inside one namespace a chip (see avx2.cpp), after
+// SDPO_LANES (floats in a vector register) and SDPO_TILE_VECTORS (registers across a tile) are defined.
+
+typedef float Vector __attribute__((vector_size(4 * SDPO_LANES)));
+constexpr int TILE_VECTORS = SDPO_TILE_VECTORS;
+constexpr int TILE_COLUMNS = TILE_VECTORS * SDPO_LANES;
+
+SDPO_HD Vector load_vector(const void* from) {
+  Vector v;
+  memcpy(&v, from, sizeof v);
+  return v;
+}
+
+// --- operand types ---
+
+struct F32 {
+  using Element = float;
+  static constexpr bool bf16 = false;
+  static constexpr int PER_UNIT = 1;
+  SDPO_HD Vector step(Vector sum, Unit a, Vector b) { return sum + float_of_bits(a) * b; }
+  SDPO_HD Element element(float value) { return value; }
+  SDPO_HD float value(Element element) { return element; }
+};
+
+#if SDPO_BF16_DOT
+struct Bf16 {
+  using Element = uint16_t;
+  static constexpr bool bf16 = true;
+  static constexpr int PER_UNIT = 2;
+  SDPO_HD Vector step(Vector sum, Unit a, Vector b) {
+    return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)b);
+  }
+  SDPO_HD Element element(float value) { return bf16_of_float(value); }
+  SDPO_HD float value(Element element) { return float_of_bf16(element); }
+};
+#endif
+
+template <class Type>
+SDPO_HD int64_t units_of(int64_t count) {
+  return (count + Type::PER_UNIT - 1) / Type::PER_UNIT;
+}
+
+// --- the register tile: rows × 64 columns, over any number of units ---
+
+// The left operand: row r's unit u of step s stands at row[r][s·step + u·STRIDE].
+template <class Type, int ROWS, int STRIDE>
+SDPO_HD void tile(const Unit* const* row, int64_t steps, int64_t step, int64_t units, const Unit* panel, float* c,
+                  int64_t c_stride, bool add) {
+  for (int first = 0; first < PANEL; first += TILE_COLUMNS) {
+    Vector sum[ROWS][TILE_VECTORS] = {};
+    const Unit* b = panel + first;
+    for (int64_t s = 0; s < steps; s++) {
+      const Unit* a[ROWS];
+      for (int r = 0; r < ROWS; r++) {
+        a[r] = row[r] + s * step;
+        // the next step of these rows lies far away, where the chip does not look by itself
+        if (s + 1 < steps)
+          for (int64_t u = 0; u < units * STRIDE; u += 16) __builtin_prefetch(a[r] + step + u);
+      }
+      for (int64_t u = 0; u < units; u++, b += PANEL) {
+        Vector right[TILE_VECTORS];
+#pragma GCC unroll 8
+        for (int v = 0; v < TILE_VECTORS; v++) right[v] = load_vector(b + v * SDPO_LANES);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) {
+          Unit left = a[r][u * STRIDE];
+#pragma GCC unroll 8
+          for (int v = 0; v < TILE_VECTORS; v++) sum[r][v] = Type::step(sum[r][v], left, right[v]);
+        }
+      }
+    }
+    for (int r = 0; r < ROWS; r++)
+      for (int v = 0; v < TILE_VECTORS; v++) {
+        float* to = c + r * c_stride + first + v * SDPO_LANES;
+        Vector total = add ? load_vector(to) + sum[r][v] : sum[r][v];  // sums of parts: less rounding than one long sum
+        memcpy(to, &total, sizeof total);
+      }
+  }
+}
+
+template <class Type, int STRIDE>
+__attribute__((noinline)) void any_tile(int64_t rows, const Unit* const* row, int64_t steps, int64_t step,
+                                        int64_t units, const Unit* panel, float* c, int64_t c_stride, bool add) {
+  switch (rows) {
+    case 6: return tile<Type, 6, STRIDE>(row, steps, step, units, panel, c, c_stride, add);
+    case 5: return tile<Type, 5, STRIDE>(row, steps, step, units, panel, c, c_stride, add);
+    case 4: return tile<Type, 4, STRIDE>(row, steps, step, units, panel, c, c_stride, add);
+    case 3: return tile<Type, 3, STRIDE>(row, steps, step, units, panel, c, c_stride, add);
+    case 2: return tile<Type, 2, STRIDE>(row, steps, step, units, panel, c, c_stride, add);
+    default: return tile<Type, 1, STRIDE>(row, steps, step, units, panel, c, c_stride, add);
+  }
+}
+
+// --- packing ---
+
+SDPO_HD float number(const Matrix& m, int64_t row, int64_t column) {
+  int64_t at = row * m.stride + column;
+  return m.bf16 ? float_of_bf16(((const uint16_t*)m.data)[at]) : ((const float*)m.data)[at];
+}
+
+// A unit of consecutive numbers of a row, those past the row's end 0.
+SDPO_HD Unit row_unit(F32, const Matrix& m, int64_t row, int64_t unit) { return bits_of_float(number(m, row, unit)); }
+
+SDPO_HD Unit pair(uint16_t low, uint16_t high) { return Unit(low) | Unit(high) << 16; }
+
+#if SDPO_BF16_DOT
+SDPO_HD uint16_t bf16_number(const Matrix& m, int64_t row, int64_t column) {
+  int64_t at = row * m.stride + column;
+  return m.bf16 ? ((const uint16_t*)m.data)[at] : bf16_of_float(((const float*)m.data)[at]);
+}
+
+SDPO_HD Unit row_unit(Bf16, const Matrix& m, int64_t row, int64_t unit) {
+  uint16_t high = 2 * unit + 1 < m.columns ? bf16_number(m, row, 2 * unit + 1) : uint16_t(0);
+  return pair(bf16_number(m, row, 2 * unit), high);
+}
+#endif
+
+template <class Type>
+void load_rows(const Matrix& from, int64_t begin, int64_t end, Unit* to) {
+  int64_t units = units_of<Type>(from.columns);
+  for (int64_t row = begin; row < end; row++)
+    for (int64_t u = 0; u < units; u++) to[row * units + u] = row_unit(Type{}, from, row, u);
+}
+
+#if SDPO_LANES == 16
+// 16 rows of 16 units, `stride` units apart → the transpose, rows 64 units apart.
+SDPO_HD void transpose_16(const char* from, int64_t stride_bytes, Unit* to) {
+  __m512i r[16], t[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(from + i * stride_bytes);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  // r[4g + j] holds, in its 128-bit lane l, column 4l + j of rows 4g … 4g+3
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; j++) {
+    __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
+    __m512i c = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd), d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+    _mm512_store_si512(to + j * PANEL, _mm512_shuffle_i32x4(a, b, 0x88));
+    _mm512_store_si512(to + (4 + j) * PANEL, _mm512_shuffle_i32x4(c, d, 0x88));
+    _mm512_store_si512(to + (8 + j) * PANEL, _mm512_shuffle_i32x4(a, b, 0xdd));
+    _mm512_store_si512(to + (12 + j) * PANEL, _mm512_shuffle_i32x4(c, d, 0xdd));
+  }
+}
+#endif
+
+// Units [begin, end) of 64 rows of `from`, from row `first` on, turned: panel[unit][row]; rows past the last are 0.
+template <class Type>
+void pack_turned(const Matrix& from, int64_t first, int64_t begin, int64_t end, Unit* panel) {
+  int64_t rows = from.rows - first < PANEL ? from.rows - first : PANEL;
+  int64_t u = begin;
+#if SDPO_LANES == 16
+  if (from.bf16 == Type::bf16 && rows == PANEL) {  // as they lie in memory
+    int64_t whole = from.columns / Type::PER_UNIT;
+    int64_t bytes = from.stride * sizeof(typename Type::Element);
+    for (; u + 16 <= end && u + 16 <= whole; u += 16)
+      for (int64_t row = 0; row < PANEL; row += 16)
+        transpose_16((const char*)from.data + (first + row) * bytes + 4 * u, bytes, panel + (u - begin) * PANEL + row);
+  }
+#endif
+  for (; u < end; u++)
+    for (int64_t row = 0; row < PANEL; row++)
+      panel[(u - begin) * PANEL + row] = row < rows ? row_unit(Type{}, from, first + row, u) : 0;
+}
+
+// Rows [first, first + count) of `from`, columns 64·panel … +63: panel[unit of rows][column]; outside is 0.
+SDPO_HD void pack_rows(F32, const Matrix& from, int64_t first, int64_t count, int64_t column, Unit* panel) {
+  int64_t columns = from.columns - column < PANEL ? from.columns - column : PANEL;
+  int64_t inside = from.rows - first < count ? from.rows - first : count;
+  memset(panel, 0, count * PANEL * sizeof(Unit));
+  for (int64_t u = 0; u < inside; u++) {
+    int64_t at = (first + u) * from.stride + column;
+    if (from.bf16)
+      for (int64_t c = 0; c < columns; c++) panel[u * PANEL + c] = Unit(((const uint16_t*)from.data)[at + c]) << 16;
+    else
+      memcpy(panel + u * PANEL, (const float*)from.data + at, columns * sizeof(float));
+  }
+}
+
+#if SDPO_BF16_DOT
+SDPO_HD void pair_rows(const uint16_t* low, const uint16_t* high, Unit* to) {
+  for (int c = 0; c < PANEL; c++) to[c] = pair(low[c], high[c]);
+}
+
+SDPO_HD void pack_rows(Bf16, const Matrix& from, int64_t first, int64_t count, int64_t column, Unit* panel) {
+  int64_t columns = from.columns - column < PANEL ? from.columns - column : PANEL;
+  uint16_t row[2][PANEL];
+  for (int64_t u = 0; u < units_of<Bf16>(count); u++) {
+    int64_t top = first + 2 * u;
+    const uint16_t* data = (const uint16_t*)from.data + top * from.stride + column;
+    if (from.bf16 && columns == PANEL && top + 1 < from.rows && 2 * u + 1 < count) {
+      pair_rows(data, data + from.stride, panel + u * PANEL);
+      continue;
+    }
+    for (int half = 0; half < 2; half++)
+      for (int64_t c = 0; c < PANEL; c++) {
+        bool inside = c < columns && top + half < from.rows && 2 * u + half < count;
+        row[half][c] = inside ? bf16_number(from, top + half, column + c) : uint16_t(0);
+      }
+    pair_rows(row[0], row[1], panel + u * PANEL);
+  }
+}
+#endif

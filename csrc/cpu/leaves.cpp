@@ -1,0 +1,298 @@
+#include "leaves.h"
+
+#include <cmath>
+#include <cstring>
+
+namespace sdpo::cpu {
+
+namespace {
+
+constexpr int64_t CACHED_ELEMENTS = int64_t(1) << 21;  // of S that every panel of dX reads again: 4 MiB in bfloat16
+
+int64_t panels_of(int64_t columns) { return (columns + PANEL - 1) / PANEL; }
+
+float element(const Matrix& m, int64_t row, int64_t column) {
+  int64_t at = row * m.stride + column;
+  return m.bf16 ? float_of_bf16(static_cast<const uint16_t*>(m.data)[at]) : static_cast<const float*>(m.data)[at];
+}
+
+size_t bytes_of(const Matrix& m) { return m.bf16 ? 2 : 4; }
+
+void store(const Matrix& like, void* out, int64_t at, float value) {
+  if (like.bf16)
+    static_cast<uint16_t*>(out)[at] = bf16_of_float(value);
+  else
+    static_cast<float*>(out)[at] = value;
+}
+
+// How the rows of a chunk with `blocks` tasks are divided so that every thread has several tasks.
+int64_t row_parts(int64_t blocks, int64_t n_rows) {
+  int64_t wanted = 4 * int64_t(torch::stable::get_num_threads());
+  int64_t parts = blocks >= wanted ? 1 : (wanted + blocks - 1) / blocks;
+  return std::max<int64_t>(1, std::min(parts, n_rows / (8 * TILE_ROWS)));
+}
+
+int64_t row_border(int64_t part, int64_t parts, int64_t n_rows) {
+  return part == parts ? n_rows : n_rows * part / parts / TILE_ROWS * TILE_ROWS;
+}
+
+}  // namespace
+
+// --- both passes ---
+
+void Leaves::begin_forward(const Call& the_call) {
+  call = the_call;
+  n_rows = call.hidden.rows;
+  load_rows();
+  target_logits = make_buffer<double>(n_rows);
+  shift = make_buffer<float>(n_rows);
+  total = make_buffer<double>(n_rows);
+  std::memset(total.get(), 0, n_rows * sizeof(double));
+  find_target_logits();
+}
+
+void Leaves::load_rows() {
+  x_units = on.units(call.hidden.columns);
+  const Matrix& hidden = call.hidden;
+  bool as_it_lies = hidden.bf16 == on.bf16 && hidden.stride == hidden.columns && x_units * 4 == hidden.columns * int64_t(bytes_of(hidden));
+  if (as_it_lies) {
+    x = static_cast<const Unit*>(hidden.data);
+    return;
+  }
+  x_copy = make_buffer<Unit>(n_rows * x_units);
+  parallel_rows(n_rows, 16, [&](int64_t begin, int64_t end) { on.load_rows(hidden, begin, end, x_copy.get()); });
+  x = x_copy.get();
+}
+
+// z_y in double, from operands rounded as the products' are: exact where the sum of all columns is only nearly so.
+void Leaves::find_target_logits() {
+  auto rounded = [this](const Matrix& m, int64_t row, int64_t column) {
+    float value = element(m, row, column);
+    return on.bf16 && !m.bf16 ? float_of_bf16(bf16_of_float(value)) : value;
+  };
+  parallel_rows(n_rows, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      int64_t y = call.targets[i];
+      double a[4] = {};
+      for (int64_t h = 0; h < call.hidden.columns; h++)
+        a[h % 4] += double(rounded(call.hidden, i, h)) * double(rounded(call.weight, y, h));
+      double sum = (a[0] + a[1]) + (a[2] + a[3]) + (call.bias ? call.bias[y] : 0.0f), slope;
+      target_logits[i] = logit_double(call.head, call.softcap, call.temperature, sum, &slope);
+      shift[i] = float(std::isfinite(target_logits[i]) ? target_logits[i] : 0.0);
+    }
+  });
+}
+
+Blocks Leaves::part(const Blocks& s, int64_t first) const {
+  Blocks from = s;
+  if (s.data) from.data = static_cast<char*>(s.data) + first * s.rows * PANEL * (on.bf16 ? 2 : 4);
+  return from;
+}
+
+Blocks Leaves::scratch_blocks(int64_t count) {
+  count = std::min(count, call.blocks());
+  if (!scratch_s) scratch_s = make_buffer<char>(count * n_rows * PANEL * (on.bf16 ? 2 : 4));
+  return {scratch_s.get(), n_rows, nullptr};
+}
+
+void Leaves::logits(int64_t first, int64_t count, const Blocks& out) {
+  bool summed = total != nullptr;
+  if (summed && sums_size < count * n_rows) {
+    sums_size = count * n_rows;
+    sums = make_buffer<float>(sums_size);
+  }
+  run_logits({x, n_rows, x_units, call.weight, call.bias, call.targets, shift.get(), call.head, first,
+              summed ? sums.get() : nullptr, nullptr, out}, count);
+}
+
+void Leaves::run_logits(Logits task, int64_t count) {
+  int64_t parts = row_parts(count, task.n_rows);
+  int64_t scratch = on.logits_scratch(task, (task.n_rows + parts - 1) / parts + TILE_ROWS);
+  parallel_tasks(count * parts, scratch, [&](int64_t number, void* memory) {
+    int64_t block = number / parts, part = number % parts;
+    on.logits(task, block, row_border(part, parts, task.n_rows), row_border(part + 1, parts, task.n_rows), memory);
+  });
+}
+
+double Leaves::target_slope(double target_logit) const {
+  if (!call.head.capped) return 1.0;
+  double tanh_u = target_logit * call.temperature / call.softcap;
+  return std::max(0.0, (1.0 - tanh_u) * (1.0 + tanh_u));
+}
+
+// S's entries at the targets: −o·c, with o = 2⁻⁵⁸·(1 − p)·e^(lse − k).
+void Leaves::set_targets(int64_t first, int64_t count, const Blocks& s, const float* logps, const double* state) {
+  for (int64_t i = 0; i < n_rows; i++) {
+    int64_t block = call.targets[i] / PANEL - first;
+    if (block < 0 || block >= count) continue;
+    double lse = state[2 * i], rest = -std::expm1(double(logps[i]));
+    double value = rest == 0.0 ? 0.0 : rest * std::exp(lse - state[2 * i + 1] - SHIFT) * target_slope(lse + logps[i]);
+    on.set(s, block, i, call.targets[i] % PANEL, float(-value));
+  }
+}
+
+void Leaves::start_hidden_gradient() {
+  sum_stride = panels_of(call.hidden.columns) * PANEL;
+  hidden_sum = make_buffer<float>(n_rows * sum_stride);
+  std::memset(hidden_sum.get(), 0, n_rows * sum_stride * sizeof(float));
+}
+
+void Leaves::add_hidden_gradient(int64_t first, int64_t count, const Blocks& s) {
+  if (!hidden_sum) start_hidden_gradient();
+  int64_t panels = sum_stride / PANEL, parts = row_parts(panels, n_rows);
+  int64_t step = std::max(BLOCKS_AT_ONCE, CACHED_ELEMENTS / (PANEL * n_rows) / BLOCKS_AT_ONCE * BLOCKS_AT_ONCE);
+  for_chunks(count, 0, 1, step, [&](int64_t begin, int64_t blocks) {
+    HiddenGradient task{part(s, begin), call.weight, first + begin, blocks, n_rows, hidden_sum.get(), sum_stride};
+    parallel_tasks(panels * parts, on.hidden_gradient_scratch(), [&](int64_t number, void* memory) {
+      int64_t panel = number / parts, part = number % parts;
+      on.hidden_gradient(task, panel, row_border(part, parts, n_rows), row_border(part + 1, parts, n_rows), memory);
+    });
+  });
+}
+
+// --- forward ---
+
+void Leaves::add_sums(int64_t count) {
+  parallel_rows(n_rows, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t block = 0; block < count; block++)
+      for (int64_t i = begin; i < end; i++) total[i] += sums[block * n_rows + i];
+  });
+}
+
+void Leaves::finish_rows(float* logps, double* state) {
+  for (int64_t i = 0; i < n_rows; i++) {
+    double rest = std::log(total[i]) + shift[i] + SHIFT, logp = logp_of(target_logits[i], rest);
+    logps[i] = float(logp);
+    state[2 * i] = target_logits[i] - logp;
+    state[2 * i + 1] = shift[i];
+  }
+}
+
+// log Σ exp of all columns but the target, with a running maximum, for a few rows.
+void Leaves::log_sums_online(const std::vector<int64_t>& rows, const Unit* few, const int64_t* targets, double* rest) {
+  int64_t count = int64_t(rows.size()), step = chunk_blocks(count, false);
+  auto parts = make_buffer<float>(std::min(step, call.blocks()) * count), maxima = make_buffer<float>(std::min(step, call.blocks()) * count);
+  std::vector<double> top(count, -INFINITY), sum(count, 0.0);
+  for_chunks(call.blocks(), 0, step, step, [&](int64_t first, int64_t blocks) {
+    run_logits({few, count, x_units, call.weight, call.bias, targets, nullptr, call.head, first, parts.get(), maxima.get(), {}}, blocks);
+    for (int64_t at = 0; at < blocks * count; at++) {
+      int64_t i = at % count;
+      if (maxima[at] == -INFINITY) continue;
+      if (!(maxima[at] <= top[i])) {  // a NaN is kept
+        sum[i] = sum[i] * std::exp(top[i] - maxima[at]) + parts[at];
+        top[i] = maxima[at];
+      } else {
+        sum[i] += parts[at] * std::exp(maxima[at] - top[i]);
+      }
+    }
+  });
+  for (int64_t i = 0; i < count; i++) rest[i] = top[i] + std::log(sum[i]);
+}
+
+// Rows whose sum left the range of float (an unlikely target, or one of probability 0) are done again with k = lse.
+void Leaves::redo_rows_out_of_range(const Kept& kept, float* logps, double* state) {
+  std::vector<int64_t> rows, targets;
+  for (int64_t i = 0; i < n_rows; i++)
+    if (total[i] > LARGEST_SUM || std::isinf(target_logits[i])) {  // NaN is not overflow
+      rows.push_back(i);
+      targets.push_back(call.targets[i]);
+    }
+  if (rows.empty()) return;
+  Leaves few(on);
+  few.call = call;
+  few.n_rows = few.call.hidden.rows = int64_t(rows.size());
+  few.call.targets = targets.data();
+  few.x_units = x_units;
+  few.x_copy = make_buffer<Unit>(few.n_rows * x_units);
+  few.x = few.x_copy.get();
+  few.shift = make_buffer<float>(few.n_rows);
+  for (int64_t i = 0; i < few.n_rows; i++)
+    std::memcpy(few.x_copy.get() + i * x_units, x + rows[i] * x_units, x_units * sizeof(Unit));
+  std::vector<double> rest(rows.size());
+  log_sums_online(rows, few.x, few.call.targets, rest.data());
+  for (int64_t i = 0; i < few.n_rows; i++) {
+    double target = target_logits[rows[i]], logp = target == INFINITY ? NAN : logp_of(target, rest[i]);
+    double lse = target == -INFINITY ? rest[i] : target - logp;
+    logps[rows[i]] = float(logp);
+    state[2 * rows[i]] = lse;
+    few.shift[i] = float(lse);
+    state[2 * rows[i] + 1] = few.shift[i];
+  }
+  for_chunks(kept.blocks, 0, 1, chunk_blocks(few.n_rows, false), [&](int64_t first, int64_t count) {
+    Blocks s = part(kept.stash, first);
+    s.row_of = rows.data();
+    few.logits(first, count, s);
+  });
+  if (!kept.direction) return;
+  int64_t step = chunk_blocks(few.n_rows, true);
+  for_chunks(call.blocks(), 0, 1, step, [&](int64_t first, int64_t count) {
+    Blocks s = few.scratch_blocks(step);
+    few.logits(first, count, s);
+    few.add_hidden_gradient(first, count, s);
+  });
+  for (int64_t i = 0; i < few.n_rows; i++)
+    std::memcpy(hidden_sum.get() + rows[i] * sum_stride, few.hidden_sum.get() + i * sum_stride, sum_stride * sizeof(float));
+}
+
+// d logp / d hidden = gain·((1 − p)·c·W[y] − 2⁵⁸·e^(k − lse)·Σ_{j ≠ y} S_j W_j).
+void Leaves::finish_direction(const float* logps, const double* state, float* direction) {
+  int64_t width = call.hidden.columns;
+  parallel_rows(n_rows, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      double lse = state[2 * i], rest = -std::expm1(double(logps[i]));
+      float of_sum = float(-call.head.gain * std::exp(state[2 * i + 1] - lse + SHIFT));
+      float of_target = float(call.head.gain * rest * target_slope(lse + logps[i]));
+      for (int64_t h = 0; h < width; h++) {
+        float w = element(call.weight, call.targets[i], h);
+        if (on.bf16 && !call.weight.bf16) w = float_of_bf16(bf16_of_float(w));
+        direction[i * width + h] = of_sum * hidden_sum[i * sum_stride + h] + of_target * w;
+      }
+    }
+  });
+}
+
+// --- backward ---
+
+void Leaves::begin_backward(const Call& the_call, const float* logps, const double* state, const float* grad, const Gradients& wanted) {
+  (void)logps;
+  call = the_call;
+  n_rows = call.hidden.rows;
+  load_rows();
+  shift = make_buffer<float>(n_rows);
+  r = make_buffer<float>(n_rows);
+  for (int64_t i = 0; i < n_rows; i++) {
+    shift[i] = float(state[2 * i + 1]);
+    r[i] = float(-grad[i] * call.head.gain * std::exp(state[2 * i + 1] - state[2 * i] + SHIFT));
+  }
+  if (wanted.hidden) start_hidden_gradient();
+  if (!wanted.weight) return;
+  int64_t panels = panels_of(call.hidden.columns), panel_units = on.units(n_rows) * PANEL;
+  scaled_x = make_buffer<Unit>(panels * panel_units);
+  parallel_tasks(panels, 0, [&](int64_t panel, void*) {
+    on.scale_rows(x, n_rows, x_units, call.hidden.columns, r.get(), panel, scaled_x.get() + panel * panel_units);
+  });
+}
+
+void Leaves::weight_gradient(int64_t first, int64_t count, const Blocks& s, void* out) {
+  WeightGradient task{s, n_rows, first, scaled_x.get(), out, call.weight.rows, call.hidden.columns, call.weight.bf16};
+  parallel_tasks(count, on.weight_gradient_scratch(task), [&](int64_t block, void* memory) { on.weight_gradient(task, block, memory); });
+}
+
+void Leaves::bias_gradient(int64_t first, int64_t count, const Blocks& s, float* out) {
+  parallel_tasks(count, 0, [&](int64_t block, void*) {
+    float columns[PANEL];
+    on.bias_gradient(s, n_rows, block, r.get(), columns);
+    int64_t start = (first + block) * PANEL;
+    std::memcpy(out + start, columns, std::min(PANEL, call.weight.rows - start) * sizeof(float));
+  });
+}
+
+void Leaves::finish_hidden_gradient(void* out) {
+  int64_t width = call.hidden.columns;
+  parallel_rows(n_rows, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++)
+      for (int64_t h = 0; h < width; h++) store(call.hidden, out, i * width + h, r[i] * hidden_sum[i * sum_stride + h]);
+  });
+}
+
+}  // namespace sdpo::cpu

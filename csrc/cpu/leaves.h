@@ -1,0 +1,60 @@
+// The CPU's leaves of the walk: each fills in a task's structure and hands its tasks to the threads.
+#pragma once
+
+#include <vector>
+
+#include "../walk.h"
+#include "parallel.h"
+
+namespace sdpo::cpu {
+
+class Leaves {
+ public:
+  explicit Leaves(const Kernels& kernels) : on(kernels) {}
+
+  void begin_forward(const Call& call);
+  void begin_backward(const Call& call, const float* logps, const double* state, const float* grad, const Gradients&);
+
+  // Forward and backward.
+  Blocks part(const Blocks& s, int64_t first) const;  // from block `first` on
+  Blocks scratch_blocks(int64_t count);
+  void logits(int64_t first, int64_t count, const Blocks& out);
+  void set_targets(int64_t first, int64_t count, const Blocks& s, const float* logps, const double* state);
+  void add_hidden_gradient(int64_t first, int64_t count, const Blocks& s);
+
+  // Forward.
+  void add_sums(int64_t count);
+  void finish_rows(float* logps, double* state);
+  void redo_rows_out_of_range(const Kept& kept, float* logps, double* state);
+  void finish_direction(const float* logps, const double* state, float* direction);
+
+  // Backward.
+  void weight_gradient(int64_t first, int64_t count, const Blocks& s, void* out);
+  void bias_gradient(int64_t first, int64_t count, const Blocks& s, float* out);
+  void finish_hidden_gradient(void* out);
+
+ private:
+  void load_rows();
+  void find_target_logits();
+  void start_hidden_gradient();
+  void run_logits(Logits task, int64_t count);
+  double target_slope(double target_logit) const;
+  void log_sums_online(const std::vector<int64_t>& rows, const Unit* x, const int64_t* targets, double* rest);
+
+  const Kernels& on;
+  Call call{};
+  int64_t n_rows = 0, x_units = 0, sum_stride = 0;
+  const Unit* x = nullptr;       // [N][x_units]
+  Buffer<Unit> x_copy;
+  Buffer<double> target_logits;  // [N] z_y
+  Buffer<float> shift;           // [N] k
+  Buffer<double> total;          // [N] o
+  Buffer<float> sums;            // [blocks][N]
+  int64_t sums_size = 0;
+  Buffer<float> hidden_sum;      // [N][sum_stride]
+  Buffer<float> r;               // [N]
+  Buffer<Unit> scaled_x;         // panels of r ⊙ X
+  Buffer<char> scratch_s;
+};
+
+}  // namespace sdpo::cpu

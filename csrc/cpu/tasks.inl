@@ -1,0 +1,206 @@
+// The tasks of kernels.h over packing and tile of gemm.inl.
+
+SDPO_HD int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class Type>
+void* block_row(const Blocks& s, int64_t block, int64_t row) {
+  int64_t at = s.row_of ? s.row_of[row] : row;
+  return (typename Type::Element*)s.data + (block * s.rows + at) * PANEL;
+}
+
+// --- logits ---
+
+// One row's 64 products → Σ E, and S where `out` is given. Column `skip`, the target's, and those from `columns` on are 0.
+template <class Type, bool CAPPED>
+SDPO_HD float exp_row(const float* product, const float* bias, const Head& head, float shift, int skip, int columns,
+                      typename Type::Element* out) {
+  float e[PANEL], s[PANEL];
+  for (int j = 0; j < PANEL; j++) {
+    float slope = 1.0f, a = product[j] + bias[j];
+    float z = CAPPED ? tanh_and_slope(a * head.before, &slope) * head.after : a * head.before;
+    float value = exp_shifted(z - shift);
+    value = j == skip ? 0.0f : value;
+    value = j < columns ? value : 0.0f;
+    e[j] = value;
+    s[j] = CAPPED ? value * slope : value;
+  }
+  if (out)
+    for (int j = 0; j < PANEL; j++) out[j] = Type::element(s[j]);
+  float total = 0.0f;
+#pragma omp simd reduction(+ : total)
+  for (int j = 0; j < PANEL; j++) total += e[j];
+  return total;
+}
+
+// For rows beyond the range of exp_row: the largest z and Σ exp(z − largest).
+template <class Type>
+float online_row(const float* product, const float* bias, const Head& head, int skip, int columns, float* largest) {
+  float z[PANEL], slope, top = -INFINITY, total = 0.0f;
+  for (int j = 0; j < columns; j++) {
+    z[j] = logit(head, product[j] + bias[j], &slope);
+    if (j == skip) continue;
+    if (!(z[j] <= top)) top = z[j];  // a NaN is kept
+  }
+  for (int j = 0; j < columns; j++)
+    if (j != skip && top != -INFINITY) total += exp_of(z[j] - top);
+  *largest = top;
+  return total;
+}
+
+template <class Type>
+void finish_rows(const Logits& l, int64_t block, int64_t first, int64_t rows, const float* c, const float* bias) {
+  int64_t start = (l.first_block + block) * PANEL;
+  int columns = int(smaller(PANEL, l.weight.rows - start));
+  for (int64_t r = 0; r < rows; r++) {
+    int64_t row = first + r, at = block * l.n_rows + row, from_start = l.targets[row] - start;
+    int skip = from_start >= 0 && from_start < PANEL ? int(from_start) : -1;
+    auto* out = l.out.data ? (typename Type::Element*)block_row<Type>(l.out, block, row) : nullptr;
+    const float* product = c + r * PANEL;
+    float sum = l.maxima        ? online_row<Type>(product, bias, l.head, skip, columns, l.maxima + at)
+                : l.head.capped ? exp_row<Type, true>(product, bias, l.head, l.shift[row], skip, columns, out)
+                                : exp_row<Type, false>(product, bias, l.head, l.shift[row], skip, columns, out);
+    if (l.sums) l.sums[at] = sum;
+  }
+}
+
+template <class Type>
+int64_t logits_scratch(const Logits& l, int64_t rows) {
+  int64_t panel = smaller(l.x_units, UNITS_AT_ONCE) * PANEL * 4;
+  return panel + (l.x_units > UNITS_AT_ONCE ? rows : TILE_ROWS) * PANEL * 4;
+}
+
+template <class Type>
+void logits(const Logits& l, int64_t block, int64_t row_begin, int64_t row_end, void* scratch) {
+  Unit* panel = (Unit*)scratch;
+  float* c = (float*)(panel + smaller(l.x_units, UNITS_AT_ONCE) * PANEL);
+  bool at_once = l.x_units <= UNITS_AT_ONCE;
+  int64_t start = (l.first_block + block) * PANEL;
+  float bias[PANEL] = {};
+  for (int64_t j = 0; l.bias && j < PANEL && start + j < l.weight.rows; j++) bias[j] = l.bias[start + j];
+  for (int64_t u = 0; u == 0 || u < l.x_units; u += UNITS_AT_ONCE) {
+    int64_t units = smaller(UNITS_AT_ONCE, l.x_units - u);
+    pack_turned<Type>(l.weight, start, u, u + units, panel);
+    for (int64_t first = row_begin; first < row_end; first += TILE_ROWS) {
+      int64_t rows = smaller(TILE_ROWS, row_end - first);
+      const Unit* a[TILE_ROWS];
+      for (int64_t r = 0; r < rows; r++) a[r] = l.x + (first + r) * l.x_units + u;
+      float* tile_c = at_once ? c : c + (first - row_begin) * PANEL;
+      any_tile<Type, 1>(rows, a, 1, 0, units, panel, tile_c, PANEL, u > 0);
+      if (u + units >= l.x_units) finish_rows<Type>(l, block, first, rows, tile_c, bias);
+    }
+  }
+}
+
+// --- gradients ---
+
+template <class Type>
+int64_t hidden_gradient_scratch() {
+  return BLOCKS_AT_ONCE * units_of<Type>(PANEL) * PANEL * 4;
+}
+
+template <class Type>
+void hidden_gradient(const HiddenGradient& h, int64_t panel, int64_t row_begin, int64_t row_end, void* scratch) {
+  constexpr int64_t BLOCK_UNITS = PANEL / Type::PER_UNIT;
+  Unit* packed = (Unit*)scratch;
+  for (int64_t block = 0; block < h.n_blocks; block += BLOCKS_AT_ONCE) {
+    int64_t blocks = smaller(BLOCKS_AT_ONCE, h.n_blocks - block);
+    pack_rows(Type{}, h.weight, (h.first_block + block) * PANEL, blocks * PANEL, panel * PANEL, packed);
+    for (int64_t first = row_begin; first < row_end; first += TILE_ROWS) {
+      int64_t rows = smaller(TILE_ROWS, row_end - first);
+      const Unit* a[TILE_ROWS];
+      for (int64_t r = 0; r < rows; r++) a[r] = (const Unit*)block_row<Type>(h.s, block, first + r);
+      float* c = h.sum + first * h.stride + panel * PANEL;
+      any_tile<Type, 1>(rows, a, blocks, h.s.rows * BLOCK_UNITS, BLOCK_UNITS, packed, c, h.stride, true);
+    }
+  }
+}
+
+template <class Type>
+void scale_rows(const Unit* x, int64_t n_rows, int64_t x_units, int64_t width, const float* r, int64_t panel, Unit* to) {
+  typename Type::Element scaled[Type::PER_UNIT][PANEL];
+  int64_t columns = smaller(PANEL, width - panel * PANEL);
+  for (int64_t u = 0; u < units_of<Type>(n_rows); u++) {
+    memset(scaled, 0, sizeof scaled);
+    for (int64_t half = 0; half < smaller(Type::PER_UNIT, n_rows - u * Type::PER_UNIT); half++) {
+      int64_t row = u * Type::PER_UNIT + half;
+      auto* from = (const typename Type::Element*)(x + row * x_units) + panel * PANEL;
+      for (int64_t c = 0; c < columns; c++) scaled[half][c] = Type::element(Type::value(from[c]) * r[row]);
+    }
+    for (int64_t c = 0; c < PANEL; c++) {
+      Unit unit = 0;
+      for (int half = 0; half < Type::PER_UNIT; half++) memcpy((char*)&unit + half * sizeof scaled[0][0], &scaled[half][c], sizeof scaled[0][0]);
+      to[u * PANEL + c] = unit;
+    }
+  }
+}
+
+template <class Type>
+int64_t weight_gradient_scratch(const WeightGradient& w) {
+  return units_of<Type>(w.n_rows) * PANEL * 4;
+}
+
+// A block of S with its rows as the summed dimension: [units of rows][64 columns].
+template <class Type>
+void pack_block(const Blocks& s, int64_t n_rows, int64_t block, Unit* to) {
+  constexpr int PER_UNIT = Type::PER_UNIT;
+  static const typename Type::Element none[PANEL] = {};
+  for (int64_t u = 0; u < units_of<Type>(n_rows); u++) {
+    const typename Type::Element* row[PER_UNIT];
+    for (int half = 0; half < PER_UNIT; half++) {
+      int64_t i = u * PER_UNIT + half;
+      row[half] = i < n_rows ? (const typename Type::Element*)block_row<Type>(s, block, i) : none;
+    }
+    if constexpr (PER_UNIT == 1)
+      memcpy(to + u * PANEL, row[0], PANEL * 4);
+    else
+      for (int c = 0; c < PANEL; c++) to[u * PANEL + c] = Unit(row[0][c]) | Unit(row[1][c]) << 16;
+  }
+}
+
+template <class Type>
+void store_tile(const WeightGradient& w, int64_t row, int64_t column, const float* c, int64_t rows) {
+  int64_t columns = smaller(PANEL, w.width - column);
+  for (int64_t r = 0; r < rows; r++) {
+    int64_t at = (row + r) * w.width + column;
+    if (w.out_bf16)
+      for (int64_t j = 0; j < columns; j++) ((uint16_t*)w.out)[at + j] = bf16_of_float(c[r * PANEL + j]);
+    else
+      memcpy((float*)w.out + at, c + r * PANEL, columns * sizeof(float));
+  }
+}
+
+template <class Type>
+void weight_gradient(const WeightGradient& w, int64_t block, void* scratch) {
+  Unit* packed = (Unit*)scratch;
+  pack_block<Type>(w.s, w.n_rows, block, packed);
+  int64_t all_units = units_of<Type>(w.n_rows), start = (w.first_block + block) * PANEL;
+  int64_t columns = smaller(PANEL, w.n_columns - start);
+  float c[PANEL * PANEL];
+  for (int64_t panel = 0; panel * PANEL < w.width; panel++) {
+    const Unit* right = w.scaled_x + panel * all_units * PANEL;
+    if (all_units == 0) memset(c, 0, sizeof c);
+    for (int64_t u = 0; u < all_units; u += UNITS_AT_ONCE)
+      for (int64_t first = 0; first < columns; first += TILE_ROWS) {
+        int64_t rows = smaller(TILE_ROWS, columns - first);
+        const Unit* a[TILE_ROWS];
+        for (int64_t r = 0; r < rows; r++) a[r] = packed + u * PANEL + first + r;
+        any_tile<Type, PANEL>(rows, a, 1, 0, smaller(UNITS_AT_ONCE, all_units - u), right + u * PANEL, c + first * PANEL, PANEL, u > 0);
+      }
+    store_tile<Type>(w, start, panel * PANEL, c, columns);
+  }
+}
+
+template <class Type>
+void bias_gradient(const Blocks& s, int64_t n_rows, int64_t block, const float* r, float* to) {
+  double total[PANEL] = {};
+  for (int64_t i = 0; i < n_rows; i++) {
+    auto* row = (const typename Type::Element*)block_row<Type>(s, block, i);
+    for (int j = 0; j < PANEL; j++) total[j] += double(Type::value(row[j])) * r[i];
+  }
+  for (int j = 0; j < PANEL; j++) to[j] = float(total[j]);
+}
+
+template <class Type>
+void set_element(const Blocks& s, int64_t block, int64_t row, int64_t column, float value) {
+  ((typename Type::Element*)block_row<Type>(s, block, row))[column] = Type::element(value);
+}

@@ -1,0 +1,148 @@
+// The arithmetic of one logit and of one row, shared by the CPU kernels and the CUDA kernels, which therefore run the
+// same lines. Loops over these functions are vectorised by the compiler: no branches, no library calls, no tables.
+//
+// Exp-direct (docs/architecture.md, "The native backend"): with z the transformed logit and k a number of the row, at
+// first the target's logit z_y,
+//
+//     E_j = 2⁻⁵⁸·exp(z_j − k) for every column j but the target,   o = Σ E_j,   logp = −log(1 + 2⁵⁸·o·e^(k − z_y))
+//
+// Leaving the target out of the sum keeps both ends exact: 1 − p_y comes from o, not from a difference. The power of 2
+// makes room for targets that are unlikely; it goes into the exponent's bits, where a larger k would cost z − k its own.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define SDPO_HD __host__ __device__ __forceinline__
+#else
+#define SDPO_HD static inline __attribute__((always_inline))  // never shared between files compiled for different chips
+#endif
+
+namespace sdpo {
+
+constexpr int SHIFT_BITS = 58;
+constexpr double SHIFT = SHIFT_BITS * 0.6931471805599453;  // 40.2
+constexpr double LARGEST_SUM = 1e30;  // above it (log-prob below about −109) a row is done again with k = logsumexp
+
+// z = softcap·tanh(scale·a/softcap)/temperature, or scale·a/temperature; softcap 0 stands for none.
+struct Head {
+  float before;  // what a is multiplied by: scale/softcap, or scale/temperature
+  float after;   // what tanh is multiplied by: softcap/temperature
+  bool capped;
+  double gain;   // scale/temperature, the derivative of z by a where tanh' is 1
+};
+
+SDPO_HD Head make_head(double scale, double softcap, double temperature) {
+  if (softcap > 0) return {float(scale / softcap), float(softcap / temperature), true, scale / temperature};
+  return {float(scale / temperature), 1.0f, false, scale / temperature};
+}
+
+SDPO_HD float float_of_bits(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+SDPO_HD uint32_t bits_of_float(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+// x = n·ln 2 + r, |r| ≤ ln 2 / 2. Returns e^r − 1 and stores 2^(n − less), for n − less in −126 … 127.
+SDPO_HD float exp_parts(float x, int less, float* power) {
+  const float magic = 12582912.0f;  // 1.5·2²³: adding it rounds to the nearest integer and leaves that in the low bits
+  float shifted = x * 1.44269504088896341f + magic;
+  float n = shifted - magic;
+  *power = float_of_bits((bits_of_float(shifted) << 23) + (uint32_t(127 - less) << 23));
+  float r = x - n * 0.693359375f;  // ln 2 in two parts (Cephes), so that r keeps all its bits
+  r = r - n * -2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  return p * r * r + r;
+}
+
+// e^x to 1 ulp; 0 below −87.3, inf above 88.3, NaN for NaN.
+SDPO_HD float exp_of(float x) {
+  float power;
+  float y = exp_parts(x, 0, &power);
+  y = power + power * y;
+  y = x < -87.3f ? 0.0f : y;
+  return x > 88.3f ? float_of_bits(0x7f800000u) : y;
+}
+
+// 2⁻⁵⁸·e^x; 0 below −47.1, inf above 128.5, NaN for NaN.
+SDPO_HD float exp_shifted(float x) {
+  float power;
+  float y = exp_parts(x, SHIFT_BITS, &power);
+  y = power + power * y;
+  y = x < -47.1f ? 0.0f : y;
+  return x > 128.5f ? float_of_bits(0x7f800000u) : y;
+}
+
+// e^x − 1 for x ≤ 0, with all its bits near 0.
+SDPO_HD float exp_minus_one(float x) {
+  float power;
+  float y = exp_parts(x, 0, &power);
+  y = (power - 1.0f) + power * y;
+  return x < -87.3f ? -1.0f : y;
+}
+
+SDPO_HD float absolute(float x) { return float_of_bits(bits_of_float(x) & 0x7fffffffu); }
+SDPO_HD float with_sign_of(float x, float sign) {
+  return float_of_bits(bits_of_float(x) | (bits_of_float(sign) & 0x80000000u));
+}
+
+// tanh(u) and 1 − tanh²(u), both without cancellation: with q = e^(−2|u|), tanh = (1 − q)/(1 + q), slope = 4q/(1 + q)².
+SDPO_HD float tanh_and_slope(float u, float* slope) {
+  float m = exp_minus_one(-2.0f * absolute(u));  // q − 1
+  float inverse = 1.0f / (2.0f + m);
+  *slope = 4.0f * (1.0f + m) * inverse * inverse;
+  return with_sign_of(-m * inverse, u);
+}
+
+// The logit z of a = x·w + b, and dz/da up to the factor `gain`.
+SDPO_HD float logit(const Head& head, float a, float* slope) {
+  if (!head.capped) {
+    *slope = 1.0f;
+    return a * head.before;
+  }
+  return tanh_and_slope(a * head.before, slope) * head.after;
+}
+
+// bfloat16 is the upper half of a float; rounded to nearest even, NaN stays NaN.
+SDPO_HD uint16_t bf16_of_float(float value) {
+  uint32_t bits = bits_of_float(value);
+  uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return uint16_t(value == value ? rounded : 0x7fc0u);
+}
+
+SDPO_HD float float_of_bf16(uint16_t value) { return float_of_bits(uint32_t(value) << 16); }
+
+// --- a row, in double: N numbers cost nothing beside N×V ---
+
+// The same transform in double, for the target's logit.
+SDPO_HD double logit_double(const Head& head, double softcap, double temperature, double a, double* slope) {
+  if (!head.capped) {
+    *slope = 1.0;
+    return a * head.gain;
+  }
+  double u = a * head.gain * temperature / softcap;
+  double q = exp(-2.0 * fabs(u));
+  *slope = 4.0 * q / ((1.0 + q) * (1.0 + q));
+  return softcap / temperature * tanh(u);
+}
+
+// logp from the target's logit and the logsumexp of all other columns: −log(1 + e^(rest − target)).
+SDPO_HD double logp_of(double target, double rest) {
+  double d = rest - target;
+  return d <= 0 ? -log1p(exp(d)) : -d - log1p(exp(-d));
+}
+
+}  // namespace sdpo

@@ -1,0 +1,98 @@
+// One walk over the vocabulary, forward and backward: host code over small leaves, so that another device's leaves can
+// take the place of the CPU's (cpu/leaves.h). All rows take part in every chunk; a chunk's borders depend on shapes only.
+//
+// S_ij = E_ij·c_ij with c = dz/da up to `gain`, at the target −o·c. With r = −g·gain/(o + 2⁻⁵⁸·e^(z_y − k)) the backward is
+//     dX = r ⊙ (S·W)      dW = Sᵀ·(r ⊙ X)      db = Sᵀ·r
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/kernels.h"
+
+namespace sdpo {
+
+using cpu::Blocks;
+using cpu::Matrix;
+using cpu::PANEL;
+
+// The scored rows of a batch against a head.
+struct Call {
+  Matrix hidden;           // [N, H]
+  Matrix weight;           // [V, H]
+  const float* bias;       // [V] or null
+  const int64_t* targets;  // [N]
+  Head head;
+  double softcap, temperature;
+  int64_t blocks() const { return (weight.rows + PANEL - 1) / PANEL; }
+};
+
+// What a forward keeps for the backward; at most one of the two.
+struct Kept {
+  int64_t blocks;    // of S, from the first on
+  Blocks stash;
+  float* direction;  // [N, H] d logp / d hidden, for a head that is not trained
+};
+
+// What a backward is asked for; null: not wanted.
+struct Gradients {
+  void* hidden;  // [N, H] in hidden's type
+  void* weight;  // [V, H] in weight's type
+  float* bias;   // [V]
+};
+
+constexpr int64_t CHUNK_ELEMENTS = int64_t(1) << 22;  // of S that is made and used at once: 8 MiB in bfloat16
+constexpr int64_t CHUNK_SUMS = int64_t(1) << 20;      // partial sums of a chunk of which nothing is stored: 4 MiB
+
+inline int64_t chunk_blocks(int64_t n_rows, bool stored_here) {
+  int64_t blocks = stored_here ? CHUNK_ELEMENTS / (PANEL * std::max<int64_t>(n_rows, 1))
+                               : CHUNK_SUMS / std::max<int64_t>(n_rows, 1);
+  return std::max<int64_t>(blocks, 4);
+}
+
+// Every block once: f(first, count), with a border at `border`.
+template <class F>
+void for_chunks(int64_t blocks, int64_t border, int64_t step_before, int64_t step_after, const F& f) {
+  for (int64_t first = 0; first < border; first += step_before) f(first, std::min(step_before, border - first));
+  for (int64_t first = border; first < blocks; first += step_after) f(first, std::min(step_after, blocks - first));
+}
+
+// logps [N] and state [N][2] (logsumexp and k of each row), and what `kept` asks for.
+template <class Leaves>
+void forward(Leaves& leaves, const Call& call, const Kept& kept, float* logps, double* state) {
+  leaves.begin_forward(call);
+  int64_t n_rows = call.hidden.rows;
+  int64_t without = chunk_blocks(n_rows, false), with = chunk_blocks(n_rows, true);
+  bool direct = kept.direction != nullptr;
+  for_chunks(call.blocks(), kept.blocks, without, direct ? with : without, [&](int64_t first, int64_t count) {
+    Blocks s = first < kept.blocks ? leaves.part(kept.stash, first) : direct ? leaves.scratch_blocks(with) : Blocks{};
+    leaves.logits(first, count, s);
+    leaves.add_sums(count);
+    if (direct) leaves.add_hidden_gradient(first, count, s);
+  });
+  leaves.finish_rows(logps, state);
+  leaves.redo_rows_out_of_range(kept, logps, state);
+  if (kept.blocks) leaves.set_targets(0, kept.blocks, kept.stash, logps, state);
+  if (direct) leaves.finish_direction(logps, state, kept.direction);
+}
+
+template <class Leaves>
+void backward(Leaves& leaves, const Call& call, const Kept& kept, const float* logps, const double* state,
+              const float* grad, const Gradients& wanted) {
+  leaves.begin_backward(call, logps, state, grad, wanted);
+  int64_t with = chunk_blocks(call.hidden.rows, true);
+  for_chunks(call.blocks(), kept.blocks, std::max<int64_t>(kept.blocks, 1), with, [&](int64_t first, int64_t count) {
+    Blocks s = leaves.part(kept.stash, first);
+    if (first >= kept.blocks) {
+      s = leaves.scratch_blocks(with);
+      leaves.logits(first, count, s);
+      leaves.set_targets(first, count, s, logps, state);
+    }
+    if (wanted.hidden) leaves.add_hidden_gradient(first, count, s);
+    if (wanted.weight) leaves.weight_gradient(first, count, s, wanted.weight);
+    if (wanted.bias) leaves.bias_gradient(first, count, s, wanted.bias);
+  });
+  if (wanted.hidden) leaves.finish_hidden_gradient(wanted.hidden);
+}
+
+}  // namespace sdpo

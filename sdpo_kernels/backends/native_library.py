@@ -1,0 +1,47 @@
+"""Loads the compiled library of the `native` backend and says, where it cannot, why and what to do.
+
+The library holds operators for torch's dispatcher and nothing of Python. It is built when the package is installed,
+where there is a C++ compiler (setup.py). `REASON` is None once it is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+PACKAGE = Path(__file__).resolve().parents[1]
+LIBRARY = PACKAGE / "_cpu.so"
+SOURCES = PACKAGE.parent / "csrc"  # there in a checkout, not in an installed wheel
+SUFFIXES = (".cpp", ".h", ".inl")
+
+
+def source_digest(sources: Path) -> str:
+    """Names what a library was built from: a digest of all C++ files under `sources`."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in sources.rglob("*") if path.suffix in SUFFIXES):
+        digest.update(path.relative_to(sources).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def how_to_build() -> str:
+    """The command that builds the library of this installation anew."""
+    if SOURCES.is_dir():
+        return f"cd {SOURCES.parent} && python setup.py build_ext --inplace"
+    return "python -m pip install --no-build-isolation --no-deps --force-reinstall --no-binary :all: sdpo-kernels"
+
+
+def load() -> str | None:
+    """Load the library; None, or why there is none. Raises RuntimeError where there is one that does not fit."""
+    if not LIBRARY.exists():
+        return f"{LIBRARY} is not there (built at installation where a C++ compiler is found); build it: {how_to_build()}"
+    try:
+        torch.ops.load_library(str(LIBRARY))
+        built_from = torch.ops.sdpo_native.built_from()
+    except (OSError, AttributeError, RuntimeError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RuntimeError(f"{LIBRARY} cannot be loaded ({first}); build it anew: {how_to_build()}") from error
+    if SOURCES.is_dir() and built_from != source_digest(SOURCES):
+        raise RuntimeError(f"{LIBRARY} was built from other sources than {SOURCES}; build it anew: {how_to_build()}")
+    return None
