@@ -5,7 +5,8 @@
 
 The library is for the LibTorch stable ABI and holds no Python: one build serves every torch from 2.10 on and every
 Python. Where there is no C++ compiler (or no torch to build against) the installation goes on without it and says so;
-SDPO_REQUIRE_NATIVE=1 makes that an error. SDPO_SANITIZE=1 builds it with the address and undefined-behaviour sanitizers.
+SDPO_REQUIRE_NATIVE=1 makes that an error. SDPO_SANITIZE=1 builds it with the address and undefined-behaviour
+sanitizers.
 """
 
 from __future__ import annotations
@@ -66,13 +67,22 @@ def native_extension() -> tuple[list[Extension], dict[str, type]]:
         def get_ext_filename(self, fullname: str) -> str:
             return os.path.join(*fullname.split(".")) + ".so"  # a library, no Python module: no Python's suffix
 
-    flags = ["-O3", "-fopenmp-simd", "-fvisibility=hidden", "-Wall", "-Wno-unused-parameter", "-Wno-maybe-uninitialized"]
+    flags = [
+        "-O3",
+        "-fopenmp-simd",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wno-unused-parameter",
+        "-Wno-maybe-uninitialized",
+    ]
     links = []
     if os.environ.get("SDPO_SANITIZE") == "1":
         flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-fno-omit-frame-pointer"]
         links += ["-fsanitize=address,undefined"]
     sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
-    headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".inl"))
+    headers = sorted(
+        str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".inl")
+    )
     extension = CppExtension(
         "sdpo_kernels._cpu",
         sources,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sdpo_kernels.logps import linear_logps
-from sdpo_kernels.losses import PairLogps, check_loss, pair_loss
+from sdpo_kernels.losses import PairLogps, check_loss, pair_loss, try_loss
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows, segment_sum, sequence_of_rows
 
 
@@ -80,7 +80,7 @@ def fused_linear_dpo(
         tensor(0.6931)
     """
     check_loss(loss_type, beta, **loss_options)
-    n_sequences = _check_batch(hidden, labels, cu_seqlens, rows)
+    n_sequences = _check_batch(hidden, labels, weight.shape[0], cu_seqlens, rows)
     _check_reference(hidden, weight, n_sequences, ref_logps, ref_hidden, ref_weight, ref_bias)
     if rows is None and not torch.compiler.is_compiling():
         rows = ScoredRows.from_labels(labels, cu_seqlens)
@@ -132,7 +132,7 @@ class FusedLinearDPOLoss(nn.Module):
         **loss_options: float,
     ) -> None:
         super().__init__()
-        check_loss(loss_type, beta, **loss_options)
+        try_loss(loss_type, beta, **loss_options)
         self.settings: dict[str, Any] = {
             "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap, "backend": backend,
             "stash_bytes": stash_bytes, "beta": beta, "loss_type": loss_type, **loss_options,
@@ -198,7 +198,9 @@ def _all_rows(labels: Tensor, cu_seqlens: Tensor | None) -> ScoredRows:
     return ScoredRows(torch.arange(segments.shape[0], device=labels.device), segments, counts)
 
 
-def _check_batch(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None, rows: ScoredRows | None) -> int:
+def _check_batch(
+    hidden: Tensor, labels: Tensor, n_columns: int, cu_seqlens: Tensor | None, rows: ScoredRows | None
+) -> int:
     """Raise ValueError where the batch does not fit together; return its number of sequences, 2B."""
     if cu_seqlens is None:
         if hidden.dim() != 3:
@@ -225,6 +227,12 @@ def _check_batch(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None, rows
             f"labels: was {labels.dtype} of shape {list(labels.shape)}, "
             f"must be torch.int64 of shape {list(hidden.shape[:-1])}"
         )
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = labels[((labels < 0) & (labels != IGNORE_INDEX)) | (labels >= n_columns)]
+        if wrong.numel():
+            raise ValueError(
+                f"labels: held {wrong[0].item()}, must be in [0, {n_columns}) or {IGNORE_INDEX} (not scored)"
+            )
     if rows is not None and (rows.counts.shape != (n_sequences,) or rows.segment.shape != rows.index.shape):
         raise ValueError(
             f"rows: was of {rows.counts.shape[0]} sequences, {rows.index.shape[0]} rows and "

@@ -172,6 +172,11 @@ def _check(
         raise ValueError(f"bias: was of shape {list(bias.shape)}, must be [{weight.shape[0]}], weight's V")
     if rows is not None and not (rows.index.dim() == 1 and rows.index.dtype == torch.int64):
         raise ValueError(f"rows: its index was {_describe(rows.index)}, must be int64 of shape [N_scored]")
+    if rows is not None and rows.index.device.type == hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+        outside = (rows.index < 0) | (rows.index >= n_rows)
+        if bool(outside.any()):
+            wrong = rows.index[outside][0].item()
+            raise ValueError(f"rows: its index held {wrong}, must be in [0, {n_rows}), the rows of hidden")
     for name in [outputs] if isinstance(outputs, str) else outputs:
         if isinstance(outputs, str) or name not in EXTRAS:
             raise ValueError(f"outputs: was {outputs!r}, must be a sequence of names from {EXTRAS}")

@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -80,6 +81,12 @@ def check_loss(name: str, beta: float, **options: float) -> None:
             raise ValueError(f"{option}: the loss {name!r} does not use it; its options are: {takes}")
 
 
+def try_loss(name: str, beta: float, **options: float) -> None:
+    """As `check_loss`, and run the loss once on ones: values out of range are the loss's own ValueErrors."""
+    ones = PairLogps(*(torch.ones(1) for _ in PairLogps._fields))
+    pair_loss(name, ones, beta, **options)
+
+
 def pair_loss(name: str, pair: PairLogps, beta: float = 0.1, **options: float) -> Tensor:
     """The loss `name` of each pair, [B]."""
     check_loss(name, beta, **options)
@@ -93,7 +100,7 @@ def _lookup(name: str) -> PairLoss:
 
 
 def _require_smoothing(label_smoothing: float) -> None:
-    if not 0.0 <= label_smoothing < 0.5:
+    if not (isinstance(label_smoothing, (int, float)) and 0.0 <= label_smoothing < 0.5):
         raise ValueError(f"label_smoothing: was {label_smoothing!r}, must be at least 0 and below 0.5")
 
 

@@ -213,6 +213,9 @@ def test_the_module_is_the_function():
         module(batch.hidden, batch.weight, batch.labels, beta=0.2)
     with pytest.raises(ValueError, match=r"^beta: was 0, must be"):
         FusedLinearDPOLoss(beta=0)
+    for wrong in (0.9, "a"):
+        with pytest.raises(ValueError, match=rf"^label_smoothing: was {wrong!r}, must be at least 0 and below 0.5"):
+            FusedLinearDPOLoss(label_smoothing=wrong)
 
 
 def test_the_same_bits_twice():
@@ -317,7 +320,7 @@ def test_the_good_calls_below_are_good():
         ({"labels": LABELS.int()}, r"labels: was torch.int32 of shape \[2, 3\], must be torch.int64"),
         ({"labels": torch.full((2, 3), -100)}, r"labels: sequence 0 has no scored token \(all are -100\), must have"),
         ({"labels": torch.tensor([[1, 2, 3], [-100] * 3])}, r"labels: sequence 1 has no scored token"),
-        ({"labels": torch.tensor([[1, 2, 3], [-100, 9, 1]])}, r"targets: was 9, must be in \[0, 9\)"),
+        ({"labels": torch.tensor([[1, 2, 3], [-100, 9, 1]])}, r"labels: held 9, must be in \[0, 9\)"),
         ({"rows": ScoredRows.from_labels(LABELS[:1])}, r"rows: was of 1 sequences, 2 rows and 2 segments"),
         (NO_REFERENCE, r"ref_logps: was None, must be given: either ref_logps, or both"),
         ({**NO_REFERENCE, "ref_hidden": torch.zeros(2, 3, 5)}, r"ref_weight: was None, must be given"),

@@ -248,6 +248,8 @@ META = torch.device("meta")
         ({"outputs": ["perplexity"]}, r"outputs: was \['perplexity'\], must be a sequence of names from"),
         ({"outputs": "entropy"}, r"outputs: was 'entropy', must be a sequence of names from"),
         ({"rows": rows_of(torch.zeros(4, dtype=torch.int32))}, r"rows: its index was int32 of shape \[4\], must"),
+        ({"rows": rows_of(torch.tensor([0, 4]))}, r"rows: its index held 4, must be in \[0, 4\)"),
+        ({"rows": rows_of(torch.tensor([-1, 2]))}, r"rows: its index held -1, must be in \[0, 4\)"),
         ({"rows": rows_of(torch.zeros(4, device=META, dtype=torch.int64))}, r"rows: was on meta, must be on cpu"),
         ({"backend": "cuda"}, r"backend: was 'cuda', must be one of: auto, .*eager"),
         ({"stash_bytes": -1}, r'stash_bytes: was -1, must be "auto" or a number of bytes'),

@@ -17,6 +17,7 @@ constexpr int64_t PANEL = 64;         // columns of a panel, and of a block of S
 constexpr int64_t TILE_ROWS = 6;      // 6×64 accumulators fill the registers of AVX-512
 constexpr int64_t UNITS_AT_ONCE = 1024;  // of the summed dimension: a panel of 256 KiB stays in the second-level cache
 
+constexpr int64_t UNITS_OF_A_SUM = 128;    // a logit is a sum of sums this long: less rounding than one long sum
 constexpr int64_t BLOCKS_AT_ONCE = 16;   // of S that a task of dX sums over at a time: 1024 columns of V
 
 // A matrix of the caller's: rows of float or bfloat16, unit stride within a row.

@@ -85,7 +85,11 @@ void logits(const Logits& l, int64_t block, int64_t row_begin, int64_t row_end, 
       const Unit* a[TILE_ROWS];
       for (int64_t r = 0; r < rows; r++) a[r] = l.x + (first + r) * l.x_units + u;
       float* tile_c = at_once ? c : c + (first - row_begin) * PANEL;
-      any_tile<Type, 1>(rows, a, 1, 0, units, panel, tile_c, PANEL, u > 0);
+      for (int64_t part = 0; part < units; part += UNITS_OF_A_SUM) {
+        int64_t few = smaller(UNITS_OF_A_SUM, units - part);
+        any_tile<Type, 1>(rows, a, 1, 0, few, panel + part * PANEL, tile_c, PANEL, u + part > 0);
+        for (int64_t r = 0; r < rows; r++) a[r] += few;
+      }
       if (u + units >= l.x_units) finish_rows<Type>(l, block, first, rows, tile_c, bias);
     }
   }

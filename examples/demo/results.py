@@ -121,7 +121,10 @@ def write_results(folder: Path, judged: Sequence[Judged], rows: Sequence[dict[st
     lines = difference_lines(judged)
     record = {"rows": rows, "differences": lines, "seed": settings.seed}
     (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    drawn = [{key: row[key] for key in row if (row["name"], key) != ("SFT", "gamma_reference")} for row in rows]
+    # the warm start is DPO's reference on every source's pairs: drawn beside sDPO's reference on the same pairs
+    warm_start = next(row["gamma_reference"] for row in rows if row["name"] == "SFT")
+    own = {"SFT": None, "DPO": warm_start}
+    drawn = [row | {"gamma_reference": own.get(row["name"], row["gamma_reference"])} for row in rows]
     picture = comparison_picture(folder / "comparison.png", drawn, TITLE)
     note = f"{NOTE} Exactly right, difference and its 95 % interval over the prompts: {'; '.join(lines)}."
     return comparison_html(folder / "comparison.html", rows, TITLE, picture, note)

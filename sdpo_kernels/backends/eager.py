@@ -87,7 +87,11 @@ class EagerBackend:
         if saved.keep == KEEP_DIRECTION:
             assert saved.kept is not None
             rest_prob = -torch.expm1(saved.logps)
-            return (_rows_of(saved.kept, saved.rows) * (coefficient * rest_prob).unsqueeze(1)).to(call.hidden.dtype), None, None
+            return (
+                (_rows_of(saved.kept, saved.rows) * (coefficient * rest_prob).unsqueeze(1)).to(call.hidden.dtype),
+                None,
+                None,
+            )
         with _full_precision_products(call):
             return self._backward(call, saved, coefficient, grad_entropy, needs)
 

@@ -15,7 +15,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 class NativeBackend:
-    """Its library is loaded with the package. One that is there but does not fit is an error where it is first wanted."""
+    """Its library is loaded with the package; one that is there but does not fit is an error where it is wanted."""
 
     name = "native"
     state_columns = 2  # the logsumexp, and k: what the stash's exponentials are relative to
@@ -88,7 +88,6 @@ class NativeBackend:
         if db is not None and call.bias is not None:
             db = db.to(call.bias.dtype)
         return dx, dw, db
-
 
     def supports_logits(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """float32 and bfloat16 on the CPU."""

@@ -35,7 +35,9 @@ def how_to_build() -> str:
 def load() -> str | None:
     """Load the library; None, or why there is none. Raises RuntimeError where there is one that does not fit."""
     if not LIBRARY.exists():
-        return f"{LIBRARY} is not there (built at installation where a C++ compiler is found); build it: {how_to_build()}"
+        return (
+            f"{LIBRARY} is not there (built at installation where a C++ compiler is found); build it: {how_to_build()}"
+        )
     try:
         torch.ops.load_library(str(LIBRARY))
         built_from = torch.ops.sdpo_native.built_from()

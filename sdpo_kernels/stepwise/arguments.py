@@ -30,6 +30,8 @@ def training_arguments(config: RunConfig, stage: StageConfig, work: Path, tensor
         )
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"trainer: {(str(error).splitlines() or [''])[0]}") from error
+    if args.n_gpu > 1:
+        args._n_gpu = 1  # else Trainer wraps the model in DataParallel, which would cut packed batches anywhere
     if args.fp16 and args.device.type == "cpu":  # accelerate would leave it out without a word
         raise UserError("trainer.fp16: was true, which needs a GPU; on a CPU use bf16")
     return args

@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
-from transformers import AutoConfig
 
 from sdpo_kernels.stepwise.arguments import training_arguments
 from sdpo_kernels.stepwise.config import RunConfig, config_diff
@@ -33,7 +31,7 @@ def check_run(config: RunConfig, reporter: Reporter) -> None:
     with tempfile.TemporaryDirectory() as folder:  # transformers' own refusals; nothing is written there
         for stage in config.stages:
             training_arguments(config, stage, Path(folder), Path(folder))
-    model = _model_config(config)
+    model = prepared.model_config
     prepared.say_warnings(reporter)
     for line in prepared.skipped:
         reporter.say(f"skipped  {line}")
@@ -44,7 +42,6 @@ def check_run(config: RunConfig, reporter: Reporter) -> None:
     reporter.say(f"model      {config.model} ({model.model_type}, vocabulary {vocabulary})")
     reporter.say(f"order      {config.order}: {order}")
     reporter.say(f"reference  {config.reference}; policy starts from {config.policy}; loss {config.loss}")
-    _check_vocabulary(prepared, vocabulary)
     reporter.say(_state(config))
 
 
@@ -76,24 +73,6 @@ def _steps(config: RunConfig, stage: StageData) -> int:
         return settings["max_steps"]
     batches = math.ceil(len(stage.tokens) / settings["per_device_train_batch_size"])
     return math.ceil(math.ceil(batches / settings.get("gradient_accumulation_steps", 1)) * stage.config.epochs)
-
-
-def _model_config(config: RunConfig) -> Any:
-    try:
-        return AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise UserError(f"model: no config can be loaded from {config.model}: {first}") from error
-
-
-def _check_vocabulary(prepared: Prepared, vocabulary: int | None) -> None:
-    parts = [stage.tokens for stage in prepared.stages] + ([prepared.eval_tokens] if prepared.eval_tokens else [])
-    highest = max(int(tokens.ids.max()) for tokens in parts)
-    if vocabulary is not None and highest >= vocabulary:
-        raise UserError(
-            f"model: the tokenizer makes token {highest}, the model's vocabulary ends at {vocabulary - 1}; "
-            "they do not belong together"
-        )
 
 
 def _state(config: RunConfig) -> str:

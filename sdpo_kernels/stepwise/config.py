@@ -104,6 +104,8 @@ class StageConfig(_Section):
     def _folder_name(cls, name: str) -> str:
         if not _FOLDER_NAME.fullmatch(name):
             raise ValueError(f"was {show(name)}, must be letters, digits, '.', '_' or '-': it names a folder")
+        if name == "eval_data":
+            raise ValueError("was 'eval_data', must be another name: messages mean the evaluation data by it")
         return name
 
     @field_validator("trainer")
@@ -162,7 +164,7 @@ class RunConfig(_Section):
                 )
             )
         try:
-            _try_loss(self.loss, self.loss_options)
+            losses.try_loss(self.loss, 0.1, **self.loss_options)
         except ValueError as error:
             mistakes.append(("loss_options", str(error)))
         if mistakes:
@@ -227,14 +229,6 @@ def _stage_mistakes(config: RunConfig) -> list[tuple[str, str]]:
         except SettingErrors as error:
             mistakes += [(f"stages.{index}.trainer.{key}", text) for key, text in error.mistakes]
     return mistakes
-
-
-def _try_loss(loss: str, options: dict[str, float]) -> None:
-    """Run the loss once on ones: unknown options and values out of range are the loss's own errors."""
-    import torch
-
-    ones = losses.PairLogps(*(torch.ones(1) for _ in losses.PairLogps._fields))
-    losses.pair_loss(loss, ones, beta=0.1, **options)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

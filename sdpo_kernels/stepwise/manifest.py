@@ -71,7 +71,7 @@ def started_otherwise(run_dir: Path, differences: list[str]) -> str:
 def _plan(data: Record) -> Record:
     """What of a manifest must not change: its stages by name, so that a difference reads well."""
     stages = {stage["name"]: planned(stage) for stage in data.get("stages", [])}
-    return {"eval_data_hash": data.get("eval_data_hash"), **stages}
+    return {"eval_data_hash": data.get("eval_data_hash"), "order of stages": list(stages), **stages}
 
 
 def planned(stage: Record) -> Record:

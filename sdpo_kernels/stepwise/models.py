@@ -23,6 +23,8 @@ from sdpo_kernels.stepwise.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+ADAPTER = "adapter"  # in a stage's folder: the LoRA adapter as it was trained, beside the merged weights
+
 
 @dataclass
 class Loaded:
@@ -38,19 +40,27 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"model: no tokenizer can be loaded from {config.model}: {_first_line(error)}") from error
+        reason = _first_line(error)
+        if Path(config.model).is_dir() and not (Path(config.model) / "tokenizer_config.json").exists():
+            reason = "there is no tokenizer_config.json in that folder"
+        raise UserError(f"model: no tokenizer can be loaded from {config.model}: {reason}") from error
 
 
 def load_model(path: str, config: RunConfig, device: torch.device, autocast: torch.dtype | None) -> Loaded:
     """Load `path` (a folder or hub name) in the run's dtype on `device`. UserError where it cannot be loaded.
 
-    `autocast` is the dtype that scoring and training will run under, if any: attention is chosen and probed with it.
+    A stage's folder of a LoRA run is loaded as the run's base with that stage's adapter, not from the merged weights:
+    rounded to a bfloat16 base, what a stage has learned at a small learning rate would be gone. `autocast` is the dtype
+    that scoring and training will run under, if any: attention is chosen and probed with it.
     A model is part of reference cycles, so one that was dropped before is freed here first.
     """
     release_memory()
+    adapter: Path | None = Path(path) / ADAPTER
+    if config.lora is None or path == config.model or not (Path(path) / ADAPTER).is_dir():
+        adapter = None
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            path,
+            path if adapter is None else config.model,
             dtype=getattr(torch, config.dtype),
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
@@ -71,7 +81,16 @@ def load_model(path: str, config: RunConfig, device: torch.device, autocast: tor
             logger.warning("batches are padded, in groups of like length, instead of packed: %s", reason)
             packed = False
     by_sequence = packed and model.config._attn_implementation == "sdpo_packed"
-    return Loaded(model, packed, by_sequence)
+    return Loaded(model if adapter is None else _with_adapter(model, adapter), packed, by_sequence)
+
+
+def _with_adapter(model: nn.Module, adapter: Path) -> nn.Module:
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"model: the adapter {adapter} cannot be loaded: {_first_line(error)}") from error
 
 
 @contextmanager
@@ -99,9 +118,11 @@ def release_memory() -> None:
 
 
 def add_adapter(loaded: Loaded, lora: LoraSettings) -> None:
-    """Wrap the model with a fresh LoRA adapter, the only thing that trains then."""
-    from peft import LoraConfig, get_peft_model
+    """Wrap the model with a fresh LoRA adapter, the only thing that trains then; one it was loaded with trains on."""
+    from peft import LoraConfig, PeftModel, get_peft_model
 
+    if isinstance(loaded.model, PeftModel):
+        return
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     settings = LoraConfig(
         task_type="CAUSAL_LM",
@@ -116,12 +137,12 @@ def add_adapter(loaded: Loaded, lora: LoraSettings) -> None:
         raise UserError(f"lora: {_first_line(error)}") from error
 
 
-def merge_adapter(base_path: str, adapter: Path, config: RunConfig) -> nn.Module:
-    """The base in float32 on the CPU with a LoRA adapter merged into it."""
+def merge_adapter(adapter: Path, config: RunConfig) -> nn.Module:
+    """The run's base in float32 on the CPU with a LoRA adapter merged into it."""
     from peft import PeftModel
 
     base: Any = AutoModelForCausalLM.from_pretrained(
-        base_path, dtype=torch.float32, use_safetensors=True, trust_remote_code=config.trust_remote_code
+        config.model, dtype=torch.float32, use_safetensors=True, trust_remote_code=config.trust_remote_code
     )
     merged: Any = PeftModel.from_pretrained(base, str(adapter))
     return merged.merge_and_unload()

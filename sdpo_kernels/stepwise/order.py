@@ -79,7 +79,8 @@ def _tiers(config: RunConfig, stage: StageData, score: Score) -> list[StageData]
         # inside a tier the pairs keep the order they were given in
         chosen = np.sort(members)
         accuracy = float((margin[chosen] > 0).mean())
-        tiers.append(StageData(named, *_take(stage, chosen), accuracy=accuracy))
+        dropped = stage.tokens.dropped if number == 1 else []  # before there were tiers: entered once, with the first
+        tiers.append(StageData(named, *_take(stage, chosen, dropped), accuracy=accuracy))
     return tiers
 
 
@@ -93,8 +94,11 @@ def _shuffled(stages: Sequence[StageData], seed: int) -> list[StageData]:
     dealt = np.random.default_rng(seed).permutation(len(pool.tokens))
     borders = np.cumsum([len(stage.tokens) for stage in stages])[:-1]
     hands = np.split(dealt, borders)
-    return [StageData(stage.config, *_take(pool, hand)) for stage, hand in zip(stages, hands, strict=True)]
+    return [
+        StageData(stage.config, *_take(pool, hand, stage.tokens.dropped))
+        for stage, hand in zip(stages, hands, strict=True)
+    ]
 
 
-def _take(stage: StageData, indices: NDArray[np.int64]) -> tuple[TokenizedPairs, list[str]]:
-    return stage.tokens.take(indices), [stage.where[i] for i in indices]
+def _take(stage: StageData, indices: NDArray[np.int64], dropped: Sequence[str]) -> tuple[TokenizedPairs, list[str]]:
+    return stage.tokens.take(indices, dropped), [stage.where[i] for i in indices]

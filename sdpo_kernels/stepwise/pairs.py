@@ -88,12 +88,20 @@ def read_pairs(
 
 
 def shared_pairs(named: dict[str, list[Pair]]) -> list[str]:
-    """One warning for every two stages that have the same pair (prompt, chosen and rejected alike), with counts."""
+    """One warning for every two sources that have the same pair (prompt, chosen and rejected alike), with counts.
+
+    The name "eval_data" means the evaluation pairs, which no stage may be called.
+    """
     keys = {name: {_key(pair) for pair in pairs} for name, pairs in named.items()}
     warnings = []
     for (first, first_keys), (second, second_keys) in itertools.combinations(keys.items(), 2):
         shared = len(first_keys & second_keys)
-        if shared:
+        if shared and second == "eval_data":
+            warnings.append(
+                f"{shared} of eval_data's {len(second_keys)} different pairs are trained on in stage {first!r}: "
+                "its scores will flatter the model"
+            )
+        elif shared:
             warnings.append(
                 f"stages {first!r} and {second!r} share {shared} of their {len(first_keys)} and {len(second_keys)} "
                 "different pairs: the reference of the later stage was trained on them"
@@ -115,8 +123,16 @@ def _pair_of(row: Row, score_column: str | None) -> Pair:
         where=row.where,
         score=None if score_column is None else _score(row.values, score_column),
         tools=_tools(row.values),
-        chat_template_kwargs=_mapping(row.values, "chat_template_kwargs"),
+        chat_template_kwargs=_template_options(row.values),
     )
+
+
+def _template_options(values: dict[str, Any]) -> dict[str, Any] | None:
+    options = _mapping(values, "chat_template_kwargs")
+    for name in ("tokenize", "tools", "return_dict", "return_tensors", "return_assistant_tokens_mask"):
+        if options is not None and name in options:
+            raise _BadRow(f"chat_template_kwargs: {name!r} is set by this program; leave it out")
+    return options
 
 
 def _texts(values: dict[str, Any]) -> tuple[Any, Any, Any]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from sdpo_kernels.stepwise.config import RunConfig, StageConfig
 from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.fit import check_fit, load_model_config
 from sdpo_kernels.stepwise.models import load_tokenizer
 from sdpo_kernels.stepwise.order import StageData
 from sdpo_kernels.stepwise.pairs import Pair, read_pairs, shared_pairs
@@ -23,6 +25,7 @@ class Prepared:
 
     config: RunConfig
     tokenizer: PreTrainedTokenizerBase
+    model_config: Any
     stages: list[StageData]
     eval_tokens: TokenizedPairs | None
     skipped: list[str] = field(default_factory=list)  # 'file:line: what is wrong', with on_bad_row: skip
@@ -39,7 +42,7 @@ class Prepared:
 def prepare(config: RunConfig) -> Prepared:
     """Read and tokenise all data of a run. UserError for whatever a person can mend."""
     tokenizer = load_tokenizer(config)
-    prepared = Prepared(config, tokenizer, [], None)
+    prepared = Prepared(config, tokenizer, load_model_config(config), [], None)
     named: dict[str, list[Pair]] = {}
     for stage in config.stages:
         pairs = _read(config, stage.data, prepared)
@@ -49,14 +52,17 @@ def prepare(config: RunConfig) -> Prepared:
     if config.eval_data is not None:
         named["eval_data"] = _read(config, config.eval_data, prepared)
         prepared.eval_tokens = _tokenize(config, named["eval_data"], "eval_data", prepared)
+    parts = [stage.tokens for stage in prepared.stages]
+    check_fit(config, prepared.model_config, parts if prepared.eval_tokens is None else [*parts, prepared.eval_tokens])
     prepared.warnings += shared_pairs(named)
     return prepared
 
 
 def read_eval(config: RunConfig, sources: Sequence[str]) -> tuple[TokenizedPairs, list[str], PreTrainedTokenizerBase]:
     """Tokenised pairs of `sources` alone, what a person should know of them, and the tokenizer."""
-    prepared = Prepared(config, load_tokenizer(config), [], None)
+    prepared = Prepared(config, load_tokenizer(config), load_model_config(config), [], None)
     tokens = _tokenize(config, _read(config, sources, prepared), ", ".join(sources), prepared)
+    check_fit(config, prepared.model_config, [tokens])
     return tokens, prepared.warnings + prepared.skipped, prepared.tokenizer
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from sdpo_kernels.stepwise.arguments import training_arguments
 from sdpo_kernels.stepwise.config import RunConfig, dump_config
 from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.files import remove_folder, replace_file
+from sdpo_kernels.stepwise.files import read_json, remove_folder, replace_file
 from sdpo_kernels.stepwise.manifest import Manifest, MetricsFile, Record, host_environment
 from sdpo_kernels.stepwise.order import StageData, order_stages
 from sdpo_kernels.stepwise.prepare import Prepared, prepare
@@ -52,7 +52,8 @@ def run(config: RunConfig, reporter: Reporter | None = None) -> Record:
     except OSError as error:
         raise UserError(f"output_dir: {folder} cannot be made: {error.strerror or error}") from error
     with _locked(folder):
-        prepared.stages = order_stages(config, prepared.stages, _ranking(prepared, folder, reporter))
+        ordered = order_stages(config, prepared.stages, _ranking(prepared, folder, reporter))
+        prepared.stages = _as_begun(ordered, folder, reporter)
         state = open_run(prepared, folder, reporter)
         _clear_leftovers(state)
         if all(stage["state"] == "done" for stage in state.manifest.stages):
@@ -66,6 +67,24 @@ def run(config: RunConfig, reporter: Reporter | None = None) -> Record:
     reporter.say(stage_table(state.manifest.data))
     reporter.say(f"report: {folder / 'report.html'}")
     return state.manifest.data
+
+
+def _as_begun(stages: list[StageData], folder: Path, reporter: Reporter) -> list[StageData]:
+    """The stages in the order in which the run in `folder` was begun, should a score have come out differently now."""
+    path = folder / "manifest.json"
+    if not path.exists():
+        left = sorted(entry.name for entry in folder.glob("*stage-*") if entry.is_dir())
+        if left:
+            raise UserError(
+                f"{folder} holds {left[0]} but no manifest.json; move what is there away, or choose another output_dir"
+            )
+        return stages
+    begun = [stage.get("name") for stage in read_json(path).get("stages", [])]
+    named = {stage.config.name: stage for stage in stages}
+    if begun == list(named) or sorted(map(str, begun)) != sorted(named):
+        return stages  # as it was, or a difference that the manifest will name
+    reporter.warn(f"the order {', '.join(begun)} is kept, in which the run was begun; the ranking now says otherwise")
+    return [named[name] for name in begun]
 
 
 def _ranking(prepared: Prepared, folder: Path, reporter: Reporter) -> Callable[[TokenizedPairs], Tensor]:

@@ -42,7 +42,7 @@ def score_run(config: RunConfig, models: Sequence[str], data: Sequence[str], *, 
     if as_json:
         print(json.dumps(results, indent=2))
     else:
-        reporter.say(_table(results))
+        reporter.say(_table(results, config.beta))
 
 
 def _finished(config: RunConfig) -> list[str]:
@@ -51,10 +51,10 @@ def _finished(config: RunConfig) -> list[str]:
     return [str(path.parent / f"stage-{s['index']}-{s['name']}") for s in stages if s["state"] == "done"]
 
 
-def _table(results: dict[str, Record]) -> Table:
-    table = Table(title="scores")
-    table.add_column("model")
-    for title in ("pairs", "pair accuracy", "per token", "reward accuracy", "reward margin", "γ (nat)"):
+def _table(results: dict[str, Record], beta: float) -> Table:
+    table = Table(title="scores", caption=f"rewards: β {beta:g} of the run, against the initial model", padding=(0, 0))
+    table.add_column("model", overflow="fold", min_width=12)
+    for title in ("pairs", "pair\nacc.", "per\ntoken", "reward\nacc.", "reward\nmargin", "γ\n(nat)"):
         table.add_column(title, justify="right")
     for path, scores in results.items():
         keys = ("pair_accuracy", "pair_accuracy_per_token", "reward_accuracy", "reward_margin", "gamma")

@@ -62,8 +62,10 @@ def _mistakes(
     if kind == "extra_forbidden":
         key = str(problem["loc"][-1])
         section = sections[str(problem["loc"][0]) if len(problem["loc"]) > 1 else ""]
-        if key not in section.model_fields and key in trainer_fields:
-            return [(at, f"unknown key; did you mean 'trainer.{key}'?")]
+        near = difflib.get_close_matches(key, section.model_fields, n=1)
+        under_trainer = [] if near else difflib.get_close_matches(key, trainer_fields, n=1, cutoff=0.75)
+        if key not in section.model_fields and under_trainer:
+            return [(at, f"unknown key; did you mean 'trainer.{under_trainer[0]}'?")]
         return [(at, f"unknown key; {did_you_mean(key, section.model_fields)}")]
     if kind in ("too_short", "string_too_short"):
         # pydantic counts only the items that are right; the wrong ones have lines of their own

@@ -28,7 +28,7 @@ from sdpo_kernels.stepwise.errors import Interrupted, UserError
 from sdpo_kernels.stepwise.files import empty_folder, publish_folder, read_json, remove_folder, replace_file
 from sdpo_kernels.stepwise.manifest import Manifest, MetricsFile, Record, planned
 from sdpo_kernels.stepwise.model_card import model_card
-from sdpo_kernels.stepwise.models import Loaded, add_adapter, merge_adapter, release_memory, weights_hash
+from sdpo_kernels.stepwise.models import ADAPTER, Loaded, add_adapter, merge_adapter, release_memory, weights_hash
 from sdpo_kernels.stepwise.order import StageData
 from sdpo_kernels.stepwise.progress import Reporter, peak_memory_bytes, reset_peak_memory
 from sdpo_kernels.stepwise.reference import Scorer, pad_token_id, write_scores
@@ -50,6 +50,19 @@ class Run:
     metrics: MetricsFile
     reporter: Reporter
     eval_data: EvalData | None
+
+    def check_weights(self, path: str, digest: str) -> None:
+        """UserError where the model in `path` is not what it was when this run loaded it first."""
+        known = self.manifest.data.setdefault("weights", {})
+        name = "initial" if path == self.config.model else Path(path).name
+        if name not in known:
+            known[name] = digest
+            self.manifest.save()
+        if known[name] != digest:
+            raise UserError(
+                f"{path}: its weights have changed since this run was started; put them back, or choose another "
+                "output_dir"
+            )
 
     def stage_folder(self, index: int) -> Path:
         """Where the finished stage `index` (from 1) lies."""
@@ -191,11 +204,10 @@ def _references(stage: Stage) -> tuple[Loaded, Tensor, Record]:
     policy_path = stage.model_before(config.policy)
     if config.reference == "none":
         none: Record = {"reference_hash": None, "gamma_reference": None, "score_seconds": 0.0}
-        return stage.scorer.load(policy_path), torch.zeros(len(tokens), 2), none
+        return _load_checked(stage, policy_path)[0], torch.zeros(len(tokens), 2), none
     reference_path = stage.model_before(config.reference)
-    loaded = stage.scorer.load(reference_path)
+    loaded, reference_hash = _load_checked(stage, reference_path)
     started = time.monotonic()
-    reference_hash = weights_hash(loaded.model)
     label = f"stage {stage.index} {stage.name}: references"
     scores = stage.scorer.cached(loaded, reference_hash, tokens, label, stage.work / REFERENCE_FILE)
     found = {
@@ -206,8 +218,16 @@ def _references(stage: Stage) -> tuple[Loaded, Tensor, Record]:
     if policy_path != reference_path:
         del loaded
         release_memory()
-        loaded = stage.scorer.load(policy_path)
+        loaded = _load_checked(stage, policy_path)[0]
     return loaded, scores, found
+
+
+def _load_checked(stage: Stage, path: str) -> tuple[Loaded, str]:
+    """The model in `path` and the hash of its weights, which must be what this run has seen there before."""
+    loaded = stage.scorer.load(path)
+    digest = weights_hash(loaded.model)
+    stage.run.check_weights(path, digest)
+    return loaded, digest
 
 
 def _check_head(stage: Stage, loaded: Loaded) -> None:
@@ -254,9 +274,8 @@ def _save(stage: Stage, trainer: StageTrainer, ref_logps: Tensor) -> Path:
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     trainer.require_finite_weights()
     if stage.run.config.lora is not None:
-        model.save_pretrained(staging / "adapter")
-        base = stage.model_before(stage.run.config.policy)
-        model = merge_adapter(base, staging / "adapter", stage.run.config)
+        model.save_pretrained(staging / ADAPTER)
+        model = merge_adapter(staging / ADAPTER, stage.run.config)
     else:
         model.config.use_cache = stage.use_cache  # Trainer switched it off, and generation wants it
     model.save_pretrained(staging)

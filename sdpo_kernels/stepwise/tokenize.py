@@ -78,10 +78,10 @@ class TokenizedPairs:
         """Tokens of each sequence, [n, 2]: chosen, rejected."""
         return np.diff(self.offsets).reshape(-1, 2)
 
-    def take(self, indices: NDArray[np.int64]) -> TokenizedPairs:
-        """The pairs at `indices`, in that order; what was dropped or warned of stays behind."""
+    def take(self, indices: NDArray[np.int64], dropped: Sequence[str] = ()) -> TokenizedPairs:
+        """The pairs at `indices`, in that order, and `dropped` as what was dropped; warnings stay behind."""
         sequences = [sequence for index in indices for sequence in self[int(index)]]
-        return _flatten(sequences, [int(self.kept[i]) for i in indices], [], [])
+        return _flatten(sequences, [int(self.kept[i]) for i in indices], list(dropped), [])
 
     @staticmethod
     def concatenate(parts: Sequence[TokenizedPairs]) -> TokenizedPairs:

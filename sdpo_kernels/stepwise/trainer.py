@@ -87,7 +87,8 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         """Keep the pairs' metrics as tensors [B]: reading them here would wait for the device at every step."""
         metrics = self._metrics["train" if training else "eval"]
         if training:
-            metrics["loss"].append(out.loss.detach()[None])  # in place of Trainer's, which forgets at a resume
+            # in place of Trainer's, which forgets at a resume; each pair weighs the same, as in the other metrics
+            metrics["loss"].append(out.loss.detach().expand(len(out.accuracy)))
         metrics["rewards/chosen"].append(out.chosen_rewards)
         metrics["rewards/rejected"].append(out.rejected_rewards)
         metrics["rewards/accuracies"].append(out.accuracy)

@@ -87,8 +87,27 @@ def test_orders_are_explained(tmp_path, model, settings, text):
 
 def test_a_tokenizer_of_another_model_is_found_out(tmp_path):
     folder = runs.make_model(tmp_path / "small", vocab_size=20)
-    with pytest.raises(UserError, match=r"makes token \d+, the model's vocabulary ends at 19"):
-        checked(runs.configured(tmp_path, folder))
+    for command in (checked, runs.train):
+        with pytest.raises(UserError, match=r"makes token \d+, the model's vocabulary ends at 19"):
+            command(runs.configured(tmp_path, folder))
+
+
+@pytest.mark.parametrize(("kind", "field"), [("GPT2Config", "n_positions"), ("OPTConfig", "max_position_embeddings")])
+def test_sequences_past_the_positions_a_model_has_learned_are_found_out(tmp_path, kind, field):
+    import transformers
+
+    sizes = {"GPT2Config": {"n_embd": 16, "n_layer": 1, "n_head": 2}, "OPTConfig": {
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 16, "word_embed_proj_dim": 16,
+    }}  # fmt: skip
+    config = getattr(transformers, kind)(vocab_size=len(runs.VOCABULARY), **sizes[kind], **{field: 4})
+    folder = tmp_path / "learned"
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    runs.make_tokenizer().save_pretrained(folder)
+    for command in (checked, runs.train):
+        with pytest.raises(
+            UserError, match=r"max_length: was \d+, and the longest sequence has \d+ tokens, must be at"
+        ):
+            command(runs.configured(tmp_path, folder))
 
 
 def test_what_transformers_would_refuse_is_found_out(tmp_path, model):

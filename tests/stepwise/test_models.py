@@ -130,7 +130,7 @@ def test_adapters_train_alone_and_merge_in_float32(tmp_path, model):
     ids = torch.tensor([[5, 9, 7, 30]])
     with torch.no_grad():
         wanted = loaded.model(input_ids=ids).logits
-        merged = merge_adapter(str(model), tmp_path / "adapter", config)
+        merged = merge_adapter(tmp_path / "adapter", config)
         own = merged(input_ids=ids).logits
         base = AutoModelForCausalLM.from_pretrained(model)(input_ids=ids).logits
     assert all(p.dtype == torch.float32 for p in merged.parameters())

@@ -211,6 +211,7 @@ BAD_ROWS = [
     (changed(CHAT, prompt=[{"role": "user", "content": [{"type": "image"}]}]), "'prompt[0].content' is of type list"),
     (changed(CHAT, tools="[1"), "'tools' is broken JSON: "),
     (changed(CHAT, tools={"a": 1}), "'tools' is of type dict, must be a list"),
+    (changed(CHAT, chat_template_kwargs={"tokenize": True}), "chat_template_kwargs: 'tokenize' is set by this program"),
     (changed(CHAT, chat_template_kwargs=[1]), "'chat_template_kwargs' is of type list, must be an object"),
 ]
 
@@ -359,6 +360,9 @@ def test_shared_pairs():
         "the reference of the later stage was trained on them"
     ]
     assert len(shared_pairs({"a": pairs("1"), "b": pairs("1"), "c": pairs("1")})) == 3
+    assert shared_pairs({"a": pairs("1"), "eval_data": pairs("1", "2")}) == [
+        "1 of eval_data's 2 different pairs are trained on in stage 'a': its scores will flatter the model"
+    ]
     chat = Pair([USER], [BLUE], [RED], "x:1")
     turned = Pair([dict(reversed(USER.items()))], [BLUE], [RED], "y:7")
     assert len(shared_pairs({"a": [chat], "b": [turned]})) == 1

@@ -218,5 +218,5 @@ def test_weights_that_changed_under_a_stopped_stage_are_an_error(stopped, tmp_pa
     state = load_file(weights)
     state["lm_head.weight"][0, 0] += 1
     save_file(state, weights, {"format": "pt"})
-    with pytest.raises(UserError, match="stage s2: the weights of its reference have changed"):
+    with pytest.raises(UserError, match="stage-1-s1: its weights have changed since this run was started"):
         runs.train(config)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from sdpo_kernels.stepwise import order as order_module
 from sdpo_kernels.stepwise import run as run_module
 from sdpo_kernels.stepwise.config import load_config
 from sdpo_kernels.stepwise.errors import UserError
@@ -129,6 +130,59 @@ def test_reward_accuracy_trains_the_easiest_source_first(tmp_path, model):
     assert (tmp_path / "run" / "stage-1-s2").is_dir()
 
 
+def test_a_run_keeps_the_order_it_was_begun_in_though_the_ranking_comes_out_otherwise(
+    tmp_path, model, monkeypatch, spoken
+):
+    """Another machine's rounding may turn two near sources round: no source is trained twice and none left out."""
+    config = runs.configured(tmp_path, model, order="reward_accuracy")
+    with monkeypatch.context() as patch:
+        runs.stop_at(patch, stage="s1", step=1)
+        patch.setattr(order_module, "_by_accuracy", lambda config, stages, score: list(stages[::-1]))
+        with pytest.raises(KeyboardInterrupt):
+            runs.train(config)
+    monkeypatch.setattr(order_module, "_by_accuracy", lambda config, stages, score: list(stages))
+    run(config, spoken.reporter)
+    assert "the order s2, s1 is kept, in which the run was begun" in spoken.text
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    monkeypatch.setattr(order_module, "_by_accuracy", lambda config, stages, score: list(stages[::-1]))
+    runs.train(runs.configured(whole, model, order="reward_accuracy"))
+    assert runs.fingerprint(tmp_path / "run") == runs.fingerprint(whole / "run")
+
+
+@pytest.mark.parametrize("which", [{"reference": "initial"}, {"policy": "initial"}, {"reference": "none"}])
+def test_an_initial_model_that_changes_under_a_run_is_an_error(tmp_path, monkeypatch, which):
+    folder = runs.make_model(tmp_path / "model")
+    config = runs.configured(tmp_path, folder, **which)
+    with monkeypatch.context() as patch:
+        runs.stop_at(patch, stage="s1" if "reference" in which and which["reference"] == "none" else "s2", step=1)
+        with pytest.raises(KeyboardInterrupt):
+            runs.train(config)
+    runs.make_model(folder, seed=1)
+    with pytest.raises(UserError, match="model: its weights have changed since this run was started"):
+        runs.train(config)
+
+
+@pytest.mark.parametrize("name", ["stage-1-s1", ".stage-1-s1"])
+def test_a_folder_that_no_run_of_ours_made_is_left_alone(tmp_path, model, name):
+    precious = tmp_path / "run" / name / "precious.txt"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("mine")
+    with pytest.raises(UserError, match=rf"holds {name} but no manifest.json"):
+        runs.train(runs.configured(tmp_path, model))
+    assert precious.read_text() == "mine"
+
+
+@pytest.mark.parametrize("settings", [{"order": "random"}, {"order": "margin", "tiers": 2}], ids=lambda s: s["order"])
+def test_dropped_pairs_are_counted_whatever_the_order(tmp_path, model, settings):
+    sizes = (8,) if "tiers" in settings else (8, 8)
+    config = runs.configured(tmp_path, model, sizes=sizes, max_length=12, **settings)
+    rows = [row | {"prompt": " ".join(["word1"] * 20)} if place < 2 else row
+            for place, row in enumerate(runs.make_rows(8))]  # fmt: skip
+    runs.write_rows(tmp_path / "data1.jsonl", rows)
+    assert [stage["dropped"] for stage in runs.train(config)["stages"]] == [2, 0]
+
+
 def test_evaluations_during_training(tmp_path, model, evaluation):
     """TRL's names; against each stage's reference, so all rewards are 0 before the first step."""
     trainer = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
@@ -211,11 +265,11 @@ def test_what_transformers_refuses_stops_before_the_first_stage(tmp_path, model)
 
 
 def test_a_stage_folder_of_another_run_is_not_taken_for_ones_own(tmp_path, model):
-    """Someone removed manifest.json and changed the data."""
+    """Someone removed manifest.json and changed the data, or put something of that name there."""
     runs.train(runs.configured(tmp_path, model, sizes=(8,)))
     (tmp_path / "run" / "manifest.json").unlink()
     runs.write_rows(tmp_path / "data1.jsonl", runs.make_rows(8, seed=5))
-    with pytest.raises(UserError, match="stage-1-s1 was left by another run"):
+    with pytest.raises(UserError, match=r"holds stage-1-s1 but no manifest\.json"):
         runs.train(runs.configured(tmp_path, model, sizes=(8,)))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sdpo_kernels.stepwise import reference as reference_module
 from sdpo_kernels.stepwise.config import load_config
 from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.models import weights_hash
+from sdpo_kernels.stepwise.models import load_model, weights_hash
 from tests.stepwise import runs
 
 LN2 = math.log(2)
@@ -189,15 +190,35 @@ def test_lora_leaves_merged_weights_and_the_adapter_and_chains(tmp_path, model):
         assert {tensor.dtype for tensor in after.values()} == {torch.float32}
         changed = {name for name in before if not torch.equal(before[name], after[name])}
         assert changed == {name for name in before if "proj" in name}  # not the head, not the embedding
-    # the second stage's reference is the merged first, and its weights are that plus its adapter
-    merged = AutoModelForCausalLM.from_pretrained(run / "stage-1-s1")
-    assert manifest["stages"][1]["reference_hash"] == weights_hash(merged)
-    adapter = load_file(run / "stage-2-s2" / "adapter" / "adapter_model.safetensors")
+    # one adapter goes through the stages: a stage's weights are the base plus it
     name = "model.layers.0.mlp.down_proj"
-    a, b = (adapter[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
-    delta = two[f"{name}.weight"] - one[f"{name}.weight"]
-    assert torch.allclose(delta, b @ a * (32 / 2), atol=1e-6)
-    assert float(delta.abs().max()) > 1e-4
+    for stage, weights in (("stage-1-s1", one), ("stage-2-s2", two)):
+        adapter = load_file(run / stage / "adapter" / "adapter_model.safetensors")
+        a, b = (adapter[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+        delta = weights[f"{name}.weight"] - base[f"{name}.weight"]
+        assert torch.allclose(delta, b @ a * (32 / 2), atol=1e-6)
+        assert float(delta.abs().max()) > 1e-4
+    assert manifest["stages"][1]["reference_hash"] != manifest["stages"][0]["reference_hash"]
+
+
+def test_on_a_bfloat16_base_a_stage_starts_from_all_that_the_one_before_learned(tmp_path, model):
+    """A step of 1e-5 is far below what bf16 weights can hold; merged and rounded, it would be lost."""
+    settings = {"lora": {"r": 2}, "dtype": "bfloat16", "trainer": {"learning_rate": 1e-5}}
+    config = runs.configured(tmp_path, model, sizes=(8, 8), **settings)
+    runs.train(config)
+    folder = str(tmp_path / "run" / "stage-1-s1")
+    loaded = load_model(folder, config, torch.device("cpu"), None)
+    saved = load_file(Path(folder) / "adapter" / "adapter_model.safetensors")
+    held = {name.replace(".default", ""): p for name, p in loaded.model.named_parameters() if "lora_" in name}
+    assert held.keys() == saved.keys()
+    assert all(torch.equal(held[name], saved[name]) for name in saved)
+    assert any("lora_B" in name and bool(saved[name].any()) for name in saved)
+    base = load_model(str(model), config, torch.device("cpu"), None).model.state_dict()
+    merged = load_file(Path(folder) / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert not torch.equal(merged[name], base[name].float())  # float32 holds it
+    lost = (merged[name].bfloat16() == base[name]).float().mean()
+    assert lost > 0.9  # what loading the merged weights would have thrown away
 
 
 def test_lora_on_chosen_modules_alone(tmp_path, model):

@@ -8,8 +8,12 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
+from sdpo_kernels.stepwise.arguments import training_arguments
 from sdpo_kernels.stepwise.callbacks import MetricsWriter, ProgressShower, StopOnSignal
 from sdpo_kernels.stepwise.manifest import MetricsFile
+from sdpo_kernels.stepwise.prepare import prepare
+from sdpo_kernels.stepwise.progress import Reporter
+from sdpo_kernels.stepwise.reference import Scorer
 from sdpo_kernels.stepwise.trainer import StageTrainer
 from tests.stepwise import runs
 
@@ -52,6 +56,20 @@ def test_accumulated_steps_log_the_mean_of_their_batches(tmp_path, model):
     trainer = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
     runs.train(runs.configured(tmp_path, model, sizes=(8,), trainer=trainer))
     assert runs.metrics(tmp_path / "run")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_the_logged_loss_weighs_every_pair_alike(tmp_path, model):
+    """Nine pairs, four at a time, logged once: the last batch's one pair counts once, not like four."""
+    trainer = {"logging_steps": 3, "learning_rate": 1e-30, "per_device_train_batch_size": 4}
+    config = runs.configured(tmp_path, model, sizes=(9,), loss="hinge", beta=20.0, reference="none", trainer=trainer)
+    runs.train(config)
+    last = runs.metrics(tmp_path / "run")[-1]
+    score = Scorer.of(config, training_arguments(config, config.stages[0], tmp_path, tmp_path), 0, Reporter(quiet=True))
+    prepared = prepare(config)
+    logps = score.score_path(str(model), prepared.stages[0].tokens, "all")
+    losses = torch.relu(1 - 20.0 * (logps[:, 0] - logps[:, 1]))
+    first = runs.metrics(tmp_path / "run")[0]["loss"]  # logging_first_step has taken the first batch
+    assert (4 * first + 5 * last["loss"]) / 9 == pytest.approx(losses.mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(
