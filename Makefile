@@ -5,7 +5,10 @@ BIN := $(VENV)/bin
 DEMO_OUTPUT ?= runs/demo
 BENCH ?= head
 
-.PHONY: demo picture test lint bench bench-env clean
+NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*)
+SANITIZED := build/sanitized
+
+.PHONY: demo picture test lint bench bench-env sanitize clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m examples.demo.run --output $(DEMO_OUTPUT)
@@ -21,6 +24,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.$(BENCH)
@@ -29,14 +33,21 @@ bench: $(VENV)/.installed
 bench-env: $(VENV)/.installed
 	$(BIN)/pip install -q --no-build-isolation -c constraints.txt -e ".[bench]"
 
+# the kernels' tests on a library built with the address and undefined-behaviour sanitizers
+sanitize: $(VENV)/.installed
+	SDPO_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
+	SDPO_NATIVE_LIBRARY=$(SANITIZED)/sdpo_kernels/_cpu.so LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -q -p no:cacheprovider -m "not slow" \
+		tests/backends/test_native.py tests/test_logits.py tests/test_logps_extremes.py
+
 # torch first: it is pinned, and everything after it is built and resolved against what is installed
-$(VENV)/.installed: pyproject.toml constraints.txt setup.py
+$(VENV)/.installed: pyproject.toml constraints.txt setup.py $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 		{ echo "cannot make a virtual environment; on Debian: apt-get install python3-venv" >&2; rm -rf $(VENV); exit 1; }
 	$(BIN)/python -m pip install -q --upgrade pip "setuptools>=77" wheel
-	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt torch ninja
 	$(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt -e ".[train,dev]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info sdpo_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,6 +9,7 @@
 #include "cpu/chip.h"
 #include "cpu/leaves.h"
 #include "cpu/logits.h"
+#include "cpu/pair.h"
 
 namespace sdpo {
 
@@ -18,8 +19,10 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-Matrix matrix(const Tensor& t) {
-  return {t.data_ptr(), t.size(0), t.size(1), t.stride(0), t.scalar_type() == ScalarType::BFloat16};
+// `round`: float numbers are to be rounded to bfloat16.
+Matrix matrix(const Tensor& t, bool round = false) {
+  bool bf16 = t.scalar_type() == ScalarType::BFloat16;
+  return {t.data_ptr(), t.size(0), t.size(1), t.stride(0), bf16, round && !bf16};
 }
 
 template <class T>
@@ -33,9 +36,14 @@ T* pointer(const MaybeTensor& t) {
 }
 
 Call make_call(const Tensor& hidden, const Tensor& weight, const MaybeTensor& bias, const Tensor& targets, double scale,
-               double softcap, double temperature) {
-  return {matrix(hidden),  matrix(weight), pointer<float>(bias), pointer<int64_t>(targets), make_head(scale, softcap, temperature),
-          softcap, temperature};
+               double softcap, double temperature, bool bf16) {
+  return {matrix(hidden, bf16),
+          matrix(weight, bf16),
+          pointer<float>(bias),
+          pointer<int64_t>(targets),
+          make_head(scale, softcap, temperature),
+          softcap,
+          temperature};
 }
 
 Kept make_kept(const MaybeTensor& stash, int64_t stash_rows, const MaybeTensor& row_of, const MaybeTensor& direction) {
@@ -47,10 +55,12 @@ Kept make_kept(const MaybeTensor& stash, int64_t stash_rows, const MaybeTensor& 
 }
 
 void linear_forward(Tensor hidden, Tensor weight, MaybeTensor bias, Tensor targets, double scale, double softcap,
-                    double temperature, bool bf16, Tensor logps, Tensor state, MaybeTensor stash, MaybeTensor direction) {
+                    double temperature, bool bf16, Tensor logps, Tensor state, MaybeTensor stash,
+                    MaybeTensor direction) {
   cpu::Leaves leaves(cpu::kernels_for(bf16));
   Kept kept = make_kept(stash, stash ? stash->size(0) : 0, std::nullopt, direction);
-  forward(leaves, make_call(hidden, weight, bias, targets, scale, softcap, temperature), kept, pointer<float>(logps), pointer<double>(state));
+  forward(leaves, make_call(hidden, weight, bias, targets, scale, softcap, temperature, bf16), kept,
+          pointer<float>(logps), pointer<double>(state));
 }
 
 void linear_backward(Tensor hidden, Tensor weight, MaybeTensor bias, Tensor targets, double scale, double softcap,
@@ -59,17 +69,35 @@ void linear_backward(Tensor hidden, Tensor weight, MaybeTensor bias, Tensor targ
   cpu::Leaves leaves(cpu::kernels_for(bf16));
   Kept kept = make_kept(stash, stash ? stash->size(0) : 0, row_of, std::nullopt);
   Gradients wanted{pointer<void>(grad_hidden), pointer<void>(grad_weight), pointer<float>(grad_bias)};
-  backward(leaves, make_call(hidden, weight, bias, targets, scale, softcap, temperature), kept, pointer<float>(logps),
-           pointer<double>(state), pointer<float>(grad), wanted);
+  backward(leaves, make_call(hidden, weight, bias, targets, scale, softcap, temperature, bf16), kept,
+           pointer<float>(logps), pointer<double>(state), pointer<float>(grad), wanted);
 }
 
 void logits_forward(Tensor logits, Tensor targets, double temperature, Tensor logps, Tensor lse) {
-  cpu::logits_forward(cpu::kernels_for(false), matrix(logits), pointer<int64_t>(targets), temperature, pointer<float>(logps), pointer<double>(lse));
+  cpu::logits_forward(cpu::kernels_for(false), matrix(logits), pointer<int64_t>(targets), temperature,
+                      pointer<float>(logps), pointer<double>(lse));
 }
 
-void logits_backward(Tensor grad, Tensor logits, Tensor targets, Tensor logps, Tensor lse, double temperature, Tensor out) {
-  cpu::logits_backward(cpu::kernels_for(false), matrix(logits), pointer<int64_t>(targets), temperature, pointer<float>(logps),
-                       pointer<double>(lse), pointer<float>(grad), out.data_ptr());
+void logits_backward(Tensor grad, Tensor logits, Tensor targets, Tensor logps, Tensor lse, double temperature,
+                     Tensor out) {
+  cpu::logits_backward(cpu::kernels_for(false), matrix(logits), pointer<int64_t>(targets), temperature,
+                       pointer<float>(logps), pointer<double>(lse), pointer<float>(grad), out.data_ptr());
+}
+
+void pair_epilogue(Tensor logps, MaybeTensor index, MaybeTensor segment, Tensor ref, Tensor counts, int64_t loss_type,
+                   double beta, double smoothing, Tensor loss, Tensor sums, Tensor metrics, Tensor slopes) {
+  cpu::Pairs pairs{pointer<float>(logps),
+                   pointer<int64_t>(index),
+                   pointer<int64_t>(segment),
+                   index ? index->size(0) : 0,
+                   ref.size(0) / 2,
+                   pointer<float>(ref),
+                   pointer<int64_t>(counts),
+                   loss_type,
+                   beta,
+                   smoothing};
+  cpu::pair_epilogue(pairs, pointer<float>(loss), pointer<float>(sums), pointer<float>(metrics),
+                     pointer<float>(slopes));
 }
 
 std::string built_from() { return SDPO_BUILT_FROM; }
@@ -79,14 +107,22 @@ void use_chip(std::string name) { cpu::use_chip(name); }
 }  // namespace
 
 STABLE_TORCH_LIBRARY(sdpo_native, m) {
-  m.def("linear_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float scale, float softcap, "
-        "float temperature, bool bf16, Tensor(a!) logps, Tensor(b!) state, Tensor(c!)? stash, Tensor(d!)? direction) -> ()");
-  m.def("linear_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float scale, float softcap, "
-        "float temperature, bool bf16, Tensor logps, Tensor state, Tensor? stash, Tensor? row_of, Tensor grad, "
-        "Tensor(a!)? grad_hidden, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias) -> ()");
+  m.def(
+      "linear_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float scale, float softcap, "
+      "float temperature, bool bf16, Tensor(a!) logps, Tensor(b!) state, Tensor(c!)? stash, Tensor(d!)? direction) -> "
+      "()");
+  m.def(
+      "linear_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float scale, float softcap, "
+      "float temperature, bool bf16, Tensor logps, Tensor state, Tensor? stash, Tensor? row_of, Tensor grad, "
+      "Tensor(a!)? grad_hidden, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias) -> ()");
   m.def("logits_forward(Tensor logits, Tensor targets, float temperature, Tensor(a!) logps, Tensor(b!) lse) -> ()");
-  m.def("logits_backward(Tensor grad, Tensor logits, Tensor targets, Tensor logps, Tensor lse, float temperature, "
-        "Tensor(a!) out) -> ()");
+  m.def(
+      "logits_backward(Tensor grad, Tensor logits, Tensor targets, Tensor logps, Tensor lse, float temperature, "
+      "Tensor(a!) out) -> ()");
+  m.def(
+      "pair_epilogue(Tensor logps, Tensor? index, Tensor? segment, Tensor ref, Tensor counts, int loss_type, float "
+      "beta, "
+      "float smoothing, Tensor(a!) loss, Tensor(b!) sums, Tensor(c!) metrics, Tensor(d!) slopes) -> ()");
   m.def("built_from() -> str");
   m.def("cpu_chip() -> str");
   m.def("use_cpu_chip(str name) -> ()");
@@ -97,6 +133,7 @@ STABLE_TORCH_LIBRARY_IMPL(sdpo_native, CPU, m) {
   m.impl("linear_backward", TORCH_BOX(&linear_backward));
   m.impl("logits_forward", TORCH_BOX(&logits_forward));
   m.impl("logits_backward", TORCH_BOX(&logits_backward));
+  m.impl("pair_epilogue", TORCH_BOX(&pair_epilogue));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sdpo_native, CompositeExplicitAutograd, m) {

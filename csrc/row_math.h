@@ -7,7 +7,8 @@
 //     E_j = 2⁻⁵⁸·exp(z_j − k) for every column j but the target,   o = Σ E_j,   logp = −log(1 + 2⁵⁸·o·e^(k − z_y))
 //
 // Leaving the target out of the sum keeps both ends exact: 1 − p_y comes from o, not from a difference. The power of 2
-// makes room for targets that are unlikely; it goes into the exponent's bits, where a larger k would cost z − k its own.
+// makes room for targets that are unlikely; it goes into the exponent's bits, where a larger k would cost z − k its
+// own.
 #pragma once
 
 #include <cmath>
@@ -16,8 +17,10 @@
 
 #if defined(__CUDACC__)
 #define SDPO_HD __host__ __device__ __forceinline__
+#define SDPO_HD_MEMBER __host__ __device__ __forceinline__
 #else
 #define SDPO_HD static inline __attribute__((always_inline))  // never shared between files compiled for different chips
+#define SDPO_HD_MEMBER inline __attribute__((always_inline))
 #endif
 
 namespace sdpo {
@@ -31,7 +34,7 @@ struct Head {
   float before;  // what a is multiplied by: scale/softcap, or scale/temperature
   float after;   // what tanh is multiplied by: softcap/temperature
   bool capped;
-  double gain;   // scale/temperature, the derivative of z by a where tanh' is 1
+  double gain;  // scale/temperature, the derivative of z by a where tanh' is 1
 };
 
 SDPO_HD Head make_head(double scale, double softcap, double temperature) {

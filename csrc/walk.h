@@ -1,52 +1,25 @@
 // One walk over the vocabulary, forward and backward: host code over small leaves, so that another device's leaves can
-// take the place of the CPU's (cpu/leaves.h). All rows take part in every chunk; a chunk's borders depend on shapes only.
+// take the place of the CPU's (cpu/leaves.h). All rows take part in every chunk; a chunk's borders depend on shapes
+// only.
 //
-// S_ij = E_ij·c_ij with c = dz/da up to `gain`, at the target −o·c. With r = −g·gain/(o + 2⁻⁵⁸·e^(z_y − k)) the backward is
+// S_ij = E_ij·c_ij with c = dz/da up to `gain`, at the target −o·c. With r = −g·gain/(o + 2⁻⁵⁸·e^(z_y − k)) the
+// backward is
 //     dX = r ⊙ (S·W)      dW = Sᵀ·(r ⊙ X)      db = Sᵀ·r
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
-#include "cpu/kernels.h"
+#include "call.h"
 
 namespace sdpo {
-
-using cpu::Blocks;
-using cpu::Matrix;
-using cpu::PANEL;
-
-// The scored rows of a batch against a head.
-struct Call {
-  Matrix hidden;           // [N, H]
-  Matrix weight;           // [V, H]
-  const float* bias;       // [V] or null
-  const int64_t* targets;  // [N]
-  Head head;
-  double softcap, temperature;
-  int64_t blocks() const { return (weight.rows + PANEL - 1) / PANEL; }
-};
-
-// What a forward keeps for the backward; at most one of the two.
-struct Kept {
-  int64_t blocks;    // of S, from the first on
-  Blocks stash;
-  float* direction;  // [N, H] d logp / d hidden, for a head that is not trained
-};
-
-// What a backward is asked for; null: not wanted.
-struct Gradients {
-  void* hidden;  // [N, H] in hidden's type
-  void* weight;  // [V, H] in weight's type
-  float* bias;   // [V]
-};
 
 constexpr int64_t CHUNK_ELEMENTS = int64_t(1) << 22;  // of S that is made and used at once: 8 MiB in bfloat16
 constexpr int64_t CHUNK_SUMS = int64_t(1) << 20;      // partial sums of a chunk of which nothing is stored: 4 MiB
 
 inline int64_t chunk_blocks(int64_t n_rows, bool stored_here) {
-  int64_t blocks = stored_here ? CHUNK_ELEMENTS / (PANEL * std::max<int64_t>(n_rows, 1))
-                               : CHUNK_SUMS / std::max<int64_t>(n_rows, 1);
+  int64_t blocks =
+      stored_here ? CHUNK_ELEMENTS / (PANEL * std::max<int64_t>(n_rows, 1)) : CHUNK_SUMS / std::max<int64_t>(n_rows, 1);
   return std::max<int64_t>(blocks, 4);
 }
 

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sdpo_kernels import pair_op
 from sdpo_kernels.logps import linear_logps
-from sdpo_kernels.losses import PairLogps, check_loss, pair_loss, try_loss
+from sdpo_kernels.losses import PairLogps, check_loss, pair_loss
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows, segment_sum, sequence_of_rows
 
 
@@ -93,18 +94,20 @@ def fused_linear_dpo(
         "rows": rows, "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap, "backend": backend,
     }  # fmt: skip
 
-    def sums(states: Tensor, head: Tensor, head_bias: Tensor | None, stash: int | str) -> Tensor:
+    def token_logps(states: Tensor, head: Tensor, head_bias: Tensor | None, stash: int | str) -> Tensor:
         states = states.reshape(-1, states.shape[-1])
-        logps = linear_logps(states, head, targets, bias=head_bias, stash_bytes=stash, **options).logps
-        return sequence_logps(logps, summed)
+        return linear_logps(states, head, targets, bias=head_bias, stash_bytes=stash, **options).logps
 
     if ref_logps is None:
         assert ref_hidden is not None
         assert ref_weight is not None
         with torch.no_grad():
-            ref_logps = sums(ref_hidden, ref_weight, ref_bias, 0)
-    policy_logps = sums(hidden, weight, bias, stash_bytes)
-    return pair_output(policy_logps, ref_logps, summed.counts, beta=beta, loss_type=loss_type, **loss_options)
+            ref_logps = sequence_logps(token_logps(ref_hidden, ref_weight, ref_bias, 0), summed)
+    logps = token_logps(hidden, weight, bias, stash_bytes)
+    settings: dict[str, Any] = {"beta": beta, "loss_type": loss_type, **loss_options}
+    if pair_op.serves(backend, logps, loss_type):
+        return _epilogue(logps, summed, ref_logps, summed.counts, **settings)
+    return _autograd_output(sequence_logps(logps, summed), ref_logps, summed.counts, **settings)
 
 
 class FusedLinearDPOLoss(nn.Module):
@@ -132,7 +135,7 @@ class FusedLinearDPOLoss(nn.Module):
         **loss_options: float,
     ) -> None:
         super().__init__()
-        try_loss(loss_type, beta, **loss_options)
+        check_loss(loss_type, beta, **loss_options)
         self.settings: dict[str, Any] = {
             "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap, "backend": backend,
             "stash_bytes": stash_bytes, "beta": beta, "loss_type": loss_type, **loss_options,
@@ -169,6 +172,33 @@ def pair_output(
     **loss_options: float,
 ) -> DPOOutput:
     """Loss and metrics from summed log-probs: policy [2B], reference [2B], counts of scored tokens [2B]."""
+    check_loss(loss_type, beta, **loss_options)
+    settings: dict[str, Any] = {"beta": beta, "loss_type": loss_type, **loss_options}
+    if pair_op.serves("auto", policy_logps, loss_type):
+        return _epilogue(policy_logps, None, ref_logps, counts, **settings)
+    return _autograd_output(policy_logps, ref_logps, counts, **settings)
+
+
+def _epilogue(
+    logps: Tensor,
+    rows: ScoredRows | None,
+    ref_logps: Tensor,
+    counts: Tensor,
+    *,
+    beta: float,
+    loss_type: str,
+    label_smoothing: float = 0.0,
+) -> DPOOutput:
+    """All in one op, from log-probs of tokens with `rows`, else from sums."""
+    ref_logps = ref_logps.detach().to(logps.dtype)
+    loss, sums, metrics = pair_op.pair_epilogue(logps, rows, ref_logps, counts, loss_type, beta, label_smoothing)
+    return DPOOutput(loss, *sums.chunk(2), *ref_logps.chunk(2), *metrics.unbind(0))
+
+
+def _autograd_output(
+    policy_logps: Tensor, ref_logps: Tensor, counts: Tensor, *, beta: float, loss_type: str, **loss_options: float
+) -> DPOOutput:
+    """The same from sums, for every loss, by autograd through losses.py."""
     chosen, rejected = policy_logps.chunk(2)
     ref_chosen, ref_rejected = ref_logps.detach().to(policy_logps.dtype).chunk(2)
     pair = PairLogps(chosen, rejected, ref_chosen, ref_rejected, *counts.chunk(2))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdpo_kernels.backends import choose_logits_backend
+from sdpo_kernels.backends import choose_backend_of_rows
 from sdpo_kernels.head import Head, product_dtype
 from sdpo_kernels.rows import IGNORE_INDEX
 
@@ -60,7 +60,7 @@ def logits_logps(
 def _logits_logps(logits: Tensor, targets: Tensor, temperature: float, inplace_backward: bool) -> tuple[Tensor, Tensor]:
     """logps and lse (float64), [N] each."""
     _check_targets(targets, logits.shape[1])
-    return choose_logits_backend(logits.device, logits.dtype).logits_forward(logits, targets, temperature)
+    return choose_backend_of_rows("auto", logits.device, logits.dtype).logits_forward(logits, targets, temperature)
 
 
 @_logits_logps.register_fake
@@ -91,7 +91,7 @@ def _gradient_(grad: Tensor, logits: Tensor, targets: Tensor, logps: Tensor, lse
 def _write_gradient(
     out: Tensor, grad: Tensor, logits: Tensor, targets: Tensor, logps: Tensor, lse: Tensor, temperature: float
 ) -> None:
-    backend = choose_logits_backend(logits.device, logits.dtype)
+    backend = choose_backend_of_rows("auto", logits.device, logits.dtype)
     backend.logits_backward(grad, logits, targets, logps, lse, temperature, out)
 
 

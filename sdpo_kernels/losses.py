@@ -12,7 +12,6 @@ import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -71,7 +70,7 @@ def loss_options(name: str) -> dict[str, float]:
 
 
 def check_loss(name: str, beta: float, **options: float) -> None:
-    """Raise ValueError where the name is unknown, beta is not above 0 or the loss does not use an option."""
+    """Raise ValueError where the name is unknown, the loss does not use an option, or a value is out of range."""
     known = loss_options(name)
     if not (isinstance(beta, (int, float)) and 0 < beta < float("inf")):
         raise ValueError(f"beta: was {beta!r}, must be a finite number above 0")
@@ -79,12 +78,8 @@ def check_loss(name: str, beta: float, **options: float) -> None:
         if option not in known:
             takes = ", ".join(known) or "none"
             raise ValueError(f"{option}: the loss {name!r} does not use it; its options are: {takes}")
-
-
-def try_loss(name: str, beta: float, **options: float) -> None:
-    """As `check_loss`, and run the loss once on ones: values out of range are the loss's own ValueErrors."""
-    ones = PairLogps(*(torch.ones(1) for _ in PairLogps._fields))
-    pair_loss(name, ones, beta, **options)
+    if "label_smoothing" in options:
+        _require_smoothing(options["label_smoothing"])
 
 
 def pair_loss(name: str, pair: PairLogps, beta: float = 0.1, **options: float) -> Tensor:
@@ -107,7 +102,6 @@ def _require_smoothing(label_smoothing: float) -> None:
 @register("sigmoid")
 def sigmoid(pair: PairLogps, beta: float, *, label_smoothing: float = 0.0) -> Tensor:
     """−log σ(βΔ) (DPO, arXiv 2305.18290, eq. 7); label_smoothing ε gives cDPO: −(1−ε) log σ(z) − ε log σ(−z)."""
-    _require_smoothing(label_smoothing)
     z = beta * pair.delta
     return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
 
@@ -115,7 +109,6 @@ def sigmoid(pair: PairLogps, beta: float, *, label_smoothing: float = 0.0) -> Te
 @register("robust")
 def robust(pair: PairLogps, beta: float, *, label_smoothing: float = 0.0) -> Tensor:
     """[−(1−ε) log σ(z) + ε log σ(−z)] / (1−2ε), z = βΔ: unbiased under labels flipped at rate ε (arXiv 2403.00409)."""
-    _require_smoothing(label_smoothing)
     z = beta * pair.delta
     kept = -(1 - label_smoothing) * F.logsigmoid(z) + label_smoothing * F.logsigmoid(-z)
     return kept / (1 - 2 * label_smoothing)

@@ -14,6 +14,7 @@ from sdpo_kernels.dpo import DPOOutput, pair_output, sequence_logps
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
 from tests.reference import chunk_columns, error, logits_of, size, target_logps
 
+pytestmark = pytest.mark.usefixtures("each_backend")
 EPS = torch.finfo(torch.float32).eps
 LOSSES = [
     ("sigmoid", {}),

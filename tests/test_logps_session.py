@@ -109,32 +109,34 @@ def test_the_newer_setting_of_the_same(precision):
 # --- custom op and compiler -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("given", [False, True], ids=["rows found", "rows given"])
 @pytest.mark.parametrize(
     ("keep", "outputs", "trains"),
     [
         (0, ",".join(EXTRAS), (True, True, True)),
         (64, "", (True, True, False)),
-        (130, "", (False, True, True)),
+        (192, "", (False, True, True)),
         (KEEP_DIRECTION, "", (True, False, False)),
     ],
 )
-def test_opcheck(keep, outputs, trains, given):
-    case = random_case(5, 4, 130, bias=True)
+def test_opcheck(keep, outputs, trains, given, dtype, each_backend):
+    outputs = outputs if each_backend == "eager" else ""
+    case = random_case(5, 4, 130, bias=True, dtype=dtype)
     case.targets[2] = IGNORE_INDEX
     index = scored_rows(case.targets).index if given else None
     hidden, weight, bias = (
         t.requires_grad_(wanted) for t, wanted in zip((case.hidden, case.weight, case.bias), trains, strict=True)
     )
     settings = (1.5, 20.0, 0.8)
-    args = (hidden, weight, case.targets, bias, index, *settings, outputs, torch.float32, "eager", keep)
+    args = (hidden, weight, case.targets, bias, index, *settings, outputs, dtype, each_backend, keep)
     torch.library.opcheck(logps_op.linear_logps_op, args)
     with torch.no_grad():
-        logps, lse, entropy, *_, kept = logps_op.linear_logps_op(*args)
+        logps, state, entropy, *_, kept = logps_op.linear_logps_op(*args)
         grad_entropy = torch.ones(5) if "entropy" in outputs else None
         backward = (
-            torch.ones(5), grad_entropy, hidden, weight, case.targets, bias, index, logps, lse, entropy, kept,
-            *settings, torch.float32, "eager", keep, list(trains),
+            torch.ones(5), grad_entropy, hidden, weight, case.targets, bias, index, logps, state, entropy, kept,
+            *settings, dtype, each_backend, keep, list(trains),
         )  # fmt: skip
         torch.library.opcheck(logps_op.linear_logps_backward_op, backward)
 

@@ -14,10 +14,21 @@ struct Chip {
   const Kernels* (*f32)();
 };
 
-const Chip CHIPS[] = {  // best first
+const Chip CHIPS[] = {
+// best first
 #if defined(__x86_64__)
-    {"avx512bf16", [] { return bool(__builtin_cpu_supports("avx512bf16")) && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"); }, avx512bf16_bf16, avx512bf16_f32},
-    {"avx512", [] { return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"); }, avx512_f32, avx512_f32},
+    {"avx512bf16",
+     [] {
+       return bool(__builtin_cpu_supports("avx512bf16")) && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+     },
+     avx512bf16_bf16, avx512bf16_f32},
+    {"avx512",
+     [] {
+       return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+              __builtin_cpu_supports("avx512dq");
+     },
+     avx512_f32, avx512_f32},
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2_f32, avx2_f32},
 #endif
     {"base", [] { return true; }, base_f32, base_f32},
@@ -46,7 +57,8 @@ void use_chip(const std::string& name) {
       current() = &chip;
       return;
     }
-  throw std::runtime_error("chip: was '" + name + "', must be one that this machine has, at best '" + best()->name + "'");
+  throw std::runtime_error("chip: was '" + name + "', must be one that this machine has, at best '" + best()->name +
+                           "'");
 }
 
 }  // namespace sdpo::cpu

@@ -11,7 +11,7 @@ namespace sdpo::cpu {
 // float32 ones, which take bfloat16 matrices as well.
 const Kernels& kernels_for(bool bf16);
 
-std::string chip();                       // "avx512bf16", "avx512", "avx2" or "base"
-void use_chip(const std::string& name);   // for tests: one that this machine has
+std::string chip();                      // "avx512bf16", "avx512", "avx2" or "base"
+void use_chip(const std::string& name);  // for tests: one that this machine has
 
 }  // namespace sdpo::cpu

@@ -82,24 +82,25 @@ template <class Type, int STRIDE>
 __attribute__((noinline)) void any_tile(int64_t rows, const Unit* const* row, int64_t steps, int64_t step,
                                         int64_t units, const Unit* panel, float* c, int64_t c_stride, bool add) {
   switch (rows) {
-    case 6: return tile<Type, 6, STRIDE>(row, steps, step, units, panel, c, c_stride, add);
-    case 5: return tile<Type, 5, STRIDE>(row, steps, step, units, panel, c, c_stride, add);
-    case 4: return tile<Type, 4, STRIDE>(row, steps, step, units, panel, c, c_stride, add);
-    case 3: return tile<Type, 3, STRIDE>(row, steps, step, units, panel, c, c_stride, add);
-    case 2: return tile<Type, 2, STRIDE>(row, steps, step, units, panel, c, c_stride, add);
-    default: return tile<Type, 1, STRIDE>(row, steps, step, units, panel, c, c_stride, add);
+    case 6:
+      return tile<Type, 6, STRIDE>(row, steps, step, units, panel, c, c_stride, add);
+    case 5:
+      return tile<Type, 5, STRIDE>(row, steps, step, units, panel, c, c_stride, add);
+    case 4:
+      return tile<Type, 4, STRIDE>(row, steps, step, units, panel, c, c_stride, add);
+    case 3:
+      return tile<Type, 3, STRIDE>(row, steps, step, units, panel, c, c_stride, add);
+    case 2:
+      return tile<Type, 2, STRIDE>(row, steps, step, units, panel, c, c_stride, add);
+    default:
+      return tile<Type, 1, STRIDE>(row, steps, step, units, panel, c, c_stride, add);
   }
 }
 
 // --- packing ---
 
-SDPO_HD float number(const Matrix& m, int64_t row, int64_t column) {
-  int64_t at = row * m.stride + column;
-  return m.bf16 ? float_of_bf16(((const uint16_t*)m.data)[at]) : ((const float*)m.data)[at];
-}
-
 // A unit of consecutive numbers of a row, those past the row's end 0.
-SDPO_HD Unit row_unit(F32, const Matrix& m, int64_t row, int64_t unit) { return bits_of_float(number(m, row, unit)); }
+SDPO_HD Unit row_unit(F32, const Matrix& m, int64_t row, int64_t unit) { return bits_of_float(m.number(row, unit)); }
 
 SDPO_HD Unit pair(uint16_t low, uint16_t high) { return Unit(low) | Unit(high) << 16; }
 
@@ -159,7 +160,7 @@ void pack_turned(const Matrix& from, int64_t first, int64_t begin, int64_t end, 
   int64_t rows = from.rows - first < PANEL ? from.rows - first : PANEL;
   int64_t u = begin;
 #if SDPO_LANES == 16
-  if (from.bf16 == Type::bf16 && rows == PANEL) {  // as they lie in memory
+  if (from.bf16 == Type::bf16 && rows == PANEL && (Type::bf16 || !from.round)) {  // as they lie in memory
     int64_t whole = from.columns / Type::PER_UNIT;
     int64_t bytes = from.stride * sizeof(typename Type::Element);
     for (; u + 16 <= end && u + 16 <= whole; u += 16)
@@ -181,6 +182,8 @@ SDPO_HD void pack_rows(F32, const Matrix& from, int64_t first, int64_t count, in
     int64_t at = (first + u) * from.stride + column;
     if (from.bf16)
       for (int64_t c = 0; c < columns; c++) panel[u * PANEL + c] = Unit(((const uint16_t*)from.data)[at + c]) << 16;
+    else if (from.round)
+      for (int64_t c = 0; c < columns; c++) panel[u * PANEL + c] = bits_of_float(from.number(first + u, column + c));
     else
       memcpy(panel + u * PANEL, (const float*)from.data + at, columns * sizeof(float));
   }

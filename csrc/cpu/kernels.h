@@ -8,44 +8,29 @@
 
 #include <cstdint>
 
-#include "../row_math.h"
+#include "../call.h"
 
 namespace sdpo::cpu {
 
 using Unit = uint32_t;
-constexpr int64_t PANEL = 64;         // columns of a panel, and of a block of S
-constexpr int64_t TILE_ROWS = 6;      // 6×64 accumulators fill the registers of AVX-512
+constexpr int64_t TILE_ROWS = 6;         // 6×64 accumulators fill the registers of AVX-512
 constexpr int64_t UNITS_AT_ONCE = 1024;  // of the summed dimension: a panel of 256 KiB stays in the second-level cache
 
-constexpr int64_t UNITS_OF_A_SUM = 128;    // a logit is a sum of sums this long: less rounding than one long sum
+constexpr int64_t UNITS_OF_A_SUM = 128;  // a logit is a sum of sums this long: less rounding than one long sum
 constexpr int64_t BLOCKS_AT_ONCE = 16;   // of S that a task of dX sums over at a time: 1024 columns of V
-
-// A matrix of the caller's: rows of float or bfloat16, unit stride within a row.
-struct Matrix {
-  const void* data;
-  int64_t rows, columns, stride;
-  bool bf16;
-};
-
-// S or E of a chunk: blocks of 64 columns, each [rows][64], of the call's operand type; columns past V are 0.
-struct Blocks {
-  void* data;             // null: not wanted
-  int64_t rows;           // of a block
-  const int64_t* row_of;  // where row i of the call stands in a block; null: at i
-};
 
 // The operands of a chunk's logits.
 struct Logits {
-  const Unit* x;          // [n_rows][x_units]
+  const Unit* x;  // [n_rows][x_units]
   int64_t n_rows, x_units;
-  Matrix weight;          // [V, H]
-  const float* bias;      // [V] or null
-  const int64_t* targets; // [n_rows]
-  const float* shift;     // [n_rows] k
+  Matrix weight;           // [V, H]
+  const float* bias;       // [V] or null
+  const int64_t* targets;  // [n_rows]
+  const float* shift;      // [n_rows] k
   Head head;
-  int64_t first_block;    // the chunk's first block of 64 columns
-  float* sums;            // [blocks of the chunk][n_rows]: Σ E over the block's columns without the target; null: not wanted
-  float* maxima;          // the same shape, or null; given: Σ exp(z − maximum of the block), nothing stored
+  int64_t first_block;  // the chunk's first block of 64 columns
+  float* sums;    // [blocks of the chunk][n_rows]: Σ E over the block's columns without the target; null: not wanted
+  float* maxima;  // the same shape, or null; given: Σ exp(z − maximum of the block), nothing stored
   Blocks out;
 };
 
@@ -55,16 +40,16 @@ struct HiddenGradient {
   Matrix weight;
   int64_t first_block, n_blocks;
   int64_t n_rows;
-  float* sum;             // [n_rows][stride]
-  int64_t stride;         // H rounded up to 64
+  float* sum;      // [n_rows][stride]
+  int64_t stride;  // H rounded up to 64
 };
 
 // dW = Sᵀ·(r ⊙ X) over a chunk.
 struct WeightGradient {
   Blocks s;
   int64_t n_rows, first_block;
-  const Unit* scaled_x;   // panels of 64 columns of H, each [units of n_rows][64]
-  void* out;              // [V, H] contiguous
+  const Unit* scaled_x;  // panels of 64 columns of H, each [units of n_rows][64]
+  void* out;             // [V, H] contiguous
   int64_t n_columns, width;
   bool out_bf16;
 };
@@ -76,7 +61,7 @@ struct Reciprocal {
 
 struct Kernels {
   const char* name;
-  bool bf16;  // units are pairs of bfloat16
+  bool bf16;                        // units are pairs of bfloat16
   int64_t (*units)(int64_t count);  // how many units hold `count` numbers
   // rows of `from` (by `row_of`, or all) as units, padded with 0
   void (*load_rows)(const Matrix& from, int64_t begin, int64_t end, Unit* to);
@@ -85,15 +70,18 @@ struct Kernels {
   int64_t (*hidden_gradient_scratch)();
   void (*hidden_gradient)(const HiddenGradient&, int64_t panel, int64_t row_begin, int64_t row_end, void* scratch);
   // one panel of r ⊙ X: 64 columns of x [n_rows][x_units] from column 64·panel on
-  void (*scale_rows)(const Unit* x, int64_t n_rows, int64_t x_units, int64_t width, const float* r, int64_t panel, Unit* to);
+  void (*scale_rows)(const Unit* x, int64_t n_rows, int64_t x_units, int64_t width, const float* r, int64_t panel,
+                     Unit* to);
   int64_t (*weight_gradient_scratch)(const WeightGradient&);
   void (*weight_gradient)(const WeightGradient&, int64_t block, void* scratch);
   // db of a block: Σ_i r_i S_ij
   void (*bias_gradient)(const Blocks&, int64_t n_rows, int64_t block, const float* r, float* to);
   void (*set)(const Blocks&, int64_t block, int64_t row, int64_t column, float value);
   // rows of logits that exist: see logits.cpp
-  void (*row_sum)(const Matrix& logits, int64_t row, int64_t target, const Reciprocal& temperature, float shift, bool online, double* sum, double* maximum);
-  void (*row_gradient)(const Matrix& logits, int64_t row, int64_t target, const Reciprocal& temperature, double lse, float g, float at_target, void* to);
+  void (*row_sum)(const Matrix& logits, int64_t row, int64_t target, const Reciprocal& temperature, float shift,
+                  bool online, double* sum, double* maximum);
+  void (*row_gradient)(const Matrix& logits, int64_t row, int64_t target, const Reciprocal& temperature, double lse,
+                       float g, float at_target, void* to);
 };
 
 const Kernels* avx512bf16_bf16();

@@ -11,11 +11,6 @@ constexpr int64_t CACHED_ELEMENTS = int64_t(1) << 21;  // of S that every panel 
 
 int64_t panels_of(int64_t columns) { return (columns + PANEL - 1) / PANEL; }
 
-float element(const Matrix& m, int64_t row, int64_t column) {
-  int64_t at = row * m.stride + column;
-  return m.bf16 ? float_of_bf16(static_cast<const uint16_t*>(m.data)[at]) : static_cast<const float*>(m.data)[at];
-}
-
 size_t bytes_of(const Matrix& m) { return m.bf16 ? 2 : 4; }
 
 void store(const Matrix& like, void* out, int64_t at, float value) {
@@ -54,7 +49,8 @@ void Leaves::begin_forward(const Call& the_call) {
 void Leaves::load_rows() {
   x_units = on.units(call.hidden.columns);
   const Matrix& hidden = call.hidden;
-  bool as_it_lies = hidden.bf16 == on.bf16 && hidden.stride == hidden.columns && x_units * 4 == hidden.columns * int64_t(bytes_of(hidden));
+  bool as_it_lies = hidden.bf16 == on.bf16 && !hidden.round && hidden.stride == hidden.columns &&
+                    x_units * 4 == hidden.columns * int64_t(bytes_of(hidden));
   if (as_it_lies) {
     x = static_cast<const Unit*>(hidden.data);
     return;
@@ -66,16 +62,12 @@ void Leaves::load_rows() {
 
 // z_y in double, from operands rounded as the products' are: exact where the sum of all columns is only nearly so.
 void Leaves::find_target_logits() {
-  auto rounded = [this](const Matrix& m, int64_t row, int64_t column) {
-    float value = element(m, row, column);
-    return on.bf16 && !m.bf16 ? float_of_bf16(bf16_of_float(value)) : value;
-  };
   parallel_rows(n_rows, 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       int64_t y = call.targets[i];
       double a[4] = {};
       for (int64_t h = 0; h < call.hidden.columns; h++)
-        a[h % 4] += double(rounded(call.hidden, i, h)) * double(rounded(call.weight, y, h));
+        a[h % 4] += double(call.hidden.number(i, h)) * double(call.weight.number(y, h));
       double sum = (a[0] + a[1]) + (a[2] + a[3]) + (call.bias ? call.bias[y] : 0.0f), slope;
       target_logits[i] = logit_double(call.head, call.softcap, call.temperature, sum, &slope);
       shift[i] = float(std::isfinite(target_logits[i]) ? target_logits[i] : 0.0);
@@ -102,7 +94,8 @@ void Leaves::logits(int64_t first, int64_t count, const Blocks& out) {
     sums = make_buffer<float>(sums_size);
   }
   run_logits({x, n_rows, x_units, call.weight, call.bias, call.targets, shift.get(), call.head, first,
-              summed ? sums.get() : nullptr, nullptr, out}, count);
+              summed ? sums.get() : nullptr, nullptr, out},
+             count);
 }
 
 void Leaves::run_logits(Logits task, int64_t count) {
@@ -171,10 +164,23 @@ void Leaves::finish_rows(float* logps, double* state) {
 // log Σ exp of all columns but the target, with a running maximum, for a few rows.
 void Leaves::log_sums_online(const std::vector<int64_t>& rows, const Unit* few, const int64_t* targets, double* rest) {
   int64_t count = int64_t(rows.size()), step = chunk_blocks(count, false);
-  auto parts = make_buffer<float>(std::min(step, call.blocks()) * count), maxima = make_buffer<float>(std::min(step, call.blocks()) * count);
+  auto parts = make_buffer<float>(std::min(step, call.blocks()) * count),
+       maxima = make_buffer<float>(std::min(step, call.blocks()) * count);
   std::vector<double> top(count, -INFINITY), sum(count, 0.0);
   for_chunks(call.blocks(), 0, step, step, [&](int64_t first, int64_t blocks) {
-    run_logits({few, count, x_units, call.weight, call.bias, targets, nullptr, call.head, first, parts.get(), maxima.get(), {}}, blocks);
+    run_logits({few,
+                count,
+                x_units,
+                call.weight,
+                call.bias,
+                targets,
+                nullptr,
+                call.head,
+                first,
+                parts.get(),
+                maxima.get(),
+                {}},
+               blocks);
     for (int64_t at = 0; at < blocks * count; at++) {
       int64_t i = at % count;
       if (maxima[at] == -INFINITY) continue;
@@ -231,7 +237,8 @@ void Leaves::redo_rows_out_of_range(const Kept& kept, float* logps, double* stat
     few.add_hidden_gradient(first, count, s);
   });
   for (int64_t i = 0; i < few.n_rows; i++)
-    std::memcpy(hidden_sum.get() + rows[i] * sum_stride, few.hidden_sum.get() + i * sum_stride, sum_stride * sizeof(float));
+    std::memcpy(hidden_sum.get() + rows[i] * sum_stride, few.hidden_sum.get() + i * sum_stride,
+                sum_stride * sizeof(float));
 }
 
 // d logp / d hidden = gain·((1 − p)·c·W[y] − 2⁵⁸·e^(k − lse)·Σ_{j ≠ y} S_j W_j).
@@ -243,8 +250,7 @@ void Leaves::finish_direction(const float* logps, const double* state, float* di
       float of_sum = float(-call.head.gain * std::exp(state[2 * i + 1] - lse + SHIFT));
       float of_target = float(call.head.gain * rest * target_slope(lse + logps[i]));
       for (int64_t h = 0; h < width; h++) {
-        float w = element(call.weight, call.targets[i], h);
-        if (on.bf16 && !call.weight.bf16) w = float_of_bf16(bf16_of_float(w));
+        float w = call.weight.number(call.targets[i], h);
         direction[i * width + h] = of_sum * hidden_sum[i * sum_stride + h] + of_target * w;
       }
     }
@@ -253,7 +259,8 @@ void Leaves::finish_direction(const float* logps, const double* state, float* di
 
 // --- backward ---
 
-void Leaves::begin_backward(const Call& the_call, const float* logps, const double* state, const float* grad, const Gradients& wanted) {
+void Leaves::begin_backward(const Call& the_call, const float* logps, const double* state, const float* grad,
+                            const Gradients& wanted) {
   (void)logps;
   call = the_call;
   n_rows = call.hidden.rows;
@@ -275,7 +282,8 @@ void Leaves::begin_backward(const Call& the_call, const float* logps, const doub
 
 void Leaves::weight_gradient(int64_t first, int64_t count, const Blocks& s, void* out) {
   WeightGradient task{s, n_rows, first, scaled_x.get(), out, call.weight.rows, call.hidden.columns, call.weight.bf16};
-  parallel_tasks(count, on.weight_gradient_scratch(task), [&](int64_t block, void* memory) { on.weight_gradient(task, block, memory); });
+  parallel_tasks(count, on.weight_gradient_scratch(task),
+                 [&](int64_t block, void* memory) { on.weight_gradient(task, block, memory); });
 }
 
 void Leaves::bias_gradient(int64_t first, int64_t count, const Blocks& s, float* out) {

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "../walk.h"
+#include "kernels.h"
 #include "parallel.h"
 
 namespace sdpo::cpu {
@@ -44,16 +45,16 @@ class Leaves {
   const Kernels& on;
   Call call{};
   int64_t n_rows = 0, x_units = 0, sum_stride = 0;
-  const Unit* x = nullptr;       // [N][x_units]
+  const Unit* x = nullptr;  // [N][x_units]
   Buffer<Unit> x_copy;
   Buffer<double> target_logits;  // [N] z_y
   Buffer<float> shift;           // [N] k
   Buffer<double> total;          // [N] o
   Buffer<float> sums;            // [blocks][N]
   int64_t sums_size = 0;
-  Buffer<float> hidden_sum;      // [N][sum_stride]
-  Buffer<float> r;               // [N]
-  Buffer<Unit> scaled_x;         // panels of r ⊙ X
+  Buffer<float> hidden_sum;  // [N][sum_stride]
+  Buffer<float> r;           // [N]
+  Buffer<Unit> scaled_x;     // panels of r ⊙ X
   Buffer<char> scratch_s;
 };
 

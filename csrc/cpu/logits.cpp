@@ -16,7 +16,8 @@ Reciprocal reciprocal(double temperature) {
 
 }  // namespace
 
-void logits_forward(const Kernels& on, const Matrix& logits, const int64_t* targets, double temperature, float* logps, double* lse) {
+void logits_forward(const Kernels& on, const Matrix& logits, const int64_t* targets, double temperature, float* logps,
+                    double* lse) {
   Reciprocal by_temperature = reciprocal(temperature);
   parallel_rows(logits.rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
@@ -24,7 +25,8 @@ void logits_forward(const Kernels& on, const Matrix& logits, const int64_t* targ
       logps[i] = 0.0f;
       lse[i] = 0.0;
       if (y == IGNORE_INDEX) continue;
-      float logit = logits.bf16 ? float_of_bf16(static_cast<const uint16_t*>(logits.data)[at]) : static_cast<const float*>(logits.data)[at];
+      float logit = logits.bf16 ? float_of_bf16(static_cast<const uint16_t*>(logits.data)[at])
+                                : static_cast<const float*>(logits.data)[at];
       double target = double(logit) / temperature, sum, by;
       on.row_sum(logits, i, y, by_temperature, float(target), false, &sum, &by);
       by += SHIFT;
@@ -36,8 +38,8 @@ void logits_forward(const Kernels& on, const Matrix& logits, const int64_t* targ
   });
 }
 
-void logits_backward(const Kernels& on, const Matrix& logits, const int64_t* targets, double temperature, const float* logps,
-                     const double* lse, const float* grad, void* out) {
+void logits_backward(const Kernels& on, const Matrix& logits, const int64_t* targets, double temperature,
+                     const float* logps, const double* lse, const float* grad, void* out) {
   Reciprocal by_temperature = reciprocal(temperature);
   size_t row_bytes = size_t(logits.columns) * (logits.bf16 ? 2 : 4);
   parallel_rows(logits.rows, 1, [&](int64_t begin, int64_t end) {

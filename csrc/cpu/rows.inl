@@ -5,14 +5,16 @@ SDPO_HD float divided(float logit, const Reciprocal& by) { return logit * by.hig
 
 // 2⁻⁵⁸·Σ exp(z_j − shift) over all columns but the target, z = logit/temperature; online: Σ exp(z_j − maximum).
 template <bool BF16>
-void sum_row(const void* data, int64_t n, int64_t target, const Reciprocal& temperature, float shift, bool online, double* sum, double* maximum) {
+void sum_row(const void* data, int64_t n, int64_t target, const Reciprocal& temperature, float shift, bool online,
+             double* sum, double* maximum) {
   constexpr int64_t PART = 256;
   double total = 0.0, top = -INFINITY;
   for (int64_t start = 0; start < n; start += PART) {
     int64_t count = smaller(PART, n - start);
     float z[PART], e[PART];
     for (int64_t j = 0; j < count; j++)
-      z[j] = divided(BF16 ? float_of_bf16(((const uint16_t*)data)[start + j]) : ((const float*)data)[start + j], temperature);
+      z[j] = divided(BF16 ? float_of_bf16(((const uint16_t*)data)[start + j]) : ((const float*)data)[start + j],
+                     temperature);
     if (target >= start && target < start + count) z[target - start] = -INFINITY;
     double part_shift = shift;
     if (online) {
@@ -39,15 +41,19 @@ void sum_row(const void* data, int64_t n, int64_t target, const Reciprocal& temp
   *maximum = online ? top : double(shift);
 }
 
-inline void row_sum(const Matrix& logits, int64_t row, int64_t target, const Reciprocal& temperature, float shift, bool online, double* sum, double* maximum) {
+inline void row_sum(const Matrix& logits, int64_t row, int64_t target, const Reciprocal& temperature, float shift,
+                    bool online, double* sum, double* maximum) {
   if (logits.bf16)
-    sum_row<true>((const uint16_t*)logits.data + row * logits.stride, logits.columns, target, temperature, shift, online, sum, maximum);
+    sum_row<true>((const uint16_t*)logits.data + row * logits.stride, logits.columns, target, temperature, shift,
+                  online, sum, maximum);
   else
-    sum_row<false>((const float*)logits.data + row * logits.stride, logits.columns, target, temperature, shift, online, sum, maximum);
+    sum_row<false>((const float*)logits.data + row * logits.stride, logits.columns, target, temperature, shift, online,
+                   sum, maximum);
 }
 
 // to_j = −g/temperature·p_j, at the target `at_target`; `to` may be the row itself.
-inline void row_gradient(const Matrix& logits, int64_t row, int64_t target, const Reciprocal& temperature, double lse, float g, float at_target, void* to) {
+inline void row_gradient(const Matrix& logits, int64_t row, int64_t target, const Reciprocal& temperature, double lse,
+                         float g, float at_target, void* to) {
   float rounded = float(lse);
   float by = -g * temperature.high * float(exp(rounded - lse));  // what rounding cut off the logsumexp, taken back
   int64_t n = logits.columns;
@@ -55,7 +61,8 @@ inline void row_gradient(const Matrix& logits, int64_t row, int64_t target, cons
     auto* from = (const uint16_t*)logits.data + row * logits.stride;
     auto* out = (uint16_t*)to;
 #pragma omp simd
-    for (int64_t j = 0; j < n; j++) out[j] = bf16_of_float(by * exp_of(divided(float_of_bf16(from[j]), temperature) - rounded));
+    for (int64_t j = 0; j < n; j++)
+      out[j] = bf16_of_float(by * exp_of(divided(float_of_bf16(from[j]), temperature) - rounded));
     out[target] = bf16_of_float(at_target);
   } else {
     auto* from = (const float*)logits.data + row * logits.stride;

@@ -2,9 +2,21 @@
 template <class Type>
 const Kernels* table(const char* name) {
   static const Kernels kernels = {
-      name, Type::bf16, units_of<Type>, load_rows<Type>, logits_scratch<Type>, logits<Type>, hidden_gradient_scratch<Type>,
-      hidden_gradient<Type>, scale_rows<Type>, weight_gradient_scratch<Type>, weight_gradient<Type>, bias_gradient<Type>,
-      set_element<Type>, row_sum, row_gradient,
+      name,
+      Type::bf16,
+      units_of<Type>,
+      load_rows<Type>,
+      logits_scratch<Type>,
+      logits<Type>,
+      hidden_gradient_scratch<Type>,
+      hidden_gradient<Type>,
+      scale_rows<Type>,
+      weight_gradient_scratch<Type>,
+      weight_gradient<Type>,
+      bias_gradient<Type>,
+      set_element<Type>,
+      row_sum,
+      row_gradient,
   };
   return &kernels;
 }

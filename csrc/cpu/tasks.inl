@@ -10,7 +10,8 @@ void* block_row(const Blocks& s, int64_t block, int64_t row) {
 
 // --- logits ---
 
-// One row's 64 products → Σ E, and S where `out` is given. Column `skip`, the target's, and those from `columns` on are 0.
+// One row's 64 products → Σ E, and S where `out` is given. Column `skip`, the target's, and those from `columns` on are
+// 0.
 template <class Type, bool CAPPED>
 SDPO_HD float exp_row(const float* product, const float* bias, const Head& head, float shift, int skip, int columns,
                       typename Type::Element* out) {
@@ -120,7 +121,8 @@ void hidden_gradient(const HiddenGradient& h, int64_t panel, int64_t row_begin, 
 }
 
 template <class Type>
-void scale_rows(const Unit* x, int64_t n_rows, int64_t x_units, int64_t width, const float* r, int64_t panel, Unit* to) {
+void scale_rows(const Unit* x, int64_t n_rows, int64_t x_units, int64_t width, const float* r, int64_t panel,
+                Unit* to) {
   typename Type::Element scaled[Type::PER_UNIT][PANEL];
   int64_t columns = smaller(PANEL, width - panel * PANEL);
   for (int64_t u = 0; u < units_of<Type>(n_rows); u++) {
@@ -132,7 +134,8 @@ void scale_rows(const Unit* x, int64_t n_rows, int64_t x_units, int64_t width, c
     }
     for (int64_t c = 0; c < PANEL; c++) {
       Unit unit = 0;
-      for (int half = 0; half < Type::PER_UNIT; half++) memcpy((char*)&unit + half * sizeof scaled[0][0], &scaled[half][c], sizeof scaled[0][0]);
+      for (int half = 0; half < Type::PER_UNIT; half++)
+        memcpy((char*)&unit + half * sizeof scaled[0][0], &scaled[half][c], sizeof scaled[0][0]);
       to[u * PANEL + c] = unit;
     }
   }
@@ -188,7 +191,8 @@ void weight_gradient(const WeightGradient& w, int64_t block, void* scratch) {
         int64_t rows = smaller(TILE_ROWS, columns - first);
         const Unit* a[TILE_ROWS];
         for (int64_t r = 0; r < rows; r++) a[r] = packed + u * PANEL + first + r;
-        any_tile<Type, PANEL>(rows, a, 1, 0, smaller(UNITS_AT_ONCE, all_units - u), right + u * PANEL, c + first * PANEL, PANEL, u > 0);
+        any_tile<Type, PANEL>(rows, a, 1, 0, smaller(UNITS_AT_ONCE, all_units - u), right + u * PANEL,
+                              c + first * PANEL, PANEL, u > 0);
       }
     store_tile<Type>(w, start, panel * PANEL, c, columns);
   }

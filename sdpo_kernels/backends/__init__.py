@@ -31,9 +31,9 @@ def choose_backend(name: str, request: Request) -> Backend:
     return _choose(name, lambda backend: backend.supports(request), request)
 
 
-def choose_logits_backend(device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend for logits of `dtype` on `device`; the environment variable counts as for "auto"."""
-    return _choose("auto", lambda backend: backend.supports_logits(device, dtype), f"logits of {dtype} on {device}")
+def choose_backend_of_rows(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend for rows that exist: logits of `dtype` on `device`, or log-probs to be summed over pairs."""
+    return _choose(name, lambda backend: backend.supports_rows(device, dtype), f"rows of {dtype} on {device}")
 
 
 def _choose(name: str, reason_against: Callable[[Backend], str | None], asked: object) -> Backend:

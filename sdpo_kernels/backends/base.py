@@ -90,8 +90,8 @@ class Backend(Protocol):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of hidden [N, H], weight [V, H] and bias [V], each in its tensor's dtype; None where not needed."""
 
-    def supports_logits(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """None where logits of `dtype` on `device` can be served, else the reason they cannot."""
+    def supports_rows(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """None where rows (of logits, of log-probs) can be served, else the reason they cannot."""
 
     def logits_forward(self, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """logps [N] float32 (float64) and logsumexp [N] float64 of logits [N, V]/temperature; 0 where not scored."""

@@ -36,7 +36,7 @@ class EagerBackend:
         """Every device and floating dtype that linear_logps accepts."""
         return None
 
-    def supports_logits(self, device: torch.device, dtype: torch.dtype) -> str | None:
+    def supports_rows(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Every device and floating dtype that logits_logps accepts."""
         return None
 

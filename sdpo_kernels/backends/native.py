@@ -89,7 +89,7 @@ class NativeBackend:
             db = db.to(call.bias.dtype)
         return dx, dw, db
 
-    def supports_logits(self, device: torch.device, dtype: torch.dtype) -> str | None:
+    def supports_rows(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """float32 and bfloat16 on the CPU."""
         if device.type != "cpu" or dtype not in DTYPES:
             return f"it takes float32 and bfloat16 on the CPU, not {str(dtype).removeprefix('torch.')} on {device.type}"

@@ -7,12 +7,14 @@ where there is a C++ compiler (setup.py). `REASON` is None once it is loaded.
 from __future__ import annotations
 
 import hashlib
+import os
+import struct
 from pathlib import Path
 
 import torch
 
 PACKAGE = Path(__file__).resolve().parents[1]
-LIBRARY = PACKAGE / "_cpu.so"
+LIBRARY = Path(os.environ.get("SDPO_NATIVE_LIBRARY", PACKAGE / "_cpu.so"))  # another one for `make sanitize`
 SOURCES = PACKAGE.parent / "csrc"  # there in a checkout, not in an installed wheel
 SUFFIXES = (".cpp", ".h", ".inl")
 
@@ -32,12 +34,26 @@ def how_to_build() -> str:
     return "python -m pip install --no-build-isolation --no-deps --force-reinstall --no-binary :all: sdpo-kernels"
 
 
+def is_whole(library: Path) -> bool:
+    """False where an ELF file ends before its last table: loading such a one may kill the process, not just fail."""
+    content = library.read_bytes()[:64]
+    if len(content) < 64:
+        return False
+    if content[:6] != b"\x7fELF\x02\x01":  # another format than 64-bit little-endian ELF: left to the loader
+        return True
+    (table_at,) = struct.unpack_from("<Q", content, 40)
+    size, count = struct.unpack_from("<HH", content, 58)
+    return table_at + size * count <= library.stat().st_size
+
+
 def load() -> str | None:
     """Load the library; None, or why there is none. Raises RuntimeError where there is one that does not fit."""
     if not LIBRARY.exists():
         return (
             f"{LIBRARY} is not there (built at installation where a C++ compiler is found); build it: {how_to_build()}"
         )
+    if not is_whole(LIBRARY):
+        raise RuntimeError(f"{LIBRARY} is cut short (a build that was stopped?); build it anew: {how_to_build()}")
     try:
         torch.ops.load_library(str(LIBRARY))
         built_from = torch.ops.sdpo_native.built_from()

@@ -164,7 +164,7 @@ class RunConfig(_Section):
                 )
             )
         try:
-            losses.try_loss(self.loss, 0.1, **self.loss_options)
+            losses.check_loss(self.loss, 0.1, **self.loss_options)
         except ValueError as error:
             mistakes.append(("loss_options", str(error)))
         if mistakes:

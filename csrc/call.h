@@ -1,0 +1,59 @@
+// What the walk and every device's leaves speak of: matrices, blocks of S, a call, and what is kept and asked for.
+#pragma once
+
+#include <cstdint>
+
+#include "row_math.h"
+
+namespace sdpo {
+
+constexpr int64_t PANEL = 64;  // columns of a block of S, and of a panel of packed operands
+
+// A matrix of the caller's: rows of float or bfloat16, unit stride within a row.
+struct Matrix {
+  const void* data;
+  int64_t rows, columns, stride;
+  bool bf16;
+  bool round;  // float numbers count as rounded to bfloat16 (autocast)
+
+  SDPO_HD_MEMBER float number(int64_t row, int64_t column) const {
+    int64_t at = row * stride + column;
+    if (bf16) return float_of_bf16(static_cast<const uint16_t*>(data)[at]);
+    float value = static_cast<const float*>(data)[at];
+    return round ? float_of_bf16(bf16_of_float(value)) : value;
+  }
+};
+
+// S or E of a chunk: blocks of 64 columns, each [rows][64], of the call's operand type; columns past V are 0.
+struct Blocks {
+  void* data;             // null: not wanted
+  int64_t rows;           // of a block
+  const int64_t* row_of;  // where row i of the call stands in a block; null: at i
+};
+
+// The scored rows of a batch against a head.
+struct Call {
+  Matrix hidden;           // [N, H]
+  Matrix weight;           // [V, H]
+  const float* bias;       // [V] or null
+  const int64_t* targets;  // [N]
+  Head head;
+  double softcap, temperature;
+  int64_t blocks() const { return (weight.rows + PANEL - 1) / PANEL; }
+};
+
+// What a forward keeps for the backward; at most one of the two.
+struct Kept {
+  int64_t blocks;  // of S, from the first on
+  Blocks stash;
+  float* direction;  // [N, H] d logp / d hidden, for a head that is not trained
+};
+
+// What a backward is asked for; null: not wanted.
+struct Gradients {
+  void* hidden;  // [N, H] in hidden's type
+  void* weight;  // [V, H] in weight's type
+  float* bias;   // [V]
+};
+
+}  // namespace sdpo
