@@ -125,6 +125,11 @@ def ours_without_stash(problem: Problem) -> Callable[[], Step]:
     return _our_step(problem, 0)
 
 
+def ours_eager(problem: Problem) -> Callable[[], Step]:
+    """`fused_linear_dpo(backend="eager")`: plain torch, the twin of the compiled backends."""
+    return _our_step(problem, "auto", "eager")
+
+
 RIVALS: dict[str, Rival] = {
     "gemms": gemms,
     "naive": naive,
@@ -132,6 +137,7 @@ RIVALS: dict[str, Rival] = {
     "linear_cross_entropy_chunked": linear_cross_entropy_chunked,
     "ours": ours,
     "ours_without_stash": ours_without_stash,
+    "ours_eager": ours_eager,
 }
 FLOOR = "gemms"
 
@@ -166,7 +172,7 @@ def _torch_logps(problem: Problem, chunked: bool) -> Callable[[Tensor, Tensor], 
     return logps
 
 
-def _our_step(problem: Problem, stash_bytes: int | str) -> Callable[[], Step]:
+def _our_step(problem: Problem, stash_bytes: int | str, backend: str = "auto") -> Callable[[], Step]:
     def step() -> Step:
         out = fused_linear_dpo(
             problem.hidden,
@@ -176,6 +182,7 @@ def _our_step(problem: Problem, stash_bytes: int | str) -> Callable[[], Step]:
             ref_weight=problem.ref_weight,
             beta=problem.beta,
             stash_bytes=stash_bytes,
+            backend=backend,
         )
         out.loss.backward()
         return Step(out.loss.detach(), torch.cat([out.chosen_logps, out.rejected_logps]))

@@ -22,7 +22,11 @@ COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if line.s
 # installing is what `make` itself does before every one of these tests
 INSTALLS = {"make test", "make bench-env", "pip install sdpo-kernels", "pip install sdpo-kernels[train]"}
 # what a make target runs, cut short
-TARGETS = {"make demo": ["-m", "examples.demo.run"], "make bench": ["-m", "benchmarks.head", "--quick"]}
+TARGETS = {
+    "make demo": ["-m", "examples.demo.run"],
+    "make bench": ["-m", "benchmarks.head", "--quick"],
+    "python -m benchmarks.floor": ["-m", "benchmarks.floor", "--quick", "--rounds", "1"],
+}
 
 
 def test_every_command_is_known():
@@ -71,11 +75,13 @@ def test_quick_demo(tmp_path):
     assert (tmp_path / "demo/comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_bench_target_runs(tmp_path):
-    program = [sys.executable, *TARGETS["make bench"], "--json", str(tmp_path / "head.json")]
+@pytest.mark.parametrize("command", ["make bench", "python -m benchmarks.floor"])
+def test_benchmarks_run(tmp_path, command):
+    program = [sys.executable, *TARGETS[command], "--json", str(tmp_path / "found.json")]
     done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "head.json").exists()
+    assert "ours" in done.stdout
+    assert "ours" in (tmp_path / "found.json").read_text()
 
 
 def test_step_benchmark_runs(data_dir, tmp_path):

@@ -1,0 +1,112 @@
+"""How far above (or below) torch's bare GEMMs is a DPO step at the head? `python -m benchmarks.floor [--json out.json]`
+
+In one process, in turn, round after round: torch's four matrix products on the scored rows (the floor of `head.py`),
+and our reference forward with policy forward and backward, in one call. Medians; shapes and dtypes around the reference
+problem (816 scored rows, H 1024, V 32000). `--profile` shows instead where the time of one step goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import measure
+from benchmarks.head import DTYPES
+from benchmarks.rivals import Problem, gemms, ours, ours_without_stash
+
+# pairs, length, hidden, vocab at 40 % scored: N = 816, 64 and 4096 rows
+SHAPES = {
+    "reference problem": (4, 256, 1024, 32000),
+    "H 256": (4, 256, 256, 32000),
+    "H 4096": (4, 256, 4096, 32000),
+    "N 64": (4, 20, 1024, 32000),
+    "N 4096": (4, 1280, 1024, 32000),
+}
+QUICK = {"tiny": (1, 16, 32, 200)}
+CASES = {"gemms": gemms, "ours": ours, "without stash": ours_without_stash}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure all shapes and dtypes, or profile one."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.floor", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--dtypes", nargs="+", choices=("bf16", "fp32"), default=["bf16", "fp32"])
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--quick", action="store_true", help=f"a tiny run: {QUICK}")
+    parser.add_argument(
+        "--profile", action="store_true", help="torch's profiler over one step of the reference problem"
+    )
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    if options.profile:
+        print(profile(options.dtypes[0]))
+        return 0
+    device = torch.device("cpu")
+    report = {"benchmark": "floor"} | measure.surroundings(options.threads, device)
+    report["results"] = [
+        measured(name, shape, dtype, options.rounds, device)
+        for dtype in options.dtypes
+        for name, shape in (QUICK if options.quick else SHAPES).items()
+    ]
+    print(show(report))
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def measured(
+    name: str, shape: tuple[int, int, int, int], dtype: str, rounds: int, device: torch.device
+) -> dict[str, Any]:
+    """Medians in seconds of every case on one problem, measured in turn."""
+    problem = Problem.random(*shape, 0.4, DTYPES[dtype], str(device))
+    steps: dict[str, Callable[[], Any]] = {case: prepare(problem) for case, prepare in CASES.items()}
+    times: dict[str, list[float]] = {case: [] for case in steps}
+    for number in range(rounds + 1):
+        for case, step in steps.items():
+            problem.forget_gradients()
+            seconds = measure.seconds(step, device)
+            if number:  # the first round warms up
+                times[case].append(seconds)
+    medians = {case: statistics.median(found) for case, found in times.items()}
+    rows = int((problem.labels != -100).sum())
+    return {"shape": name, "rows": rows, "hidden": shape[2], "vocab": shape[3], "dtype": dtype, "median_s": medians} | {
+        "spread_s": {case: [min(found), max(found)] for case, found in times.items()},
+        "ratio": {case: medians[case] / medians["gemms"] for case in medians if case != "gemms"},
+    }
+
+
+def profile(dtype: str) -> str:
+    """Where one step's time goes, by operator."""
+    problem = Problem.random(*SHAPES["reference problem"], 0.4, DTYPES[dtype], "cpu")
+    step = ours(problem)
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        step()
+    return found.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=45)
+
+
+def show(report: dict[str, Any]) -> str:
+    """The report as a table."""
+    lines = []
+    for result in report["results"]:
+        times = [f"{1e3 * result['median_s'][case]:.1f}" for case in CASES]
+        ratios = [f"{result['ratio'][case]:.2f}" for case in CASES if case != "gemms"]
+        lines.append([f"{result['dtype']} {result['shape']}", str(result["rows"]), *times, *ratios])
+    machine = report["machine"]
+    above = (
+        f"{machine['processor']}, {machine['threads']} threads, torch {report['versions']['torch']}, "
+        f"commit {report['commit']}, load {machine['load_average']:.1f}"
+    )
+    headings = ["", "rows", "gemms ms", "ours ms", "no stash ms", "ours ÷ gemms", "no stash ÷ gemms"]
+    return above + "\n\n" + measure.table(headings, lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
