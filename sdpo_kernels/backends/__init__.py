@@ -18,10 +18,11 @@ import torch
 from sdpo_kernels.backends.base import Backend, Request
 from sdpo_kernels.backends.eager import EagerBackend
 from sdpo_kernels.backends.native import NativeBackend
+from sdpo_kernels.backends.triton import TritonBackend
 
 logger = logging.getLogger(__name__)
 
-BACKENDS: dict[str, Backend] = {"native": NativeBackend(), "eager": EagerBackend()}
+BACKENDS: dict[str, Backend] = {"native": NativeBackend(), "triton": TritonBackend(), "eager": EagerBackend()}
 AUTO_ORDER = ("native", "eager")  # fastest first
 ENVIRONMENT_VARIABLE = "SDPO_BACKEND"  # overrides "auto", never an explicit choice
 

@@ -6,13 +6,11 @@ Logits are float32 whatever the operands' dtype (float64 for float64); what is d
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
-import sdpo_kernels.backends.eager_logits as eager_logits
+from sdpo_kernels.backends import eager_logits, precision
 from sdpo_kernels.backends.base import KEEP_DIRECTION, KEEP_NOTHING, HeadCall, HeadForward, Request, Saved
 from sdpo_kernels.backends.chunk_math import RunningSums, dlogits
 from sdpo_kernels.head import product_dtype
@@ -45,7 +43,7 @@ class EagerBackend:
 
     def forward(self, call: HeadCall, keep: int) -> HeadForward:
         """See `base.Backend.forward`."""
-        with _full_precision_products(call):
+        with precision.full(call.hidden.device):
             return self._forward(call, keep)
 
     def _forward(self, call: HeadCall, keep: int) -> HeadForward:
@@ -65,7 +63,7 @@ class EagerBackend:
             probs, shrink = sums.add(z, call.targets - start)  # of this chunk in, and of all before by, the new sum
             if direction is not None:
                 call.head.times_slope_(probs, z)
-                direction.mul_(shrink.unsqueeze(1)).sub_(_matmul(probs.to(w.dtype), w))
+                direction.mul_(shrink.unsqueeze(1)).sub_(precision.matmul(probs.to(w.dtype), w))
         if direction is not None:
             slope = call.head.times_slope_(
                 torch.ones_like(direction[:, 0]), sums.z_target.to(direction.dtype, copy=True)
@@ -92,7 +90,7 @@ class EagerBackend:
                 None,
                 None,
             )
-        with _full_precision_products(call):
+        with precision.full(call.hidden.device):
             return self._backward(call, saved, coefficient, grad_entropy, needs)
 
     def _backward(
@@ -121,9 +119,9 @@ class EagerBackend:
                 db[start:stop] = grad.sum(0)
             grad = grad.to(w.dtype)
             if dw is not None:
-                dw[start:stop] = _matmul(grad.t(), x)
+                dw[start:stop] = precision.matmul(grad.t(), x)
             if dx is not None:
-                dx += _matmul(grad, w)
+                dx += precision.matmul(grad, w)
         return (None if dx is None else dx.to(call.hidden.dtype)), dw, db
 
 
@@ -143,7 +141,7 @@ def _rows_of(kept: Tensor, rows: Tensor | None) -> Tensor:
 
 def _logits(x: Tensor, w: Tensor, call: HeadCall, start: int, stop: int) -> Tensor:
     """The logits z [N, stop − start] of a chunk, in the product dtype."""
-    z = _matmul(x, w.t())
+    z = precision.matmul(x, w.t())
     if call.bias is not None:
         z += call.bias[start:stop].to(z.dtype)
     return call.head.logits_(z)
@@ -155,22 +153,3 @@ def _operand(tensor: Tensor, call: HeadCall) -> Tensor:
     if rounded.is_cuda and call.dtype == torch.bfloat16:
         return rounded  # tensor cores sum bf16 products in float32; elsewhere they have to be upcast
     return rounded.to(product_dtype(call.dtype))
-
-
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b summed and given in float32 (float64 for float64)."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.dtype == torch.bfloat16 else torch.mm(a, b)
-
-
-@contextmanager
-def _full_precision_products(call: HeadCall) -> Iterator[None]:
-    """No autocast, TF32 or bf16 shortcuts inside: log-probs are exact to float32 whatever the session's settings."""
-    backends: Any = torch.backends  # its stubs lack mkldnn.matmul
-    backend = backends.cuda.matmul if call.hidden.is_cuda else backends.mkldnn.matmul
-    before = backend.fp32_precision
-    backend.fp32_precision = "ieee"
-    try:
-        with torch.autocast(call.hidden.device.type, enabled=False):
-            yield
-    finally:
-        backend.fp32_precision = before

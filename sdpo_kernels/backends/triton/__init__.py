@@ -1,0 +1,66 @@
+"""Triton kernels for CUDA: `kernels.py` (what runs on the device), `launch.py`, `tiles.py`, `backend.py` (the walk)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from sdpo_kernels.backends import eager_logits
+from sdpo_kernels.backends.base import HeadCall, HeadForward, Request, Saved
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class TritonBackend:
+    """float32 and bfloat16 on CUDA with every extra; under TRITON_INTERPRET=1 also on the CPU, for tests."""
+
+    name = "triton"
+    state_columns = 2  # the logsumexp, and k: what the stash's exponentials are relative to
+
+    def stash_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """S, the unnormalised probabilities, in the operands' dtype."""
+        return dtype
+
+    def supports(self, request: Request) -> str | None:
+        """float32 and bfloat16, on CUDA."""
+        for dtype in (request.dtype, request.weight_dtype):
+            if dtype not in DTYPES:
+                return f"it takes float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+        return _reason(request.device)
+
+    def forward(self, call: HeadCall, keep: int) -> HeadForward:
+        """See `base.Backend.forward`."""
+        from sdpo_kernels.backends.triton import backend  # not before it is wanted: importing triton takes its time
+
+        return backend.forward(call, keep)
+
+    def backward(
+        self,
+        call: HeadCall,
+        saved: Saved,
+        grad_logps: Tensor,
+        grad_entropy: Tensor | None,
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """See `base.Backend.backward`."""
+        from sdpo_kernels.backends.triton import backend
+
+        return backend.backward(call, saved, grad_logps, grad_entropy, needs)
+
+    def supports_rows(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Not yet: rows that exist are served by eager."""
+        return "it has no kernels for rows that exist"
+
+    logits_forward = staticmethod(eager_logits.logits_forward)
+    logits_backward = staticmethod(eager_logits.logits_backward)
+
+
+def _reason(device: torch.device) -> str | None:
+    if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"it runs on CUDA, not on {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    return None

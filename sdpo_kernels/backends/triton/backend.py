@@ -1,0 +1,165 @@
+"""The Triton backend: exp-direct tiles, one walk over the vocabulary, dX and dW by torch's own GEMMs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from sdpo_kernels.backends import precision
+from sdpo_kernels.backends.base import EXTRAS, KEEP_DIRECTION, KEEP_NOTHING, HeadCall, HeadForward, Saved
+from sdpo_kernels.backends.eager import EagerBackend
+from sdpo_kernels.backends.triton import launch
+from sdpo_kernels.backends.triton.launch import Rows, Sums
+
+CHUNK_ELEMENTS = 2**28  # of S that is made and used at once: 512 MiB in bfloat16
+SHIFT = 58 * 0.6931471805599453  # as kernels.SHIFT
+
+
+def chunks(call: HeadCall, border: int, columns: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) over the vocabulary in steps of `columns`, with a border at `border`; shapes alone decide."""
+    n_columns = call.weight.shape[0]
+    for first, last in ((0, min(border, n_columns)), (min(border, n_columns), n_columns)):
+        for start in range(first, last, columns):
+            yield start, min(start + columns, last)
+
+
+def chunk_columns(call: HeadCall, tile_columns: int) -> int:
+    """Columns whose S, and whose rows of W where they have to be cast, fit CHUNK_ELEMENTS."""
+    columns = CHUNK_ELEMENTS // max(1, call.hidden.shape[0], call.hidden.shape[1])
+    everything = -(-call.weight.shape[0] // tile_columns)
+    return min(max(1, columns // tile_columns), everything) * tile_columns
+
+
+def forward(call: HeadCall, keep: int) -> HeadForward:
+    """See `base.Backend.forward`."""
+    rows = Rows.of(call)
+    n_rows, width = rows.x.shape
+    n_columns, tile = call.weight.shape[0], rows.tile
+    sums = Sums.of(rows, -(-n_columns // tile.columns))
+    kept = direction = None
+    if keep == KEEP_DIRECTION:
+        kept = rows.x.new_zeros((call.kept_rows, width), dtype=torch.float32)
+        direction = kept[:n_rows]
+    elif keep > KEEP_NOTHING:
+        kept = rows.x.new_empty((call.kept_rows, keep))
+        kept[n_rows:].zero_()
+        kept[:, n_columns:].zero_()
+    with precision.full(call.hidden.device):
+        _walk(rows, sums, keep, kept, direction)
+    found = launch.finalize(rows, sums)
+    stash = kept[:n_rows] if kept is not None and direction is None else None
+    launch.redo(rows, found, stash, direction)
+    if stash is not None:
+        launch.set_targets(rows, 0, min(keep, n_columns), stash, found.logps, found.state)
+    if direction is not None:
+        _finish_direction(rows, found.logps, found.state, direction)
+    top1 = None if sums.gemm_target is None else sums.gemm_target >= found.zmax
+    values = (found.entropy, found.log_sum_sq, found.mean_logits, top1)
+    extras = {name: value if name in call.outputs else None for name, value in zip(EXTRAS, values, strict=True)}
+    return HeadForward(found.logps, found.state, **extras, kept=kept)
+
+
+def _walk(rows: Rows, sums: Sums, keep: int, kept: Tensor | None, direction: Tensor | None) -> None:
+    """All tiles of the vocabulary, S going to the stash, or to a scratch that `direction` gathers up, or nowhere."""
+    call, n_rows = rows.call, rows.x.shape[0]
+    step = chunk_columns(call, rows.tile.columns)
+    scratch = None if direction is None else rows.x.new_empty(n_rows * step)
+    for start, stop in chunks(call, 0, step):
+        weight = launch.unit_stride(call.weight[start:stop].to(call.dtype))
+        if direction is not None:
+            assert scratch is not None
+            s = _scratch_of(scratch, rows, stop - start)
+            launch.logits(rows, weight, start, rows.target_logits, sums, s)
+            direction += precision.matmul(s[:, : stop - start], weight)
+            continue
+        # tiles that a stash reaches into, then those beyond it
+        stored = min(-(-max(keep - start, 0) // rows.tile.columns) * rows.tile.columns, stop - start)
+        if stored:
+            assert kept is not None
+            launch.logits(rows, weight[:stored], start, rows.target_logits, sums, kept[:n_rows, start:])
+        if stored < stop - start:
+            launch.logits(rows, weight[stored:], start + stored, rows.target_logits, sums, None)
+
+
+def _scratch_of(scratch: Tensor, rows: Rows, n_columns: int) -> Tensor:
+    """The beginning of `scratch` as [N, whole tiles], contiguous: columns from `n_columns` on will be 0."""
+    n_rows, tile = rows.x.shape[0], rows.tile.columns
+    width = -(-n_columns // tile) * tile
+    return scratch[: n_rows * width].view(n_rows, width)
+
+
+def _finish_direction(rows: Rows, logps: Tensor, state: Tensor, direction: Tensor) -> None:
+    """d logp / d hidden = gain·((1 − p)·c·W[y] − 2⁵⁸·e^(k − lse)·Σ S_j W_j), in place of the sum."""
+    call = rows.call
+    gain = call.head.logit_scale / call.head.temperature
+    lse, k = state[:, 0], state[:, 1]
+    of_sum = (-gain * (k - lse + SHIFT).exp()).float()
+    of_target = (gain * -torch.expm1(logps.double()) * _target_slope(call, lse + logps)).float()
+    w_target = call.weight.index_select(0, call.targets).to(call.dtype).float()
+    direction.mul_(of_sum.unsqueeze(1)).addcmul_(of_target.unsqueeze(1), w_target)
+
+
+def _target_slope(call: HeadCall, target_logits: Tensor) -> Tensor:
+    softcap = call.head.softcap
+    if softcap is None:
+        return torch.ones_like(target_logits)
+    tanh = target_logits * (call.head.temperature / softcap)
+    return ((1 - tanh) * (1 + tanh)).clamp_(min=0)
+
+
+def backward(
+    call: HeadCall, saved: Saved, grad_logps: Tensor, grad_entropy: Tensor | None, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """See `base.Backend.backward`."""
+    if saved.keep == KEEP_DIRECTION:
+        assert saved.kept is not None
+        direction = saved.kept if saved.rows is None else saved.kept.index_select(0, saved.rows)
+        return (direction * grad_logps.unsqueeze(1)).to(call.hidden.dtype), None, None
+    if grad_entropy is not None:  # rare: by recomputing, in plain torch
+        plain = saved._replace(kept=None, keep=KEEP_NOTHING)
+        return EagerBackend().backward(call, plain, grad_logps, grad_entropy, needs)
+    with precision.full(call.hidden.device):
+        return _backward(call, saved, grad_logps, needs)
+
+
+def _backward(
+    call: HeadCall, saved: Saved, grad_logps: Tensor, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    rows = Rows.of(call)
+    gain = call.head.logit_scale / call.head.temperature
+    k = saved.state[:, 1].float()
+    r = (-gain * grad_logps.double() * (saved.state[:, 1] - saved.state[:, 0] + SHIFT).exp()).float()
+    scaled_x = (rows.x.float() * r.unsqueeze(1)).to(rows.x.dtype) if needs[1] else None
+    dx = torch.zeros_like(rows.x, dtype=torch.float32) if needs[0] else None
+    dw = torch.empty_like(call.weight, memory_format=torch.contiguous_format) if needs[1] else None
+    db = r.new_empty(call.weight.shape[0]) if needs[2] else None
+    stashed, step = min(max(saved.keep, 0), call.weight.shape[0]), chunk_columns(call, rows.tile.columns)
+    cast = call.weight.dtype != call.dtype
+    scratch = None
+    for start, stop in chunks(call, stashed, step):
+        weight = (
+            launch.unit_stride(call.weight[start:stop].to(call.dtype)) if cast or needs[0] or stop > stashed else None
+        )
+        if stop <= stashed:
+            assert saved.kept is not None
+            s = saved.kept[:, start:stop]
+            s = s if saved.rows is None else s.index_select(0, saved.rows)
+        else:
+            assert weight is not None
+            scratch = rows.x.new_empty(rows.x.shape[0] * step) if scratch is None else scratch
+            s = _scratch_of(scratch, rows, stop - start)
+            launch.logits(rows, weight, start, k, None, s)
+            launch.set_targets(rows, start, stop - start, s, saved.logps, saved.state)
+            s = s[:, : stop - start]
+        if dx is not None:
+            assert weight is not None
+            dx += precision.matmul(s, weight)
+        if dw is not None:
+            assert scaled_x is not None
+            precision.matmul_into(dw[start:stop], s.t(), scaled_x)
+        if db is not None:
+            db[start:stop] = precision.vector_matmul(r, s)
+    dx = None if dx is None else (dx * r.unsqueeze(1)).to(call.hidden.dtype)
+    return dx, dw, (None if db is None or call.bias is None else db.to(call.bias.dtype))

@@ -1,0 +1,174 @@
+"""From tensors to launches: the leaves of the walk in `backend.py`, one function a kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from sdpo_kernels.backends.base import HeadCall
+from sdpo_kernels.backends.triton import kernels
+from sdpo_kernels.backends.triton.tiles import Tile, tile_for
+
+ROWS_AT_ONCE = 128  # of the kernels that work on [N] alone
+REDO_ELEMENTS = 16384  # of w that a program of the redo kernel holds
+
+
+@dataclass
+class Rows:
+    """A call's rows and what the forward learns of them."""
+
+    call: HeadCall
+    x: Tensor  # [N, H] in the call's dtype, unit stride
+    target_logits: Tensor  # [N] float32: z_y, and k of the first pass
+    tile: Tile
+
+    @classmethod
+    def of(cls, call: HeadCall) -> Rows:
+        """Operands as the kernels take them, and the targets' logits."""
+        x = call.hidden.to(call.dtype)
+        x = x if x.stride(1) == 1 else x.contiguous()
+        rows = cls(call, x, x.new_empty(x.shape[0], dtype=torch.float32), tile_for(x.device, x.dtype))
+        weight = unit_stride(call.weight)
+        before, after, capped = head_numbers(call)
+        if x.shape[0]:
+            kernels.target_logits_kernel[(x.shape[0],)](
+                x, weight, call.bias, call.targets, rows.target_logits,
+                x.shape[1], x.stride(0), weight.stride(0), before, after,
+                BLOCK=min(1024, triton.next_power_of_2(x.shape[1])), CAPPED=capped, HAS_BIAS=call.bias is not None,
+            )  # fmt: skip
+        return rows
+
+
+def unit_stride(matrix: Tensor) -> Tensor:
+    """`matrix`, or a copy whose rows lie in one piece each."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def head_numbers(call: HeadCall) -> tuple[float, float, bool]:
+    """What a is multiplied by before tanh and tanh after it; without softcap, scale/temperature and 1."""
+    head = call.head
+    if head.softcap is None:
+        return head.logit_scale / head.temperature, 1.0, False
+    return head.logit_scale / head.softcap, head.softcap / head.temperature, True
+
+
+@dataclass
+class Sums:
+    """What the tiles leave of each row for `finalize`: [tiles, N] and, for the extras, [tiles, 4, N] and [N]."""
+
+    sums: Tensor
+    parts: Tensor | None
+    gemm_target: Tensor | None
+
+    @classmethod
+    def of(cls, rows: Rows, n_tiles: int) -> Sums:
+        """Buffers for all tiles of a walk."""
+        n = rows.x.shape[0]
+        sums = rows.x.new_empty((n_tiles, n), dtype=torch.float32)
+        if not rows.call.outputs:
+            return cls(sums, None, None)
+        return cls(sums, sums.new_empty((n_tiles, 4, n)), sums.new_empty(n))
+
+
+def logits(rows: Rows, weight: Tensor, start: int, shift: Tensor, sums: Sums | None, stash: Tensor | None) -> None:
+    """Tiles of logits of the columns whose rows of W are `weight`, from column `start` on; S goes to `stash`."""
+    call, tile = rows.call, rows.tile
+    n_rows, n_columns = rows.x.shape[0], weight.shape[0]
+    if n_rows == 0:
+        return
+    before, after, capped = head_numbers(call)
+    bias = None if call.bias is None else call.bias[start : start + n_columns]
+    grid = (triton.cdiv(n_rows, tile.rows) * triton.cdiv(n_columns, tile.columns),)
+    left, right, described = operands(rows.x, weight, tile)
+    kernels.logits_kernel[grid](
+        left, right, bias, call.targets - start, shift,
+        None if sums is None else sums.sums, None if sums is None else sums.parts,
+        None if sums is None else sums.gemm_target, stash,
+        n_rows, n_columns, rows.x.shape[1], rows.x.stride(0), weight.stride(0),
+        0 if stash is None else stash.stride(0), 0 if stash is None else stash.shape[1], start // tile.columns,
+        before, after,
+        BM=tile.rows, BN=tile.columns, BK=tile.depth, GROUP=tile.group, CAPPED=capped, HAS_BIAS=bias is not None,
+        SUMS=sums is not None, EXTRAS=sums is not None and sums.parts is not None, STORE=stash is not None,
+        DESCRIPTORS=described, UPCAST=not rows.x.is_cuda, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def operands(x: Tensor, weight: Tensor, tile: Tile) -> tuple[object, object, bool]:
+    """Tensor descriptors where the chip has a copy engine for them (Hopper on) and strides allow; else pointers."""
+    aligned = all(t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in (x, weight))
+    if not (x.is_cuda and aligned and torch.cuda.get_device_capability(x.device)[0] >= 9):
+        return x, weight, False
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    left = TensorDescriptor(x, list(x.shape), list(x.stride()), [tile.rows, tile.depth])
+    right = TensorDescriptor(weight, list(weight.shape), list(weight.stride()), [tile.columns, tile.depth])
+    return left, right, True
+
+
+@dataclass
+class Finished:
+    """[N] each; `state` [N, 2] float64 holds logsumexp and k."""
+
+    logps: Tensor
+    state: Tensor
+    redo: Tensor
+    entropy: Tensor | None
+    log_sum_sq: Tensor | None
+    mean_logits: Tensor | None
+    zmax: Tensor | None
+
+
+def finalize(rows: Rows, sums: Sums) -> Finished:
+    """Row numbers from the tiles'."""
+    n = rows.x.shape[0]
+
+    def vector(wanted: bool = True) -> Tensor | None:
+        return rows.x.new_empty(n, dtype=torch.float32) if wanted else None
+
+    extras = sums.parts is not None
+    logps = vector()
+    assert logps is not None
+    state = rows.x.new_empty((n, 2), dtype=torch.float64)
+    out = Finished(
+        logps, state, rows.x.new_empty(n, dtype=torch.int8), vector(extras), vector(extras), vector(extras),
+        vector(extras),
+    )  # fmt: skip
+    if n:
+        kernels.finalize_kernel[(triton.cdiv(n, ROWS_AT_ONCE),)](
+            sums.sums, sums.parts, rows.target_logits, out.logps, out.state, out.entropy, out.log_sum_sq,
+            out.mean_logits, out.zmax, out.redo, n, sums.sums.shape[0], rows.call.weight.shape[0],
+            BLOCK=ROWS_AT_ONCE, EXTRAS=extras,
+        )  # fmt: skip
+    return out
+
+
+def set_targets(rows: Rows, start: int, n_columns: int, stash: Tensor, logps: Tensor, state: Tensor) -> None:
+    """S's entries at the targets among columns start … start + n_columns − 1."""
+    n, head = rows.x.shape[0], rows.call.head
+    if n:
+        kernels.set_targets_kernel[(triton.cdiv(n, ROWS_AT_ONCE),)](
+            stash, rows.call.targets - start, logps, state, n, n_columns, stash.stride(0),
+            0.0 if head.softcap is None else head.temperature / head.softcap,
+            BLOCK=ROWS_AT_ONCE, CAPPED=head.softcap is not None,
+        )  # fmt: skip
+
+
+def redo(rows: Rows, found: Finished, stash: Tensor | None, direction: Tensor | None) -> None:
+    """Always launched; programs of rows that are in range leave at once."""
+    call = rows.call
+    n, width = rows.x.shape
+    if n == 0:
+        return
+    weight, (before, after, capped) = unit_stride(call.weight), head_numbers(call)
+    bh = triton.next_power_of_2(width)
+    kernels.redo_kernel[(n,)](
+        found.redo, rows.x, weight, call.bias, call.targets, rows.target_logits, found.logps, found.state,
+        found.entropy, found.log_sum_sq, found.mean_logits, stash, direction,
+        weight.shape[0], width, rows.x.stride(0), weight.stride(0), 0 if stash is None else stash.shape[1],
+        0 if stash is None else stash.stride(0), before, after,
+        BJ=max(1, min(64, REDO_ELEMENTS // bh)), BH=bh, CAPPED=capped, HAS_BIAS=call.bias is not None,
+        EXTRAS=found.entropy is not None, STORE=stash is not None, DIRECTION=direction is not None, num_warps=8,
+    )  # fmt: skip
