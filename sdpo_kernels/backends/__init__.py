@@ -23,7 +23,7 @@ from sdpo_kernels.backends.triton import TritonBackend
 logger = logging.getLogger(__name__)
 
 BACKENDS: dict[str, Backend] = {"native": NativeBackend(), "triton": TritonBackend(), "eager": EagerBackend()}
-AUTO_ORDER = ("native", "eager")  # fastest first
+AUTO_ORDER = ("triton", "native", "eager")  # fastest first
 ENVIRONMENT_VARIABLE = "SDPO_BACKEND"  # overrides "auto", never an explicit choice
 
 

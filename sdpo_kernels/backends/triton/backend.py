@@ -55,7 +55,7 @@ def forward(call: HeadCall, keep: int) -> HeadForward:
         launch.set_targets(rows, 0, min(keep, n_columns), stash, found.logps, found.state)
     if direction is not None:
         _finish_direction(rows, found.logps, found.state, direction)
-    top1 = None if sums.gemm_target is None else sums.gemm_target >= found.zmax
+    top1 = None if sums.gemm_target is None or found.zmax is None else sums.gemm_target >= found.zmax
     values = (found.entropy, found.log_sum_sq, found.mean_logits, top1)
     extras = {name: value if name in call.outputs else None for name, value in zip(EXTRAS, values, strict=True)}
     return HeadForward(found.logps, found.state, **extras, kept=kept)
@@ -78,7 +78,7 @@ def _walk(rows: Rows, sums: Sums, keep: int, kept: Tensor | None, direction: Ten
         stored = min(-(-max(keep - start, 0) // rows.tile.columns) * rows.tile.columns, stop - start)
         if stored:
             assert kept is not None
-            launch.logits(rows, weight[:stored], start, rows.target_logits, sums, kept[:n_rows, start:])
+            launch.logits(rows, weight[:stored], start, rows.target_logits, sums, kept, start)
         if stored < stop - start:
             launch.logits(rows, weight[stored:], start + stored, rows.target_logits, sums, None)
 

@@ -95,7 +95,7 @@ def products(
 def logits_kernel(
     x, w, bias, targets, shift,  # [N, H], [C, H], [C], [N] int64 relative to this chunk, [N] float32: k
     sums, parts, gemm_target, stash,  # [tiles, N], [tiles, 4, N], [N], [N, stash_stride]
-    n_rows, n_columns, width, x_stride, w_stride, stash_columns, stash_stride, first_tile, before, after,
+    n_rows, n_columns, width, x_stride, w_stride, stash_stride, stash_columns, stash_start, first_tile, before, after,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     CAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, SUMS: tl.constexpr, EXTRAS: tl.constexpr, STORE: tl.constexpr,
     DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr,
@@ -137,8 +137,12 @@ def logits_kernel(
         mine = there & (target >= column_tile * BN) & (target < column_tile * BN + BN)
         tl.store(gemm_target + rows, tl.sum(tl.where(at_target, z, 0.0), 1), mine)
     if STORE:
-        to = stash + rows.to(tl.int64)[:, None] * stash_stride + columns[None, :]
-        tl.store(to, (e * slope).to(stash.dtype.element_ty), there[:, None] & (columns[None, :] < stash_columns))
+        to = stash + rows.to(tl.int64)[:, None] * stash_stride + (stash_start + columns)[None, :]
+        tl.store(
+            to,
+            (e * slope).to(stash.dtype.element_ty),
+            there[:, None] & ((stash_start + columns)[None, :] < stash_columns),
+        )
 
 
 @triton.jit

@@ -30,7 +30,9 @@ class Rows:
         """Operands as the kernels take them, and the targets' logits."""
         x = call.hidden.to(call.dtype)
         x = x if x.stride(1) == 1 else x.contiguous()
-        rows = cls(call, x, x.new_empty(x.shape[0], dtype=torch.float32), tile_for(x.device, x.dtype))
+        heavy = call.head.softcap is not None or bool(call.outputs)
+        tile = tile_for(x.device, x.dtype, heavy)
+        rows = cls(call, x, x.new_empty(x.shape[0], dtype=torch.float32), tile)
         weight = unit_stride(call.weight)
         before, after, capped = head_numbers(call)
         if x.shape[0]:
@@ -73,8 +75,10 @@ class Sums:
         return cls(sums, sums.new_empty((n_tiles, 4, n)), sums.new_empty(n))
 
 
-def logits(rows: Rows, weight: Tensor, start: int, shift: Tensor, sums: Sums | None, stash: Tensor | None) -> None:
-    """Tiles of logits of the columns whose rows of W are `weight`, from column `start` on; S goes to `stash`."""
+def logits(
+    rows: Rows, weight: Tensor, start: int, shift: Tensor, sums: Sums | None, stash: Tensor | None, stash_start: int = 0
+) -> None:
+    """Tiles of the columns whose rows of W are `weight`, from column `start` on; S goes to `stash` at `stash_start`."""
     call, tile = rows.call, rows.tile
     n_rows, n_columns = rows.x.shape[0], weight.shape[0]
     if n_rows == 0:
@@ -88,7 +92,8 @@ def logits(rows: Rows, weight: Tensor, start: int, shift: Tensor, sums: Sums | N
         None if sums is None else sums.sums, None if sums is None else sums.parts,
         None if sums is None else sums.gemm_target, stash,
         n_rows, n_columns, rows.x.shape[1], rows.x.stride(0), weight.stride(0),
-        0 if stash is None else stash.stride(0), 0 if stash is None else stash.shape[1], start // tile.columns,
+        0 if stash is None else stash.stride(0), 0 if stash is None else stash.shape[1], stash_start,
+        start // tile.columns,
         before, after,
         BM=tile.rows, BN=tile.columns, BK=tile.depth, GROUP=tile.group, CAPPED=capped, HAS_BIAS=bias is not None,
         SUMS=sums is not None, EXTRAS=sums is not None and sums.parts is not None, STORE=stash is not None,
@@ -97,9 +102,9 @@ def logits(rows: Rows, weight: Tensor, start: int, shift: Tensor, sums: Sums | N
 
 
 def operands(x: Tensor, weight: Tensor, tile: Tile) -> tuple[object, object, bool]:
-    """Tensor descriptors where the chip has a copy engine for them (Hopper on) and strides allow; else pointers."""
+    """Tensor descriptors where the tile takes them (Hopper and later) and strides allow; else pointers."""
     aligned = all(t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in (x, weight))
-    if not (x.is_cuda and aligned and torch.cuda.get_device_capability(x.device)[0] >= 9):
+    if not (tile.descriptors and aligned):
         return x, weight, False
     from triton.tools.tensor_descriptor import TensorDescriptor
 

@@ -1,0 +1,124 @@
+# ruff: noqa: E402
+"""Every Triton kernel compiled ahead of time for real chips, without one: instructions, shared memory, registers."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sdpo_kernels.backends.triton import kernels
+from sdpo_kernels.backends.triton.launch import REDO_ELEMENTS, ROWS_AT_ONCE
+from sdpo_kernels.backends.triton.tiles import tiles_of
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+ARCHITECTURES = (80, 90, 100, 120)
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # bytes a block may have
+DIVISIBLE = ("width", "x_stride", "w_stride", "stash_stride", "stash_columns", "stash_start")  # by 16, as launches are
+
+
+def compiled(
+    function: Any, types: dict[str, str], constants: dict[str, Any], arch: int, warps: int, stages: int
+) -> Any:
+    """The kernel as the launcher would compile it for aligned pointers and sizes."""
+    names = function.arg_names
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    attributes = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(names)
+        if signature[name].startswith("*") or (name in DIVISIBLE and name not in constants)
+    }
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def stack_bytes(kernel: Any, tmp_path: Path) -> int:
+    """Bytes of stack a thread needs: where registers spill, they show here."""
+    binary = tmp_path / "kernel.cubin"
+    binary.write_bytes(kernel.asm["cubin"])
+    done = subprocess.run([str(CUOBJDUMP), "-res-usage", str(binary)], capture_output=True, text=True, check=True)
+    (found,) = re.findall(r"STACK:(\d+)", done.stdout)
+    return int(found)
+
+
+def logits_kernel(arch: int, dtype: str, capped: bool, bias: bool, sums: bool, extras: bool, store: bool) -> Any:
+    tile = tiles_of(arch // 10, dtype == "bf16", capped or extras)
+    matrix = {"x": (tile.rows, tile.depth), "w": (tile.columns, tile.depth)}
+    types = {
+        name: f"tensordesc<{dtype}[{shape[0]}, {shape[1]}]>" if tile.descriptors else f"*{dtype}"
+        for name, shape in matrix.items()
+    }
+    types |= {"bias": f"*{dtype}", "targets": "*i64", "stash": f"*{dtype}", "before": "fp32", "after": "fp32"}
+    types |= dict.fromkeys(("shift", "sums", "parts", "gemm_target"), "*fp32")
+    types |= dict.fromkeys(("n_rows", "n_columns", "first_tile", *DIVISIBLE), "i32")
+    constants: dict[str, Any] = {
+        "BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "GROUP": tile.group, "CAPPED": capped,
+        "HAS_BIAS": bias, "SUMS": sums, "EXTRAS": extras, "STORE": store, "DESCRIPTORS": tile.descriptors,
+        "UPCAST": False,
+    }  # fmt: skip
+    absent = [("bias", bias), ("sums", sums), ("parts", extras), ("gemm_target", extras), ("stash", store)]
+    constants |= {name: None for name, there in absent if not there}
+    return compiled(kernels.logits_kernel, types, constants, arch, tile.warps, tile.stages)
+
+
+WAYS = {
+    "reference": (False, False, True, False, False),
+    "policy": (False, False, True, False, True),
+    "bias": (False, True, True, False, True),
+    "recompute": (False, False, False, False, True),
+    "softcap": (True, True, True, False, True),
+    "extras": (False, False, True, True, False),
+    "all": (True, True, True, True, True),
+}  # capped, bias, sums, extras, store
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_logits_kernel_keeps_to_registers_and_uses_the_matrix_units(arch, dtype, way, tmp_path):
+    kernel = logits_kernel(arch, dtype, *WAYS[way])
+    ptx = kernel.asm["ptx"]
+    assert stack_bytes(kernel, tmp_path) == 0
+    assert kernel.metadata.shared <= SHARED_MEMORY[arch]
+    if dtype == "bf16":
+        assert {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}[arch] in ptx
+        if arch >= 90:
+            assert "cp.async.bulk.tensor" in ptx
+    if WAYS[way][-1]:
+        assert re.search(r"st\.global\.v4\.b32", ptx)  # S in 128-bit pieces
+    assert "tf32" not in ptx
+
+
+@pytest.mark.parametrize("capped", [False, True])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_kernels_of_rows(arch, dtype, capped, tmp_path):
+    pointers = {"x": dtype, "w": dtype, "bias": dtype, "targets": "i64", "stash": dtype, "state": "fp64", "redo": "i8"}
+    floats = ("target_logits", "sums", "parts", "logps", "entropy", "log_sum_sq", "mean_logits", "zmax", "direction")
+    types = {name: f"*{kind}" for name, kind in pointers.items()} | dict.fromkeys(floats, "*fp32")
+    types |= dict.fromkeys(("n_rows", "n_columns", "n_tiles", *DIVISIBLE), "i32")
+    types |= dict.fromkeys(("before", "after", "to_tanh"), "fp32")
+    head = {"CAPPED": capped, "HAS_BIAS": True}
+    redo = {"BJ": REDO_ELEMENTS // 4096, "BH": 4096, "EXTRAS": True, "STORE": True, "DIRECTION": True}
+    for function, constants, warps in (
+        (kernels.target_logits_kernel, {"BLOCK": 1024} | head, 4),
+        (kernels.finalize_kernel, {"BLOCK": ROWS_AT_ONCE, "EXTRAS": True}, 4),
+        (kernels.set_targets_kernel, {"BLOCK": ROWS_AT_ONCE, "CAPPED": capped}, 4),
+        (kernels.redo_kernel, redo | head, 8),
+    ):
+        kernel = compiled(function, types, constants, arch, warps, 3)
+        assert kernel.metadata.shared <= SHARED_MEMORY[arch]
+        if function is not kernels.redo_kernel:  # that one is rare, and works on a row at a time
+            assert stack_bytes(kernel, tmp_path) == 0

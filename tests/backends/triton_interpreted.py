@@ -1,0 +1,184 @@
+# ruff: noqa: E402
+"""The Triton kernels on CPU tensors, in Triton's interpreter. Run by test_triton.py with TRITON_INTERPRET=1 set.
+
+The interpreter truncates float32 to bfloat16 instead of rounding, so bfloat16 gradients get room for one more rounding.
+"""
+
+from __future__ import annotations
+
+import os
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "run this file through tests/backends/test_triton.py"
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sdpo_kernels import backends, linear_logps, logps_op
+from sdpo_kernels.backends.base import EXTRAS, KEEP_DIRECTION
+from sdpo_kernels.backends.triton import backend as walk
+from tests.reference import Case, check, error, random_case, scored_rows
+
+TRITON = backends.BACKENDS["triton"]
+ALL = 10**12
+EPS = torch.finfo(torch.float32).eps
+
+
+def triton_case(*shape: int, **options) -> Case:
+    """A random case that the Triton backend must serve."""
+    chosen = {"backend": "triton"} | options.pop("settings", {})
+    return random_case(*shape, settings=chosen, **options)
+
+
+def checked(case: Case) -> dict:
+    """Check values and gradients; bfloat16 operands are truncated here, which costs a rounding each."""
+    ours = case.ours()
+    if case.hidden.dtype == torch.float32:
+        check(case, ours, factor=4.0, slack=8.0)
+        return ours
+    plain, truth, terms = case.plain(), case.truth(), case.largest_terms()
+    for name, right in truth.items():
+        if right is None or right.dtype == torch.bool:
+            continue
+        eps = 2**-6 if name.startswith("d_") else 8 * EPS
+        allowed = 4 * error(plain[name], right) + eps * (terms[name] if name in terms else max(1.0, right.abs().max()))
+        assert error(ours[name], right) <= allowed, name
+    return ours
+
+
+@st.composite
+def cases(draw) -> Case:
+    """Any small shape and option."""
+    n_rows, width, n_columns = draw(st.integers(1, 20)), draw(st.integers(1, 40)), draw(st.integers(1, 90))
+    case = triton_case(
+        n_rows, width, n_columns,
+        seed=draw(st.integers(0, 2**31)),
+        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])),
+        bias=draw(st.booleans()),
+        masked=draw(st.sampled_from([0.0, 0.3, 1.0])),
+        scale=draw(st.sampled_from([0.1, 1.0, 4.0])),
+        temperature=draw(st.sampled_from([1.0, 0.7])),
+        logit_scale=draw(st.sampled_from([1.0, -1.5])),
+        softcap=draw(st.sampled_from([None, 2.0, 30.0])),
+        outputs=tuple(draw(st.sets(st.sampled_from(EXTRAS)))),
+        trains=tuple(draw(st.sets(st.sampled_from(["hidden", "weight", "bias"])))),
+    )  # fmt: skip
+    case.settings["stash_bytes"] = draw(st.sampled_from([0, 4 * n_rows * 64, ALL]))
+    case.settings["rows"] = draw(st.sampled_from([None, scored_rows(case.targets)]))
+    if "entropy" in case.outputs and draw(st.booleans()):
+        case.grad_entropy = torch.randn(n_rows, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return case
+
+
+@settings(max_examples=60)
+@given(cases())
+def test_values_and_gradients_of_every_option(case):
+    checked(case)
+
+
+@pytest.mark.parametrize("stash_bytes", [0, 4 * 35 * 64, ALL])
+@pytest.mark.parametrize("trains", [("hidden", "weight", "bias"), ("hidden",)], ids="+".join)
+@pytest.mark.parametrize("columns", [1, 31, 33, 150])
+def test_vocabularies_that_are_no_multiple_of_a_tile(columns, trains, stash_bytes):
+    case = triton_case(35, 17, columns, bias=True, trains=trains, settings={"stash_bytes": stash_bytes})
+    checked(case)
+
+
+@pytest.mark.parametrize("stash_bytes", [0, ALL])
+@pytest.mark.parametrize("trains", [("hidden", "weight", "bias"), ("hidden",)], ids="+".join)
+def test_all_logits_negative(trains, stash_bytes):
+    case = triton_case(9, 8, 70, bias=True, trains=trains, settings={"stash_bytes": stash_bytes})
+    case.bias -= 40  # a column that counted as 0 where there is none would outweigh all of these
+    checked(case)
+
+
+@pytest.mark.parametrize("stash_bytes", [0, 4 * 20 * 64, ALL])
+@pytest.mark.parametrize("trains", [("hidden", "weight", "bias"), ("hidden",)], ids="+".join)
+@pytest.mark.parametrize("gap", [100.0, 160.0, 400.0])
+def test_rows_in_and_out_of_range(gap, trains, stash_bytes):
+    case = triton_case(20, 12, 150, bias=True, trains=trains, settings={"stash_bytes": stash_bytes})
+    case.bias[7] = -gap
+    case.targets[::2] = 7
+    ours = checked(case)
+    assert ours["logps"][0] < 12 - gap
+
+
+@pytest.mark.parametrize("outputs", [EXTRAS, ("entropy",), ("is_top1",)], ids=str)
+def test_extras_of_rows_out_of_range(outputs):
+    case = triton_case(10, 12, 100, scale=60.0, outputs=outputs, trains=())
+    checked(case)
+
+
+@pytest.mark.parametrize("gap", [12.0, 25.0, 40.0])
+def test_near_certainty_nothing_is_lost(gap):
+    logits = torch.tensor([gap, 0.0, -0.5, 0.25, 1.0])
+    case = Case(torch.ones(1, 1), logits.unsqueeze(1), torch.tensor([0]), settings={"backend": "triton"})
+    ours, z = case.ours(), logits.double()
+    rest = torch.sigmoid(z[1:].logsumexp(0) - z[0])
+    assert abs(ours["d_weight"][0].item() / rest.item() - 1) <= gap * EPS
+    assert abs(-ours["logps"].item() / torch.log1p(rest / (1 - rest)).item() - 1) <= gap * EPS
+
+
+@pytest.mark.parametrize("trains", [("hidden", "weight"), ("hidden",)], ids="+".join)
+@pytest.mark.parametrize(
+    "logits",
+    [[torch.nan, 0.0, 1.0], [0.0, 1.0, torch.nan], [torch.inf, 0.0, 1.0], [0.0, torch.inf, 1.0]],
+    ids=str,
+)
+def test_nan_where_float64_has_nan(logits, trains):
+    case = Case(torch.ones(1, 1), torch.tensor(logits).unsqueeze(1), torch.tensor([0]), trains=trains)
+    case.settings = {"backend": "triton"}
+    ours = case.ours()
+    assert ours["logps"].isnan().all()
+    assert ours[f"d_{trains[-1]}"].isnan().all()
+
+
+def test_a_masked_target_and_masked_columns():
+    case = triton_case(6, 5, 60, bias=True, trains=("hidden", "weight"))
+    case.bias[[0, 1, 40]] = -torch.inf
+    case.targets[:] = torch.tensor([2, 3, 4, 5, 6, 0])
+    ours, truth = case.ours(), case.truth()
+    assert ours["logps"][5] == -torch.inf
+    assert error(ours["logps"][:5], truth["logps"][:5]) <= 8 * EPS * truth["logps"][:5].abs().max()
+    assert error(ours["d_weight"], truth["d_weight"]) <= 64 * EPS * truth["d_weight"].abs().max()
+
+
+@pytest.mark.parametrize("trains", [("hidden", "weight", "bias"), ("hidden",)], ids="+".join)
+@pytest.mark.parametrize("stash_bytes", [0, 4 * 13 * 64, ALL])
+def test_the_walk_in_several_chunks(monkeypatch, trains, stash_bytes):
+    monkeypatch.setattr(walk, "CHUNK_ELEMENTS", 64 * 13)
+    checked(triton_case(13, 12, 300, bias=True, trains=trains, settings={"stash_bytes": stash_bytes}))
+
+
+def test_log_probs_have_the_same_bits_whatever_is_kept():
+    case = triton_case(21, 30, 200, scale=3.0)
+    found = []
+    for trains, stash in (((), 0), (("hidden", "weight"), ALL), (("hidden", "weight"), 6000), (("hidden",), 0)):
+        case.trains, case.settings["stash_bytes"] = trains, stash
+        found.append(case.ours()["logps"])
+    assert all(torch.equal(logps, found[0]) for logps in found[1:])
+    with torch.no_grad():
+        alone = linear_logps(case.hidden[3:4], case.weight, case.targets[3:4], backend="triton").logps
+    assert torch.equal(alone, found[0][3:4])
+
+
+def test_autocast_rounds_both_and_gives_the_weight_its_own_dtype():
+    case = triton_case(9, 16, 130, masked=0.2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = case.ours()
+    by_hand = triton_case(9, 16, 130, masked=0.2)
+    by_hand.hidden, by_hand.weight = by_hand.hidden.bfloat16(), by_hand.weight.bfloat16()
+    assert error(ours["logps"], by_hand.ours()["logps"]) <= 16 * 2**-8  # float32 is truncated, not rounded, on its way
+    assert ours["d_weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(("keep", "outputs"), [(0, "entropy"), (64, ""), (128, ""), (KEEP_DIRECTION, "")])
+def test_opcheck(keep, outputs):
+    case = random_case(5, 4, 100, bias=True)
+    frozen = keep == KEEP_DIRECTION
+    args = (
+        case.hidden.requires_grad_(), case.weight.requires_grad_(not frozen), case.targets, case.bias, None,
+        1.5, 20.0, 0.8, outputs, torch.float32, "triton", keep,
+    )  # fmt: skip
+    torch.library.opcheck(logps_op.linear_logps_op, args)
