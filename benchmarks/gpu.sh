@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# One call on a machine with a CUDA device: tests marked `gpu`, then the head benchmark at the five shapes of the design.
-# Works from a bare checkout without network; everything lands in $OUT (default benchmarks/results/gpu). About six minutes.
+# One call on a machine with a CUDA device: tests marked `gpu`, compute-sanitizer, then the head benchmark at the five
+# shapes of the design. Works from a bare checkout without network or hypothesis (hence --noconftest); everything lands
+# in $OUT (default benchmarks/results/gpu). About eight minutes.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export OUT="${OUT:-benchmarks/results/gpu}" PYTHONPATH=. PYTHONUNBUFFERED=1
@@ -11,7 +12,14 @@ status=0
   git rev-parse HEAD 2>/dev/null
   python3 -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)'
 } | tee "$OUT/machine.txt"
-timeout 200 python3 -m pytest -q -m gpu -p no:cacheprovider tests/test_cuda.py 2>&1 | tee "$OUT/tests.txt" || status=1
+timeout 200 python3 -m pytest -q -m gpu -p no:cacheprovider --noconftest tests/test_cuda.py 2>&1 | tee "$OUT/tests.txt" || status=1
+if command -v compute-sanitizer >/dev/null; then
+  for tool in memcheck racecheck; do
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 60 compute-sanitizer --tool $tool --error-exitcode 9 \
+      python3 -m pytest -q -p no:cacheprovider --noconftest tests/test_cuda.py -k "small_run and triton" 2>&1 |
+      tail -20 | tee "$OUT/$tool.txt" || status=1
+  done
+fi
 
 # rows scored, hidden, vocabulary: all positions are scored, 4 pairs a batch
 while read -r rows hidden vocab; do

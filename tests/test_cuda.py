@@ -1,16 +1,27 @@
-"""The eager backend and the Hugging Face layer on a CUDA device; `benchmarks/gpu.sh` runs these where one is lent."""
+"""Eager, Triton and the Hugging Face layer on a CUDA device; `benchmarks/gpu.sh` runs these where one is lent."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from sdpo_kernels import ScoredRows, fused_linear_dpo, linear_logps, logits_logps
+from sdpo_kernels import ScoredRows, backends, fused_linear_dpo, linear_logps, logits_logps, logps_op
+from sdpo_kernels.backends.base import EXTRAS, KEEP_DIRECTION
+from tests.reference import extras_of
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+
+
+@pytest.fixture(params=["eager", "triton"], autouse=True)
+def backend(request, monkeypatch):
+    """ "auto" takes this backend where it serves, else eager."""
+    monkeypatch.delenv("SDPO_BACKEND", raising=False)
+    monkeypatch.setattr(backends, "AUTO_ORDER", (request.param, "eager"))
+    return request.param
+
 
 OPTIONS = [
     {},
@@ -55,6 +66,98 @@ def test_values_and_gradients(dtype, options):
     rounding = torch.finfo(dtype).eps  # gradients are rounded to the parameter's dtype; bf16 dlogits besides
     assert error(hidden.grad, twin[0].grad) < max(rounding, 100 * exact)
     assert error(weight.grad, twin[1].grad) < max(rounding, 100 * exact)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 70), (129, 65, 257), (300, 96, 4099), (77, 2304, 1000)], ids=str)
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_shapes_with_and_without_the_copy_engine(shape, frozen, bias):
+    """H 65 is no multiple of 16 bytes: descriptors cannot take it, pointers can."""
+    hidden, weight, targets = problem(torch.bfloat16, *shape)
+    weight.requires_grad_(not frozen)
+    b = torch.randn(shape[2], device="cuda").bfloat16() - 40 if bias else None
+    twin = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    out = linear_logps(hidden, weight, targets, bias=b).logps
+    z = twin[0] @ twin[1].T + (0 if b is None else b.double())
+    expected = z.log_softmax(-1).gather(1, targets.clamp(min=0)[:, None]).squeeze(1) * (targets >= 0)
+    out.sum().backward()
+    expected.sum().backward()
+    assert error(out, expected) < 2e-6
+    assert error(hidden.grad, twin[0].grad) < 2**-7
+    if not frozen:
+        assert error(weight.grad, twin[1].grad) < 2**-7
+
+
+@pytest.mark.parametrize("stash_bytes", [0, 10**6, 10**9])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_rows_out_of_range_are_done_again(stash_bytes, frozen):
+    hidden, weight, targets = problem(torch.float32, 64, 48, 700)
+    weight.requires_grad_(not frozen)
+    bias = torch.zeros(700, device="cuda")
+    bias[7] = -200.0
+    targets[:] = 7
+    targets[::2] = 9
+    twin = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    out = linear_logps(hidden, weight, targets, bias=bias, stash_bytes=stash_bytes).logps
+    expected = (twin[0] @ twin[1].T + bias.double()).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    assert out.min() < -150
+    out.sum().backward()
+    expected.sum().backward()
+    assert error(out, expected) < 1e-6
+    assert error(hidden.grad, twin[0].grad) < 1e-5
+
+
+def test_extras():
+    hidden, weight, targets = problem(torch.float32)
+    out = linear_logps(hidden, weight, targets, outputs=EXTRAS)
+    wanted = extras_of(hidden.double() @ weight.double().T, targets)
+    for name in EXTRAS[:3]:
+        assert error(getattr(out, name), wanted[name]) < 1e-5
+    assert torch.equal(out.is_top1, wanted["is_top1"].bool())
+
+
+def test_a_graph_can_be_captured():
+    hidden, weight, targets = problem(torch.bfloat16, 256, 64, 5000)
+    rows = ScoredRows.from_labels(targets[None])
+
+    def step() -> torch.Tensor:
+        hidden.grad = weight.grad = None
+        logps = linear_logps(hidden, weight, targets, rows=rows).logps
+        logps.sum().backward()
+        return logps
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            eager = step()
+            gradient = weight.grad
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+        written = weight.grad
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, eager)
+    assert torch.equal(written, gradient)
+
+
+@pytest.mark.parametrize("keep", [0, 64, KEEP_DIRECTION])
+def test_opcheck(keep, backend):
+    hidden, weight, targets = problem(torch.float32, 20, 16, 100)
+    weight.requires_grad_(keep != KEEP_DIRECTION)
+    args = (hidden, weight, targets, None, None, 1.0, None, 1.0, "", torch.float32, backend, keep)
+    torch.library.opcheck(logps_op.linear_logps_op, args)
+
+
+def test_a_small_run_for_the_sanitizer():
+    """`benchmarks/gpu.sh` runs this one under compute-sanitizer."""
+    for frozen in (False, True):
+        hidden, weight, targets = problem(torch.bfloat16, 130, 72, 300)
+        weight.requires_grad_(not frozen)
+        linear_logps(hidden, weight, targets, outputs=() if frozen else ("entropy",)).logps.sum().backward()
+        assert hidden.grad.isfinite().all()
 
 
 def test_no_synchronisation_where_rows_are_given():
