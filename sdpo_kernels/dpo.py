@@ -105,8 +105,8 @@ def fused_linear_dpo(
             ref_logps = sequence_logps(token_logps(ref_hidden, ref_weight, ref_bias, 0), summed)
     logps = token_logps(hidden, weight, bias, stash_bytes)
     settings: dict[str, Any] = {"beta": beta, "loss_type": loss_type, **loss_options}
-    if pair_op.serves(backend, logps, loss_type):
-        return _epilogue(logps, summed, ref_logps, summed.counts, **settings)
+    if (chosen := pair_op.serves(backend, logps, loss_type)) is not None:
+        return _epilogue(logps, summed, ref_logps, summed.counts, chosen, **settings)
     return _autograd_output(sequence_logps(logps, summed), ref_logps, summed.counts, **settings)
 
 
@@ -174,8 +174,8 @@ def pair_output(
     """Loss and metrics from summed log-probs: policy [2B], reference [2B], counts of scored tokens [2B]."""
     check_loss(loss_type, beta, **loss_options)
     settings: dict[str, Any] = {"beta": beta, "loss_type": loss_type, **loss_options}
-    if pair_op.serves("auto", policy_logps, loss_type):
-        return _epilogue(policy_logps, None, ref_logps, counts, **settings)
+    if (chosen := pair_op.serves("auto", policy_logps, loss_type)) is not None:
+        return _epilogue(policy_logps, None, ref_logps, counts, chosen, **settings)
     return _autograd_output(policy_logps, ref_logps, counts, **settings)
 
 
@@ -184,6 +184,7 @@ def _epilogue(
     rows: ScoredRows | None,
     ref_logps: Tensor,
     counts: Tensor,
+    backend: str,
     *,
     beta: float,
     loss_type: str,
@@ -191,7 +192,9 @@ def _epilogue(
 ) -> DPOOutput:
     """All in one op, from log-probs of tokens with `rows`, else from sums."""
     ref_logps = ref_logps.detach().to(logps.dtype)
-    loss, sums, metrics = pair_op.pair_epilogue(logps, rows, ref_logps, counts, loss_type, beta, label_smoothing)
+    loss, sums, metrics = pair_op.pair_epilogue(
+        logps, rows, ref_logps, counts, backend=backend, loss_type=loss_type, beta=beta, smoothing=label_smoothing
+    )
     return DPOOutput(loss, *sums.chunk(2), *ref_logps.chunk(2), *metrics.unbind(0))
 
 

@@ -1,6 +1,7 @@
 """The pair epilogue as one custom op: segment sums, a loss of the sigmoid family, its slopes, rewards and margins.
 
-The arithmetic is csrc/pair_math.h; losses.py is the twin that serves everything else. Only `dpo.py` calls this.
+The arithmetic is csrc/pair_math.h and backends/triton/pair.py; losses.py is their twin and serves everything else. Only
+`dpo.py` calls this.
 """
 
 from __future__ import annotations
@@ -10,21 +11,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdpo_kernels.backends import choose_backend_of_rows
+from sdpo_kernels.backends import get_backend, pair_backend
 from sdpo_kernels.rows import ScoredRows
 
 LOSSES = ("sigmoid", "robust", "hinge", "ipo")  # the order of PairLoss in csrc/pair_math.h
 
 
-def serves(backend: str, logps: Tensor, loss_type: str) -> bool:
-    """Whether the op computes this loss; else autograd through losses.py does."""
+def serves(backend: str, logps: Tensor, loss_type: str) -> str | None:
+    """The name of the backend whose op computes this loss; None: autograd through losses.py does."""
     if loss_type not in LOSSES or logps.dtype != torch.float32:
-        return False
-    return choose_backend_of_rows(backend, logps.device, logps.dtype).name == "native"
+        return None
+    chosen = pair_backend(backend, logps.device)
+    return None if chosen is None else chosen.name
 
 
 def pair_epilogue(
-    logps: Tensor, rows: ScoredRows | None, ref: Tensor, counts: Tensor, loss_type: str, beta: float, smoothing: float
+    logps: Tensor,
+    rows: ScoredRows | None,
+    ref: Tensor,
+    counts: Tensor,
+    *,
+    backend: str,
+    loss_type: str,
+    beta: float,
+    smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (scalar, mean over pairs), sums [2B] and metrics [4, B]; the gradient goes through the loss alone.
 
@@ -36,9 +46,8 @@ def pair_epilogue(
     The metrics are the rewards of chosen and rejected, the margins and the accuracy (1 or 0) of each pair.
     """
     index, segment = (None, None) if rows is None else (rows.index, rows.segment)
-    loss, sums, metrics, _ = _pair_epilogue(
-        logps, index, segment, ref, counts, LOSSES.index(loss_type), beta, smoothing
-    )
+    number = LOSSES.index(loss_type)
+    loss, sums, metrics, _ = _pair_epilogue(logps, index, segment, ref, counts, number, beta, smoothing, backend)
     return loss, sums, metrics
 
 
@@ -52,13 +61,14 @@ def _pair_epilogue(
     loss_type: int,
     beta: float,
     smoothing: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss, sums [2B], metrics [4, B], slopes [2B]."""
     out = _empty(logps, ref)
-    torch.ops.sdpo_native.pair_epilogue(
+    get_backend(backend).pair_epilogue(
         logps.contiguous(), None if index is None else index.contiguous(),
         None if segment is None else segment.contiguous(), ref.contiguous(), counts.long().contiguous(),
-        loss_type, beta, smoothing, *out,
+        loss_type, beta, smoothing, out,
     )  # fmt: skip
     return out
 
@@ -69,7 +79,7 @@ def _empty(logps: Tensor, ref: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @_pair_epilogue.register_fake
-def _(logps, index, segment, ref, counts, loss_type, beta, smoothing):
+def _(logps, index, segment, ref, counts, loss_type, beta, smoothing, backend):
     return _empty(logps, ref)
 
 
@@ -83,12 +93,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 8
+        return (None,) * 9
     index, segment, slopes = ctx.saved_tensors
     slopes = slopes * grad
     if index is not None:
         slopes = slopes.new_zeros(ctx.n_rows).index_copy(0, index, slopes.index_select(0, segment))
-    return (slopes,) + (None,) * 7
+    return (slopes,) + (None,) * 8
 
 
 _pair_epilogue.register_autograd(_backward, setup_context=_setup_context)

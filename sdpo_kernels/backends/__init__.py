@@ -29,15 +29,23 @@ ENVIRONMENT_VARIABLE = "SDPO_BACKEND"  # overrides "auto", never an explicit cho
 
 def choose_backend(name: str, request: Request) -> Backend:
     """The backend for `request`. Raises ValueError for an unknown name or a named backend that cannot serve it."""
-    return _choose(name, lambda backend: backend.supports(request), request)
+    return _choose(name, request.device, lambda backend: backend.supports(request), request)
 
 
 def choose_backend_of_rows(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     """The backend for rows that exist: logits of `dtype` on `device`, or log-probs to be summed over pairs."""
-    return _choose(name, lambda backend: backend.supports_rows(device, dtype), f"rows of {dtype} on {device}")
+    return _choose(name, device, lambda backend: backend.supports_rows(device, dtype), f"rows of {dtype} on {device}")
 
 
-def _choose(name: str, reason_against: Callable[[Backend], str | None], asked: object) -> Backend:
+def pair_backend(name: str, device: torch.device) -> Backend | None:
+    """The backend whose pair epilogue serves `device`; None: autograd through losses.py."""
+    if name == "auto":
+        name = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    candidates = AUTO_ORDER if name == "auto" else (name,)
+    return next((b for b in map(get_backend, candidates) if b.supports_pairs(device) is None), None)
+
+
+def _choose(name: str, device: torch.device, reason_against: Callable[[Backend], str | None], asked: object) -> Backend:
     if name == "auto":
         name = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
     if name != "auto":
@@ -47,9 +55,12 @@ def _choose(name: str, reason_against: Callable[[Backend], str | None], asked: o
             raise ValueError(f"backend: {name!r} cannot serve this call: {reason}")
         return backend
     for candidate in AUTO_ORDER:
-        reason = reason_against(BACKENDS[candidate])
+        backend = BACKENDS[candidate]
+        if backend.device_types is not None and device.type not in backend.device_types:
+            continue  # nothing is fallen back from: it was never meant for this device
+        reason = reason_against(backend)
         if reason is None:
-            return BACKENDS[candidate]
+            return backend
         if not torch.compiler.is_compiling():  # the compiler cannot trace a log
             _say_once(candidate, reason)
     raise ValueError(f"backend: none supports this call: {asked}")

@@ -69,6 +69,7 @@ class Backend(Protocol):
     """What is asked of a backend: the answers depend on shapes, dtypes and the machine, never on values."""
 
     name: str
+    device_types: tuple[str, ...] | None  # where it runs at all; None: anywhere
     state_columns: int  # float64 numbers of a row that a forward saves for its backward
 
     def stash_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -89,6 +90,23 @@ class Backend(Protocol):
         needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of hidden [N, H], weight [V, H] and bias [V], each in its tensor's dtype; None where not needed."""
+
+    def supports_pairs(self, device: torch.device) -> str | None:
+        """None where the pair epilogue is there for `device`, else the reason it is not."""
+
+    def pair_epilogue(
+        self,
+        logps: Tensor,
+        index: Tensor | None,
+        segment: Tensor | None,
+        ref: Tensor,
+        counts: Tensor,
+        loss_type: int,
+        beta: float,
+        smoothing: float,
+        out: tuple[Tensor, Tensor, Tensor, Tensor],
+    ) -> None:
+        """Fill `out`: loss, sums [2B], metrics [4, B], slopes [2B]; see `pair_op.py`."""
 
     def supports_rows(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """None where rows (of logits, of log-probs) can be served, else the reason they cannot."""

@@ -6,6 +6,7 @@ Logits are float32 whatever the operands' dtype (float64 for float64); what is d
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ class EagerBackend:
     """Plain torch; the twin that faster backends are compared with."""
 
     name = "eager"
+    device_types: tuple[str, ...] | None = None
     state_columns = 1  # logsumexp over all columns: as float32, one of 20 would cost gradients 1e-6
 
     def stash_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -33,6 +35,14 @@ class EagerBackend:
     def supports(self, request: Request) -> str | None:
         """Every device and floating dtype that linear_logps accepts."""
         return None
+
+    def supports_pairs(self, device: torch.device) -> str | None:
+        """No: autograd through losses.py is its pair epilogue."""
+        return "it takes pair losses through autograd"
+
+    def pair_epilogue(self, *_: Any) -> None:
+        """Not there, see `supports_pairs`."""
+        raise NotImplementedError
 
     def supports_rows(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Every device and floating dtype that logits_logps accepts."""

@@ -18,6 +18,7 @@ class NativeBackend:
     """Its library is loaded with the package; one that is there but does not fit is an error where it is wanted."""
 
     name = "native"
+    device_types: tuple[str, ...] | None = ("cpu",)
     state_columns = 2  # the logsumexp, and k: what the stash's exponentials are relative to
 
     def __init__(self) -> None:
@@ -88,6 +89,25 @@ class NativeBackend:
         if db is not None and call.bias is not None:
             db = db.to(call.bias.dtype)
         return dx, dw, db
+
+    def supports_pairs(self, device: torch.device) -> str | None:
+        """On the CPU."""
+        return f"it runs on the CPU, not on {device.type}" if device.type != "cpu" else self._library()
+
+    def pair_epilogue(
+        self,
+        logps: Tensor,
+        index: Tensor | None,
+        segment: Tensor | None,
+        ref: Tensor,
+        counts: Tensor,
+        loss_type: int,
+        beta: float,
+        smoothing: float,
+        out: tuple[Tensor, Tensor, Tensor, Tensor],
+    ) -> None:
+        """See `base.Backend.pair_epilogue`."""
+        torch.ops.sdpo_native.pair_epilogue(logps, index, segment, ref, counts, loss_type, beta, smoothing, *out)
 
     def supports_rows(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """float32 and bfloat16 on the CPU."""

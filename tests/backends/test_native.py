@@ -267,7 +267,7 @@ def test_the_pair_epilogue_is_the_losses_own_arithmetic(loss, n_pairs, beta, spr
     ref = spread * torch.randn(2 * n_pairs, generator=generator)
     counts = torch.randint(1, 40, (2 * n_pairs,), generator=generator)
     settings = {"beta": beta, "loss_type": name, **options}
-    assert pair_op.serves("native", policy, name)
+    assert pair_op.serves("native", policy, name) == "native"
     ours = pair_output(policy, ref, counts, **settings)
     (grad,) = torch.autograd.grad(ours.loss, policy)
     exact = policy.detach().double().requires_grad_()
@@ -290,7 +290,17 @@ def test_the_pair_epilogue_at_a_kink_and_with_nan(name):
         assert grad[0] == 0
     torch.library.opcheck(
         pair_op._pair_epilogue,
-        (torch.randn(4, requires_grad=True), None, None, torch.zeros(4), torch.ones(4, dtype=torch.int64), 0, 0.1, 0.0),
+        (
+            torch.randn(4, requires_grad=True),
+            None,
+            None,
+            torch.zeros(4),
+            torch.ones(4, dtype=torch.int64),
+            0,
+            0.1,
+            0.0,
+            "native",
+        ),
     )
 
 

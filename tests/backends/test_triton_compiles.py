@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 
 from sdpo_kernels.backends.triton import kernels
 from sdpo_kernels.backends.triton.launch import REDO_ELEMENTS, ROWS_AT_ONCE
+from sdpo_kernels.backends.triton.pair import ELEMENTS, pair_kernel
 from sdpo_kernels.backends.triton.tiles import tiles_of
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -122,3 +123,14 @@ def test_the_kernels_of_rows(arch, dtype, capped, tmp_path):
         assert kernel.metadata.shared <= SHARED_MEMORY[arch]
         if function is not kernels.redo_kernel:  # that one is rare, and works on a row at a time
             assert stack_bytes(kernel, tmp_path) == 0
+
+
+@pytest.mark.parametrize("loss", range(4))
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_pair_kernel(arch, loss, tmp_path):
+    types = dict.fromkeys(("logps", "ref", "loss", "sums", "metrics", "slopes"), "*fp32")
+    types |= {"index": "*i64", "counts": "*i64", "n_pairs": "i32", "beta": "fp32", "smoothing": "fp32"}
+    for pairs in (4, 64):
+        constants = {"PAIRS": pairs, "BLOCK": max(16, ELEMENTS // (2 * pairs)), "LOSS": loss, "HAS_INDEX": True}
+        kernel = compiled(pair_kernel, types, constants, arch, 8, 3)
+        assert stack_bytes(kernel, tmp_path) <= 64  # float64 logarithms take a few bytes; one program, run once

@@ -18,6 +18,7 @@ class TritonBackend:
     """float32 and bfloat16 on CUDA with every extra; under TRITON_INTERPRET=1 also on the CPU, for tests."""
 
     name = "triton"
+    device_types: tuple[str, ...] | None = ("cuda",)
     state_columns = 2  # the logsumexp, and k: what the stash's exponentials are relative to
 
     def stash_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -49,6 +50,27 @@ class TritonBackend:
         from sdpo_kernels.backends.triton import backend
 
         return backend.backward(call, saved, grad_logps, grad_entropy, needs)
+
+    def supports_pairs(self, device: torch.device) -> str | None:
+        """On CUDA."""
+        return _reason(device)
+
+    def pair_epilogue(
+        self,
+        logps: Tensor,
+        index: Tensor | None,
+        segment: Tensor | None,
+        ref: Tensor,
+        counts: Tensor,
+        loss_type: int,
+        beta: float,
+        smoothing: float,
+        out: tuple[Tensor, Tensor, Tensor, Tensor],
+    ) -> None:
+        """See `base.Backend.pair_epilogue`; one launch."""
+        from sdpo_kernels.backends.triton import pair
+
+        pair.pair_epilogue(logps, index, ref, counts, loss_type, beta, smoothing, out)
 
     def supports_rows(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Not yet: rows that exist are served by eager."""

@@ -1,0 +1,103 @@
+"""The pair epilogue in one launch of one program: segment sums, a loss of the sigmoid family, slopes and metrics."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sdpo_kernels.backends.triton.kernels import log1p_of
+
+ELEMENTS = 2048  # log-probs summed at a time
+ROBUST, HINGE, IPO = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # as in pair_op.LOSSES
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + e^x) in float64."""
+    return tl.maximum(x, 0.0) + log1p_of(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def sigmoid(x):
+    """1/(1 + e^(−x)) in float64, without overflow."""
+    small = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, small) / (1.0 + small)
+
+
+@triton.jit
+def pair_loss(a, b, chosen_count, rejected_count, beta, smoothing, LOSS: tl.constexpr):
+    """Loss of each pair and its slopes by the chosen and the rejected sum; csrc/pair_math.h in Triton."""
+    if LOSS == IPO:
+        d = a / chosen_count - b / rejected_count - 1.0 / (2.0 * beta)
+        return d * d, 2.0 * d / chosen_count, -2.0 * d / rejected_count
+    z = beta * (a - b)
+    if LOSS == HINGE:
+        value = tl.where(1.0 - z > 0, 1.0 - z, tl.where(z != z, z, 0.0))
+        slope = tl.where(1.0 - z > 0, -1.0, tl.where(z != z, z, 0.0))
+    elif LOSS == ROBUST:
+        scale = 1.0 / (1.0 - 2.0 * smoothing)
+        value = scale * ((1.0 - smoothing) * softplus(-z) - smoothing * softplus(z))
+        slope = scale * (-(1.0 - smoothing) * sigmoid(-z) - smoothing * sigmoid(z))
+    else:
+        value = (1.0 - smoothing) * softplus(-z) + smoothing * softplus(z)
+        slope = -(1.0 - smoothing) * sigmoid(-z) + smoothing * sigmoid(z)
+    return value, beta * slope, -beta * slope
+
+
+@triton.jit
+def pair_kernel(
+    logps, index, ref, counts,  # [N] with index [n_scored] int64, else [2B]; [2B]; [2B] int64
+    loss, sums, metrics, slopes,  # [1], [2B], [4, B], [2B]
+    n_pairs, beta, smoothing,
+    PAIRS: tl.constexpr, BLOCK: tl.constexpr, LOSS: tl.constexpr, HAS_INDEX: tl.constexpr,
+):  # fmt: skip
+    """A sequence's scored rows stand one after the other in `index`, chosen sequences first."""
+    place = tl.arange(0, 2 * PAIRS)
+    pair = place % PAIRS
+    sequence = place // PAIRS * n_pairs + pair
+    there = pair < n_pairs
+    count = tl.load(counts + sequence, there, other=0)
+    total = tl.zeros([2 * PAIRS], tl.float64)
+    if HAS_INDEX:
+        first = tl.cumsum(count, 0) - count
+        for start in range(0, tl.max(count, 0), BLOCK):
+            step = start + tl.arange(0, BLOCK)
+            inside = step[None, :] < count[:, None]
+            row = tl.load(index + first[:, None] + step[None, :], inside, other=0)
+            total += tl.sum(tl.load(logps + row, inside, other=0.0).to(tl.float64), 1)
+    else:
+        total += tl.load(logps + sequence, there, other=0.0).to(tl.float64)
+    summed = total.to(tl.float32)
+    tl.store(sums + sequence, summed, there)
+    ratio = summed.to(tl.float64) - tl.load(ref + sequence, there, other=0.0).to(tl.float64)
+    a, b = tl.split(tl.trans(tl.reshape(ratio, [2, PAIRS])))
+    chosen_count, rejected_count = tl.split(tl.trans(tl.reshape(count.to(tl.float64), [2, PAIRS])))
+    i = tl.arange(0, PAIRS)
+    real = i < n_pairs
+    chosen_count = tl.where(real, chosen_count, 1.0)
+    rejected_count = tl.where(real, rejected_count, 1.0)
+    value, chosen_slope, rejected_slope = pair_loss(a, b, chosen_count, rejected_count, beta, smoothing, LOSS)
+    tl.store(slopes + i, (chosen_slope / n_pairs).to(tl.float32), real)
+    tl.store(slopes + n_pairs + i, (rejected_slope / n_pairs).to(tl.float32), real)
+    tl.store(metrics + i, (beta * a).to(tl.float32), real)
+    tl.store(metrics + n_pairs + i, (beta * b).to(tl.float32), real)
+    tl.store(metrics + 2 * n_pairs + i, (beta * (a - b)).to(tl.float32), real)
+    tl.store(metrics + 3 * n_pairs + i, tl.where(a > b, 1.0, 0.0), real)
+    one = tl.arange(0, 1)
+    tl.store(loss + one, (tl.sum(tl.where(real, value, 0.0), 0) / n_pairs).to(tl.float32) + tl.zeros([1], tl.float32))
+
+
+def pair_epilogue(
+    logps: Tensor, index: Tensor | None, ref: Tensor, counts: Tensor, loss_type: int, beta: float, smoothing: float,
+    out: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> None:  # fmt: skip
+    """Fill `out`: loss, sums [2B], metrics [4, B], slopes [2B]."""
+    n_pairs = ref.shape[0] // 2
+    pairs = triton.next_power_of_2(n_pairs)
+    block = max(16, ELEMENTS // (2 * pairs))
+    loss, sums, metrics, slopes = out
+    pair_kernel[(1,)](
+        logps, index, ref, counts, loss.view(1), sums, metrics, slopes, n_pairs, beta, smoothing,
+        PAIRS=pairs, BLOCK=block, LOSS=loss_type, HAS_INDEX=index is not None, num_warps=8,
+    )  # fmt: skip
