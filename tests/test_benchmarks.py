@@ -62,6 +62,7 @@ from benchmarks import measure
 def call():
     torch.ones(2**24)  # 64 MiB, freed at once
     torch.ones(2**23)
+torch.ones(2**17)  # starts the threads
 print(measure.peak_extra_bytes(call, torch.device("cpu")))
 """
 
