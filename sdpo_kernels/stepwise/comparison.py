@@ -171,7 +171,8 @@ def gamma_panel(ax: Axes, rows: Sequence[Row]) -> None:
     for place, (row, color) in enumerate(staged):
         values = list(row["gamma_reference"].values())
         x = [stage + (place + 0.5) * width - 0.32 for stage in range(1, len(values) + 1)]
-        bars(ax, x, values, width * 0.96, color)
+        others = [v for row, _ in staged for v in row["gamma_reference"].values()] if len(staged) > 1 else []
+        bars(ax, x, values, width * 0.96, color, others)
     stage_axis(ax, list(enumerate(longest, 1)), PANEL_WIDTH - 0.7)
     ax.set_xlabel("")
     for row, color in colored:

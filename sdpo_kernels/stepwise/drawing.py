@@ -83,10 +83,15 @@ def headline(figure: Figure, title: str, subtitle: str, head: float) -> None:
     figure.set_layout_engine(ConstrainedLayoutEngine(rect=(0.01, 0.01, 0.98, room), w_pad=0.06, h_pad=0.04))
 
 
-def bars(ax: Axes, x: Sequence[float], values: Sequence[float], width: float, color: str) -> None:
-    """Bars with their values written at their ends, all to the same decimal place, and a rule at zero."""
+def bars(
+    ax: Axes, x: Sequence[float], values: Sequence[float], width: float, color: str, beside: Sequence[float] = ()
+) -> None:
+    """Bars with their values written at their ends, all to the same decimal place, and a rule at zero.
+
+    `beside` are the values of other bars of the panel, which are written to that place too, and leave less room.
+    """
     ax.bar(x, values, width, color=color, zorder=2)
-    greatest = max(abs(value) for value in values)
+    greatest = max(abs(value) for value in [*values, *beside])
     decimals = max(0, 2 - math.floor(math.log10(greatest))) if greatest else 0
     for place, value in zip(x, values, strict=True):
         text = f"{value:,.{decimals}f}" if 1e-4 <= greatest < 1e6 else number(value)
@@ -98,7 +103,7 @@ def bars(ax: Axes, x: Sequence[float], values: Sequence[float], width: float, co
             textcoords="offset points",
             ha="center",
             va=anchor,
-            fontsize=9 if len(x) <= 12 else 7,
+            fontsize=9 if len(x) <= 12 and not beside else 7,
         )
     ax.axhline(0, color=GREY, linewidth=0.9, zorder=2.5)
     ax.spines["bottom"].set_visible(False)
