@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -36,7 +37,8 @@ class TritonBackend:
         """See `base.Backend.forward`."""
         from sdpo_kernels.backends.triton import backend  # not before it is wanted: importing triton takes its time
 
-        return backend.forward(call, keep)
+        with _on(call.hidden.device):
+            return backend.forward(call, keep)
 
     def backward(
         self,
@@ -49,7 +51,8 @@ class TritonBackend:
         """See `base.Backend.backward`."""
         from sdpo_kernels.backends.triton import backend
 
-        return backend.backward(call, saved, grad_logps, grad_entropy, needs)
+        with _on(call.hidden.device):
+            return backend.backward(call, saved, grad_logps, grad_entropy, needs)
 
     def supports_pairs(self, device: torch.device) -> str | None:
         """On CUDA."""
@@ -70,7 +73,8 @@ class TritonBackend:
         """See `base.Backend.pair_epilogue`; one launch."""
         from sdpo_kernels.backends.triton import pair
 
-        pair.pair_epilogue(logps, index, ref, counts, loss_type, beta, smoothing, out)
+        with _on(logps.device):
+            pair.pair_epilogue(logps, index, ref, counts, loss_type, beta, smoothing, out)
 
     def supports_rows(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Not yet: rows that exist are served by eager."""
@@ -78,6 +82,11 @@ class TritonBackend:
 
     logits_forward = staticmethod(eager_logits.logits_forward)
     logits_backward = staticmethod(eager_logits.logits_backward)
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whatever its arguments lie on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _reason(device: torch.device) -> str | None:

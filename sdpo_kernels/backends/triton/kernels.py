@@ -91,7 +91,7 @@ def products(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_columns", "first_tile"])  # else each kind of batch size is compiled anew
 def logits_kernel(
     x, w, bias, targets, shift,  # [N, H], [C, H], [C], [N] int64 relative to this chunk, [N] float32: k
     sums, parts, gemm_target, stash,  # [tiles, N], [tiles, 4, N], [N], [N, stash_stride]
@@ -158,7 +158,7 @@ def logp_of(target, rest):
     return -log1p_of(tl.exp(tl.minimum(d, -d))) - tl.maximum(d, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_tiles", "n_columns"])  # else each kind of batch size is compiled anew
 def finalize_kernel(
     sums, parts, target_logits,  # [tiles, N], [tiles, 4, N], [N]
     logps, state, entropy, log_sum_sq, mean_logits, zmax, redo,  # [N], [N, 2], [N] each, [N] int8
@@ -201,7 +201,7 @@ def finalize_kernel(
         tl.store(zmax + rows, top, there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_columns"])  # else each kind of batch size is compiled anew
 def set_targets_kernel(
     stash, targets, logps, state,  # [N, stash_stride]; targets relative to its first column
     n_rows, n_columns, stash_stride, to_tanh,  # tanh = z·to_tanh
@@ -231,7 +231,7 @@ def rest_probability(logp):
     return tl.where(logp > -1e-3, series, 1.0 - tl.exp(logp))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_columns"])  # else each kind of batch size is compiled anew
 def redo_kernel(
     redo, x, w, bias, targets, target_logits,  # whole V here
     logps, state, entropy, log_sum_sq, mean_logits, stash, direction,  # direction [N, width]: Σ 2⁻⁵⁸·p_j·c_j·W_j

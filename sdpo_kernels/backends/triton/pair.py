@@ -45,7 +45,7 @@ def pair_loss(a, b, chosen_count, rejected_count, beta, smoothing, LOSS: tl.cons
     return value, beta * slope, -beta * slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_pairs"])
 def pair_kernel(
     logps, index, ref, counts,  # [N] with index [n_scored] int64, else [2B]; [2B]; [2B] int64
     loss, sums, metrics, slopes,  # [1], [2B], [4, B], [2B]
