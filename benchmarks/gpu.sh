@@ -7,6 +7,11 @@ cd "$(dirname "$0")/.."
 export OUT="${OUT:-benchmarks/results/gpu}" PYTHONPATH=. PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
 status=0
+# rivals that lie here as wheels (benchmarks/wheels, carried along): TRL, Liger, CCE; they need nothing that is not there
+if compgen -G "benchmarks/wheels/*.whl" >/dev/null; then
+  python3 -m pip install -q --no-index --no-deps --target /tmp/rivals benchmarks/wheels/*.whl
+  export PYTHONPATH=.:/tmp/rivals
+fi
 {
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
   git rev-parse HEAD 2>/dev/null

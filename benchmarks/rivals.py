@@ -7,9 +7,10 @@ tensors. To add a peer, write one function and enter it in RIVALS; raise `Cannot
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -115,6 +116,40 @@ def linear_cross_entropy_chunked(problem: Problem) -> Callable[[], Step]:
     return _dpo_step(problem, _torch_logps(problem, chunked=True))
 
 
+def trl_fused(problem: Problem) -> Callable[[], Step]:
+    """TRL ≥ 1.15's `ChunkedLogProbFunction`, fed all rows as TRL does; on the scored rows alone: `trl_fused_scored`."""
+    return _dpo_step(problem, _trl_logps(problem, scored_alone=False))
+
+
+def trl_fused_scored(problem: Problem) -> Callable[[], Step]:
+    """The same on compacted rows: what TRL would be with our row compaction."""
+    return _dpo_step(problem, _trl_logps(problem, scored_alone=True))
+
+
+def liger_dpo(problem: Problem) -> Callable[[], Step]:
+    """`LigerFusedLinearDPOLoss` as it comes, which compiles its chunk."""
+    return _liger_step(problem, compiled=True)
+
+
+def liger_dpo_eager(problem: Problem) -> Callable[[], Step]:
+    """The same with `compiled=False`."""
+    return _liger_step(problem, compiled=False)
+
+
+def cce(problem: Problem) -> Callable[[], Step]:
+    """Apple's cut cross-entropy composed to DPO, its filter of small gradients off, as ours has none."""
+    if problem.hidden.device.type != "cuda":
+        raise CannotRun("its kernels are Triton, for CUDA alone")
+    function = _imported("cut_cross_entropy").linear_cross_entropy
+    targets = problem.labels.reshape(-1)
+
+    def logps(hidden: Tensor, weight: Tensor) -> Tensor:
+        losses = function(hidden.flatten(0, 1), weight, targets, reduction="none", filter_eps=None)
+        return -losses.view(problem.labels.shape).float().sum(-1)
+
+    return _dpo_step(problem, logps)
+
+
 def ours(problem: Problem) -> Callable[[], Step]:
     """`fused_linear_dpo` as it comes; it finds the scored rows itself."""
     return _our_step(problem, "auto")
@@ -135,6 +170,11 @@ RIVALS: dict[str, Rival] = {
     "naive": naive,
     "linear_cross_entropy": linear_cross_entropy,
     "linear_cross_entropy_chunked": linear_cross_entropy_chunked,
+    "trl_fused": trl_fused,
+    "trl_fused_scored": trl_fused_scored,
+    "liger_dpo": liger_dpo,
+    "liger_dpo_eager": liger_dpo_eager,
+    "cce": cce,
     "ours": ours,
     "ours_without_stash": ours_without_stash,
     "ours_eager": ours_eager,
@@ -153,6 +193,48 @@ def _dpo_step(problem: Problem, logps: Callable[[Tensor, Tensor], Tensor]) -> Ca
         loss = -F.logsigmoid(problem.beta * (chosen - rejected)).mean()
         loss.backward()
         return Step(loss.detach(), policy.detach())
+
+    return step
+
+
+def _imported(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise CannotRun(f"{error} (make bench-env installs the rivals)") from error
+
+
+def _trl_logps(problem: Problem, scored_alone: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    apply = _imported("trl.kernels.chunked_logprob").ChunkedLogProbFunction.apply
+    targets = problem.labels.reshape(-1)
+    scored = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+    index = scored if scored_alone else torch.arange(len(targets), device=targets.device)
+    kept = targets[index].clamp(min=0)
+    mask = (targets[index] != IGNORE_INDEX).float()
+    sequence = index // problem.labels.shape[1]
+    columns = 32768  # its trainers' chunk
+
+    def logps(hidden: Tensor, weight: Tensor) -> Tensor:
+        rows = hidden.flatten(0, 1)
+        rows = rows[index] if scored_alone else rows
+        found = apply(rows, weight, None, kept, 1.0, columns, None, 1.0, ())[0]
+        return torch.zeros(len(problem.labels), device=rows.device).index_add(0, sequence, found * mask)
+
+    return logps
+
+
+def _liger_step(problem: Problem, compiled: bool) -> Callable[[], Step]:
+    loss = _imported("liger_kernel.chunked_loss").LigerFusedLinearDPOLoss(
+        ignore_index=IGNORE_INDEX, beta=problem.beta, compiled=compiled
+    )
+
+    def step() -> Step:
+        # its first answers: the loss, then the chosen and the rejected sums
+        value, found = loss(
+            problem.weight, problem.hidden, problem.labels, None, problem.ref_hidden, problem.ref_weight, None
+        )
+        value.backward()
+        return Step(value.detach(), torch.cat([found[0], found[1]]).detach().float())
 
     return step
 
