@@ -26,10 +26,12 @@ if command -v compute-sanitizer >/dev/null; then
   done
 fi
 
+# rivals that are not installed are listed with why; naive code and chunked linear_cross_entropy would take too long
+CASES="gemms ours ours_without_stash trl_fused_scored liger_dpo cce"
 # rows scored, hidden, vocabulary: all positions are scored, 4 pairs a batch
 while read -r rows hidden vocab; do
   echo "== N $rows, H $hidden, V $vocab"
-  timeout 90 python3 -m benchmarks.head --device cuda --pairs 4 --length $((rows / 8)) --scored 1.0 \
+  timeout 95 python3 -m benchmarks.head --device cuda --cases $CASES --pairs 4 --length $((rows / 8)) --scored 1.0 \
     --hidden "$hidden" --vocab "$vocab" --rounds 1 --repeats 10 --json "$OUT/head-$rows-$hidden-$vocab.json" || status=1
 done <<SHAPES | tee "$OUT/head.txt"
 8192 4096 128256
