@@ -7,6 +7,7 @@ The interpreter truncates float32 to bfloat16 instead of rounding, so bfloat16 g
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run this file through tests/backends/test_triton.py"
 
@@ -17,7 +18,9 @@ from hypothesis import strategies as st
 
 from sdpo_kernels import ScoredRows, backends, linear_logps, logps_op, pair_op
 from sdpo_kernels.backends.base import EXTRAS, KEEP_DIRECTION
+from sdpo_kernels.backends.triton import autotune, launch
 from sdpo_kernels.backends.triton import backend as walk
+from sdpo_kernels.backends.triton.tiles import INTERPRETED
 from sdpo_kernels.dpo import _autograd_output, sequence_logps
 from tests.reference import Case, check, error, random_case, scored_rows
 
@@ -219,3 +222,27 @@ def test_the_pair_epilogue_is_the_losses_own_arithmetic(loss, n_pairs, beta, spr
     wanted = torch.stack([truth.chosen_rewards, truth.rejected_rewards, truth.margins, truth.accuracy])
     torch.testing.assert_close(metrics.double(), wanted, **near)
     torch.testing.assert_close(grad.double(), right, rtol=1e-4, atol=1e-9)
+
+
+def test_autotuning_takes_the_fastest_tile_once_and_the_answers_stay_right(monkeypatch):
+    """The clock is ours: a later tile is the fastest, another cannot run."""
+    tiles = [replace(INTERPRETED, rows=rows) for rows in (16, 32, 8)]
+    monkeypatch.setenv("SDPO_AUTOTUNE", "1")
+    monkeypatch.setattr(launch, "candidates", lambda picked: tiles)
+    measured = []
+
+    def clock(call):
+        call()
+        measured.append(len(measured))
+        if len(measured) == 1:
+            raise RuntimeError("out of resource")
+        return 1.0 / len(measured)
+
+    monkeypatch.setattr(launch.triton.testing, "do_bench", clock)
+    case = triton_case(40, 24, 100, dtype=torch.bfloat16)
+    checked(case)
+    assert len(measured) == 3  # forward and backward are of one shape: timed once
+    assert autotune._FASTEST[next(reversed(autotune._FASTEST))] == tiles[2]
+    monkeypatch.setattr(launch.triton.testing, "do_bench", lambda call: 1 / 0)
+    with pytest.raises(RuntimeError, match=r"SDPO_AUTOTUNE: no tile could be run: .*division by zero"):
+        triton_case(70, 24, 100, dtype=torch.bfloat16).ours()

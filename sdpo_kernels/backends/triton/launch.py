@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
+import triton.testing
 from torch import Tensor
 
 from sdpo_kernels.backends.base import HeadCall
-from sdpo_kernels.backends.triton import kernels
-from sdpo_kernels.backends.triton.tiles import Tile, tile_for
+from sdpo_kernels.backends.triton import autotune, kernels
+from sdpo_kernels.backends.triton.tiles import Tile, candidates, tile_for
 
 ROWS_AT_ONCE = 128  # of the kernels that work on [N] alone
 REDO_ELEMENTS = 16384  # of w that a program of the redo kernel holds
@@ -41,7 +42,22 @@ class Rows:
                 x.shape[1], x.stride(0), weight.stride(0), before, after,
                 BLOCK=min(1024, triton.next_power_of_2(x.shape[1])), CAPPED=capped, HAS_BIAS=call.bias is not None,
             )  # fmt: skip
+            if autotune.wanted() and x.dtype == torch.bfloat16:
+                rows.tile = rows.fastest_tile(weight)
         return rows
+
+    def fastest_tile(self, weight: Tensor) -> Tile:
+        """The tile that takes least time for a forward of about this shape, kept for this process."""
+        call = self.call
+        some = weight[: min(weight.shape[0], 2**24 // max(1, weight.shape[1]))].to(call.dtype)
+
+        def run(tile: Tile) -> None:
+            trial = replace(self, tile=tile)
+            logits(trial, some, 0, self.target_logits, Sums.of(trial, -(-some.shape[0] // tile.columns)), None)
+
+        rows = triton.next_power_of_2(self.x.shape[0])  # batches differ a little; they are not timed one by one
+        key = (self.x.device, rows, *weight.shape, call.head, call.outputs)
+        return autotune.fastest(key, candidates(self.tile), run, triton.testing.do_bench)
 
 
 def unit_stride(matrix: Tensor) -> Tensor:

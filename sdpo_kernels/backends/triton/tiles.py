@@ -7,7 +7,7 @@ and descriptors only cost them registers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -38,6 +38,13 @@ HEAVY = {  # bfloat16 with softcap or extras
     10: Tile(128, 64, 64, 8, 8, 3, descriptors=True),
     12: Tile(64, 128, 32, 8, 8, 3, descriptors=True),
 }
+OTHERS = [  # what SDPO_AUTOTUNE=1 times beside the picked one, with descriptors where that has them
+    Tile(128, 128, 64, 8, 4, 4),
+    Tile(128, 128, 64, 8, 8, 4),
+    Tile(64, 256, 64, 8, 8, 3),
+    Tile(128, 256, 64, 8, 8, 4),
+    Tile(128, 64, 64, 8, 4, 4),
+]
 INTERPRETED = Tile(16, 32, 16, 2, 1, 1)  # small, so that small tests have many tiles
 
 
@@ -54,3 +61,8 @@ def tile_for(device: torch.device, dtype: torch.dtype, heavy: bool) -> Tile:
     if device.type != "cuda":
         return INTERPRETED
     return tiles_of(torch.cuda.get_device_capability(device)[0], dtype == torch.bfloat16, heavy)
+
+
+def candidates(picked: Tile) -> list[Tile]:
+    """The picked tile first, then others of the same kind."""
+    return [picked, *(replace(tile, descriptors=picked.descriptors) for tile in OTHERS)]
