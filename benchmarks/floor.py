@@ -19,6 +19,7 @@ import torch
 from benchmarks import measure
 from benchmarks.head import DTYPES
 from benchmarks.rivals import Problem, gemms, ours, ours_without_stash
+from sdpo_kernels.backends import BACKENDS
 
 # pairs, length, hidden, vocab at 40 % scored: N = 816, 64 and 4096 rows
 SHAPES = {
@@ -38,6 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtypes", nargs="+", choices=("bf16", "fp32"), default=["bf16", "fp32"])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="SHAPE")
+    parser.add_argument(
+        "--chip", choices=("avx512bf16", "avx512", "avx2", "base"), help="the native kernels of another chip"
+    )
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--quick", action="store_true", help=f"a tiny run: {QUICK}")
     parser.add_argument(
@@ -45,20 +50,31 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    if options.chip:
+        use_chip(options.chip)
     if options.profile:
         print(profile(options.dtypes[0]))
         return 0
     device = torch.device("cpu")
-    report = {"benchmark": "floor"} | measure.surroundings(options.threads, device)
+    report: dict[str, Any] = {"benchmark": "floor", "chip": options.chip} | measure.surroundings(
+        options.threads, device
+    )
     report["results"] = [
         measured(name, shape, dtype, options.rounds, device)
         for dtype in options.dtypes
-        for name, shape in (QUICK if options.quick else SHAPES).items()
+        for name, shape in (QUICK if options.quick else {name: SHAPES[name] for name in options.shapes}).items()
     ]
     print(show(report))
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
+
+
+def use_chip(name: str) -> None:
+    """Run the native backend as on a lesser chip than this machine's."""
+    native = BACKENDS["native"]
+    torch.ops.sdpo_native.use_cpu_chip(name)
+    native.bf16_products = name == "avx512bf16"  # type: ignore[attr-defined]
 
 
 def measured(
