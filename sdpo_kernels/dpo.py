@@ -65,7 +65,7 @@ def fused_linear_dpo(
         rows: the scored rows, where they are known (see `ScoredRows`): then nothing synchronises with the host.
         ref_logps: [2B] the reference's summed log-probs; or
         ref_hidden, ref_weight, ref_bias: the reference's hidden states (of hidden's shape, its own H) and head, scored
-            here without gradient.
+            here without gradient; where ref_weight is weight itself, in one pass with the policy.
         temperature, logit_scale, softcap, backend, stash_bytes: as in `linear_logps`.
         beta: above 0. loss_type: a name of `losses.loss_names()`; its options as further keywords.
 
@@ -94,16 +94,25 @@ def fused_linear_dpo(
         "rows": rows, "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap, "backend": backend,
     }  # fmt: skip
 
-    def token_logps(states: Tensor, head: Tensor, head_bias: Tensor | None, stash: int | str) -> Tensor:
-        states = states.reshape(-1, states.shape[-1])
-        return linear_logps(states, head, targets, bias=head_bias, stash_bytes=stash, **options).logps
-
-    if ref_logps is None:
+    if ref_hidden is not None:
+        ref_hidden = ref_hidden.reshape(-1, ref_hidden.shape[-1])
+    same_head = (
+        ref_weight is weight and ref_bias is bias and ref_hidden is not None and ref_hidden.dtype == hidden.dtype
+    )
+    if ref_logps is None and not same_head:
         assert ref_hidden is not None
         assert ref_weight is not None
         with torch.no_grad():
-            ref_logps = sequence_logps(token_logps(ref_hidden, ref_weight, ref_bias, 0), summed)
-    logps = token_logps(hidden, weight, bias, stash_bytes)
+            ref = linear_logps(ref_hidden, ref_weight, targets, bias=ref_bias, stash_bytes=0, **options)
+            ref_logps = sequence_logps(ref.logps, summed)
+    policy = linear_logps(
+        hidden.reshape(-1, hidden.shape[-1]), weight, targets, bias=bias, stash_bytes=stash_bytes,
+        ref_hidden=ref_hidden if same_head else None, **options,
+    )  # fmt: skip
+    logps = policy.logps
+    if policy.ref_logps is not None:
+        ref_logps = sequence_logps(policy.ref_logps, summed)
+    assert ref_logps is not None
     settings: dict[str, Any] = {"beta": beta, "loss_type": loss_type, **loss_options}
     if (chosen := pair_op.serves(backend, logps, loss_type)) is not None:
         return _epilogue(logps, summed, ref_logps, summed.counts, chosen, **settings)

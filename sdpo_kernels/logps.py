@@ -36,6 +36,7 @@ class LinearLogps(NamedTuple):
     log_sum_sq_probs: Tensor | None = None  # log Σ p²; carries no gradient
     mean_logits: Tensor | None = None  # mean over the vocabulary of the transformed logits; carries no gradient
     is_top1: Tensor | None = None  # bool: no other logit is above the target's
+    ref_logps: Tensor | None = None  # of ref_hidden, where it was given; carries no gradient
 
 
 def linear_logps(
@@ -49,6 +50,7 @@ def linear_logps(
     softcap: float | None = None,
     outputs: Sequence[str] = (),
     rows: ScoredRows | None = None,
+    ref_hidden: Tensor | None = None,
     backend: str = "auto",
     stash_bytes: int | str = "auto",
 ) -> LinearLogps:
@@ -63,6 +65,8 @@ def linear_logps(
         temperature, logit_scale, softcap: the head's transform; softcap None leaves the tanh out.
         outputs: extras from "entropy", "log_sum_sq_probs", "mean_logits", "is_top1".
         rows: the scored rows, where they are known; spares finding them (one host synchronisation on CUDA).
+        ref_hidden: [N, H], hidden's dtype: a reference's hidden states before this very head (a LoRA model with its
+            adapter off). They are scored for the same targets in the same pass over the vocabulary, without gradient.
         backend: "auto" or a backend's name; the environment variable SDPO_BACKEND overrides "auto".
         stash_bytes: memory the forward may spend to spare the backward its recomputation; 0 for none. "auto" is
             min(2·N·V, 4·V·H, an eighth of the device's memory).
@@ -82,7 +86,7 @@ def linear_logps(
         tensor([-4.6052,  0.0000, -4.6052])
     """
     head = Head(logit_scale, softcap, temperature)
-    dtype = _check(hidden, weight, targets, bias, outputs, rows)
+    dtype = _check(hidden, weight, targets, bias, outputs, rows, ref_hidden)
     names = tuple(name for name in EXTRAS if name in outputs)
     chosen = choose_backend(backend, Request(hidden.device, dtype, weight.dtype, head, names))
     if rows is not None:
@@ -106,9 +110,10 @@ def linear_logps(
         dtype,
         chosen.name,
         keep,
+        None if ref_hidden is None else ref_hidden.detach(),
     )
     asked = {name: out[2 + i] for i, name in enumerate(EXTRAS) if name in names}
-    return LinearLogps(out[0], **asked)
+    return LinearLogps(out[0], **asked, ref_logps=None if ref_hidden is None else out[-1])
 
 
 def _keep(
@@ -157,6 +162,7 @@ def _check(
     bias: Tensor | None,
     outputs: Sequence[str],
     rows: ScoredRows | None,
+    ref_hidden: Tensor | None,
 ) -> torch.dtype:
     """Raise ValueError for shapes, dtypes or devices that do not fit; return the dtype operands are rounded to."""
     if hidden.dim() != 2:
@@ -180,7 +186,10 @@ def _check(
     for name in [outputs] if isinstance(outputs, str) else outputs:
         if isinstance(outputs, str) or name not in EXTRAS:
             raise ValueError(f"outputs: was {outputs!r}, must be a sequence of names from {EXTRAS}")
+    if ref_hidden is not None and (ref_hidden.shape, ref_hidden.dtype) != (hidden.shape, hidden.dtype):
+        raise ValueError(f"ref_hidden: was {_describe(ref_hidden)}, must be {_describe(hidden)} as hidden is")
     others = {
+        "ref_hidden": ref_hidden,
         "weight": weight,
         "targets": targets,
         "bias": bias,

@@ -5,19 +5,20 @@ Nothing here allocates anything of size N×V but what the caller asked to keep.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sdpo_kernels.backends import get_backend
-from sdpo_kernels.backends.base import EXTRAS, KEEP_DIRECTION, HeadCall, Saved
+from sdpo_kernels.backends.base import EXTRAS, KEEP_DIRECTION, KEEP_NOTHING, HeadCall, Saved
 from sdpo_kernels.head import Head, product_dtype
 from sdpo_kernels.rows import IGNORE_INDEX
 
-N_INPUTS = 12  # of linear_logps_op
+N_INPUTS = 13  # of linear_logps_op
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # logps, state, EXTRAS …, kept
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # logps, state, EXTRAS …, kept, ref
 
 
 @torch.library.custom_op("sdpo_kernels::linear_logps", mutates_args=())
@@ -34,15 +35,20 @@ def linear_logps_op(
     dtype: torch.dtype,  # what operands are rounded to
     backend: str,
     keep: int,
+    ref_hidden: Tensor | None,  # [N, H], scored by the same head without gradient
 ) -> Outputs:
-    """logps [N], state [N, w], the four extras ([N] or [0]), and what is kept for the backward."""
+    """logps [N], state [N, w], the four extras ([N] or [0]), what is kept for the backward, logps of ref_hidden."""
     kept_rows = hidden.shape[0] if index is None else index.shape[0]
     if index is None:
         index = (targets != IGNORE_INDEX).nonzero().squeeze(1)
     head = Head(logit_scale, softcap, temperature)
-    call = _scored(hidden, weight, targets, bias, index, head, dtype, outputs, kept_rows)
+    call = _scored(hidden, weight, targets, bias, index, head, dtype, outputs, kept_rows, ref_hidden)
     _check_targets(call)
     out = get_backend(backend).forward(call, keep)
+    ref_logps = out.ref_logps
+    if call.ref_hidden is not None and ref_logps is None:
+        alone = replace(call, hidden=call.ref_hidden, ref_hidden=None, outputs=(), kept_rows=0)
+        ref_logps = get_backend(backend).forward(alone, KEEP_NOTHING).logps
     n_rows = hidden.shape[0]
 
     def whole(value: Tensor | None, name: str) -> Tensor:
@@ -62,11 +68,13 @@ def linear_logps_op(
         extras[2],
         extras[3],
         kept,
+        whole(ref_logps, "ref_logps"),
     )
 
 
 @linear_logps_op.register_fake
-def _(hidden, weight, targets, bias, index, logit_scale, softcap, temperature, outputs, dtype, backend, keep):
+def _(hidden, weight, targets, bias, index, logit_scale, softcap, temperature, outputs, dtype, backend, keep,
+      ref_hidden):  # fmt: skip
     n_rows = hidden.shape[0]
     kept_rows = n_rows if index is None else index.shape[0]
     out = product_dtype(dtype)
@@ -82,7 +90,8 @@ def _(hidden, weight, targets, bias, index, logit_scale, softcap, temperature, o
     else:
         kept = hidden.new_empty((kept_rows, keep), dtype=chosen.stash_dtype(dtype))
     state = hidden.new_empty((n_rows, chosen.state_columns), dtype=torch.float64)
-    return (hidden.new_empty(n_rows, dtype=out), state, *extras, kept)
+    ref_logps = hidden.new_empty(0 if ref_hidden is None else n_rows, dtype=out)
+    return (hidden.new_empty(n_rows, dtype=out), state, *extras, kept, ref_logps)
 
 
 @torch.library.custom_op("sdpo_kernels::linear_logps_backward", mutates_args=())
@@ -142,12 +151,12 @@ def _(grad_logps, grad_entropy, hidden, weight, targets, bias, index, logps, sta
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     hidden, weight, targets, bias, index, *options = inputs
-    logps, state, entropy, log_sum_sq_probs, mean_logits, is_top1, kept = output
+    logps, state, entropy, *rest = output
     unrequested = () if "entropy" in options[3].split(",") else (entropy,)
-    ctx.mark_non_differentiable(state, log_sum_sq_probs, mean_logits, is_top1, kept, *unrequested)
+    ctx.mark_non_differentiable(state, *rest, *unrequested)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, targets, bias, index, logps, state, entropy, kept)
-    ctx.options = options
+    ctx.save_for_backward(hidden, weight, targets, bias, index, logps, state, entropy, rest[-2])
+    ctx.options = options[:7]
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -180,12 +189,14 @@ def _scored(
     dtype: torch.dtype,
     outputs: str,
     kept_rows: int,
+    ref_hidden: Tensor | None = None,
 ) -> HeadCall:
     """The problem on the scored rows alone."""
     if index.shape[0] != hidden.shape[0]:
         hidden, targets = hidden.index_select(0, index), targets.index_select(0, index)
+        ref_hidden = None if ref_hidden is None else ref_hidden.index_select(0, index)
     names = tuple(name for name in EXTRAS if name in outputs.split(","))
-    return HeadCall(hidden, weight, bias, targets, head, dtype, names, kept_rows)
+    return HeadCall(hidden, weight, bias, targets, head, dtype, names, kept_rows, ref_hidden)
 
 
 def _check_targets(call: HeadCall) -> None:

@@ -143,11 +143,52 @@ def test_a_graph_can_be_captured():
     assert torch.equal(written, gradient)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_policy_and_reference_of_one_head(frozen):
+    hidden, weight, targets = problem(torch.bfloat16)
+    weight.requires_grad_(not frozen)
+    ref_hidden = problem(torch.bfloat16, n=333)[0].detach().flip(0)
+    both = linear_logps(hidden, weight, targets, ref_hidden=ref_hidden)
+    with torch.no_grad():
+        alone = linear_logps(ref_hidden, weight, targets).logps
+    assert error(both.ref_logps, alone) < 1e-6
+    both.logps.sum().backward()
+    assert hidden.grad.isfinite().all()
+
+
+def test_data_parallel_of_one(tmp_path):
+    """Gradients through DistributedDataParallel are those of the bare module; buckets reduce while ours still runs."""
+    torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        hidden, weight, targets = problem(torch.bfloat16)
+        body = torch.nn.Linear(64, 64, bias=False, device="cuda", dtype=torch.bfloat16)
+        head = torch.nn.Linear(64, weight.shape[0], bias=False, device="cuda", dtype=torch.bfloat16)
+
+        class Model(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.body, self.head = body, head
+
+            def forward(self, x):
+                return linear_logps(self.body(x), self.head.weight, targets).logps
+
+        found = []
+        for wrap in (lambda model: model, torch.nn.parallel.DistributedDataParallel):
+            model = Model()
+            model.zero_grad()
+            wrap(model)(hidden).sum().backward()
+            found.append([p.grad.clone() for p in model.parameters()])
+        for alone, wrapped in zip(*found, strict=True):
+            assert torch.equal(alone, wrapped)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("keep", [0, 64, KEEP_DIRECTION])
 def test_opcheck(keep, backend):
     hidden, weight, targets = problem(torch.float32, 20, 16, 100)
     weight.requires_grad_(keep != KEEP_DIRECTION)
-    args = (hidden, weight, targets, None, None, 1.0, None, 1.0, "", torch.float32, backend, keep)
+    args = (hidden, weight, targets, None, None, 1.0, None, 1.0, "", torch.float32, backend, keep, None)
     torch.library.opcheck(logps_op.linear_logps_op, args)
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdpo_kernels import FusedLinearDPOLoss, fused_linear_dpo
+from sdpo_kernels import FusedLinearDPOLoss, dpo, fused_linear_dpo
 from sdpo_kernels.dpo import DPOOutput, pair_output, sequence_logps
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
 from tests.reference import chunk_columns, error, logits_of, size, target_logps
@@ -175,6 +175,26 @@ def test_a_reference_scored_before_is_a_reference_scored_now():
     before, found = with_gradients(batch, ref_logps=cached)
     assert all(torch.equal(a, b) for a, b in zip(now, before, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(gradients, found, strict=True))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_reference_before_the_same_head_needs_no_pass_of_its_own(monkeypatch, frozen):
+    generator = torch.Generator().manual_seed(0)
+    hidden, ref_hidden = torch.randn(2, 4, 6, 8, generator=generator).unbind(0)
+    weight = torch.randn(70, 8, generator=generator).requires_grad_(not frozen)
+    labels = torch.randint(70, (4, 6), generator=generator)
+    labels[:, :2] = -100
+    calls = []
+    whole = dpo.linear_logps
+    monkeypatch.setattr(dpo, "linear_logps", lambda *args, **options: calls.append(options) or whole(*args, **options))
+    found = []
+    for ref_weight in (weight, weight.detach().clone()):
+        policy = hidden.clone().requires_grad_()
+        out = fused_linear_dpo(policy, weight, labels, ref_hidden=ref_hidden, ref_weight=ref_weight)
+        found.append([*out, *torch.autograd.grad(out.loss, [policy] if frozen else [policy, weight])])
+    assert [options.get("ref_hidden") is not None for options in calls] == [True, False, False]
+    for together, apart in zip(*found, strict=True):
+        assert torch.equal(together, apart)
 
 
 def test_the_reference_gets_no_gradient():

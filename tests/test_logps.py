@@ -77,7 +77,7 @@ def test_the_ways_of_keeping_are_what_this_file_means_by_them(monkeypatch):
     monkeypatch.setattr(backends, "AUTO_ORDER", ("eager",))
     seen = []
     op = logps_op.linear_logps_op
-    monkeypatch.setattr(logps_op, "linear_logps_op", lambda *args: seen.append(args[-1]) or op(*args))
+    monkeypatch.setattr(logps_op, "linear_logps_op", lambda *args: seen.append(args[11]) or op(*args))
 
     def keep(trains: tuple[str, ...], stash_bytes: int | str, outputs: tuple[str, ...] = ()) -> int:
         random_case(8, 4, 200, trains=trains, outputs=outputs, bias=True, settings={"stash_bytes": stash_bytes}).ours()
@@ -95,6 +95,34 @@ def test_the_ways_of_keeping_are_what_this_file_means_by_them(monkeypatch):
     with torch.no_grad():
         linear_logps(torch.zeros(1, 1, requires_grad=True), torch.zeros(2, 1), torch.tensor([0]))
     assert seen.pop() == 0
+
+
+@pytest.mark.parametrize("stash_bytes", [0, ALL])
+@pytest.mark.parametrize("trains", [("hidden", "weight", "bias"), ("hidden",), ()], ids="+".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_reference_of_the_same_head_is_scored_beside(dtype, trains, stash_bytes):
+    """Bit for bit what each gives alone, and no gradient flows into the reference."""
+    case = random_case(9, 12, 200, dtype=dtype, masked=0.3, bias=True, trains=trains)
+    case.settings["stash_bytes"] = stash_bytes
+    ref_hidden = random_case(9, 12, 200, dtype=dtype, seed=1).hidden.requires_grad_()
+    with torch.no_grad():
+        ref = linear_logps(ref_hidden, case.weight, case.targets, bias=case.bias, **case.head).logps
+    alone = case.ours()
+    case.settings["ref_hidden"] = ref_hidden
+    both = case.ours()
+    assert torch.equal(both.pop("ref_logps"), ref)
+    for name, value in alone.items():
+        assert value is both[name] or torch.equal(both[name], value), name
+    assert ref_hidden.grad is None
+
+
+def test_a_reference_that_does_not_fit_is_named():
+    with pytest.raises(
+        ValueError, match=r"ref_hidden: was float32 of shape \[2, 4\], must be float32 of shape \[3, 4\]"
+    ):
+        linear_logps(
+            torch.zeros(3, 4), torch.zeros(9, 4), torch.zeros(3, dtype=torch.int64), ref_hidden=torch.zeros(2, 4)
+        )
 
 
 def test_float32_hidden_bias_with_a_bfloat16_head():
@@ -149,9 +177,9 @@ def test_rows_of_coefficient_0_get_no_gradient_even_from_nan(trains):
 def test_the_unrequested_is_none_and_only_log_probs_and_entropy_carry_gradient():
     hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
     targets = torch.tensor([0, 8, -100])
-    assert linear_logps(hidden, weight, targets)[1:] == (None,) * 4
+    assert linear_logps(hidden, weight, targets)[1:] == (None,) * 5
     out = linear_logps(hidden, weight, targets, outputs=EXTRAS)
-    assert [value.requires_grad for value in out] == [True, True, False, False, False]
+    assert [value.requires_grad for value in out[:5]] == [True, True, False, False, False]
     assert out.is_top1.dtype == torch.bool
 
 

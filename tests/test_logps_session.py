@@ -129,10 +129,22 @@ def test_opcheck(keep, outputs, trains, given, dtype, each_backend):
         t.requires_grad_(wanted) for t, wanted in zip((case.hidden, case.weight, case.bias), trains, strict=True)
     )
     settings = (1.5, 20.0, 0.8)
-    args = (hidden, weight, case.targets, bias, index, *settings, outputs, dtype, each_backend, keep)
+    args = (
+        hidden,
+        weight,
+        case.targets,
+        bias,
+        index,
+        *settings,
+        outputs,
+        dtype,
+        each_backend,
+        keep,
+        case.hidden.detach() if given else None,
+    )
     torch.library.opcheck(logps_op.linear_logps_op, args)
     with torch.no_grad():
-        logps, state, entropy, *_, kept = logps_op.linear_logps_op(*args)
+        logps, state, entropy, *_, kept, _ = logps_op.linear_logps_op(*args)
         grad_entropy = torch.ones(5) if "entropy" in outputs else None
         backward = (
             torch.ones(5), grad_entropy, hidden, weight, case.targets, bias, index, logps, state, entropy, kept,

@@ -40,6 +40,7 @@ class HeadCall:
     dtype: torch.dtype  # float32, bfloat16, float16 or float64: what operands are rounded to
     outputs: tuple[str, ...]
     kept_rows: int  # rows of what a forward keeps: N, or more where the fake kernel could not know N; the rest is 0
+    ref_hidden: Tensor | None = None  # [N, H] of a reference with this very head: its log-probs alone are wanted
 
 
 class HeadForward(NamedTuple):
@@ -52,6 +53,7 @@ class HeadForward(NamedTuple):
     mean_logits: Tensor | None
     is_top1: Tensor | None  # bool: no other column's logit is above the target's
     kept: Tensor | None  # stash [kept_rows, columns] or direction [kept_rows, H], see KEEP_*; laid out as it likes
+    ref_logps: Tensor | None = None  # of ref_hidden; a backend that leaves it out is asked again for those rows alone
 
 
 class Saved(NamedTuple):

@@ -63,7 +63,7 @@ def logits_kernel(arch: int, dtype: str, capped: bool, bias: bool, sums: bool, e
     }
     types |= {"bias": f"*{dtype}", "targets": "*i64", "stash": f"*{dtype}", "before": "fp32", "after": "fp32"}
     types |= dict.fromkeys(("shift", "sums", "parts", "gemm_target"), "*fp32")
-    types |= dict.fromkeys(("n_rows", "n_columns", "first_tile", *DIVISIBLE), "i32")
+    types |= dict.fromkeys(("n_rows", "n_columns", "stash_rows", "first_tile", *DIVISIBLE), "i32")
     constants: dict[str, Any] = {
         "BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "GROUP": tile.group, "CAPPED": capped,
         "HAS_BIAS": bias, "SUMS": sums, "EXTRAS": extras, "STORE": store, "DESCRIPTORS": tile.descriptors,
@@ -109,7 +109,7 @@ def test_the_kernels_of_rows(arch, dtype, capped, tmp_path):
     pointers = {"x": dtype, "w": dtype, "bias": dtype, "targets": "i64", "stash": dtype, "state": "fp64", "redo": "i8"}
     floats = ("target_logits", "sums", "parts", "logps", "entropy", "log_sum_sq", "mean_logits", "zmax", "direction")
     types = {name: f"*{kind}" for name, kind in pointers.items()} | dict.fromkeys(floats, "*fp32")
-    types |= dict.fromkeys(("n_rows", "n_columns", "n_tiles", *DIVISIBLE), "i32")
+    types |= dict.fromkeys(("n_rows", "n_columns", "n_tiles", "kept_rows", *DIVISIBLE), "i32")
     types |= dict.fromkeys(("before", "after", "to_tanh"), "fp32")
     head = {"CAPPED": capped, "HAS_BIAS": True}
     redo = {"BJ": REDO_ELEMENTS // 4096, "BH": 4096, "EXTRAS": True, "STORE": True, "DIRECTION": True}

@@ -167,6 +167,29 @@ def test_log_probs_have_the_same_bits_whatever_is_kept():
     assert torch.equal(alone, found[0][3:4])
 
 
+@pytest.mark.parametrize("stash_bytes", [0, 4 * 20 * 64, ALL])
+@pytest.mark.parametrize("trains", [("hidden", "weight", "bias"), ("hidden",), ()], ids="+".join)
+def test_policy_and_reference_of_one_head_in_one_launch(monkeypatch, trains, stash_bytes):
+    """Bit for bit what each gives alone; rows of both are out of range."""
+    case = triton_case(20, 12, 150, bias=True, trains=trains, masked=0.2, settings={"stash_bytes": stash_bytes})
+    case.bias[7] = -160.0
+    case.targets[::3] = 7
+    ref = triton_case(20, 12, 150, seed=1)
+    with torch.no_grad():
+        wanted = linear_logps(ref.hidden, case.weight, case.targets, bias=case.bias, backend="triton").logps
+    alone = case.ours()
+    launches = []
+    real = launch.logits
+    monkeypatch.setattr(launch, "logits", lambda rows, *args: launches.append(rows.x.shape[0]) or real(rows, *args))
+    case.settings["ref_hidden"] = ref.hidden
+    both = case.ours()
+    assert launches[0] == 2 * int((case.targets >= 0).sum())
+    assert torch.equal(both.pop("ref_logps"), wanted)
+    assert wanted.min() < -140
+    for name, value in alone.items():
+        assert value is both[name] or torch.equal(both[name], value), name
+
+
 def test_autocast_rounds_both_and_gives_the_weight_its_own_dtype():
     case = triton_case(9, 16, 130, masked=0.2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -183,7 +206,7 @@ def test_opcheck(keep, outputs):
     frozen = keep == KEEP_DIRECTION
     args = (
         case.hidden.requires_grad_(), case.weight.requires_grad_(not frozen), case.targets, case.bias, None,
-        1.5, 20.0, 0.8, outputs, torch.float32, "triton", keep,
+        1.5, 20.0, 0.8, outputs, torch.float32, "triton", keep, None,
     )  # fmt: skip
     torch.library.opcheck(logps_op.linear_logps_op, args)
 

@@ -17,10 +17,10 @@ CHUNK_ELEMENTS = 2**28  # of S that is made and used at once: 512 MiB in bfloat1
 SHIFT = 58 * 0.6931471805599453  # as kernels.SHIFT
 
 
-def chunks(call: HeadCall, border: int, columns: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) over the vocabulary in steps of `columns`, with a border at `border`; shapes alone decide."""
+def chunks(call: HeadCall, border: int, before: int, after: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) over the vocabulary in steps of `before` up to `border` and `after` from there."""
     n_columns = call.weight.shape[0]
-    for first, last in ((0, min(border, n_columns)), (min(border, n_columns), n_columns)):
+    for first, last, columns in ((0, border, before), (border, n_columns, after)):
         for start in range(first, last, columns):
             yield start, min(start + columns, last)
 
@@ -35,10 +35,10 @@ def chunk_columns(call: HeadCall, tile_columns: int) -> int:
 def forward(call: HeadCall, keep: int) -> HeadForward:
     """See `base.Backend.forward`."""
     rows = Rows.of(call)
-    n_rows, width = rows.x.shape
+    n_rows, width = call.hidden.shape
     n_columns, tile = call.weight.shape[0], rows.tile
     sums = Sums.of(rows, -(-n_columns // tile.columns))
-    kept = direction = None
+    kept = direction = stash = None
     if keep == KEEP_DIRECTION:
         kept = rows.x.new_zeros((call.kept_rows, width), dtype=torch.float32)
         direction = kept[:n_rows]
@@ -46,27 +46,29 @@ def forward(call: HeadCall, keep: int) -> HeadForward:
         kept = rows.x.new_empty((call.kept_rows, keep))
         kept[n_rows:].zero_()
         kept[:, n_columns:].zero_()
+        stash = kept[:n_rows]
     with precision.full(call.hidden.device):
-        _walk(rows, sums, keep, kept, direction)
+        _walk(rows, sums, stash, direction)
     found = launch.finalize(rows, sums)
-    stash = kept[:n_rows] if kept is not None and direction is None else None
     launch.redo(rows, found, stash, direction)
     if stash is not None:
         launch.set_targets(rows, 0, min(keep, n_columns), stash, found.logps, found.state)
     if direction is not None:
-        _finish_direction(rows, found.logps, found.state, direction)
+        _finish_direction(call, found.logps[:n_rows], found.state[:n_rows], direction)
     top1 = None if sums.gemm_target is None or found.zmax is None else sums.gemm_target >= found.zmax
     values = (found.entropy, found.log_sum_sq, found.mean_logits, top1)
-    extras = {name: value if name in call.outputs else None for name, value in zip(EXTRAS, values, strict=True)}
-    return HeadForward(found.logps, found.state, **extras, kept=kept)
+    own = [None if value is None else value[:n_rows] for value in (found.logps, found.state, *values)]
+    extras = {name: value if name in call.outputs else None for name, value in zip(EXTRAS, own[2:], strict=True)}
+    ref_logps = None if call.ref_hidden is None else found.logps[n_rows:].clone()
+    return HeadForward(found.logps[:n_rows], found.state[:n_rows], **extras, kept=kept, ref_logps=ref_logps)
 
 
-def _walk(rows: Rows, sums: Sums, keep: int, kept: Tensor | None, direction: Tensor | None) -> None:
+def _walk(rows: Rows, sums: Sums, stash: Tensor | None, direction: Tensor | None) -> None:
     """All tiles of the vocabulary, S going to the stash, or to a scratch that `direction` gathers up, or nowhere."""
-    call, n_rows = rows.call, rows.x.shape[0]
+    call, n_rows, keep = rows.call, rows.call.hidden.shape[0], 0 if stash is None else stash.shape[1]
     step = chunk_columns(call, rows.tile.columns)
     scratch = None if direction is None else rows.x.new_empty(n_rows * step)
-    for start, stop in chunks(call, 0, step):
+    for start, stop in chunks(call, 0, step, step):
         weight = launch.unit_stride(call.weight[start:stop].to(call.dtype))
         if direction is not None:
             assert scratch is not None
@@ -77,22 +79,20 @@ def _walk(rows: Rows, sums: Sums, keep: int, kept: Tensor | None, direction: Ten
         # tiles that a stash reaches into, then those beyond it
         stored = min(-(-max(keep - start, 0) // rows.tile.columns) * rows.tile.columns, stop - start)
         if stored:
-            assert kept is not None
-            launch.logits(rows, weight[:stored], start, rows.target_logits, sums, kept, start)
+            launch.logits(rows, weight[:stored], start, rows.target_logits, sums, stash, start)
         if stored < stop - start:
             launch.logits(rows, weight[stored:], start + stored, rows.target_logits, sums, None)
 
 
 def _scratch_of(scratch: Tensor, rows: Rows, n_columns: int) -> Tensor:
     """The beginning of `scratch` as [N, whole tiles], contiguous: columns from `n_columns` on will be 0."""
-    n_rows, tile = rows.x.shape[0], rows.tile.columns
+    n_rows, tile = rows.call.hidden.shape[0], rows.tile.columns
     width = -(-n_columns // tile) * tile
     return scratch[: n_rows * width].view(n_rows, width)
 
 
-def _finish_direction(rows: Rows, logps: Tensor, state: Tensor, direction: Tensor) -> None:
+def _finish_direction(call: HeadCall, logps: Tensor, state: Tensor, direction: Tensor) -> None:
     """d logp / d hidden = gain·((1 − p)·c·W[y] − 2⁵⁸·e^(k − lse)·Σ S_j W_j), in place of the sum."""
-    call = rows.call
     gain = call.head.logit_scale / call.head.temperature
     lse, k = state[:, 0], state[:, 1]
     of_sum = (-gain * (k - lse + SHIFT).exp()).float()
@@ -138,7 +138,8 @@ def _backward(
     stashed, step = min(max(saved.keep, 0), call.weight.shape[0]), chunk_columns(call, rows.tile.columns)
     cast = call.weight.dtype != call.dtype
     scratch = None
-    for start, stop in chunks(call, stashed, step):
+    at_once = step if cast or saved.rows is not None else max(stashed, 1)  # no copies: one product for the whole stash
+    for start, stop in chunks(call, stashed, at_once, step):
         weight = (
             launch.unit_stride(call.weight[start:stop].to(call.dtype)) if cast or needs[0] or stop > stashed else None
         )

@@ -91,11 +91,13 @@ def products(
     return acc
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_columns", "first_tile"])  # else each kind of batch size is compiled anew
+# without this each kind of batch size would be compiled anew
+@triton.jit(do_not_specialize=["n_rows", "n_columns", "stash_rows", "first_tile"])
 def logits_kernel(
     x, w, bias, targets, shift,  # [N, H], [C, H], [C], [N] int64 relative to this chunk, [N] float32: k
     sums, parts, gemm_target, stash,  # [tiles, N], [tiles, 4, N], [N], [N, stash_stride]
-    n_rows, n_columns, width, x_stride, w_stride, stash_stride, stash_columns, stash_start, first_tile, before, after,
+    n_rows, n_columns, width, x_stride, w_stride, stash_rows, stash_columns, stash_stride, stash_start, first_tile,
+    before, after,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     CAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, SUMS: tl.constexpr, EXTRAS: tl.constexpr, STORE: tl.constexpr,
     DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr,
@@ -141,7 +143,7 @@ def logits_kernel(
         tl.store(
             to,
             (e * slope).to(stash.dtype.element_ty),
-            there[:, None] & ((stash_start + columns)[None, :] < stash_columns),
+            (rows < stash_rows)[:, None] & ((stash_start + columns)[None, :] < stash_columns),
         )
 
 
@@ -231,11 +233,11 @@ def rest_probability(logp):
     return tl.where(logp > -1e-3, series, 1.0 - tl.exp(logp))
 
 
-@triton.jit(do_not_specialize=["n_columns"])  # else each kind of batch size is compiled anew
+@triton.jit(do_not_specialize=["n_columns", "kept_rows"])  # else each kind of batch size is compiled anew
 def redo_kernel(
     redo, x, w, bias, targets, target_logits,  # whole V here
     logps, state, entropy, log_sum_sq, mean_logits, stash, direction,  # direction [N, width]: Σ 2⁻⁵⁸·p_j·c_j·W_j
-    n_columns, width, x_stride, w_stride, stash_columns, stash_stride, before, after,
+    n_columns, width, x_stride, w_stride, kept_rows, stash_columns, stash_stride, before, after,
     BJ: tl.constexpr, BH: tl.constexpr, CAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, EXTRAS: tl.constexpr,
     STORE: tl.constexpr, DIRECTION: tl.constexpr,
 ):  # fmt: skip
@@ -282,7 +284,7 @@ def redo_kernel(
         tl.store(entropy + row + one, h.to(tl.float32))
         tl.store(log_sum_sq + row + one, tl.log(p * p + squares.to(tl.float64) * share * share).to(tl.float32))
         tl.store(mean_logits + row + one, (z_sum / n_columns).to(tl.float32))
-    if STORE or DIRECTION:
+    if (STORE or DIRECTION) and row < kept_rows:
         gathered = tl.zeros([BH], tl.float32)
         for start in range(0, n_columns, BJ):
             z, slope, right, counted = few_logits(

@@ -22,23 +22,26 @@ class Rows:
     """A call's rows and what the forward learns of them."""
 
     call: HeadCall
-    x: Tensor  # [N, H] in the call's dtype, unit stride
+    x: Tensor  # [N, H] in the call's dtype, unit stride; the reference's rows, where there are any, after the call's
+    targets: Tensor  # [N] int64
     target_logits: Tensor  # [N] float32: z_y, and k of the first pass
     tile: Tile
 
     @classmethod
     def of(cls, call: HeadCall) -> Rows:
         """Operands as the kernels take them, and the targets' logits."""
-        x = call.hidden.to(call.dtype)
+        x, targets = call.hidden.to(call.dtype), call.targets
+        if call.ref_hidden is not None:
+            x, targets = torch.cat([x, call.ref_hidden.to(call.dtype)]), targets.repeat(2)
         x = x if x.stride(1) == 1 else x.contiguous()
         heavy = call.head.softcap is not None or bool(call.outputs)
         tile = tile_for(x.device, x.dtype, heavy)
-        rows = cls(call, x, x.new_empty(x.shape[0], dtype=torch.float32), tile)
+        rows = cls(call, x, targets.contiguous(), x.new_empty(x.shape[0], dtype=torch.float32), tile)
         weight = unit_stride(call.weight)
         before, after, capped = head_numbers(call)
         if x.shape[0]:
             kernels.target_logits_kernel[(x.shape[0],)](
-                x, weight, call.bias, call.targets, rows.target_logits,
+                x, weight, call.bias, rows.targets, rows.target_logits,
                 x.shape[1], x.stride(0), weight.stride(0), before, after,
                 BLOCK=min(1024, triton.next_power_of_2(x.shape[1])), CAPPED=capped, HAS_BIAS=call.bias is not None,
             )  # fmt: skip
@@ -104,11 +107,11 @@ def logits(
     grid = (triton.cdiv(n_rows, tile.rows) * triton.cdiv(n_columns, tile.columns),)
     left, right, described = operands(rows.x, weight, tile)
     kernels.logits_kernel[grid](
-        left, right, bias, call.targets - start, shift,
+        left, right, bias, rows.targets - start, shift,
         None if sums is None else sums.sums, None if sums is None else sums.parts,
         None if sums is None else sums.gemm_target, stash,
         n_rows, n_columns, rows.x.shape[1], rows.x.stride(0), weight.stride(0),
-        0 if stash is None else stash.stride(0), 0 if stash is None else stash.shape[1], stash_start,
+        *(stash.shape if stash is not None else (0, 0)), 0 if stash is None else stash.stride(0), stash_start,
         start // tile.columns,
         before, after,
         BM=tile.rows, BN=tile.columns, BK=tile.depth, GROUP=tile.group, CAPPED=capped, HAS_BIAS=bias is not None,
@@ -168,10 +171,10 @@ def finalize(rows: Rows, sums: Sums) -> Finished:
 
 def set_targets(rows: Rows, start: int, n_columns: int, stash: Tensor, logps: Tensor, state: Tensor) -> None:
     """S's entries at the targets among columns start … start + n_columns − 1."""
-    n, head = rows.x.shape[0], rows.call.head
+    n, head = stash.shape[0], rows.call.head
     if n:
         kernels.set_targets_kernel[(triton.cdiv(n, ROWS_AT_ONCE),)](
-            stash, rows.call.targets - start, logps, state, n, n_columns, stash.stride(0),
+            stash, rows.targets - start, logps, state, n, n_columns, stash.stride(0),
             0.0 if head.softcap is None else head.temperature / head.softcap,
             BLOCK=ROWS_AT_ONCE, CAPPED=head.softcap is not None,
         )  # fmt: skip
@@ -186,10 +189,10 @@ def redo(rows: Rows, found: Finished, stash: Tensor | None, direction: Tensor | 
     weight, (before, after, capped) = unit_stride(call.weight), head_numbers(call)
     bh = triton.next_power_of_2(width)
     kernels.redo_kernel[(n,)](
-        found.redo, rows.x, weight, call.bias, call.targets, rows.target_logits, found.logps, found.state,
+        found.redo, rows.x, weight, call.bias, rows.targets, rows.target_logits, found.logps, found.state,
         found.entropy, found.log_sum_sq, found.mean_logits, stash, direction,
-        weight.shape[0], width, rows.x.stride(0), weight.stride(0), 0 if stash is None else stash.shape[1],
-        0 if stash is None else stash.stride(0), before, after,
+        weight.shape[0], width, rows.x.stride(0), weight.stride(0), call.hidden.shape[0],
+        0 if stash is None else stash.shape[1], 0 if stash is None else stash.stride(0), before, after,
         BJ=max(1, min(64, REDO_ELEMENTS // bh)), BH=bh, CAPPED=capped, HAS_BIAS=call.bias is not None,
         EXTRAS=found.entropy is not None, STORE=stash is not None, DIRECTION=direction is not None, num_warps=8,
     )  # fmt: skip
