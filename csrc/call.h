@@ -24,11 +24,12 @@ struct Matrix {
   }
 };
 
-// S or E of a chunk: blocks of 64 columns, each [rows][64], of the call's operand type; columns past V are 0.
+// S of a chunk: blocks of 64 columns, each [rows][64], of the call's operand type; columns past V are 0.
 struct Blocks {
   void* data;             // null: not wanted
   int64_t rows;           // of a block
   const int64_t* row_of;  // where row i of the call stands in a block; null: at i
+  int64_t stride = 0;     // CUDA lays S out by rows: elements from row to row; 0: by blocks
 };
 
 // The scored rows of a batch against a head.

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <stdexcept>
 #include <string>
 
 #include "cpu/chip.h"
@@ -21,6 +22,8 @@ using MaybeTensor = std::optional<Tensor>;
 
 // `round`: float numbers are to be rounded to bfloat16.
 Matrix matrix(const Tensor& t, bool round = false) {
+  if (t.scalar_type() != ScalarType::BFloat16 && t.scalar_type() != ScalarType::Float)
+    throw std::runtime_error("sdpo_kernels: the native kernels take float32 and bfloat16");
   bool bf16 = t.scalar_type() == ScalarType::BFloat16;
   return {t.data_ptr(), t.size(0), t.size(1), t.stride(0), bf16, round && !bf16};
 }
@@ -46,9 +49,12 @@ Call make_call(const Tensor& hidden, const Tensor& weight, const MaybeTensor& bi
           temperature};
 }
 
-Kept make_kept(const MaybeTensor& stash, int64_t stash_rows, const MaybeTensor& row_of, const MaybeTensor& direction) {
+Kept make_kept(const MaybeTensor& stash, bool bf16, int64_t stash_rows, const MaybeTensor& row_of,
+               const MaybeTensor& direction) {
   Kept kept{0, {}, pointer<float>(direction)};
   if (!stash) return kept;
+  bool fits = stash->scalar_type() == (bf16 ? ScalarType::BFloat16 : ScalarType::Float);
+  if (!fits) throw std::runtime_error("sdpo_kernels: the stash is not of the dtype that this chip's kernels multiply");
   kept.blocks = stash->size(1) / PANEL;
   kept.stash = {stash->data_ptr(), stash_rows, pointer<int64_t>(row_of)};
   return kept;
@@ -57,8 +63,9 @@ Kept make_kept(const MaybeTensor& stash, int64_t stash_rows, const MaybeTensor& 
 void linear_forward(Tensor hidden, Tensor weight, MaybeTensor bias, Tensor targets, double scale, double softcap,
                     double temperature, bool bf16, Tensor logps, Tensor state, MaybeTensor stash,
                     MaybeTensor direction) {
-  cpu::Leaves leaves(cpu::kernels_for(bf16));
-  Kept kept = make_kept(stash, stash ? stash->size(0) : 0, std::nullopt, direction);
+  const cpu::Kernels& kernels = cpu::kernels_for(bf16);
+  cpu::Leaves leaves(kernels);
+  Kept kept = make_kept(stash, kernels.bf16, stash ? stash->size(0) : 0, std::nullopt, direction);
   forward(leaves, make_call(hidden, weight, bias, targets, scale, softcap, temperature, bf16), kept,
           pointer<float>(logps), pointer<double>(state));
 }
@@ -66,8 +73,9 @@ void linear_forward(Tensor hidden, Tensor weight, MaybeTensor bias, Tensor targe
 void linear_backward(Tensor hidden, Tensor weight, MaybeTensor bias, Tensor targets, double scale, double softcap,
                      double temperature, bool bf16, Tensor logps, Tensor state, MaybeTensor stash, MaybeTensor row_of,
                      Tensor grad, MaybeTensor grad_hidden, MaybeTensor grad_weight, MaybeTensor grad_bias) {
-  cpu::Leaves leaves(cpu::kernels_for(bf16));
-  Kept kept = make_kept(stash, stash ? stash->size(0) : 0, row_of, std::nullopt);
+  const cpu::Kernels& kernels = cpu::kernels_for(bf16);
+  cpu::Leaves leaves(kernels);
+  Kept kept = make_kept(stash, kernels.bf16, stash ? stash->size(0) : 0, row_of, std::nullopt);
   Gradients wanted{pointer<void>(grad_hidden), pointer<void>(grad_weight), pointer<float>(grad_bias)};
   backward(leaves, make_call(hidden, weight, bias, targets, scale, softcap, temperature, bf16), kept,
            pointer<float>(logps), pointer<double>(state), pointer<float>(grad), wanted);
@@ -89,6 +97,7 @@ void pair_epilogue(Tensor logps, MaybeTensor index, MaybeTensor segment, Tensor 
   cpu::Pairs pairs{pointer<float>(logps),
                    pointer<int64_t>(index),
                    pointer<int64_t>(segment),
+                   logps.size(0),
                    index ? index->size(0) : 0,
                    ref.size(0) / 2,
                    pointer<float>(ref),

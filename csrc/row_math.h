@@ -128,6 +128,24 @@ SDPO_HD uint16_t bf16_of_float(float value) {
 
 SDPO_HD float float_of_bf16(uint16_t value) { return float_of_bits(uint32_t(value) << 16); }
 
+// 1/temperature in two floats, so that z = logit/temperature is rounded once.
+struct Reciprocal {
+  float high, low;
+};
+
+SDPO_HD Reciprocal reciprocal(double temperature) {
+  float high = float(1.0 / temperature);
+  return {high, float(1.0 / temperature - high)};
+}
+
+// An infinite logit keeps out of the second product: ∞·0 and ∞ − ∞ are no numbers.
+SDPO_HD float divided(float logit, const Reciprocal& by) {
+  const float largest = 3.402823466e38f;
+  float finite = logit > largest ? largest : logit;
+  finite = finite < -largest ? -largest : finite;
+  return logit * by.high + finite * by.low;
+}
+
 // --- a row, in double: N numbers cost nothing beside N×V ---
 
 // The same transform in double, for the target's logit.
@@ -146,6 +164,49 @@ SDPO_HD double logit_double(const Head& head, double softcap, double temperature
 SDPO_HD double logp_of(double target, double rest) {
   double d = rest - target;
   return d <= 0 ? -log1p(exp(d)) : -d - log1p(exp(-d));
+}
+
+struct RowResult {
+  double logp, lse;
+};
+
+// A target of probability 0 (−∞) leaves the logsumexp of the rest; one of +∞ leaves no number.
+SDPO_HD RowResult row_result(double target, double rest) {
+  double logp = target == INFINITY ? NAN : logp_of(target, rest);
+  return {logp, target == -INFINITY ? rest : target - logp};
+}
+
+// log of all other columns' Σ exp(z) from o = 2⁻⁵⁸·Σ exp(z − k).
+SDPO_HD double rest_of_sum(double sum, double k) { return log(sum) + k + SHIFT; }
+
+// Rows that have to be done again with k = logsumexp. NaN is not overflow.
+SDPO_HD bool out_of_range(double sum, double target) { return sum > LARGEST_SUM || fabs(target) == double(INFINITY); }
+
+// dz/da at the target up to `gain`, from z_y.
+SDPO_HD double slope_at(const Head& head, double softcap, double temperature, double z) {
+  if (!head.capped) return 1.0;
+  double tanh_u = z * temperature / softcap, slope = (1.0 - tanh_u) * (1.0 + tanh_u);
+  return slope > 0.0 ? slope : 0.0;
+}
+
+// S's entry at the target: −o·c, with o = 2⁻⁵⁸·(1 − p)·e^(lse − k).
+SDPO_HD float target_entry(double logp, double lse, double k, double slope) {
+  double rest = -expm1(logp);
+  return float(rest == 0.0 ? 0.0 : -rest * exp(lse - k - SHIFT) * slope);
+}
+
+// r, what a row's S is multiplied by in the backward: −g·gain/(o + 2⁻⁵⁸·e^(z_y − k)).
+SDPO_HD float gradient_factor(double grad, double gain, double k, double lse) {
+  return float(-grad * gain * exp(k - lse + SHIFT));
+}
+
+// d logp / d hidden = of_sum·Σ_{j ≠ y} S_j W_j + of_target·W[y].
+struct DirectionFactors {
+  float of_sum, of_target;
+};
+
+SDPO_HD DirectionFactors direction_factors(double gain, double logp, double lse, double k, double slope) {
+  return {float(-gain * exp(k - lse + SHIFT)), float(gain * -expm1(logp) * slope)};
 }
 
 }  // namespace sdpo

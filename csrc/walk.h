@@ -14,15 +14,6 @@
 
 namespace sdpo {
 
-constexpr int64_t CHUNK_ELEMENTS = int64_t(1) << 22;  // of S that is made and used at once: 8 MiB in bfloat16
-constexpr int64_t CHUNK_SUMS = int64_t(1) << 20;      // partial sums of a chunk of which nothing is stored: 4 MiB
-
-inline int64_t chunk_blocks(int64_t n_rows, bool stored_here) {
-  int64_t blocks =
-      stored_here ? CHUNK_ELEMENTS / (PANEL * std::max<int64_t>(n_rows, 1)) : CHUNK_SUMS / std::max<int64_t>(n_rows, 1);
-  return std::max<int64_t>(blocks, 4);
-}
-
 // Every block once: f(first, count), with a border at `border`.
 template <class F>
 void for_chunks(int64_t blocks, int64_t border, int64_t step_before, int64_t step_after, const F& f) {
@@ -34,8 +25,7 @@ void for_chunks(int64_t blocks, int64_t border, int64_t step_before, int64_t ste
 template <class Leaves>
 void forward(Leaves& leaves, const Call& call, const Kept& kept, float* logps, double* state) {
   leaves.begin_forward(call);
-  int64_t n_rows = call.hidden.rows;
-  int64_t without = chunk_blocks(n_rows, false), with = chunk_blocks(n_rows, true);
+  int64_t without = leaves.chunk_blocks(false), with = leaves.chunk_blocks(true);
   bool direct = kept.direction != nullptr;
   for_chunks(call.blocks(), kept.blocks, without, direct ? with : without, [&](int64_t first, int64_t count) {
     Blocks s = first < kept.blocks ? leaves.part(kept.stash, first) : direct ? leaves.scratch_blocks(with) : Blocks{};
@@ -53,8 +43,8 @@ template <class Leaves>
 void backward(Leaves& leaves, const Call& call, const Kept& kept, const float* logps, const double* state,
               const float* grad, const Gradients& wanted) {
   leaves.begin_backward(call, logps, state, grad, wanted);
-  int64_t with = chunk_blocks(call.hidden.rows, true);
-  for_chunks(call.blocks(), kept.blocks, std::max<int64_t>(kept.blocks, 1), with, [&](int64_t first, int64_t count) {
+  int64_t with = leaves.chunk_blocks(true), at_once = leaves.stash_blocks(kept.blocks);
+  for_chunks(call.blocks(), kept.blocks, at_once, with, [&](int64_t first, int64_t count) {
     Blocks s = leaves.part(kept.stash, first);
     if (first >= kept.blocks) {
       s = leaves.scratch_blocks(with);

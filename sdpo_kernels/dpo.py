@@ -182,6 +182,13 @@ def pair_output(
 ) -> DPOOutput:
     """Loss and metrics from summed log-probs: policy [2B], reference [2B], counts of scored tokens [2B]."""
     check_loss(loss_type, beta, **loss_options)
+    if policy_logps.dim() != 1 or policy_logps.shape[0] < 2 or policy_logps.shape[0] % 2:
+        raise ValueError(f"policy_logps: was of shape {list(policy_logps.shape)}, must be [2B], chosen half first")
+    for name, tensor in {"ref_logps": ref_logps, "counts": counts}.items():
+        if tensor.shape != policy_logps.shape:
+            raise ValueError(
+                f"{name}: was of shape {list(tensor.shape)}, must be {list(policy_logps.shape)} as policy_logps is"
+            )
     settings: dict[str, Any] = {"beta": beta, "loss_type": loss_type, **loss_options}
     if (chosen := pair_op.serves("auto", policy_logps, loss_type)) is not None:
         return _epilogue(policy_logps, None, ref_logps, counts, chosen, **settings)
@@ -281,6 +288,10 @@ def _check_batch(
             f"{rows.segment.shape[0]} segments, "
             f"must be of {n_sequences} sequences and a segment for every row"
         )
+    if rows is not None and rows.segment.device.type == "cpu" and not torch.compiler.is_compiling():
+        outside = rows.segment[(rows.segment < 0) | (rows.segment >= n_sequences)]
+        if outside.numel():
+            raise ValueError(f"rows: its segment held {outside[0].item()}, must be in [0, {n_sequences})")
     return n_sequences
 
 

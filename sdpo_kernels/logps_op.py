@@ -115,7 +115,7 @@ def linear_logps_backward_op(
     keep: int,
     needs: list[bool],  # hidden, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias; [0]-sized where not needed."""
+    """Gradients of hidden, weight and bias, contiguous; [0]-sized where not needed."""
     if index is None:
         index = (targets != IGNORE_INDEX).nonzero().squeeze(1)
     index, rows = _busy_rows(index, grad_logps, grad_entropy)
@@ -131,10 +131,10 @@ def linear_logps_backward_op(
     h = None if grad_entropy is None else scored(grad_entropy)
     dx, dw, db = get_backend(backend).backward(call, saved, scored(grad_logps), h, (needs[0], needs[1], needs[2]))
     if dx is not None and index.shape[0] != hidden.shape[0]:
-        dx = torch.zeros_like(hidden).index_copy_(0, index, dx)
+        dx = hidden.new_zeros(hidden.shape).index_copy_(0, index, dx)
     none = hidden.new_empty(0)
     return (
-        none if dx is None else dx,
+        none if dx is None else dx.contiguous(),
         none.clone() if dw is None else dw,
         none.clone() if db is None else db,
     )
@@ -144,7 +144,7 @@ def linear_logps_backward_op(
 def _(grad_logps, grad_entropy, hidden, weight, targets, bias, index, logps, state, entropy, kept, logit_scale, softcap,
       temperature, dtype, backend, keep, needs):  # fmt: skip
     def like(tensor: Tensor | None, needed: bool) -> Tensor:
-        return torch.empty_like(tensor) if needed and tensor is not None else hidden.new_empty(0)
+        return tensor.new_empty(tensor.shape) if needed and tensor is not None else hidden.new_empty(0)
 
     return like(hidden, needs[0]), like(weight, needs[1]), like(bias, needs[2])
 

@@ -343,6 +343,8 @@ def test_the_good_calls_below_are_good():
         ({"labels": torch.tensor([[1, 2, 3], [-100] * 3])}, r"labels: sequence 1 has no scored token"),
         ({"labels": torch.tensor([[1, 2, 3], [-100, 9, 1]])}, r"labels: held 9, must be in \[0, 9\)"),
         ({"rows": ScoredRows.from_labels(LABELS[:1])}, r"rows: was of 1 sequences, 2 rows and 2 segments"),
+        ({"rows": ScoredRows.from_labels(LABELS)._replace(segment=torch.tensor([0, 0, 1, 2]))},
+         r"rows: its segment held 2, must be in \[0, 2\)"),
         (NO_REFERENCE, r"ref_logps: was None, must be given: either ref_logps, or both"),
         ({**NO_REFERENCE, "ref_hidden": torch.zeros(2, 3, 5)}, r"ref_weight: was None, must be given"),
         ({**NO_REFERENCE, "ref_weight": torch.zeros(9, 5)}, r"ref_hidden: was None, must be given"),
@@ -366,6 +368,20 @@ def test_the_good_calls_below_are_good():
 def test_bad_input_is_named_with_what_it_was_and_what_it_should_be(changes, message):
     with pytest.raises(ValueError, match="^" + message):
         call(**changes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((3, 3, 3), r"policy_logps: was of shape \[3\], must be \[2B\]"),
+        ((4, 400, 4), r"ref_logps: was of shape \[400\], must be \[4\]"),
+        ((4, 4, 2), r"counts: was of shape \[2\], must be \[4\]"),
+    ],
+)
+def test_pair_output_names_what_does_not_fit(sizes, message):
+    policy, ref, counts = (torch.ones(size) for size in sizes)
+    with pytest.raises(ValueError, match="^" + message):
+        pair_output(policy, ref, counts.long())
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -104,6 +104,29 @@ def test_nan_where_float64_has_nan_and_in_that_row_alone(row, inplace):
     assert gradient.isnan().any(1).tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_masked_columns_have_probability_0(inplace, temperature, dtype):
+    z = torch.randn(3, 600, generator=torch.Generator().manual_seed(0)).to(dtype)
+    z[:, 5::3] = -torch.inf
+    z[1, 1:] = -torch.inf
+    targets = torch.tensor([0, 0, 5])  # among others; alone; masked itself
+    logps, gradient = ours(z, targets, torch.ones(3), inplace, temperature=temperature)
+    right, wanted = naive(z.double(), targets, torch.ones(3), torch.float64, temperature)
+    assert torch.equal(logps[1:], torch.tensor([0.0, -torch.inf]))
+    assert abs(logps[0] - right[0]) <= 8 * EPS * abs(right[0])
+    rounding = torch.finfo(dtype).eps
+    assert error(gradient[:2], wanted[:2]) <= rounding / temperature
+    assert not gradient[:, 5::3][:2].any()
+
+
+def test_nan_in_a_row_whose_target_is_masked():
+    z = torch.zeros(1, 600)
+    z[0, 0], z[0, 300], z[0, 301:] = -torch.inf, torch.nan, -torch.inf
+    assert logits_logps(z, torch.tensor([0])).isnan().all()
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 def test_rows_not_scored_get_0_even_from_nan(inplace):
     z = torch.full((2, 3), torch.nan)

@@ -129,6 +129,7 @@ def test_a_masked_target_has_log_prob_minus_infinity():
         [torch.inf, -torch.inf, -torch.inf, -torch.inf],
         [torch.inf, torch.inf, 0.0, 0.0],
         [-torch.inf, -torch.inf, -torch.inf, -torch.inf],
+        [-torch.inf, 0.0, torch.nan, -torch.inf],
     ],
     ids=str,
 )

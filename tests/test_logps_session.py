@@ -10,7 +10,7 @@ import torch
 from sdpo_kernels import linear_logps, logps_op
 from sdpo_kernels.backends.base import EXTRAS, KEEP_DIRECTION
 from sdpo_kernels.rows import IGNORE_INDEX
-from tests.reference import allocations, check, chunk_columns, random_case, scored_rows
+from tests.reference import allocations, check, chunk_columns, error, random_case, scored_rows
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 ALL = 10**12  # stash_bytes that holds everything
@@ -68,6 +68,18 @@ def test_autocast_with_a_bfloat16_body_and_a_float32_head():
     assert torch.equal(ours["logps"], full["logps"])
     assert torch.equal(ours["d_weight"], full["d_weight"])
     assert torch.equal(ours["d_hidden"], full["d_hidden"].bfloat16())
+
+
+def test_autocast_with_a_float16_body():
+    case = random_case(9, 16, 130)
+    mixed = dataclasses.replace(case, hidden=case.hidden.half())
+    rounded = dataclasses.replace(case, hidden=case.hidden.half().bfloat16(), weight=case.weight.bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = mixed.ours()
+    by_hand = rounded.ours()
+    assert torch.equal(ours["logps"], by_hand["logps"])
+    assert ours["d_hidden"].dtype == torch.float16
+    assert error(ours["d_hidden"], by_hand["d_hidden"]) <= 2**-8 * by_hand["d_hidden"].abs().max()
 
 
 def test_autocast_leaves_float64_alone():
@@ -166,3 +178,35 @@ def test_compile_without_a_graph_break(given):
     compiled = case.ours(torch.compile(function, fullgraph=True, backend="aot_eager"))
     for name, value in case.ours(function).items():
         assert torch.equal(compiled[name], value), name
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_with_tensors_that_lie_otherwise(backend):
+    """A head stored [H, V], as Conv1D does, and hidden states stored [H, N]."""
+    torch._dynamo.reset()
+    case = random_case(7, 5, 90)
+    hidden = case.hidden.t().contiguous().requires_grad_()
+    weight = case.weight.t().contiguous().requires_grad_()
+
+    def loss(hidden, weight):
+        return linear_logps(hidden.t(), weight.t(), case.targets).logps.sum()
+
+    wanted = torch.autograd.grad(loss(hidden, weight), [hidden, weight])
+    found = torch.autograd.grad(torch.compile(loss, backend=backend)(hidden, weight), [hidden, weight])
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_compile_where_nothing_is_scored(frozen):
+    torch._dynamo.reset()
+    case = random_case(7, 5, 90, masked=1.0, trains=("hidden",) if frozen else ("hidden", "weight"))
+    found = case.ours(torch.compile(linear_logps, backend="aot_eager"))
+    assert not any(value.any() for value in found.values() if value is not None)
+
+
+def test_hidden_states_of_no_width():
+    """All logits are the bias, whatever memory held before."""
+    linear_logps(torch.randn(64, 64), torch.randn(300, 64), torch.zeros(64, dtype=torch.int64))
+    found = linear_logps(torch.zeros(3, 0), torch.zeros(100, 0), torch.tensor([0, 5, 99])).logps
+    assert torch.equal(found, torch.full((3,), -4.605170186))

@@ -54,11 +54,6 @@ struct WeightGradient {
   bool out_bf16;
 };
 
-// 1/temperature to twice a float's precision.
-struct Reciprocal {
-  float high, low;
-};
-
 struct Kernels {
   const char* name;
   bool bf16;                        // units are pairs of bfloat16

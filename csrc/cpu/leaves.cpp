@@ -7,7 +7,14 @@ namespace sdpo::cpu {
 
 namespace {
 
+constexpr int64_t CHUNK_ELEMENTS = int64_t(1) << 22;   // of S that is made and used at once: 8 MiB in bfloat16
+constexpr int64_t CHUNK_SUMS = int64_t(1) << 20;       // partial sums of a chunk of which nothing is stored: 4 MiB
 constexpr int64_t CACHED_ELEMENTS = int64_t(1) << 21;  // of S that every panel of dX reads again: 4 MiB in bfloat16
+
+int64_t blocks_of_chunk(int64_t n_rows, bool stored) {
+  int64_t rows = std::max<int64_t>(n_rows, 1);
+  return std::max<int64_t>(4, stored ? CHUNK_ELEMENTS / (PANEL * rows) : CHUNK_SUMS / rows);
+}
 
 int64_t panels_of(int64_t columns) { return (columns + PANEL - 1) / PANEL; }
 
@@ -34,6 +41,9 @@ int64_t row_border(int64_t part, int64_t parts, int64_t n_rows) {
 }  // namespace
 
 // --- both passes ---
+
+int64_t Leaves::chunk_blocks(bool stored) const { return blocks_of_chunk(n_rows, stored); }
+int64_t Leaves::stash_blocks(int64_t kept) const { return std::max<int64_t>(kept, 1); }
 
 void Leaves::begin_forward(const Call& the_call) {
   call = the_call;
@@ -108,19 +118,15 @@ void Leaves::run_logits(Logits task, int64_t count) {
 }
 
 double Leaves::target_slope(double target_logit) const {
-  if (!call.head.capped) return 1.0;
-  double tanh_u = target_logit * call.temperature / call.softcap;
-  return std::max(0.0, (1.0 - tanh_u) * (1.0 + tanh_u));
+  return slope_at(call.head, call.softcap, call.temperature, target_logit);
 }
 
-// S's entries at the targets: −o·c, with o = 2⁻⁵⁸·(1 − p)·e^(lse − k).
 void Leaves::set_targets(int64_t first, int64_t count, const Blocks& s, const float* logps, const double* state) {
   for (int64_t i = 0; i < n_rows; i++) {
     int64_t block = call.targets[i] / PANEL - first;
     if (block < 0 || block >= count) continue;
-    double lse = state[2 * i], rest = -std::expm1(double(logps[i]));
-    double value = rest == 0.0 ? 0.0 : rest * std::exp(lse - state[2 * i + 1] - SHIFT) * target_slope(lse + logps[i]);
-    on.set(s, block, i, call.targets[i] % PANEL, float(-value));
+    double lse = state[2 * i], slope = target_slope(lse + logps[i]);
+    on.set(s, block, i, call.targets[i] % PANEL, target_entry(logps[i], lse, state[2 * i + 1], slope));
   }
 }
 
@@ -132,6 +138,7 @@ void Leaves::start_hidden_gradient() {
 
 void Leaves::add_hidden_gradient(int64_t first, int64_t count, const Blocks& s) {
   if (!hidden_sum) start_hidden_gradient();
+  if (n_rows == 0 || sum_stride == 0) return;
   int64_t panels = sum_stride / PANEL, parts = row_parts(panels, n_rows);
   int64_t step = std::max(BLOCKS_AT_ONCE, CACHED_ELEMENTS / (PANEL * n_rows) / BLOCKS_AT_ONCE * BLOCKS_AT_ONCE);
   for_chunks(count, 0, 1, step, [&](int64_t begin, int64_t blocks) {
@@ -154,16 +161,16 @@ void Leaves::add_sums(int64_t count) {
 
 void Leaves::finish_rows(float* logps, double* state) {
   for (int64_t i = 0; i < n_rows; i++) {
-    double rest = std::log(total[i]) + shift[i] + SHIFT, logp = logp_of(target_logits[i], rest);
-    logps[i] = float(logp);
-    state[2 * i] = target_logits[i] - logp;
+    RowResult row = row_result(target_logits[i], rest_of_sum(total[i], shift[i]));
+    logps[i] = float(row.logp);
+    state[2 * i] = row.lse;
     state[2 * i + 1] = shift[i];
   }
 }
 
 // log Σ exp of all columns but the target, with a running maximum, for a few rows.
 void Leaves::log_sums_online(const std::vector<int64_t>& rows, const Unit* few, const int64_t* targets, double* rest) {
-  int64_t count = int64_t(rows.size()), step = chunk_blocks(count, false);
+  int64_t count = int64_t(rows.size()), step = blocks_of_chunk(count, false);
   auto parts = make_buffer<float>(std::min(step, call.blocks()) * count),
        maxima = make_buffer<float>(std::min(step, call.blocks()) * count);
   std::vector<double> top(count, -INFINITY), sum(count, 0.0);
@@ -184,7 +191,7 @@ void Leaves::log_sums_online(const std::vector<int64_t>& rows, const Unit* few, 
     for (int64_t at = 0; at < blocks * count; at++) {
       int64_t i = at % count;
       if (maxima[at] == -INFINITY) continue;
-      if (!(maxima[at] <= top[i])) {  // a NaN is kept
+      if (!(maxima[at] <= top[i])) {  // a NaN is kept: sum and top are NaN from then on
         sum[i] = sum[i] * std::exp(top[i] - maxima[at]) + parts[at];
         top[i] = maxima[at];
       } else {
@@ -199,7 +206,7 @@ void Leaves::log_sums_online(const std::vector<int64_t>& rows, const Unit* few, 
 void Leaves::redo_rows_out_of_range(const Kept& kept, float* logps, double* state) {
   std::vector<int64_t> rows, targets;
   for (int64_t i = 0; i < n_rows; i++)
-    if (total[i] > LARGEST_SUM || std::isinf(target_logits[i])) {  // NaN is not overflow
+    if (out_of_range(total[i], target_logits[i])) {
       rows.push_back(i);
       targets.push_back(call.targets[i]);
     }
@@ -217,20 +224,19 @@ void Leaves::redo_rows_out_of_range(const Kept& kept, float* logps, double* stat
   std::vector<double> rest(rows.size());
   log_sums_online(rows, few.x, few.call.targets, rest.data());
   for (int64_t i = 0; i < few.n_rows; i++) {
-    double target = target_logits[rows[i]], logp = target == INFINITY ? NAN : logp_of(target, rest[i]);
-    double lse = target == -INFINITY ? rest[i] : target - logp;
-    logps[rows[i]] = float(logp);
-    state[2 * rows[i]] = lse;
-    few.shift[i] = float(lse);
+    RowResult row = row_result(target_logits[rows[i]], rest[i]);
+    logps[rows[i]] = float(row.logp);
+    state[2 * rows[i]] = row.lse;
+    few.shift[i] = float(row.lse);
     state[2 * rows[i] + 1] = few.shift[i];
   }
-  for_chunks(kept.blocks, 0, 1, chunk_blocks(few.n_rows, false), [&](int64_t first, int64_t count) {
+  for_chunks(kept.blocks, 0, 1, blocks_of_chunk(few.n_rows, false), [&](int64_t first, int64_t count) {
     Blocks s = part(kept.stash, first);
     s.row_of = rows.data();
     few.logits(first, count, s);
   });
   if (!kept.direction) return;
-  int64_t step = chunk_blocks(few.n_rows, true);
+  int64_t step = blocks_of_chunk(few.n_rows, true);
   for_chunks(call.blocks(), 0, 1, step, [&](int64_t first, int64_t count) {
     Blocks s = few.scratch_blocks(step);
     few.logits(first, count, s);
@@ -241,17 +247,15 @@ void Leaves::redo_rows_out_of_range(const Kept& kept, float* logps, double* stat
                 sum_stride * sizeof(float));
 }
 
-// d logp / d hidden = gain·((1 − p)·c·W[y] − 2⁵⁸·e^(k − lse)·Σ_{j ≠ y} S_j W_j).
 void Leaves::finish_direction(const float* logps, const double* state, float* direction) {
   int64_t width = call.hidden.columns;
   parallel_rows(n_rows, 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
-      double lse = state[2 * i], rest = -std::expm1(double(logps[i]));
-      float of_sum = float(-call.head.gain * std::exp(state[2 * i + 1] - lse + SHIFT));
-      float of_target = float(call.head.gain * rest * target_slope(lse + logps[i]));
+      double lse = state[2 * i], slope = target_slope(lse + logps[i]);
+      DirectionFactors by = direction_factors(call.head.gain, logps[i], lse, state[2 * i + 1], slope);
       for (int64_t h = 0; h < width; h++) {
         float w = call.weight.number(call.targets[i], h);
-        direction[i * width + h] = of_sum * hidden_sum[i * sum_stride + h] + of_target * w;
+        direction[i * width + h] = by.of_sum * hidden_sum[i * sum_stride + h] + by.of_target * w;
       }
     }
   });
@@ -269,7 +273,7 @@ void Leaves::begin_backward(const Call& the_call, const float* logps, const doub
   r = make_buffer<float>(n_rows);
   for (int64_t i = 0; i < n_rows; i++) {
     shift[i] = float(state[2 * i + 1]);
-    r[i] = float(-grad[i] * call.head.gain * std::exp(state[2 * i + 1] - state[2 * i] + SHIFT));
+    r[i] = gradient_factor(grad[i], call.head.gain, state[2 * i + 1], state[2 * i]);
   }
   if (wanted.hidden) start_hidden_gradient();
   if (!wanted.weight) return;

@@ -16,6 +16,10 @@ class Leaves {
   void begin_forward(const Call& call);
   void begin_backward(const Call& call, const float* logps, const double* state, const float* grad, const Gradients&);
 
+  // How many blocks make a chunk: of which S is stored, or nothing; of a stash of `kept` blocks.
+  int64_t chunk_blocks(bool stored) const;
+  int64_t stash_blocks(int64_t kept) const;
+
   // Forward and backward.
   Blocks part(const Blocks& s, int64_t first) const;  // from block `first` on
   Blocks scratch_blocks(int64_t count);

@@ -7,15 +7,6 @@
 
 namespace sdpo::cpu {
 
-namespace {
-
-Reciprocal reciprocal(double temperature) {
-  float high = float(1.0 / temperature);
-  return {high, float(1.0 / temperature - high)};
-}
-
-}  // namespace
-
 void logits_forward(const Kernels& on, const Matrix& logits, const int64_t* targets, double temperature, float* logps,
                     double* lse) {
   Reciprocal by_temperature = reciprocal(temperature);

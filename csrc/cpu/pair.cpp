@@ -1,5 +1,6 @@
 #include "pair.h"
 
+#include <stdexcept>
 #include <vector>
 
 #include "../pair_math.h"
@@ -9,7 +10,11 @@ namespace sdpo::cpu {
 void pair_epilogue(const Pairs& p, float* loss, float* sums, float* metrics, float* slopes) {
   std::vector<double> total(2 * p.n_pairs, 0.0);
   if (p.index)
-    for (int64_t i = 0; i < p.n_scored; i++) total[p.segment[i]] += p.logps[p.index[i]];
+    for (int64_t i = 0; i < p.n_scored; i++) {
+      bool inside = p.segment[i] >= 0 && p.segment[i] < 2 * p.n_pairs && p.index[i] >= 0 && p.index[i] < p.n_rows;
+      if (!inside) throw std::out_of_range("sdpo_kernels: rows: an index or a segment lies outside the batch");
+      total[p.segment[i]] += p.logps[p.index[i]];
+    }
   else
     for (int64_t s = 0; s < 2 * p.n_pairs; s++) total[s] = p.logps[s];
   for (int64_t s = 0; s < 2 * p.n_pairs; s++) sums[s] = float(total[s]);

@@ -9,7 +9,7 @@ struct Pairs {
   const float* logps;      // [n_rows] of tokens, or [2B] summed already
   const int64_t* index;    // [n_scored] rows that count; null: logps are the sums
   const int64_t* segment;  // [n_scored] the sequence of each
-  int64_t n_scored, n_pairs;
+  int64_t n_rows, n_scored, n_pairs;
   const float* ref;       // [2B] the reference's sums
   const int64_t* counts;  // [2B] scored tokens
   int64_t loss;           // a PairLoss

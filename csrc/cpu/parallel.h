@@ -33,6 +33,7 @@ inline void* thread_scratch(int64_t bytes) {
   thread_local Buffer<char> memory;
   thread_local int64_t size = 0;
   if (size < bytes) {
+    size = 0;  // should there be no memory, the next task must not believe in the old
     memory.reset();
     memory = make_buffer<char>(bytes);
     size = bytes;

@@ -1,14 +1,12 @@
 // Rows of logits that exist (logits_logps): one read forward, one read and one write backward.
 
-// z = logit/temperature with one rounding, by the reciprocal in two parts.
-SDPO_HD float divided(float logit, const Reciprocal& by) { return logit * by.high + logit * by.low; }
-
 // 2⁻⁵⁸·Σ exp(z_j − shift) over all columns but the target, z = logit/temperature; online: Σ exp(z_j − maximum).
 template <bool BF16>
 void sum_row(const void* data, int64_t n, int64_t target, const Reciprocal& temperature, float shift, bool online,
              double* sum, double* maximum) {
   constexpr int64_t PART = 256;
   double total = 0.0, top = -INFINITY;
+  bool no_number = false;
   for (int64_t start = 0; start < n; start += PART) {
     int64_t count = smaller(PART, n - start);
     float z[PART], e[PART];
@@ -19,8 +17,7 @@ void sum_row(const void* data, int64_t n, int64_t target, const Reciprocal& temp
     double part_shift = shift;
     if (online) {
       float largest = -INFINITY;
-      for (int64_t j = 0; j < count; j++)
-        if (!(z[j] <= largest)) largest = z[j];  // a NaN is kept
+      for (int64_t j = 0; j < count; j++) largest = z[j] > largest ? z[j] : largest, no_number |= z[j] != z[j];
       if (largest == -INFINITY) continue;
       part_shift = largest;
     }
@@ -30,14 +27,14 @@ void sum_row(const void* data, int64_t n, int64_t target, const Reciprocal& temp
     for (int64_t j = 0; j < count; j++) part += e[j];
     if (!online) {
       total += part;
-    } else if (!(part_shift <= top)) {
+    } else if (part_shift > top) {
       total = total * exp(top - part_shift) + part;
       top = part_shift;
     } else {
       total += part * exp(part_shift - top);
     }
   }
-  *sum = total;
+  *sum = no_number ? NAN : total;
   *maximum = online ? top : double(shift);
 }
 

@@ -37,13 +37,16 @@ SDPO_HD float exp_row(const float* product, const float* bias, const Head& head,
 template <class Type>
 float online_row(const float* product, const float* bias, const Head& head, int skip, int columns, float* largest) {
   float z[PANEL], slope, top = -INFINITY, total = 0.0f;
+  bool no_number = false;
   for (int j = 0; j < columns; j++) {
     z[j] = logit(head, product[j] + bias[j], &slope);
     if (j == skip) continue;
-    if (!(z[j] <= top)) top = z[j];  // a NaN is kept
+    top = z[j] > top ? z[j] : top;
+    no_number |= z[j] != z[j];
   }
+  if (no_number) top = NAN;
   for (int j = 0; j < columns; j++)
-    if (j != skip && top != -INFINITY) total += exp_of(z[j] - top);
+    if (j != skip && top != -INFINITY) total += exp_of(z[j] - top);  // NaN where top is
   *largest = top;
   return total;
 }
@@ -86,6 +89,7 @@ void logits(const Logits& l, int64_t block, int64_t row_begin, int64_t row_end, 
       const Unit* a[TILE_ROWS];
       for (int64_t r = 0; r < rows; r++) a[r] = l.x + (first + r) * l.x_units + u;
       float* tile_c = at_once ? c : c + (first - row_begin) * PANEL;
+      if (units == 0) memset(tile_c, 0, rows * PANEL * sizeof(float));
       for (int64_t part = 0; part < units; part += UNITS_OF_A_SUM) {
         int64_t few = smaller(UNITS_OF_A_SUM, units - part);
         any_tile<Type, 1>(rows, a, 1, 0, few, panel + part * PANEL, tile_c, PANEL, u + part > 0);

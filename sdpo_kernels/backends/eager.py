@@ -113,8 +113,8 @@ class EagerBackend:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x = _operand(call.hidden, call)
         dx = torch.zeros_like(x, dtype=product_dtype(call.dtype)) if needs[0] else None
-        dw = torch.empty_like(call.weight) if needs[1] else None
-        db = torch.empty_like(call.bias) if needs[2] and call.bias is not None else None
+        dw = call.weight.new_empty(call.weight.shape) if needs[1] else None
+        db = call.bias.new_empty(call.bias.shape) if needs[2] and call.bias is not None else None
         stashed = min(max(saved.keep, 0), call.weight.shape[0])
         for start, stop in vocabulary_chunks(call, stashed):
             w = _operand(call.weight[start:stop], call)

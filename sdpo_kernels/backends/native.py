@@ -79,7 +79,7 @@ class NativeBackend:
             assert saved.kept is not None
             direction = saved.kept if saved.rows is None else saved.kept.index_select(0, saved.rows)
             return (direction * grad_logps.unsqueeze(1)).to(call.hidden.dtype), None, None
-        dx = torch.empty_like(call.hidden, memory_format=torch.contiguous_format) if needs[0] else None
+        dx = torch.empty_like(_known(call.hidden), memory_format=torch.contiguous_format) if needs[0] else None
         dw = torch.empty_like(call.weight, memory_format=torch.contiguous_format) if needs[1] else None
         db = call.hidden.new_empty(call.weight.shape[0], dtype=torch.float32) if needs[2] else None
         stash = saved.kept if saved.keep > KEEP_NOTHING else None
@@ -88,7 +88,7 @@ class NativeBackend:
         )
         if db is not None and call.bias is not None:
             db = db.to(call.bias.dtype)
-        return dx, dw, db
+        return (None if dx is None else dx.to(call.hidden.dtype)), dw, db
 
     def supports_pairs(self, device: torch.device) -> str | None:
         """On the CPU."""
@@ -142,9 +142,14 @@ def _inputs(call: HeadCall) -> tuple[object, ...]:
     bias = None if call.bias is None else call.bias.detach().to(torch.float32).contiguous()
     head = call.head
     return (
-        _rows(call.hidden), _rows(call.weight), bias, call.targets.contiguous(), head.logit_scale, head.softcap or 0.0,
-        head.temperature, call.dtype == torch.bfloat16,
+        _rows(_known(call.hidden)), _rows(call.weight), bias, call.targets.contiguous(), head.logit_scale,
+        head.softcap or 0.0, head.temperature, call.dtype == torch.bfloat16,
     )  # fmt: skip
+
+
+def _known(hidden: Tensor) -> Tensor:
+    """`hidden`, or, of another dtype under autocast, its numbers in float32: the kernels round them."""
+    return hidden if hidden.dtype in DTYPES else hidden.float()
 
 
 def _rows(matrix: Tensor) -> Tensor:

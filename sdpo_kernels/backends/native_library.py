@@ -15,7 +15,7 @@ import torch
 
 PACKAGE = Path(__file__).resolve().parents[1]
 LIBRARY = Path(os.environ.get("SDPO_NATIVE_LIBRARY", PACKAGE / "_cpu.so"))  # another one for `make sanitize`
-SOURCES = PACKAGE.parent / "csrc"  # there in a checkout, not in an installed wheel
+SOURCES = PACKAGE.parent / "csrc"  # in a checkout; beside an installed wheel it may be somebody else's
 SUFFIXES = (".cpp", ".h", ".inl")
 
 
@@ -27,9 +27,14 @@ def source_digest(sources: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def is_checkout() -> bool:
+    """Whether this package lies beside its own sources."""
+    return (SOURCES / "walk.h").is_file()
+
+
 def how_to_build() -> str:
     """The command that builds the library of this installation anew."""
-    if SOURCES.is_dir():
+    if is_checkout():
         return f"cd {SOURCES.parent} && python setup.py build_ext --inplace"
     return "python -m pip install --no-build-isolation --no-deps --force-reinstall --no-binary :all: sdpo-kernels"
 
@@ -60,6 +65,6 @@ def load() -> str | None:
     except (OSError, AttributeError, RuntimeError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RuntimeError(f"{LIBRARY} cannot be loaded ({first}); build it anew: {how_to_build()}") from error
-    if SOURCES.is_dir() and built_from != source_digest(SOURCES):
+    if is_checkout() and built_from != source_digest(SOURCES):
         raise RuntimeError(f"{LIBRARY} was built from other sources than {SOURCES}; build it anew: {how_to_build()}")
     return None

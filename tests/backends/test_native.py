@@ -337,8 +337,10 @@ def test_a_file_that_is_no_library_is_an_error_that_names_the_remedy(tmp_path, m
 
 def test_a_library_of_other_sources_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "csrc").mkdir()
-    (tmp_path / "csrc" / "ops.cpp").write_text("// changed since")
     monkeypatch.setattr(native_library, "SOURCES", tmp_path / "csrc")
+    (tmp_path / "csrc" / "kernel.cpp").write_text("// somebody else's, beside the installed package")
+    assert native_library.load() is None
+    (tmp_path / "csrc" / "walk.h").write_text("// changed since")
     with pytest.raises(RuntimeError, match=r"was built from other sources .* build it anew: "):
         native_library.load()
 
