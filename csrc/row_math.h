@@ -27,7 +27,9 @@ namespace sdpo {
 
 constexpr int SHIFT_BITS = 58;
 constexpr double SHIFT = SHIFT_BITS * 0.6931471805599453;  // 40.2
-constexpr double LARGEST_SUM = 1e30;  // above it (log-prob below about −109) a row is done again with k = logsumexp
+// Above it (log-prob below about −86) a row is done again with k = logsumexp. At 1e30 float would still hold S, but
+// r ⊙ X, its counterpart, would fall out of float's range for small coefficients.
+constexpr double LARGEST_SUM = 1e20;
 
 // z = softcap·tanh(scale·a/softcap)/temperature, or scale·a/temperature; softcap 0 stands for none.
 struct Head {

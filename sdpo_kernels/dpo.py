@@ -114,7 +114,7 @@ def fused_linear_dpo(
         ref_logps = sequence_logps(policy.ref_logps, summed)
     assert ref_logps is not None
     settings: dict[str, Any] = {"beta": beta, "loss_type": loss_type, **loss_options}
-    if (chosen := pair_op.serves(backend, logps, loss_type)) is not None:
+    if (chosen := pair_op.serves(backend, logps, n_sequences // 2, loss_type)) is not None:
         return _epilogue(logps, summed, ref_logps, summed.counts, chosen, **settings)
     return _autograd_output(sequence_logps(logps, summed), ref_logps, summed.counts, **settings)
 
@@ -190,7 +190,7 @@ def pair_output(
                 f"{name}: was of shape {list(tensor.shape)}, must be {list(policy_logps.shape)} as policy_logps is"
             )
     settings: dict[str, Any] = {"beta": beta, "loss_type": loss_type, **loss_options}
-    if (chosen := pair_op.serves("auto", policy_logps, loss_type)) is not None:
+    if (chosen := pair_op.serves("auto", policy_logps, policy_logps.shape[0] // 2, loss_type)) is not None:
         return _epilogue(policy_logps, None, ref_logps, counts, chosen, **settings)
     return _autograd_output(policy_logps, ref_logps, counts, **settings)
 

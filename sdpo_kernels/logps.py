@@ -179,6 +179,8 @@ def _check(
     if rows is not None and not (rows.index.dim() == 1 and rows.index.dtype == torch.int64):
         raise ValueError(f"rows: its index was {_describe(rows.index)}, must be int64 of shape [N_scored]")
     if rows is not None and rows.index.device.type == hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+        if bool((rows.index[1:] <= rows.index[:-1]).any()):
+            raise ValueError("rows: its index did not ascend, must hold each scored row once, in ascending order")
         outside = (rows.index < 0) | (rows.index >= n_rows)
         if bool(outside.any()):
             wrong = rows.index[outside][0].item()

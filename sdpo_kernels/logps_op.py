@@ -43,7 +43,7 @@ def linear_logps_op(
         index = (targets != IGNORE_INDEX).nonzero().squeeze(1)
     head = Head(logit_scale, softcap, temperature)
     call = _scored(hidden, weight, targets, bias, index, head, dtype, outputs, kept_rows, ref_hidden)
-    _check_targets(call)
+    _check_targets(call, index)
     out = get_backend(backend).forward(call, keep)
     ref_logps = out.ref_logps
     if call.ref_hidden is not None and ref_logps is None:
@@ -199,11 +199,12 @@ def _scored(
     return HeadCall(hidden, weight, bias, targets, head, dtype, names, kept_rows, ref_hidden)
 
 
-def _check_targets(call: HeadCall) -> None:
+def _check_targets(call: HeadCall, index: Tensor) -> None:
     """Targets must lie in [0, V): a ValueError on CPU, a device assert on CUDA, which does not wait for the device."""
     n_columns = call.weight.shape[0]
     right = (call.targets >= 0) & (call.targets < n_columns)
     if call.targets.is_cuda:
+        torch._assert_async((index[1:] > index[:-1]).all(), "rows: its index must ascend")
         torch._assert_async(right.all(), f"targets: must be in [0, {n_columns}) or {IGNORE_INDEX}")
     elif not bool(right.all()):
         wrong = call.targets[~right][0].item()

@@ -14,12 +14,13 @@ from torch import Tensor
 from sdpo_kernels.backends import get_backend, pair_backend
 from sdpo_kernels.rows import ScoredRows
 
+MOST_PAIRS = 4096  # one small block does them all
 LOSSES = ("sigmoid", "robust", "hinge", "ipo")  # the order of PairLoss in csrc/pair_math.h
 
 
-def serves(backend: str, logps: Tensor, loss_type: str) -> str | None:
+def serves(backend: str, logps: Tensor, n_pairs: int, loss_type: str) -> str | None:
     """The name of the backend whose op computes this loss; None: autograd through losses.py does."""
-    if loss_type not in LOSSES or logps.dtype != torch.float32:
+    if loss_type not in LOSSES or logps.dtype != torch.float32 or n_pairs > MOST_PAIRS:
         return None
     chosen = pair_backend(backend, logps.device)
     return None if chosen is None else chosen.name

@@ -276,6 +276,8 @@ META = torch.device("meta")
         ({"outputs": ["perplexity"]}, r"outputs: was \['perplexity'\], must be a sequence of names from"),
         ({"outputs": "entropy"}, r"outputs: was 'entropy', must be a sequence of names from"),
         ({"rows": rows_of(torch.zeros(4, dtype=torch.int32))}, r"rows: its index was int32 of shape \[4\], must"),
+        ({"rows": rows_of(torch.tensor([2, 1]))}, r"rows: its index did not ascend"),
+        ({"rows": rows_of(torch.tensor([1, 1]))}, r"rows: its index did not ascend"),
         ({"rows": rows_of(torch.tensor([0, 4]))}, r"rows: its index held 4, must be in \[0, 4\)"),
         ({"rows": rows_of(torch.tensor([-1, 2]))}, r"rows: its index held -1, must be in \[0, 4\)"),
         ({"rows": rows_of(torch.zeros(4, device=META, dtype=torch.int64))}, r"rows: was on meta, must be on cpu"),

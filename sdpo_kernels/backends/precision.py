@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,29 +10,66 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_lock = threading.Lock()
+_inside: dict[str, int] = {}  # how many calls need full precision now; the settings belong to the whole process
+_before: dict[str, tuple[str, bool, bool]] = {}  # what the first of them found
+
 
 @contextmanager
 def full(device: torch.device) -> Iterator[None]:
-    """No autocast, TF32, bf16 shortcuts or bf16 split-K sums inside; the session's settings come back afterwards."""
-    backends: Any = torch.backends  # its stubs lack mkldnn.matmul
-    backend = backends.cuda.matmul if device.type == "cuda" else backends.mkldnn.matmul
-    before = backend.fp32_precision
-    split_k = backends.cuda.matmul.allow_bf16_reduced_precision_reduction
-    backend.fp32_precision = "ieee"
-    backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    """No autocast, TF32, bf16 shortcuts or bf16 split-K sums inside; the session's settings come back afterwards.
+
+    Calls may overlap, as those of autograd's threads for several devices do: the last one out restores.
+    """
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    with _lock:
+        _inside[kind] = _inside.get(kind, 0) + 1
+        if _inside[kind] == 1:
+            _begin(kind)
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        backend.fp32_precision = before
-        backends.cuda.matmul.allow_bf16_reduced_precision_reduction = split_k
+        with _lock:
+            _inside[kind] -= 1
+            if _inside[kind] == 0:
+                _end(kind)
+
+
+def _setting(kind: str) -> Any:
+    backends: Any = torch.backends  # its stubs lack mkldnn.matmul
+    return backends.cuda.matmul if kind == "cuda" else backends.mkldnn.matmul
+
+
+def _begin(kind: str) -> None:
+    setting, cuda = _setting(kind), torch.backends.cuda.matmul
+    # torch 2.10 has one flag for reduced sums; later ones a second, whether split-K is allowed at all
+    split_k = getattr(cuda, "allow_bf16_reduced_precision_reduction_split_k", True)
+    _before[kind] = (setting.fp32_precision, cuda.allow_bf16_reduced_precision_reduction, split_k)
+    if setting.fp32_precision not in ("ieee", "none"):
+        setting.fp32_precision = "ieee"
+    if kind == "cuda":
+        cuda.allow_bf16_reduced_precision_reduction = False if split_k else (False, False)
+
+
+def _end(kind: str) -> None:
+    setting, cuda = _setting(kind), torch.backends.cuda.matmul
+    fp32, reduced, split_k = _before.pop(kind)
+    if setting.fp32_precision != fp32:
+        setting.fp32_precision = "none"  # where it was inherited it shall be inherited again
+        if setting.fp32_precision != fp32:
+            setting.fp32_precision = fp32
+    if kind == "cuda":
+        cuda.allow_bf16_reduced_precision_reduction = reduced if split_k else (reduced, False)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in float32 (float64 for float64): operands bfloat16 or float32."""
     if a.dtype != torch.bfloat16:
         return torch.mm(a, b)
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a.float(), b.float())
+    if a.is_cuda and torch.cuda.get_device_capability(a.device)[0] >= 8:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float())
 
 
 def matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:

@@ -155,6 +155,23 @@ def test_the_walk_in_several_chunks(monkeypatch, trains, stash_bytes):
     checked(triton_case(13, 12, 300, bias=True, trains=trains, settings={"stash_bytes": stash_bytes}))
 
 
+@pytest.mark.parametrize("stash_bytes", [0, 4 * 13 * 64, ALL])
+def test_extras_gathered_from_several_chunks(monkeypatch, stash_bytes):
+    monkeypatch.setattr(walk, "PART_ELEMENTS", 4 * 13 * 3)
+    checked(triton_case(13, 12, 300, bias=True, outputs=EXTRAS, settings={"stash_bytes": stash_bytes}))
+
+
+@pytest.mark.parametrize("trains", [("hidden", "weight", "bias"), ("hidden",)], ids="+".join)
+def test_a_bias_and_a_head_that_lie_otherwise(trains):
+    case = triton_case(13, 12, 100, bias=True, trains=trains)
+    case.bias = torch.stack([case.bias, torch.full_like(case.bias, 9.0)], 1)[:, 0]
+    case.weight = case.weight.t().contiguous().t()
+    checked(case)
+    case.bias = torch.full((1,), 2.0).expand(100)
+    case.trains = ("hidden",)
+    checked(case)
+
+
 def test_log_probs_have_the_same_bits_whatever_is_kept():
     case = triton_case(21, 30, 200, scale=3.0)
     found = []

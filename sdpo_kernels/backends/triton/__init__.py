@@ -31,6 +31,10 @@ class TritonBackend:
         for dtype in (request.dtype, request.weight_dtype):
             if dtype not in DTYPES:
                 return f"it takes float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+        if request.dtype == torch.bfloat16 and request.device.type == "cuda" and torch.cuda.is_available():
+            major, minor = torch.cuda.get_device_capability(request.device)
+            if major < 8:
+                return f"its bfloat16 tiles need compute capability 8.0 or later, not {major}.{minor}"
         return _reason(request.device)
 
     def forward(self, call: HeadCall, keep: int) -> HeadForward:

@@ -14,6 +14,7 @@ from sdpo_kernels.backends.triton import launch
 from sdpo_kernels.backends.triton.launch import Rows, Sums
 
 CHUNK_ELEMENTS = 2**28  # of S that is made and used at once: 512 MiB in bfloat16
+PART_ELEMENTS = 2**24  # of the extras' partial sums: 64 MiB
 SHIFT = 58 * 0.6931471805599453  # as kernels.SHIFT
 
 
@@ -32,12 +33,20 @@ def chunk_columns(call: HeadCall, tile_columns: int) -> int:
     return min(max(1, columns // tile_columns), everything) * tile_columns
 
 
+def _forward_columns(rows: Rows) -> int:
+    """Columns of a forward's chunk, of which the parts that the extras need fit PART_ELEMENTS."""
+    columns, tile = chunk_columns(rows.call, rows.tile.columns), rows.tile.columns
+    if not rows.call.outputs:
+        return columns
+    return min(columns, max(1, PART_ELEMENTS // (4 * max(1, rows.x.shape[0]))) * tile)
+
+
 def forward(call: HeadCall, keep: int) -> HeadForward:
     """See `base.Backend.forward`."""
-    rows = Rows.of(call)
+    rows = Rows.of(call, forward=True)
     n_rows, width = call.hidden.shape
     n_columns, tile = call.weight.shape[0], rows.tile
-    sums = Sums.of(rows, -(-n_columns // tile.columns))
+    sums = Sums.of(rows, -(-n_columns // tile.columns), _forward_columns(rows) // tile.columns)
     kept = direction = stash = None
     if keep == KEEP_DIRECTION:
         kept = rows.x.new_zeros((call.kept_rows, width), dtype=torch.float32)
@@ -55,7 +64,7 @@ def forward(call: HeadCall, keep: int) -> HeadForward:
         launch.set_targets(rows, 0, min(keep, n_columns), stash, found.logps, found.state)
     if direction is not None:
         _finish_direction(call, found.logps[:n_rows], found.state[:n_rows], direction)
-    top1 = None if sums.gemm_target is None or found.zmax is None else sums.gemm_target >= found.zmax
+    top1 = None if sums.gemm_target is None or sums.folded is None else sums.gemm_target >= sums.folded[3]
     values = (found.entropy, found.log_sum_sq, found.mean_logits, top1)
     own = [None if value is None else value[:n_rows] for value in (found.logps, found.state, *values)]
     extras = {name: value if name in call.outputs else None for name, value in zip(EXTRAS, own[2:], strict=True)}
@@ -66,10 +75,10 @@ def forward(call: HeadCall, keep: int) -> HeadForward:
 def _walk(rows: Rows, sums: Sums, stash: Tensor | None, direction: Tensor | None) -> None:
     """All tiles of the vocabulary, S going to the stash, or to a scratch that `direction` gathers up, or nowhere."""
     call, n_rows, keep = rows.call, rows.call.hidden.shape[0], 0 if stash is None else stash.shape[1]
-    step = chunk_columns(call, rows.tile.columns)
+    step = _forward_columns(rows)
     scratch = None if direction is None else rows.x.new_empty(n_rows * step)
     for start, stop in chunks(call, 0, step, step):
-        weight = launch.unit_stride(call.weight[start:stop].to(call.dtype))
+        weight = rows.weight[start:stop].to(call.dtype)
         if direction is not None:
             assert scratch is not None
             s = _scratch_of(scratch, rows, stop - start)
@@ -127,7 +136,7 @@ def backward(
 def _backward(
     call: HeadCall, saved: Saved, grad_logps: Tensor, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    rows = Rows.of(call)
+    rows = Rows.of(call, forward=False)
     gain = call.head.logit_scale / call.head.temperature
     k = saved.state[:, 1].float()
     r = (-gain * grad_logps.double() * (saved.state[:, 1] - saved.state[:, 0] + SHIFT).exp()).float()
@@ -136,13 +145,11 @@ def _backward(
     dw = torch.empty_like(call.weight, memory_format=torch.contiguous_format) if needs[1] else None
     db = r.new_empty(call.weight.shape[0]) if needs[2] else None
     stashed, step = min(max(saved.keep, 0), call.weight.shape[0]), chunk_columns(call, rows.tile.columns)
-    cast = call.weight.dtype != call.dtype
     scratch = None
-    at_once = step if cast or saved.rows is not None else max(stashed, 1)  # no copies: one product for the whole stash
+    copied = call.weight.dtype != call.dtype or saved.rows is not None
+    at_once = step if copied else max(stashed, 1)  # where nothing is copied, one product for the whole stash
     for start, stop in chunks(call, stashed, at_once, step):
-        weight = (
-            launch.unit_stride(call.weight[start:stop].to(call.dtype)) if cast or needs[0] or stop > stashed else None
-        )
+        weight = rows.weight[start:stop].to(call.dtype) if needs[0] or stop > stashed else None
         if stop <= stashed:
             assert saved.kept is not None
             s = saved.kept[:, start:stop]

@@ -13,7 +13,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 SHIFT_BITS = tl.constexpr(58.0)
 SHIFT = tl.constexpr(40.202536192073015)  # 58·ln 2
-LARGEST_SUM = tl.constexpr(1e30)  # above it (log-prob below about −109) a row is done again with k = logsumexp
+LARGEST_SUM = tl.constexpr(1e20)  # above it (log-prob below about −86) a row is done again with k = logsumexp
 PARTS = tl.constexpr(4)  # of the extras: Σ E·(z − k), 2⁵⁸·Σ E², Σ z, max z without the target
 
 
@@ -95,7 +95,7 @@ def products(
 @triton.jit(do_not_specialize=["n_rows", "n_columns", "stash_rows", "first_tile"])
 def logits_kernel(
     x, w, bias, targets, shift,  # [N, H], [C, H], [C], [N] int64 relative to this chunk, [N] float32: k
-    sums, parts, gemm_target, stash,  # [tiles, N], [tiles, 4, N], [N], [N, stash_stride]
+    sums, parts, gemm_target, stash,  # [tiles of all chunks, N], [tiles of this one, 4, N], [N], [N, stash_stride]
     n_rows, n_columns, width, x_stride, w_stride, stash_rows, stash_columns, stash_stride, stash_start, first_tile,
     before, after,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
@@ -129,7 +129,7 @@ def logits_kernel(
     if SUMS:
         tl.store(sums + out * n_rows + rows, tl.sum(e, 1), there)
     if EXTRAS:
-        to = parts + out * PARTS * n_rows + rows
+        to = parts + column_tile.to(tl.int64) * PARTS * n_rows + rows
         # where E is 0 the logit may be −inf: 0·(−inf) is no number
         tl.store(to, tl.sum(tl.where(e == 0.0, 0.0, e * (z - k[:, None])), 1), there)
         squares = tl.where(counted, tl.exp2(2.0 * (z - k[:, None]) * LOG2E - SHIFT_BITS), 0.0)
@@ -162,8 +162,8 @@ def logp_of(target, rest):
 
 @triton.jit(do_not_specialize=["n_rows", "n_tiles", "n_columns"])  # else each kind of batch size is compiled anew
 def finalize_kernel(
-    sums, parts, target_logits,  # [tiles, N], [tiles, 4, N], [N]
-    logps, state, entropy, log_sum_sq, mean_logits, zmax, redo,  # [N], [N, 2], [N] each, [N] int8
+    sums, parts, target_logits,  # [tiles, N], [4, N] float64, [N]
+    logps, state, entropy, log_sum_sq, mean_logits, redo,  # [N], [N, 2], [N] each, [N] int8
     n_rows, n_tiles, n_columns,
     BLOCK: tl.constexpr, EXTRAS: tl.constexpr,
 ):  # fmt: skip
@@ -173,16 +173,12 @@ def finalize_kernel(
     k = tl.load(target_logits + rows, there, other=0.0)
     o = tl.zeros([BLOCK], tl.float64)
     mean, squares, total = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
-    top = tl.full([BLOCK], float("-inf"), tl.float32)
     for tile in range(n_tiles):
-        number = tl.cast(tile, tl.int64)
-        o += tl.load(sums + number * n_rows + rows, there, other=0.0).to(tl.float64)
-        if EXTRAS:
-            of = parts + number * PARTS * n_rows + rows
-            mean += tl.load(of, there, other=0.0).to(tl.float64)
-            squares += tl.load(of + n_rows, there, other=0.0).to(tl.float64)
-            total += tl.load(of + 2 * n_rows, there, other=0.0).to(tl.float64)
-            top = tl.maximum(top, tl.load(of + 3 * n_rows, there, other=0.0))
+        o += tl.load(sums + tl.cast(tile, tl.int64) * n_rows + rows, there, other=0.0).to(tl.float64)
+    if EXTRAS:
+        mean = tl.load(parts + rows, there, other=0.0)
+        squares = tl.load(parts + n_rows + rows, there, other=0.0)
+        total = tl.load(parts + 2 * n_rows + rows, there, other=0.0)
     target = k.to(tl.float64)
     rest = tl.log(o) + target + SHIFT
     logp = logp_of(target, rest)
@@ -200,7 +196,6 @@ def finalize_kernel(
         square_sum = p * p + squares * tl.exp(2.0 * (target - lse) + SHIFT)
         tl.store(log_sum_sq + rows, tl.log(square_sum).to(tl.float32), there)
         tl.store(mean_logits + rows, (total / n_columns).to(tl.float32), there)
-        tl.store(zmax + rows, top, there)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_columns"])  # else each kind of batch size is compiled anew

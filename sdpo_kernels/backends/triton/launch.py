@@ -23,40 +23,43 @@ class Rows:
 
     call: HeadCall
     x: Tensor  # [N, H] in the call's dtype, unit stride; the reference's rows, where there are any, after the call's
+    weight: Tensor  # [V, H] of unit stride, in its own dtype
+    bias: Tensor | None  # [V] of unit stride
     targets: Tensor  # [N] int64
     target_logits: Tensor  # [N] float32: z_y, and k of the first pass
     tile: Tile
 
     @classmethod
-    def of(cls, call: HeadCall) -> Rows:
-        """Operands as the kernels take them, and the targets' logits."""
+    def of(cls, call: HeadCall, forward: bool) -> Rows:
+        """Operands as the kernels take them, and for a forward the targets' logits."""
         x, targets = call.hidden.to(call.dtype), call.targets
         if call.ref_hidden is not None:
             x, targets = torch.cat([x, call.ref_hidden.to(call.dtype)]), targets.repeat(2)
         x = x if x.stride(1) == 1 else x.contiguous()
         heavy = call.head.softcap is not None or bool(call.outputs)
         tile = tile_for(x.device, x.dtype, heavy)
-        rows = cls(call, x, targets.contiguous(), x.new_empty(x.shape[0], dtype=torch.float32), tile)
-        weight = unit_stride(call.weight)
+        weight, bias = unit_stride(call.weight), None if call.bias is None else call.bias.contiguous()
+        rows = cls(call, x, weight, bias, targets.contiguous(), x.new_empty(x.shape[0], dtype=torch.float32), tile)
         before, after, capped = head_numbers(call)
-        if x.shape[0]:
+        if forward and x.shape[0]:
             kernels.target_logits_kernel[(x.shape[0],)](
-                x, weight, call.bias, rows.targets, rows.target_logits,
+                x, weight, bias, rows.targets, rows.target_logits,
                 x.shape[1], x.stride(0), weight.stride(0), before, after,
-                BLOCK=min(1024, triton.next_power_of_2(x.shape[1])), CAPPED=capped, HAS_BIAS=call.bias is not None,
+                BLOCK=max(16, min(1024, triton.next_power_of_2(x.shape[1]))), CAPPED=capped, HAS_BIAS=bias is not None,
             )  # fmt: skip
-            if autotune.wanted() and x.dtype == torch.bfloat16:
-                rows.tile = rows.fastest_tile(weight)
+        if x.shape[0] and autotune.wanted() and x.dtype == torch.bfloat16:
+            rows.tile = rows.fastest_tile()
         return rows
 
-    def fastest_tile(self, weight: Tensor) -> Tile:
+    def fastest_tile(self) -> Tile:
         """The tile that takes least time for a forward of about this shape, kept for this process."""
-        call = self.call
+        call, weight = self.call, self.weight
         some = weight[: min(weight.shape[0], 2**24 // max(1, weight.shape[1]))].to(call.dtype)
 
         def run(tile: Tile) -> None:
             trial = replace(self, tile=tile)
-            logits(trial, some, 0, self.target_logits, Sums.of(trial, -(-some.shape[0] // tile.columns)), None)
+            tiles = triton.cdiv(some.shape[0], tile.columns)
+            logits(trial, some, 0, self.target_logits, Sums.of(trial, tiles, tiles), None)
 
         rows = triton.next_power_of_2(self.x.shape[0])  # batches differ a little; they are not timed one by one
         key = (self.x.device, rows, *weight.shape, call.head, call.outputs)
@@ -78,20 +81,30 @@ def head_numbers(call: HeadCall) -> tuple[float, float, bool]:
 
 @dataclass
 class Sums:
-    """What the tiles leave of each row for `finalize`: [tiles, N] and, for the extras, [tiles, 4, N] and [N]."""
+    """What the tiles leave of each row for `finalize`."""
 
-    sums: Tensor
-    parts: Tensor | None
-    gemm_target: Tensor | None
+    sums: Tensor  # [tiles, N] Σ E
+    parts: Tensor | None  # [tiles of a chunk, 4, N]: what the extras need
+    folded: Tensor | None  # [4, N] float64: the parts of all chunks so far
+    gemm_target: Tensor | None  # [N] the target's logit as the tiles have it
 
     @classmethod
-    def of(cls, rows: Rows, n_tiles: int) -> Sums:
-        """Buffers for all tiles of a walk."""
+    def of(cls, rows: Rows, n_tiles: int, in_chunk: int) -> Sums:
+        """Buffers for all tiles of a walk, of which `in_chunk` are the most at once."""
         n = rows.x.shape[0]
         sums = rows.x.new_empty((n_tiles, n), dtype=torch.float32)
         if not rows.call.outputs:
-            return cls(sums, None, None)
-        return cls(sums, sums.new_empty((n_tiles, 4, n)), sums.new_empty(n))
+            return cls(sums, None, None, None)
+        folded = sums.new_zeros((4, n), dtype=torch.float64)
+        folded[3] = -torch.inf
+        return cls(sums, sums.new_empty((in_chunk, 4, n)), folded, sums.new_empty(n))
+
+    def fold(self, n_tiles: int) -> None:
+        """Add up the parts of a chunk's tiles: three sums and a maximum."""
+        if self.parts is not None and self.folded is not None:
+            parts = self.parts[:n_tiles]
+            self.folded[:3] += parts[:, :3].sum(0, dtype=torch.float64)
+            torch.maximum(self.folded[3], parts[:, 3].amax(0).double(), out=self.folded[3])
 
 
 def logits(
@@ -103,7 +116,7 @@ def logits(
     if n_rows == 0:
         return
     before, after, capped = head_numbers(call)
-    bias = None if call.bias is None else call.bias[start : start + n_columns]
+    bias = None if rows.bias is None else rows.bias[start : start + n_columns]
     grid = (triton.cdiv(n_rows, tile.rows) * triton.cdiv(n_columns, tile.columns),)
     left, right, described = operands(rows.x, weight, tile)
     kernels.logits_kernel[grid](
@@ -118,6 +131,8 @@ def logits(
         SUMS=sums is not None, EXTRAS=sums is not None and sums.parts is not None, STORE=stash is not None,
         DESCRIPTORS=described, UPCAST=not rows.x.is_cuda, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    if sums is not None:
+        sums.fold(triton.cdiv(n_columns, tile.columns))
 
 
 def operands(x: Tensor, weight: Tensor, tile: Tile) -> tuple[object, object, bool]:
@@ -142,7 +157,6 @@ class Finished:
     entropy: Tensor | None
     log_sum_sq: Tensor | None
     mean_logits: Tensor | None
-    zmax: Tensor | None
 
 
 def finalize(rows: Rows, sums: Sums) -> Finished:
@@ -158,12 +172,11 @@ def finalize(rows: Rows, sums: Sums) -> Finished:
     state = rows.x.new_empty((n, 2), dtype=torch.float64)
     out = Finished(
         logps, state, rows.x.new_empty(n, dtype=torch.int8), vector(extras), vector(extras), vector(extras),
-        vector(extras),
     )  # fmt: skip
     if n:
         kernels.finalize_kernel[(triton.cdiv(n, ROWS_AT_ONCE),)](
-            sums.sums, sums.parts, rows.target_logits, out.logps, out.state, out.entropy, out.log_sum_sq,
-            out.mean_logits, out.zmax, out.redo, n, sums.sums.shape[0], rows.call.weight.shape[0],
+            sums.sums, sums.folded, rows.target_logits, out.logps, out.state, out.entropy, out.log_sum_sq,
+            out.mean_logits, out.redo, n, sums.sums.shape[0], rows.call.weight.shape[0],
             BLOCK=ROWS_AT_ONCE, EXTRAS=extras,
         )  # fmt: skip
     return out
@@ -186,13 +199,13 @@ def redo(rows: Rows, found: Finished, stash: Tensor | None, direction: Tensor | 
     n, width = rows.x.shape
     if n == 0:
         return
-    weight, (before, after, capped) = unit_stride(call.weight), head_numbers(call)
-    bh = triton.next_power_of_2(width)
+    before, after, capped = head_numbers(call)
+    bh = max(16, triton.next_power_of_2(width))
     kernels.redo_kernel[(n,)](
-        found.redo, rows.x, weight, call.bias, rows.targets, rows.target_logits, found.logps, found.state,
+        found.redo, rows.x, rows.weight, rows.bias, rows.targets, rows.target_logits, found.logps, found.state,
         found.entropy, found.log_sum_sq, found.mean_logits, stash, direction,
-        weight.shape[0], width, rows.x.stride(0), weight.stride(0), call.hidden.shape[0],
+        rows.weight.shape[0], width, rows.x.stride(0), rows.weight.stride(0), call.hidden.shape[0],
         0 if stash is None else stash.shape[1], 0 if stash is None else stash.stride(0), before, after,
-        BJ=max(1, min(64, REDO_ELEMENTS // bh)), BH=bh, CAPPED=capped, HAS_BIAS=call.bias is not None,
+        BJ=max(1, min(64, REDO_ELEMENTS // bh)), BH=bh, CAPPED=capped, HAS_BIAS=rows.bias is not None,
         EXTRAS=found.entropy is not None, STORE=stash is not None, DIRECTION=direction is not None, num_warps=8,
     )  # fmt: skip
