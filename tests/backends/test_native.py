@@ -267,7 +267,7 @@ def test_the_pair_epilogue_is_the_losses_own_arithmetic(loss, n_pairs, beta, spr
     ref = spread * torch.randn(2 * n_pairs, generator=generator)
     counts = torch.randint(1, 40, (2 * n_pairs,), generator=generator)
     settings = {"beta": beta, "loss_type": name, **options}
-    assert pair_op.serves("native", policy, name) == "native"
+    assert pair_op.serves("native", policy, n_pairs, name) == "native"
     ours = pair_output(policy, ref, counts, **settings)
     (grad,) = torch.autograd.grad(ours.loss, policy)
     exact = policy.detach().double().requires_grad_()
