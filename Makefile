@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 DEMO_OUTPUT ?= runs/demo
 BENCH ?= head
 
-NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*)
+NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+EMULATOR := $(wildcard tests/backends/emulator/*)
 SANITIZED := build/sanitized
 
-.PHONY: demo picture test lint bench bench-env sanitize clean
+.PHONY: demo picture test lint bench bench-env sanitize wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m examples.demo.run --output $(DEMO_OUTPUT)
@@ -24,7 +25,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE) $(EMULATOR)
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.$(BENCH)
@@ -48,6 +49,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt setup.py $(NATIVE)
 	$(BIN)/python -m pip install -q -c constraints.txt torch ninja
 	$(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt -e ".[train,dev]"
 	touch $@
+
+# one wheel for every Python from 3.10 on; the CUDA library in it where nvcc is found
+wheel: $(VENV)/.installed
+	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info sdpo_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -133,7 +133,7 @@ def _keep(
         return KEEP_NOTHING
     if not head_trains and "entropy" not in outputs:
         return KEEP_DIRECTION
-    per_column = n_rows * backend.stash_dtype(dtype).itemsize
+    per_column = n_rows * backend.stash_dtype(dtype, hidden.device).itemsize
     everything = -(-weight.shape[0] // STASH_MULTIPLE) * STASH_MULTIPLE
     columns = everything if per_column == 0 else budget // per_column
     return min(columns // STASH_MULTIPLE * STASH_MULTIPLE, everything)

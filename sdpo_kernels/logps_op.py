@@ -88,7 +88,7 @@ def _(hidden, weight, targets, bias, index, logit_scale, softcap, temperature, o
     elif keep == KEEP_DIRECTION:
         kept = hidden.new_empty((kept_rows, hidden.shape[1]), dtype=out)
     else:
-        kept = hidden.new_empty((kept_rows, keep), dtype=chosen.stash_dtype(dtype))
+        kept = hidden.new_empty((kept_rows, keep), dtype=chosen.stash_dtype(dtype, hidden.device))
     state = hidden.new_empty((n_rows, chosen.state_columns), dtype=torch.float64)
     ref_logps = hidden.new_empty(0 if ref_hidden is None else n_rows, dtype=out)
     return (hidden.new_empty(n_rows, dtype=out), state, *extras, kept, ref_logps)

@@ -3,7 +3,8 @@
     backend = choose_backend("auto", request)    # the first of AUTO_ORDER that supports the request
 
 A backend receives the scored rows only (see `base.HeadCall`). An explicit request that cannot be met raises and says
-why; `auto` falls back and says so once in the log. To add one: write its class beside `eager.py`, enter it below.
+why; `auto` falls back, and where only plain torch is left says so once in the log. To add one: write its class beside
+`eager.py`, enter it below.
 """
 
 from __future__ import annotations
@@ -54,15 +55,19 @@ def _choose(name: str, device: torch.device, reason_against: Callable[[Backend],
         if reason is not None:
             raise ValueError(f"backend: {name!r} cannot serve this call: {reason}")
         return backend
+    missed: list[tuple[str, str]] = []
     for candidate in AUTO_ORDER:
         backend = BACKENDS[candidate]
         if backend.device_types is not None and device.type not in backend.device_types:
             continue  # nothing is fallen back from: it was never meant for this device
         reason = reason_against(backend)
         if reason is None:
+            # the compiler cannot trace a log
+            if candidate == AUTO_ORDER[-1] and not torch.compiler.is_compiling():
+                for name_of_other, why in missed:
+                    _say_once(name_of_other, why)
             return backend
-        if not torch.compiler.is_compiling():  # the compiler cannot trace a log
-            _say_once(candidate, reason)
+        missed.append((candidate, reason))
     raise ValueError(f"backend: none supports this call: {asked}")
 
 

@@ -74,8 +74,8 @@ class Backend(Protocol):
     device_types: tuple[str, ...] | None  # where it runs at all; None: anywhere
     state_columns: int  # float64 numbers of a row that a forward saves for its backward
 
-    def stash_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """What a stash holds for operands of `dtype`."""
+    def stash_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        """What a stash holds for operands of `dtype` on `device`."""
 
     def supports(self, request: Request) -> str | None:
         """None where the request can be served, else the reason it cannot."""

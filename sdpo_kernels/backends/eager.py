@@ -28,7 +28,7 @@ class EagerBackend:
     device_types: tuple[str, ...] | None = None
     state_columns = 1  # logsumexp over all columns: as float32, one of 20 would cost gradients 1e-6
 
-    def stash_dtype(self, dtype: torch.dtype) -> torch.dtype:
+    def stash_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         """The stash holds logits as the products are summed."""
         return product_dtype(dtype)
 

@@ -1,29 +1,38 @@
-"""The native backend: the C++ kernels of csrc/, here on the CPU. Exp-direct, one walk, stash (docs/architecture.md).
+"""The native backend: the C++ and CUDA kernels of csrc/. Exp-direct, one walk, stash (docs/architecture.md).
 
-Operands are multiplied in bfloat16 where the chip has AVX-512-BF16, in float32 elsewhere; sums and logits are float32.
+On the CPU operands are multiplied in bfloat16 where the chip has AVX-512-BF16, in float32 elsewhere; on CUDA by cuBLAS.
+Sums and logits are float32 everywhere.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from sdpo_kernels.backends import native_library
+from sdpo_kernels.backends import native_library, precision
 from sdpo_kernels.backends.base import EXTRAS, KEEP_DIRECTION, KEEP_NOTHING, HeadCall, HeadForward, Request, Saved
 
 DTYPES = (torch.float32, torch.bfloat16)
+NOT_LOADED = "not loaded yet"
 
 
 class NativeBackend:
-    """Its library is loaded with the package; one that is there but does not fit is an error where it is wanted."""
+    """The CPU's library is loaded with the package, CUDA's when a CUDA tensor comes.
+
+    A library that is there but does not fit is an error where it is wanted.
+    """
 
     name = "native"
-    device_types: tuple[str, ...] | None = ("cpu",)
+    device_types: tuple[str, ...] | None = ("cpu", "cuda")
     state_columns = 2  # the logsumexp, and k: what the stash's exponentials are relative to
 
     def __init__(self) -> None:
-        self.reason: str | None = None  # why the library is not there; None: it is loaded
-        self.misfit: str | None = None  # why the library that is there cannot be used
+        self.reason: str | None = None  # why the CPU's library is not there; None: it is loaded
+        self.misfit: str | None = None  # why the one that is there cannot be used
+        self.cuda_reason: str | None = NOT_LOADED
         try:
             self.reason = native_library.load()
         except RuntimeError as error:
@@ -31,38 +40,61 @@ class NativeBackend:
         usable = self.reason is None and self.misfit is None
         self.bf16_products = usable and torch.ops.sdpo_native.cpu_chip() == "avx512bf16"
 
-    def stash_dtype(self, dtype: torch.dtype) -> torch.dtype:
+    @property
+    def operators(self) -> Any:
+        """The libraries' operators; torch's dispatcher knows which device's."""
+        return torch.ops.sdpo_native
+
+    def on_cuda(self, tensor: Tensor) -> bool:
+        """Whether CUDA's kernels serve `tensor`: their stash lies by rows, not by blocks of columns."""
+        return tensor.is_cuda
+
+    def stash_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         """S, the unnormalised probabilities, as the backward multiplies them."""
-        return torch.bfloat16 if dtype == torch.bfloat16 and self.bf16_products else torch.float32
+        bf16 = dtype == torch.bfloat16 and (device.type == "cuda" or self.bf16_products)
+        return torch.bfloat16 if bf16 else torch.float32
 
     def supports(self, request: Request) -> str | None:
-        """float32 and bfloat16 on the CPU, log-probs alone."""
-        if request.device.type != "cpu":
-            return f"it runs on the CPU, not on {request.device.type}"
+        """float32 and bfloat16, log-probs alone."""
         for dtype in (request.dtype, request.weight_dtype):
             if dtype not in DTYPES:
                 return f"it takes float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
         if request.outputs:
             return f"it gives log-probs alone, none of: {', '.join(EXTRAS)}"
-        return self._library()
+        return self._library(request.device)
 
-    def _library(self) -> str | None:
+    def _library(self, device: torch.device) -> str | None:
+        if device.type not in ("cpu", "cuda"):
+            return f"it runs on the CPU and on CUDA, not on {device.type}"
         if self.misfit is not None:
             raise RuntimeError(f"backend: native: {self.misfit}, or set SDPO_BACKEND=eager")
-        return self.reason
+        if self.reason is not None or device.type == "cpu":
+            return self.reason
+        if self.cuda_reason == NOT_LOADED:
+            try:
+                self.cuda_reason = native_library.load_cuda()
+            except RuntimeError as error:
+                raise RuntimeError(f"backend: native: {error}, or set SDPO_BACKEND=triton") from error
+        if self.cuda_reason is None and torch.cuda.get_device_capability(device) < (8, 0):
+            return "it is built for compute capability 8.0 and later"
+        return self.cuda_reason
 
     def forward(self, call: HeadCall, keep: int) -> HeadForward:
-        """See `base.Backend.forward`. The stash is laid out in blocks of 64 columns, each [kept_rows, 64]."""
+        """See `base.Backend.forward`.
+
+        The stash lies in blocks of 64 columns, each [kept_rows, 64], on the CPU, and by rows on CUDA.
+        """
         n_rows, width = call.hidden.shape
         logps = call.hidden.new_empty(n_rows, dtype=torch.float32)
         state = call.hidden.new_empty((n_rows, 2), dtype=torch.float64)
-        new = torch.empty if call.kept_rows == n_rows else torch.zeros
+        new = call.hidden.new_empty if call.kept_rows == n_rows else call.hidden.new_zeros
         stash = direction = None
         if keep > KEEP_NOTHING:
-            stash = new((call.kept_rows, keep), dtype=self.stash_dtype(call.dtype))
+            stash = new((call.kept_rows, keep), dtype=self.stash_dtype(call.dtype, call.hidden.device))
         elif keep == KEEP_DIRECTION:
             direction = new((call.kept_rows, width), dtype=torch.float32)
-        torch.ops.sdpo_native.linear_forward(*_inputs(call), logps, state, stash, direction)
+        with self._full_precision(call.hidden):
+            self.operators.linear_forward(*_inputs(call), logps, state, stash, direction)
         kept = direction if stash is None else stash
         return HeadForward(logps, state, None, None, None, None, kept)
 
@@ -79,20 +111,28 @@ class NativeBackend:
             assert saved.kept is not None
             direction = saved.kept if saved.rows is None else saved.kept.index_select(0, saved.rows)
             return (direction * grad_logps.unsqueeze(1)).to(call.hidden.dtype), None, None
-        dx = torch.empty_like(_known(call.hidden), memory_format=torch.contiguous_format) if needs[0] else None
-        dw = torch.empty_like(call.weight, memory_format=torch.contiguous_format) if needs[1] else None
+        hidden = _known(call.hidden)
+        dx = hidden.new_empty(hidden.shape) if needs[0] else None
+        dw = call.weight.new_empty(call.weight.shape) if needs[1] else None
         db = call.hidden.new_empty(call.weight.shape[0], dtype=torch.float32) if needs[2] else None
-        stash = saved.kept if saved.keep > KEEP_NOTHING else None
-        torch.ops.sdpo_native.linear_backward(
-            *_inputs(call), saved.logps, saved.state, stash, saved.rows, grad_logps.float().contiguous(), dx, dw, db
-        )
+        stash, rows = (saved.kept if saved.keep > KEEP_NOTHING else None), saved.rows
+        if self.on_cuda(call.hidden):
+            stash, rows = (stash if stash is None or rows is None else stash.index_select(0, rows)), None
+        with self._full_precision(call.hidden):
+            self.operators.linear_backward(
+                *_inputs(call), saved.logps, saved.state, stash, rows, grad_logps.float().contiguous(), dx, dw, db
+            )
         if db is not None and call.bias is not None:
             db = db.to(call.bias.dtype)
         return (None if dx is None else dx.to(call.hidden.dtype)), dw, db
 
+    def _full_precision(self, tensor: Tensor) -> AbstractContextManager[object]:
+        """On CUDA the products are torch's, whose settings may allow less."""
+        return precision.full(tensor.device) if self.on_cuda(tensor) else nullcontext()
+
     def supports_pairs(self, device: torch.device) -> str | None:
-        """On the CPU."""
-        return f"it runs on the CPU, not on {device.type}" if device.type != "cpu" else self._library()
+        """On the CPU and on CUDA."""
+        return self._library(device)
 
     def pair_epilogue(
         self,
@@ -107,19 +147,19 @@ class NativeBackend:
         out: tuple[Tensor, Tensor, Tensor, Tensor],
     ) -> None:
         """See `base.Backend.pair_epilogue`."""
-        torch.ops.sdpo_native.pair_epilogue(logps, index, segment, ref, counts, loss_type, beta, smoothing, *out)
+        self.operators.pair_epilogue(logps, index, segment, ref, counts, loss_type, beta, smoothing, *out)
 
     def supports_rows(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """float32 and bfloat16 on the CPU."""
-        if device.type != "cpu" or dtype not in DTYPES:
-            return f"it takes float32 and bfloat16 on the CPU, not {str(dtype).removeprefix('torch.')} on {device.type}"
-        return self._library()
+        """float32 and bfloat16."""
+        if dtype not in DTYPES:
+            return f"it takes float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+        return self._library(device)
 
     def logits_forward(self, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """See `base.Backend.logits_forward`: one read of the logits."""
         logps = logits.new_empty(logits.shape[0], dtype=torch.float32)
         lse = logits.new_empty(logits.shape[0], dtype=torch.float64)
-        torch.ops.sdpo_native.logits_forward(_rows(logits), targets.contiguous(), temperature, logps, lse)
+        self.operators.logits_forward(_rows(logits), targets.contiguous(), temperature, logps, lse)
         return logps, lse
 
     def logits_backward(
@@ -134,7 +174,7 @@ class NativeBackend:
     ) -> None:
         """See `base.Backend.logits_backward`: one read and one write."""
         grad = grad.float().contiguous()
-        torch.ops.sdpo_native.logits_backward(grad, _rows(logits), targets.contiguous(), logps, lse, temperature, out)
+        self.operators.logits_backward(grad, _rows(logits), targets.contiguous(), logps, lse, temperature, out)
 
 
 def _inputs(call: HeadCall) -> tuple[object, ...]:

@@ -1,7 +1,7 @@
-"""Loads the compiled library of the `native` backend and says, where it cannot, why and what to do.
+"""Loads the compiled libraries of the `native` backend and says, where it cannot, why and what to do.
 
-The library holds operators for torch's dispatcher and nothing of Python. It is built when the package is installed,
-where there is a C++ compiler (setup.py). `REASON` is None once it is loaded.
+They hold operators for torch's dispatcher and nothing of Python. They are built when the package is installed, where
+there is a C++ compiler, and nvcc for CUDA's (setup.py). The CPU's defines the operators, so it is loaded first.
 """
 
 from __future__ import annotations
@@ -9,21 +9,26 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 PACKAGE = Path(__file__).resolve().parents[1]
+CUDA_LIBRARY = PACKAGE / "_cuda.so"
 LIBRARY = Path(os.environ.get("SDPO_NATIVE_LIBRARY", PACKAGE / "_cpu.so"))  # another one for `make sanitize`
 SOURCES = PACKAGE.parent / "csrc"  # in a checkout; beside an installed wheel it may be somebody else's
-SUFFIXES = (".cpp", ".h", ".inl")
+SUFFIXES = (".cpp", ".h", ".inl", ".cu", ".cuh")
 
 
-def source_digest(sources: Path) -> str:
-    """Names what a library was built from: a digest of all C++ files under `sources`."""
+def source_digest(sources: Path, cuda: bool) -> str:
+    """Names what a library was built from: a digest of the files under `sources` that it is made of."""
     digest = hashlib.sha256()
+    other = "cpu" if cuda else "cuda"
     for path in sorted(path for path in sources.rglob("*") if path.suffix in SUFFIXES):
-        digest.update(path.relative_to(sources).as_posix().encode() + b"\0" + path.read_bytes())
+        name = path.relative_to(sources)
+        if name.parts[0] != other:
+            digest.update(name.as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -52,19 +57,28 @@ def is_whole(library: Path) -> bool:
 
 
 def load() -> str | None:
-    """Load the library; None, or why there is none. Raises RuntimeError where there is one that does not fit."""
-    if not LIBRARY.exists():
-        return (
-            f"{LIBRARY} is not there (built at installation where a C++ compiler is found); build it: {how_to_build()}"
-        )
-    if not is_whole(LIBRARY):
-        raise RuntimeError(f"{LIBRARY} is cut short (a build that was stopped?); build it anew: {how_to_build()}")
+    """Load the CPU's library; None, or why there is none. Raises RuntimeError where there is one that does not fit."""
+    return _load(LIBRARY, "a C++ compiler", lambda: torch.ops.sdpo_native.built_from(), cuda=False)
+
+
+def load_cuda() -> str | None:
+    """The same for CUDA's, after the CPU's."""
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    return _load(CUDA_LIBRARY, "nvcc", lambda: torch.ops.sdpo_native.cuda_built_from(), cuda=True)
+
+
+def _load(library: Path, compiler: str, built_from: Callable[[], str], cuda: bool) -> str | None:
+    if not library.exists():
+        return f"{library} is not there (built at installation where {compiler} is found); build it: {how_to_build()}"
+    if not is_whole(library):
+        raise RuntimeError(f"{library} is cut short (a build that was stopped?); build it anew: {how_to_build()}")
     try:
-        torch.ops.load_library(str(LIBRARY))
-        built_from = torch.ops.sdpo_native.built_from()
+        torch.ops.load_library(str(library))
+        digest = built_from()
     except (OSError, AttributeError, RuntimeError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RuntimeError(f"{LIBRARY} cannot be loaded ({first}); build it anew: {how_to_build()}") from error
-    if is_checkout() and built_from != source_digest(SOURCES):
-        raise RuntimeError(f"{LIBRARY} was built from other sources than {SOURCES}; build it anew: {how_to_build()}")
+        raise RuntimeError(f"{library} cannot be loaded ({first}); build it anew: {how_to_build()}") from error
+    if is_checkout() and digest != source_digest(SOURCES, cuda):
+        raise RuntimeError(f"{library} was built from other sources than {SOURCES}; build it anew: {how_to_build()}")
     return None

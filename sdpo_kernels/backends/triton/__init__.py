@@ -22,7 +22,7 @@ class TritonBackend:
     device_types: tuple[str, ...] | None = ("cuda",)
     state_columns = 2  # the logsumexp, and k: what the stash's exponentials are relative to
 
-    def stash_dtype(self, dtype: torch.dtype) -> torch.dtype:
+    def stash_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         """S, the unnormalised probabilities, in the operands' dtype."""
         return dtype
 

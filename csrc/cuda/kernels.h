@@ -1,0 +1,95 @@
+// What the CUDA kernels offer the host: one launcher a kernel, on a stream. No torch in here. Sizes of 0 launch
+// nothing; every launcher throws std::runtime_error where CUDA refuses.
+#pragma once
+
+#include "../call.h"
+
+struct CUstream_st;
+using cudaStream_t = CUstream_st*;  // as in cuda_runtime_api.h
+
+namespace sdpo::cuda {
+
+constexpr int64_t SLAB = 8192;  // columns whose sum of E is one number of a row: one block's work
+
+// Logits of some columns, in float: E, S and row sums in one read.
+struct Chunk {
+  const float* products;   // [N, padded] x·w
+  int64_t n_rows, padded;  // a row's elements; a multiple of 64
+  int64_t first, columns;  // of the vocabulary, those that are real
+  const float* bias;       // [V] or null
+  const int64_t* targets;  // [N]
+  const float* shift;      // [N] k
+  Head head;
+  float* sums;  // [slabs, N], or null
+  void* s;      // [N, …] S of these columns, `padded` of them; null: not wanted
+  int64_t s_stride;
+  bool bf16;  // S in bfloat16
+};
+void exp_rows(const Chunk& chunk, cudaStream_t stream);
+
+// total[i] += Σ over slabs of sums[slab][i].
+void add_sums(const float* sums, int64_t slabs, int64_t n_rows, double* total, cudaStream_t stream);
+
+// z_y in double and k in float, by a dot product of its own; total starts at 0.
+void target_logits(const Call& call, double* target_logits, float* shift, double* total, cudaStream_t stream);
+
+void finish_rows(const double* total, const double* target_logits, const float* shift, int64_t n_rows, float* logps,
+                 double* state, cudaStream_t stream);
+
+// Always launched, a block a row: rows in range leave at once.
+struct Redo {
+  Call call;
+  const double* total;
+  const double* target_logits;
+  float* logps;
+  double* state;
+  void* stash;  // [N, stash_stride] of `stash_columns` columns, or null
+  int64_t stash_stride, stash_columns;
+  float* hidden_sum;  // [N, H] or null
+  bool bf16;
+};
+void redo_rows(const Redo& redo, cudaStream_t stream);
+
+// S's entries at the targets among columns `first` … `first + columns − 1`.
+void set_targets(const Call& call, int64_t first, int64_t columns, void* s, int64_t s_stride, bool bf16,
+                 const float* logps, const double* state, cudaStream_t stream);
+
+// r and k of a backward.
+void begin_backward(const float* grad, const double* state, double gain, int64_t n_rows, float* r, float* shift,
+                    cudaStream_t stream);
+
+// Rows of `from` as bfloat16 or float, [rows, columns].
+void convert_rows(const Matrix& from, void* out, bool bf16, cudaStream_t stream);
+// out = r ⊙ x, out of x's type.
+void scale_rows(const Matrix& x, const float* r, void* out, cudaStream_t stream);
+// out = r ⊙ sum, [N, H], out of bfloat16 or float.
+void finish_hidden(const float* sum, const float* r, int64_t n_rows, int64_t width, void* out, bool bf16,
+                   cudaStream_t stream);
+// sum += part.
+void add(float* sum, const float* part, int64_t count, cudaStream_t stream);
+// db_j = Σ_i r_i S_ij.
+void bias_gradient(const void* s, int64_t s_stride, bool bf16, const float* r, int64_t n_rows, int64_t columns,
+                   float* out, cudaStream_t stream);
+// d logp / d hidden from ΣS·W.
+void finish_direction(const Call& call, const float* hidden_sum, const float* logps, const double* state,
+                      float* direction, cudaStream_t stream);
+
+// Rows of logits that exist.
+void logits_forward(const Matrix& logits, const int64_t* targets, double temperature, float* logps, double* lse,
+                    cudaStream_t stream);
+void logits_backward(const Matrix& logits, const int64_t* targets, double temperature, const float* logps,
+                     const double* lse, const float* grad, void* out, cudaStream_t stream);
+
+struct Pairs {
+  const float* logps;    // [n_rows] of tokens, or [2B] summed already
+  const int64_t* index;  // rows that count, sequence after sequence; null: logps are the sums
+  int64_t n_pairs;
+  const float* ref;       // [2B]
+  const int64_t* counts;  // [2B] scored tokens
+  int64_t loss;           // a PairLoss
+  double beta, smoothing;
+  float *out_loss, *sums, *metrics, *slopes;  // [1], [2B], [4][B], [2B]
+};
+void pair_epilogue(const Pairs& pairs, cudaStream_t stream);
+
+}  // namespace sdpo::cuda

@@ -1,0 +1,189 @@
+#include "leaves.h"
+
+#include <algorithm>
+
+namespace sdpo::cuda {
+
+namespace {
+
+// Chunk sizes depend on shapes alone. Logits pass through a buffer that stays in the second-level cache between the
+// product that writes them and the kernel that reads them.
+constexpr int64_t CACHED_LOGITS = int64_t(1) << 23;   // 32 MiB of float
+constexpr int64_t LEAST_COLUMNS = 256;                // of a product
+constexpr int64_t CHUNK_ELEMENTS = int64_t(1) << 27;  // of S that is made and used at once: 256 MiB in bfloat16
+constexpr int64_t CHUNK_SUMS = int64_t(1) << 23;      // partial sums of a chunk of which nothing is stored: 32 MiB
+
+int64_t whole_blocks(int64_t columns) { return (columns + PANEL - 1) / PANEL * PANEL; }
+int64_t slabs_of(int64_t columns) { return (columns + SLAB - 1) / SLAB; }
+
+}  // namespace
+
+template <class T>
+T* Leaves::vector(Memory& memory) {
+  memory = host.allocate(n_rows * int64_t(sizeof(T)));
+  return static_cast<T*>(memory.get());
+}
+
+int64_t Leaves::columns_at_once() const {
+  int64_t columns = CACHED_LOGITS / std::max<int64_t>(n_rows, 1) / PANEL * PANEL;
+  return std::min(std::max(columns, LEAST_COLUMNS), whole_blocks(call.weight.rows));
+}
+
+int64_t Leaves::chunk_blocks(bool stored) const {
+  int64_t rows = std::max<int64_t>(n_rows, 1);
+  if (stored) return std::max<int64_t>(4, CHUNK_ELEMENTS / std::max(rows, width) / PANEL);
+  int64_t parts = std::max<int64_t>(1, CHUNK_SUMS / rows);
+  return std::max<int64_t>(4, parts * columns_at_once() / PANEL);
+}
+
+// One product for the whole stash, but where W has to be converted for it.
+int64_t Leaves::stash_blocks(int64_t kept) const {
+  return call.weight.bf16 == bf16 ? std::max<int64_t>(kept, 1) : chunk_blocks(true);
+}
+
+// --- both passes ---
+
+void Leaves::begin(const Call& the_call) {
+  call = the_call;
+  n_rows = call.hidden.rows, width = call.hidden.columns;
+  stream = host.stream();
+  x = call.hidden;
+  if (call.hidden.bf16 == bf16) return;
+  x_copy = host.allocate(n_rows * width * element());
+  convert_rows(call.hidden, x_copy.get(), bf16, stream);
+  x = {x_copy.get(), n_rows, width, width, bf16, false};
+}
+
+void Leaves::begin_forward(const Call& the_call) {
+  begin(the_call);
+  target_logits = vector<double>(target_memory);
+  total = vector<double>(total_memory);
+  shift = vector<float>(shift_memory);
+  cuda::target_logits(call, target_logits, shift, total, stream);
+}
+
+Blocks Leaves::part(const Blocks& s, int64_t first) const {
+  Blocks from = s;
+  if (s.data) from.data = static_cast<char*>(s.data) + first * PANEL * element();
+  return from;
+}
+
+Blocks Leaves::scratch_blocks(int64_t count) {
+  int64_t columns = std::min(count, call.blocks()) * PANEL;
+  if (!scratch_s) scratch_s = host.allocate(n_rows * columns * element());
+  return {scratch_s.get(), n_rows, nullptr, columns};
+}
+
+View Leaves::rows_of_weight(int64_t first, int64_t count) {
+  const Matrix& w = call.weight;
+  Matrix rows{
+      static_cast<const char*>(w.data) + first * w.stride * (w.bf16 ? 2 : 4), count, width, w.stride, w.bf16, w.round};
+  if (w.bf16 == bf16) return {const_cast<void*>(rows.data), count, width, w.stride, 1, bf16};
+  if (weight_size < count * width) {
+    weight_size = count * width;
+    weight_copy = host.allocate(weight_size * element());
+  }
+  convert_rows(rows, weight_copy.get(), bf16, stream);
+  return {weight_copy.get(), count, width, width, 1, bf16};
+}
+
+View Leaves::view_of(const Blocks& s, int64_t columns) const { return {s.data, n_rows, columns, s.stride, 1, bf16}; }
+
+void Leaves::logits(int64_t first, int64_t count, const Blocks& out) {
+  int64_t begin = first * PANEL, end = columns_until(first + count), at_once = columns_at_once();
+  int64_t most_slabs = (end - begin + at_once - 1) / at_once * slabs_of(at_once);
+  bool summed = total != nullptr;
+  if (!products) products = host.allocate(n_rows * at_once * int64_t(sizeof(float)));
+  if (summed && sums_size < most_slabs * n_rows) {
+    sums_size = most_slabs * n_rows;
+    sums = host.allocate(sums_size * int64_t(sizeof(float)));
+  }
+  View operand{const_cast<void*>(x.data), n_rows, width, x.stride, 1, bf16};
+  slabs = 0;
+  for (int64_t column = begin; column < end; column += at_once) {
+    int64_t columns = std::min(at_once, end - column), padded = whole_blocks(columns);
+    host.product(operand, rows_of_weight(column, columns).transposed(),
+                 {products.get(), n_rows, columns, padded, 1, false});
+    Chunk chunk{static_cast<const float*>(products.get()),
+                n_rows,
+                padded,
+                column,
+                columns,
+                call.bias,
+                call.targets,
+                shift,
+                call.head,
+                summed ? static_cast<float*>(sums.get()) + slabs * n_rows : nullptr,
+                out.data ? part(out, (column - begin) / PANEL).data : nullptr,
+                out.stride,
+                bf16};
+    exp_rows(chunk, stream);
+    slabs += slabs_of(padded);
+  }
+}
+
+void Leaves::set_targets(int64_t first, int64_t count, const Blocks& s, const float* logps, const double* state) {
+  cuda::set_targets(call, first * PANEL, columns_until(first + count) - first * PANEL, s.data, s.stride, bf16, logps,
+                    state, stream);
+}
+
+void Leaves::add_hidden_gradient(int64_t first, int64_t count, const Blocks& s) {
+  int64_t begin = first * PANEL, columns = columns_until(first + count) - begin;
+  Memory& into = started ? hidden_part : hidden_sum;
+  if (!into) into = host.allocate(n_rows * width * int64_t(sizeof(float)));
+  host.product(view_of(s, columns), rows_of_weight(begin, columns), {into.get(), n_rows, width, width, 1, false});
+  if (started)
+    add(static_cast<float*>(hidden_sum.get()), static_cast<float*>(hidden_part.get()), n_rows * width, stream);
+  started = true;
+}
+
+// --- forward ---
+
+void Leaves::add_sums(int64_t) { cuda::add_sums(static_cast<float*>(sums.get()), slabs, n_rows, total, stream); }
+
+void Leaves::finish_rows(float* logps, double* state) {
+  cuda::finish_rows(total, target_logits, shift, n_rows, logps, state, stream);
+}
+
+void Leaves::redo_rows_out_of_range(const Kept& kept, float* logps, double* state) {
+  void* stash = kept.blocks ? kept.stash.data : nullptr;
+  float* sum = kept.direction ? static_cast<float*>(hidden_sum.get()) : nullptr;
+  redo_rows({call, total, target_logits, logps, state, stash, kept.stash.stride, kept.blocks * PANEL, sum, bf16},
+            stream);
+}
+
+void Leaves::finish_direction(const float* logps, const double* state, float* direction) {
+  cuda::finish_direction(call, static_cast<float*>(hidden_sum.get()), logps, state, direction, stream);
+}
+
+// --- backward ---
+
+void Leaves::begin_backward(const Call& the_call, const float* logps, const double* state, const float* grad,
+                            const Gradients& wanted) {
+  (void)logps;
+  begin(the_call);
+  r = vector<float>(r_memory);
+  shift = vector<float>(shift_memory);
+  cuda::begin_backward(grad, state, call.head.gain, n_rows, r, shift, stream);
+  if (!wanted.weight) return;
+  scaled_x = host.allocate(n_rows * width * element());
+  scale_rows(x, r, scaled_x.get(), stream);
+}
+
+void Leaves::weight_gradient(int64_t first, int64_t count, const Blocks& s, void* out) {
+  int64_t begin = first * PANEL, columns = columns_until(first + count) - begin;
+  char* rows = static_cast<char*>(out) + begin * width * (call.weight.bf16 ? 2 : 4);
+  host.product(view_of(s, columns).transposed(), {scaled_x.get(), n_rows, width, width, 1, bf16},
+               {rows, columns, width, width, 1, call.weight.bf16});
+}
+
+void Leaves::bias_gradient(int64_t first, int64_t count, const Blocks& s, float* out) {
+  int64_t begin = first * PANEL;
+  cuda::bias_gradient(s.data, s.stride, bf16, r, n_rows, columns_until(first + count) - begin, out + begin, stream);
+}
+
+void Leaves::finish_hidden_gradient(void* out) {
+  finish_hidden(static_cast<float*>(hidden_sum.get()), r, n_rows, width, out, call.hidden.bf16, stream);
+}
+
+}  // namespace sdpo::cuda

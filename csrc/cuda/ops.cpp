@@ -1,0 +1,110 @@
+// The operators on CUDA. Their schemas are defined by the CPU's library (../ops.cpp), which is loaded first.
+#include "../operators.h"
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include <string>
+
+#include "leaves.h"
+
+#if defined(SDPO_EMULATED)  // the tests' stand-in for CUDA, on CPU tensors and in a namespace of its own
+#define SDPO_NAMESPACE sdpo_emulated
+#define SDPO_KEY CPU
+#else
+#define SDPO_NAMESPACE sdpo_native
+#define SDPO_KEY CUDA
+#endif
+
+namespace sdpo {
+
+namespace {
+
+// The device of a call's tensors becomes the current one while it lasts.
+struct On {
+#if defined(SDPO_EMULATED)
+  explicit On(const Tensor&) {}
+  int device = 0;
+#else
+  explicit On(const Tensor& t) : device(t.get_device_index()), guard(device) {}
+  int device;
+  torch::stable::accelerator::DeviceGuard guard;
+#endif
+  cudaStream_t stream() const { return cuda::Host(device).stream(); }
+};
+
+Kept on_cuda(Kept kept, const MaybeTensor& stash) {
+  if (stash) kept.stash.stride = stash->stride(0);
+  return kept;
+}
+
+void linear_forward(Tensor hidden, Tensor weight, MaybeTensor bias, Tensor targets, double scale, double softcap,
+                    double temperature, bool bf16, Tensor logps, Tensor state, MaybeTensor stash,
+                    MaybeTensor direction) {
+  On on(hidden);
+  cuda::Leaves leaves(on.device, bf16);
+  Kept kept = on_cuda(make_kept(stash, bf16, hidden.size(0), std::nullopt, direction), stash);
+  forward(leaves, make_call(hidden, weight, bias, targets, scale, softcap, temperature, bf16), kept,
+          pointer<float>(logps), pointer<double>(state));
+}
+
+// `row_of` must be absent: rows are gathered by the caller here.
+void linear_backward(Tensor hidden, Tensor weight, MaybeTensor bias, Tensor targets, double scale, double softcap,
+                     double temperature, bool bf16, Tensor logps, Tensor state, MaybeTensor stash, MaybeTensor row_of,
+                     Tensor grad, MaybeTensor grad_hidden, MaybeTensor grad_weight, MaybeTensor grad_bias) {
+  if (row_of) throw std::runtime_error("sdpo_kernels: row_of: must be None on CUDA");
+  On on(hidden);
+  cuda::Leaves leaves(on.device, bf16);
+  Kept kept = on_cuda(make_kept(stash, bf16, hidden.size(0), std::nullopt, std::nullopt), stash);
+  Gradients wanted{pointer<void>(grad_hidden), pointer<void>(grad_weight), pointer<float>(grad_bias)};
+  backward(leaves, make_call(hidden, weight, bias, targets, scale, softcap, temperature, bf16), kept,
+           pointer<float>(logps), pointer<double>(state), pointer<float>(grad), wanted);
+}
+
+void logits_forward(Tensor logits, Tensor targets, double temperature, Tensor logps, Tensor lse) {
+  On on(logits);
+  cuda::logits_forward(matrix(logits), pointer<int64_t>(targets), temperature, pointer<float>(logps),
+                       pointer<double>(lse), on.stream());
+}
+
+void logits_backward(Tensor grad, Tensor logits, Tensor targets, Tensor logps, Tensor lse, double temperature,
+                     Tensor out) {
+  On on(logits);
+  cuda::logits_backward(matrix(logits), pointer<int64_t>(targets), temperature, pointer<float>(logps),
+                        pointer<double>(lse), pointer<float>(grad), out.data_ptr(), on.stream());
+}
+
+// The rows of a sequence stand one after the other in `index`; `segment` says the same and is not read.
+void pair_epilogue(Tensor logps, MaybeTensor index, MaybeTensor segment, Tensor ref, Tensor counts, int64_t loss_type,
+                   double beta, double smoothing, Tensor loss, Tensor sums, Tensor metrics, Tensor slopes) {
+  (void)segment;
+  On on(logps);
+  cuda::pair_epilogue({pointer<float>(logps), pointer<int64_t>(index), ref.size(0) / 2, pointer<float>(ref),
+                       pointer<int64_t>(counts), loss_type, beta, smoothing, pointer<float>(loss), pointer<float>(sums),
+                       pointer<float>(metrics), pointer<float>(slopes)},
+                      on.stream());
+}
+
+std::string built_from() { return SDPO_BUILT_FROM; }
+
+}  // namespace
+
+#if defined(SDPO_EMULATED)
+STABLE_TORCH_LIBRARY(SDPO_NAMESPACE, m) {
+  define_operators(m);
+  m.def("cuda_built_from() -> str");
+}
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(SDPO_NAMESPACE, SDPO_KEY, m) {
+  m.impl("linear_forward", TORCH_BOX(&linear_forward));
+  m.impl("linear_backward", TORCH_BOX(&linear_backward));
+  m.impl("logits_forward", TORCH_BOX(&logits_forward));
+  m.impl("logits_backward", TORCH_BOX(&logits_backward));
+  m.impl("pair_epilogue", TORCH_BOX(&pair_epilogue));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(SDPO_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("cuda_built_from", TORCH_BOX(&built_from));
+}
+
+}  // namespace sdpo
