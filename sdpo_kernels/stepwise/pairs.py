@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.sources import Row, read_rows
+from sdpo_kernels.stepwise.data_files import Row, read_rows
 
 Message = dict[str, Any]
 Text = str | list[Message]

@@ -1,0 +1,1 @@
+"""What is done to the weights after a stage or a run."""
