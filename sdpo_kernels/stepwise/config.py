@@ -28,9 +28,9 @@ from pydantic import (
 )
 
 from sdpo_kernels import losses
+from sdpo_kernels.stepwise.data_files import is_file_source
 from sdpo_kernels.stepwise.errors import UserError
 from sdpo_kernels.stepwise.setting_errors import SettingErrors, error_lines, show
-from sdpo_kernels.stepwise.data_files import is_file_source
 from sdpo_kernels.stepwise.trainer_options import DEFAULT_TRAINER, check_trainer, trainer_fields
 from sdpo_kernels.stepwise.yaml_file import apply_override, read_settings, write_settings
 

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sdpo_kernels.stepwise.errors import UserError
 from sdpo_kernels.stepwise.data_files import Row, read_rows
+from sdpo_kernels.stepwise.errors import UserError
 
 Message = dict[str, Any]
 Text = str | list[Message]
@@ -60,7 +60,7 @@ class _BadRow(Exception):
 def read_pairs(
     sources: Sequence[str], *, on_bad_row: Literal["error", "skip"], score_column: str | None = None
 ) -> PairData:
-    """Read and validate every source (see sources.py for the kinds).
+    """Read and validate every source (see data_files.py for the kinds).
 
     `score_column` names '<name>_chosen' and '<name>_rejected', or one column '<name>' that holds their difference.
     A bad row is a UserError that shows the first and counts the others, or is skipped and listed. A source that is
