@@ -165,6 +165,13 @@ def ours_eager(problem: Problem) -> Callable[[], Step]:
     return _our_step(problem, "auto", "eager")
 
 
+def ours_native(problem: Problem) -> Callable[[], Step]:
+    """`fused_linear_dpo(backend="native")`: on CUDA the C++/CUDA kernels in place of Triton's."""
+    if problem.hidden.device.type == "cpu":
+        raise CannotRun("on the CPU it is what `ours` takes")
+    return _our_step(problem, "auto", "native")
+
+
 RIVALS: dict[str, Rival] = {
     "gemms": gemms,
     "naive": naive,
@@ -178,6 +185,7 @@ RIVALS: dict[str, Rival] = {
     "ours": ours,
     "ours_without_stash": ours_without_stash,
     "ours_eager": ours_eager,
+    "ours_native": ours_native,
 }
 FLOOR = "gemms"
 

@@ -1,4 +1,4 @@
-"""Eager, Triton and the Hugging Face layer on a CUDA device; `benchmarks/gpu.sh` runs these where one is lent."""
+"""All backends and the Hugging Face layer on a CUDA device; `benchmarks/gpu.sh` runs these where there is one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(params=["eager", "triton"], autouse=True)
+@pytest.fixture(params=["eager", "triton", "native"], autouse=True)
 def backend(request, monkeypatch):
     """ "auto" takes this backend where it serves, else eager."""
     monkeypatch.delenv("SDPO_BACKEND", raising=False)
