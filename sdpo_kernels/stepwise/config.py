@@ -31,6 +31,7 @@ from sdpo_kernels import losses
 from sdpo_kernels.stepwise.data_files import is_file_source
 from sdpo_kernels.stepwise.errors import UserError
 from sdpo_kernels.stepwise.setting_errors import SettingErrors, error_lines, show
+from sdpo_kernels.stepwise.source_settings import SOURCES, Source
 from sdpo_kernels.stepwise.trainer_options import DEFAULT_TRAINER, check_trainer, trainer_fields
 from sdpo_kernels.stepwise.yaml_file import apply_override, read_settings, write_settings
 
@@ -91,10 +92,12 @@ class LoraSettings(_Section):
 
 
 class StageConfig(_Section):
-    """One stage: its data, and what it sets otherwise than the run."""
+    """One stage: its data, or prompts and how pairs are made of them, and what it sets otherwise than the run."""
 
     name: str
-    data: Sources
+    data: Sources | None = None
+    prompts: Sources | None = None
+    source: Source | None = None
     epochs: Annotated[Number, Field(gt=0)] = 1.0
     beta: Annotated[Number, Field(gt=0)] | None = None
     trainer: Options = Field(default_factory=dict)
@@ -112,6 +115,18 @@ class StageConfig(_Section):
     @classmethod
     def _trainer(cls, settings: dict[str, Any]) -> dict[str, Any]:
         return check_trainer(settings)
+
+    @model_validator(mode="after")
+    def _has_pairs(self) -> StageConfig:
+        if self.source is None:
+            if self.data is None:
+                raise SettingErrors([("data", "is required (or prompts and source, for pairs that are made)")])
+            if self.prompts is not None:
+                raise SettingErrors([("source", "is required with prompts: how pairs are made of them")])
+        elif self.prompts is None or self.data is not None:
+            text = "is required with source" if self.prompts is None else "was set with data, must be without"
+            raise SettingErrors([("prompts", text)])
+        return self
 
 
 class RunConfig(_Section):
@@ -154,7 +169,7 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        mistakes = [*_order_mistakes(self), *_stage_mistakes(self)]
+        mistakes = [*_order_mistakes(self), *_stage_mistakes(self), *_source_mistakes(self)]
         if self.dtype == "bfloat16" and self.lora is None:
             mistakes.append(
                 (
@@ -231,6 +246,20 @@ def _stage_mistakes(config: RunConfig) -> list[tuple[str, str]]:
     return mistakes
 
 
+def _source_mistakes(config: RunConfig) -> list[tuple[str, str]]:
+    mistakes = []
+    made = [stage for stage in config.stages if stage.source is not None]
+    if made and config.order != "given":
+        mistakes.append(
+            ("order", f"was {config.order!r}, must be given: stage {made[0].name!r} makes its pairs itself")
+        )
+    for index, stage in enumerate(config.stages):
+        if stage.source is not None and stage.source.kind == "active" and config.policy != "initial":
+            text = f"was 'active' with policy: {config.policy}; each of its rounds starts anew: set policy: initial"
+            mistakes.append((f"stages.{index}.source.kind", text))
+    return mistakes
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read, override ('key=value', dots go down, values are YAML), check, make paths absolute; UserError otherwise."""
     settings = read_settings(path)
@@ -240,6 +269,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         config = RunConfig.model_validate(settings)
     except ValidationError as error:
         sections: dict[str, type[BaseModel]] = {"": RunConfig, "stages": StageConfig, "lora": LoraSettings}
+        sections |= {f"source.{kind}": section for kind, section in SOURCES.items()}
         raise UserError("\n".join(error_lines(error, str(path), overrides, sections, trainer_fields()))) from None
     return _resolve_paths(config, str(path))
 
@@ -285,13 +315,16 @@ def _resolve_paths(config: RunConfig, file: str) -> RunConfig:
     output = _absolute(config.output_dir)
     if os.path.exists(output) and not os.path.isdir(output):
         raise UserError(f"{file}: output_dir: was {config.output_dir!r}, which is a file, must be a folder")
-    stages = tuple(stage.model_copy(update={"data": _absolute_files(stage.data)}) for stage in config.stages)
+    stages = tuple(
+        stage.model_copy(update={"data": _absolute_files(stage.data), "prompts": _absolute_files(stage.prompts)})
+        for stage in config.stages
+    )
     return config.model_copy(
         update={
             "model": _absolute(config.model) if is_folder else config.model,
             "output_dir": output,
             "stages": stages,
-            "eval_data": None if config.eval_data is None else _absolute_files(config.eval_data),
+            "eval_data": _absolute_files(config.eval_data),
         }
     )
 
@@ -300,5 +333,5 @@ def _absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
-def _absolute_files(sources: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(_absolute(source) if is_file_source(source) else source for source in sources)
+def _absolute_files(sources: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    return sources and tuple(_absolute(source) if is_file_source(source) else source for source in sources)

@@ -42,7 +42,7 @@ def error_lines(
     """One line a mistake. `sections` are the schema's models by the key they stand under ('' is the top)."""
     lines = []
     for problem in error.errors():
-        at = ".".join(str(part) for part in problem["loc"])
+        at = ".".join(str(part) for part in _written(problem["loc"]))
         for key, text in _mistakes(problem, at, sections, frozenset(trainer_fields)):
             lines.append(f"{file}: {key}: {text}{_origin(key, overrides)}")
     return lines
@@ -61,7 +61,7 @@ def _mistakes(
         return [(at, "is required")]
     if kind == "extra_forbidden":
         key = str(problem["loc"][-1])
-        section = sections[str(problem["loc"][0]) if len(problem["loc"]) > 1 else ""]
+        section = _section(problem["loc"], sections)
         near = difflib.get_close_matches(key, section.model_fields, n=1)
         under_trainer = [] if near else difflib.get_close_matches(key, trainer_fields, n=1, cutoff=0.75)
         if key not in section.model_fields and under_trainer:
@@ -70,6 +70,10 @@ def _mistakes(
     if kind in ("too_short", "string_too_short"):
         # pydantic counts only the items that are right; the wrong ones have lines of their own
         return [] if problem["input"] else [(at, f"was {show(problem['input'])}, must not be empty")]
+    if kind == "union_tag_not_found":
+        return [(f"{at}.kind", "is required")]
+    if kind == "union_tag_invalid":
+        return [(f"{at}.kind", f"was {problem['ctx']['tag']!r}, must be one of {problem['ctx']['expected_tags']}")]
     wanted = {
         "dict_type": "must be keys with values",
         "model_type": "must be keys with values",
@@ -77,6 +81,18 @@ def _mistakes(
         "finite_number": "must be finite",
     }.get(kind, problem["msg"].replace("Input should be", "must be"))
     return [(at, f"was {show(problem['input'])}, {wanted}")]
+
+
+def _written(loc: Sequence[str | int]) -> list[str | int]:
+    """Where a mistake stands in the file: pydantic puts a source's kind between `source` and its keys."""
+    return [part for place, part in enumerate(loc) if place == 0 or loc[place - 1] != "source"]
+
+
+def _section(loc: Sequence[str | int], sections: Mapping[str, type[BaseModel]]) -> type[BaseModel]:
+    """The schema's model that holds the last key of `loc`."""
+    names = [part for part in loc[:-1] if isinstance(part, str)]
+    keys = [".".join(names[first:]) for first in range(len(names) + 1)]
+    return next(sections[key] for key in keys if key in sections)
 
 
 def _not_trainer(key: str, text: str, top: Iterable[str]) -> str:

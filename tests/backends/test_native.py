@@ -65,7 +65,7 @@ def test_auto_prefers_it_on_the_cpu(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"device": torch.device("cuda")}, "it runs on the CPU, not on cuda"),
+        ({"device": torch.device("mps")}, "it runs on the CPU and on CUDA, not on mps"),
         ({"dtype": torch.float16}, "it takes float32 and bfloat16, not float16"),
         ({"weight_dtype": torch.float64}, "it takes float32 and bfloat16, not float64"),
         ({"outputs": EXTRAS[:1]}, "it gives log-probs alone"),
@@ -249,7 +249,7 @@ def test_without_a_stash_memory_is_small_and_flat_in_the_vocabulary():
         )  # fmt: skip
         found.append(int(done.stdout))
     assert max(found) < 160e6
-    assert found[1] < 1.1 * found[0] + 4e6
+    assert found[1] < 1.1 * found[0] + 16e6  # allocators differ by that much from run to run
 
 
 # --- the pair epilogue ------------------------------------------------------------------------------------------
@@ -365,11 +365,12 @@ def test_without_a_library_auto_takes_eager_and_a_misfit_stops(monkeypatch, tmp_
 def test_where_there_is_no_compiler_the_build_goes_on_and_says_so(tmp_path):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "sdpo_kernels"):
         (tmp_path / name).symlink_to(ROOT / name)
-    environment = os.environ | {"CXX": "/nonexistent/c++", "CC": "/nonexistent/cc", "SDPO_REQUIRE_NATIVE": "0"}
+    environment = os.environ | {"CXX": "/nonexistent/c++", "CC": "/nonexistent/cc"}
+    environment |= {"SDPO_REQUIRE_NATIVE": "0", "SDPO_CUDA": "0"}
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", "lib", "--build-temp", "temp"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "only the eager backend will be there" in done.stderr
+    assert "other backends will serve there" in done.stderr
     assert not list(tmp_path.glob("lib/**/*.so"))
     required = subprocess.run(
         command, cwd=tmp_path, env=environment | {"SDPO_REQUIRE_NATIVE": "1"}, capture_output=True, text=True
