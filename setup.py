@@ -28,7 +28,7 @@ STABLE_ABI = "0x020a000000000000"  # torch 2.10
 
 
 CUDA_LIBRARY = "sdpo_kernels/_cuda.so"
-CUDA_ARCHITECTURES = ("80", "90a", "100", "120")  # binaries; PTX of the last serves what comes after it
+CUDA_ARCHITECTURES = ("80", "90a", "100", "120")  # binaries; PTX of the first and last serves what is none of these
 
 
 def source_digest(cuda: bool) -> str:
@@ -66,11 +66,13 @@ def cuda_command(nvcc: str, library: Path) -> list[str]:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu")) + sorted((ROOT / "csrc" / "cuda").glob("*.cpp"))
-    binaries = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHITECTURES]
-    newest = CUDA_ARCHITECTURES[-1]
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    served = [arch for arch in CUDA_ARCHITECTURES if f"compute_{arch.rstrip('a')}" in known]
+    binaries = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in served]
+    ptx = {served[0], served[-1].rstrip("a")}  # what is none of these, now and later
     return [
         nvcc, "-shared", "-O3", "-std=c++20", "--threads=0", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden",
-        *binaries, f"-gencode=arch=compute_{newest},code=compute_{newest}",
+        *binaries, *(f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in sorted(ptx)),
         "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={STABLE_ABI}", f'-DSDPO_BUILT_FROM="{source_digest(cuda=True)}"',
         *(f"-isystem={path}" for path in include_paths()), *(f"-L{path}" for path in library_paths()),
         # kept though nothing is used yet of what a CPU torch has of it: a CUDA torch's brings libtorch_cuda

@@ -71,6 +71,7 @@ STABLE_TORCH_LIBRARY(sdpo_native, m) {
   define_operators(m);
   m.def("built_from() -> str");
   m.def("cuda_built_from() -> str");
+  m.def("cuda_refuses(int device) -> str");
   m.def("cpu_chip() -> str");
   m.def("use_cpu_chip(str name) -> ()");
 }

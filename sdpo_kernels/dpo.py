@@ -189,6 +189,7 @@ def pair_output(
             raise ValueError(
                 f"{name}: was of shape {list(tensor.shape)}, must be {list(policy_logps.shape)} as policy_logps is"
             )
+        _check_device(name, tensor, policy_logps)
     settings: dict[str, Any] = {"beta": beta, "loss_type": loss_type, **loss_options}
     if (chosen := pair_op.serves("auto", policy_logps, policy_logps.shape[0] // 2, loss_type)) is not None:
         return _epilogue(policy_logps, None, ref_logps, counts, chosen, **settings)
@@ -320,6 +321,7 @@ def _check_reference(
             raise ValueError(
                 f"ref_logps: was of shape {list(ref_logps.shape)}, must be [{n_sequences}], summed log-probs"
             )
+        _check_device("ref_logps", ref_logps, hidden)
         return
     if ref_hidden is None or ref_weight is None:
         missing = "ref_logps" if ref_hidden is None and ref_weight is None else (
@@ -335,6 +337,11 @@ def _check_reference(
             f"ref_weight: was of shape {list(ref_weight.shape)}, must be [{weight.shape[0]}, H]: "
             "policy and reference share one vocabulary"
         )
+
+
+def _check_device(name: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise ValueError(f"{name}: was on {tensor.device}, must be on {like.device} as the rest is")
 
 
 def _check_counts(counts: Tensor) -> None:

@@ -20,6 +20,7 @@ def backend(request, monkeypatch):
     """ "auto" takes this backend where it serves, else eager."""
     monkeypatch.delenv("SDPO_BACKEND", raising=False)
     monkeypatch.setattr(backends, "AUTO_ORDER", (request.param, "eager"))
+    monkeypatch.setattr(backends, "NOT_AUTO", set())
     return request.param
 
 
@@ -224,6 +225,28 @@ def test_same_bits_twice():
         results.append((hidden.grad, weight.grad))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
+
+
+def test_more_than_two_to_the_31_logits():
+    """All rows but a few at the end are alike: so are their log-probs and gradients."""
+    n, h, v = 36000, 16, 60100
+    hidden, weight, _ = problem(torch.bfloat16, 8, h, v)
+    many = torch.cat([hidden.detach()[:1].expand(n - 7, h), hidden.detach()[1:]]).requires_grad_()
+    targets = torch.full((n,), v - 3, device="cuda")
+    logps = linear_logps(many, weight, targets, stash_bytes=2 * n * v).logps
+    expected = truth(many[-8:], weight, targets[-8:])
+    assert error(logps[-8:], expected) < 2e-6
+    assert bool((logps[: n - 7] == logps[0]).all())
+    (gradient,) = torch.autograd.grad(logps.sum(), many)
+    assert gradient.isfinite().all()
+    assert bool((gradient[: n - 7] == gradient[0]).all())
+
+
+def test_a_reference_on_another_device_is_refused():
+    hidden = torch.randn(2, 4, 32, device="cuda")
+    weight, labels = torch.randn(50, 32, device="cuda"), torch.ones(2, 4, dtype=torch.int64, device="cuda")
+    with pytest.raises(ValueError, match="ref_logps: was on cpu"):
+        fused_linear_dpo(hidden, weight, labels, ref_logps=torch.zeros(2))
 
 
 def test_512_tokens_at_a_large_vocabulary():

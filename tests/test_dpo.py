@@ -392,3 +392,11 @@ def test_nan_reaches_the_loss(bad):
     assert out.loss.isnan()
     assert out.chosen_logps.isnan().all()
     assert not out.rejected_logps.isnan().any()
+
+
+def test_a_reference_on_another_device_is_refused():
+    hidden, labels = torch.zeros(2, 3, 4), torch.ones(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="ref_logps: was on meta, must be on cpu"):
+        fused_linear_dpo(hidden, torch.zeros(5, 4), labels, ref_logps=torch.zeros(2, device="meta"))
+    with pytest.raises(ValueError, match="counts: was on meta, must be on cpu"):
+        pair_output(torch.zeros(2), torch.zeros(2), torch.ones(2, device="meta"))

@@ -21,7 +21,7 @@ constexpr unsigned ALL_LANES = 0xffffffffu;
 inline void check_launch(const char* name) {
   cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess)
-    throw std::runtime_error(std::string("sdpo_kernels: ") + name + ": " + cudaGetErrorString(error));
+    throw std::runtime_error(std::string("sdpo_kernels: at or before ") + name + ": " + cudaGetErrorString(error));
 }
 
 inline unsigned blocks_for(int64_t count, int64_t per_block) { return unsigned((count + per_block - 1) / per_block); }

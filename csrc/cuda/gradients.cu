@@ -77,6 +77,22 @@ __global__ void finish_direction_kernel(Call call, const float* hidden_sum, cons
 
 }  // namespace
 
+std::string why_not() {
+#if defined(SDPO_EMULATED)
+  return "";
+#else
+  int driver = 0, runtime = 0;
+  cudaDriverGetVersion(&driver);
+  cudaRuntimeGetVersion(&runtime);
+  if (driver < runtime)
+    return "its kernels need a driver for CUDA " + std::to_string(runtime / 1000) + ", this one is for CUDA " +
+           std::to_string(driver / 1000) + "." + std::to_string(driver % 1000 / 10);
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaFuncGetAttributes(&attributes, add_kernel);
+  return error == cudaSuccess ? "" : cudaGetErrorString(error);
+#endif
+}
+
 void convert_rows(const Matrix& from, void* out, bool bf16, cudaStream_t stream) {
   if (from.rows == 0 || from.columns == 0) return;
   SDPO_LAUNCH((convert_rows_kernel), unsigned(from.rows), THREADS, stream, from, out, bf16);

@@ -2,12 +2,18 @@
 // nothing; every launcher throws std::runtime_error where CUDA refuses.
 #pragma once
 
+#include <string>
+
 #include "../call.h"
 
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;  // as in cuda_runtime_api.h
 
 namespace sdpo::cuda {
+
+// Why the current device cannot run these kernels: a driver too old for them, a chip they are not built for; "" if it
+// can.
+std::string why_not();
 
 constexpr int64_t SLAB = 8192;  // columns whose sum of E is one number of a row: one block's work
 

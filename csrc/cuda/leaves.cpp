@@ -173,8 +173,15 @@ void Leaves::begin_backward(const Call& the_call, const float* logps, const doub
 void Leaves::weight_gradient(int64_t first, int64_t count, const Blocks& s, void* out) {
   int64_t begin = first * PANEL, columns = columns_until(first + count) - begin;
   char* rows = static_cast<char*>(out) + begin * width * (call.weight.bf16 ? 2 : 4);
-  host.product(view_of(s, columns).transposed(), {scaled_x.get(), n_rows, width, width, 1, bf16},
-               {rows, columns, width, width, 1, call.weight.bf16});
+  View x_part{scaled_x.get(), n_rows, width, width, 1, bf16};
+  if (bf16 || !call.weight.bf16) {
+    host.product(view_of(s, columns).transposed(), x_part, {rows, columns, width, width, 1, call.weight.bf16});
+    return;
+  }
+  // torch has no product of float operands into bfloat16
+  Memory whole = host.allocate(columns * width * int64_t(sizeof(float)));
+  host.product(view_of(s, columns).transposed(), x_part, {whole.get(), columns, width, width, 1, false});
+  convert_rows({whole.get(), columns, width, width, false, false}, rows, true, stream);
 }
 
 void Leaves::bias_gradient(int64_t first, int64_t count, const Blocks& s, float* out) {

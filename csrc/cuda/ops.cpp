@@ -19,6 +19,24 @@ namespace sdpo {
 
 namespace {
 
+// A pointer of another device would be read as one of this.
+#if defined(SDPO_EMULATED)
+template <class... Tensors>
+void same_device(const Tensors&...) {}
+#else
+void require_device(const Tensor& t, int device) {
+  if (!t.is_cuda() || t.get_device_index() != device)
+    throw std::runtime_error("sdpo_kernels: all tensors of a call must be on one CUDA device");
+}
+void require_device(const MaybeTensor& t, int device) {
+  if (t) require_device(*t, device);
+}
+template <class... Tensors>
+void same_device(const Tensor& first, const Tensors&... others) {
+  (require_device(others, first.get_device_index()), ...);
+}
+#endif
+
 // The device of a call's tensors becomes the current one while it lasts.
 struct On {
 #if defined(SDPO_EMULATED)
@@ -40,6 +58,7 @@ Kept on_cuda(Kept kept, const MaybeTensor& stash) {
 void linear_forward(Tensor hidden, Tensor weight, MaybeTensor bias, Tensor targets, double scale, double softcap,
                     double temperature, bool bf16, Tensor logps, Tensor state, MaybeTensor stash,
                     MaybeTensor direction) {
+  same_device(hidden, weight, bias, targets, logps, state, stash, direction);
   On on(hidden);
   cuda::Leaves leaves(on.device, bf16);
   Kept kept = on_cuda(make_kept(stash, bf16, hidden.size(0), std::nullopt, direction), stash);
@@ -52,6 +71,7 @@ void linear_backward(Tensor hidden, Tensor weight, MaybeTensor bias, Tensor targ
                      double temperature, bool bf16, Tensor logps, Tensor state, MaybeTensor stash, MaybeTensor row_of,
                      Tensor grad, MaybeTensor grad_hidden, MaybeTensor grad_weight, MaybeTensor grad_bias) {
   if (row_of) throw std::runtime_error("sdpo_kernels: row_of: must be None on CUDA");
+  same_device(hidden, weight, bias, targets, logps, state, stash, grad, grad_hidden, grad_weight, grad_bias);
   On on(hidden);
   cuda::Leaves leaves(on.device, bf16);
   Kept kept = on_cuda(make_kept(stash, bf16, hidden.size(0), std::nullopt, std::nullopt), stash);
@@ -61,6 +81,7 @@ void linear_backward(Tensor hidden, Tensor weight, MaybeTensor bias, Tensor targ
 }
 
 void logits_forward(Tensor logits, Tensor targets, double temperature, Tensor logps, Tensor lse) {
+  same_device(logits, targets, logps, lse);
   On on(logits);
   cuda::logits_forward(matrix(logits), pointer<int64_t>(targets), temperature, pointer<float>(logps),
                        pointer<double>(lse), on.stream());
@@ -68,6 +89,7 @@ void logits_forward(Tensor logits, Tensor targets, double temperature, Tensor lo
 
 void logits_backward(Tensor grad, Tensor logits, Tensor targets, Tensor logps, Tensor lse, double temperature,
                      Tensor out) {
+  same_device(logits, grad, targets, logps, lse, out);
   On on(logits);
   cuda::logits_backward(matrix(logits), pointer<int64_t>(targets), temperature, pointer<float>(logps),
                         pointer<double>(lse), pointer<float>(grad), out.data_ptr(), on.stream());
@@ -77,6 +99,7 @@ void logits_backward(Tensor grad, Tensor logits, Tensor targets, Tensor logps, T
 void pair_epilogue(Tensor logps, MaybeTensor index, MaybeTensor segment, Tensor ref, Tensor counts, int64_t loss_type,
                    double beta, double smoothing, Tensor loss, Tensor sums, Tensor metrics, Tensor slopes) {
   (void)segment;
+  same_device(logps, index, ref, counts, loss, sums, metrics, slopes);
   On on(logps);
   cuda::pair_epilogue({pointer<float>(logps), pointer<int64_t>(index), ref.size(0) / 2, pointer<float>(ref),
                        pointer<int64_t>(counts), loss_type, beta, smoothing, pointer<float>(loss), pointer<float>(sums),
@@ -86,12 +109,20 @@ void pair_epilogue(Tensor logps, MaybeTensor index, MaybeTensor segment, Tensor 
 
 std::string built_from() { return SDPO_BUILT_FROM; }
 
+std::string refuses(int64_t device) {
+#if !defined(SDPO_EMULATED)
+  torch::stable::accelerator::DeviceGuard guard(static_cast<torch::stable::accelerator::DeviceIndex>(device));
+#endif
+  return cuda::why_not();
+}
+
 }  // namespace
 
 #if defined(SDPO_EMULATED)
 STABLE_TORCH_LIBRARY(SDPO_NAMESPACE, m) {
   define_operators(m);
   m.def("cuda_built_from() -> str");
+  m.def("cuda_refuses(int device) -> str");
 }
 #endif
 
@@ -105,6 +136,7 @@ STABLE_TORCH_LIBRARY_IMPL(SDPO_NAMESPACE, SDPO_KEY, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(SDPO_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("cuda_built_from", TORCH_BOX(&built_from));
+  m.impl("cuda_refuses", TORCH_BOX(&refuses));
 }
 
 }  // namespace sdpo

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 BACKENDS: dict[str, Backend] = {"native": NativeBackend(), "triton": TritonBackend(), "eager": EagerBackend()}
 AUTO_ORDER = ("triton", "native", "eager")  # fastest first
+NOT_AUTO = {("native", "cuda")}  # served where it is asked for: no measurement has put it anywhere yet
 ENVIRONMENT_VARIABLE = "SDPO_BACKEND"  # overrides "auto", never an explicit choice
 
 
@@ -42,8 +43,12 @@ def pair_backend(name: str, device: torch.device) -> Backend | None:
     """The backend whose pair epilogue serves `device`; None: autograd through losses.py."""
     if name == "auto":
         name = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
-    candidates = AUTO_ORDER if name == "auto" else (name,)
+    candidates = _auto_order(device) if name == "auto" else [name]
     return next((b for b in map(get_backend, candidates) if b.supports_pairs(device) is None), None)
+
+
+def _auto_order(device: torch.device) -> list[str]:
+    return [name for name in AUTO_ORDER if (name, device.type) not in NOT_AUTO]
 
 
 def _choose(name: str, device: torch.device, reason_against: Callable[[Backend], str | None], asked: object) -> Backend:
@@ -56,7 +61,7 @@ def _choose(name: str, device: torch.device, reason_against: Callable[[Backend],
             raise ValueError(f"backend: {name!r} cannot serve this call: {reason}")
         return backend
     missed: list[tuple[str, str]] = []
-    for candidate in AUTO_ORDER:
+    for candidate in _auto_order(device):
         backend = BACKENDS[candidate]
         if backend.device_types is not None and device.type not in backend.device_types:
             continue  # nothing is fallen back from: it was never meant for this device

@@ -6,6 +6,7 @@ Sums and logits are float32 everywhere.
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,7 +17,19 @@ from sdpo_kernels.backends import native_library, precision
 from sdpo_kernels.backends.base import EXTRAS, KEEP_DIRECTION, KEEP_NOTHING, HeadCall, HeadForward, Request, Saved
 
 DTYPES = (torch.float32, torch.bfloat16)
-NOT_LOADED = "not loaded yet"
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _cuda_reason(device: int) -> str | None:
+    """Loads CUDA's library when a CUDA tensor comes first; None, or why it cannot serve `device`."""
+    try:
+        reason = native_library.load_cuda()
+    except RuntimeError as error:
+        raise RuntimeError(f"backend: native: {error}, or set SDPO_BACKEND=eager") from error
+    if reason is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "it is built for compute capability 8.0 and later"
+    return reason or torch.ops.sdpo_native.cuda_refuses(device) or None
 
 
 class NativeBackend:
@@ -32,7 +45,6 @@ class NativeBackend:
     def __init__(self) -> None:
         self.reason: str | None = None  # why the CPU's library is not there; None: it is loaded
         self.misfit: str | None = None  # why the one that is there cannot be used
-        self.cuda_reason: str | None = NOT_LOADED
         try:
             self.reason = native_library.load()
         except RuntimeError as error:
@@ -70,14 +82,9 @@ class NativeBackend:
             raise RuntimeError(f"backend: native: {self.misfit}, or set SDPO_BACKEND=eager")
         if self.reason is not None or device.type == "cpu":
             return self.reason
-        if self.cuda_reason == NOT_LOADED:
-            try:
-                self.cuda_reason = native_library.load_cuda()
-            except RuntimeError as error:
-                raise RuntimeError(f"backend: native: {error}, or set SDPO_BACKEND=triton") from error
-        if self.cuda_reason is None and torch.cuda.get_device_capability(device) < (8, 0):
-            return "it is built for compute capability 8.0 and later"
-        return self.cuda_reason
+        if torch.version.cuda is None:
+            return "this torch is built without CUDA"
+        return _cuda_reason(torch.cuda.current_device() if device.index is None else device.index)
 
     def forward(self, call: HeadCall, keep: int) -> HeadForward:
         """See `base.Backend.forward`.

@@ -51,6 +51,11 @@ def _table(prepared: Prepared) -> Table:
         table.add_column(name, justify="left" if name == "stage" else "right")
     for stage in prepared.stages:
         tokens = stage.tokens
+        if stage.prompts is not None:
+            assert stage.config.source is not None
+            made = f"made from {len(stage.prompts):,} prompts ({stage.config.source.kind})"
+            table.add_row(stage.config.name, made, *[""] * 5, f"{prepared.config.stage_beta(stage.config):g}")
+            continue
         cells = (
             len(tokens),
             len(tokens.dropped),

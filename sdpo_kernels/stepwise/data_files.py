@@ -39,8 +39,8 @@ def is_file_source(source: str) -> bool:
     )  # 'data/x.jsnol' beside an existing data/ is a mistyped file, not a hub name
 
 
-def read_rows(source: str, columns: list[str]) -> Iterator[Row]:
-    """The rows of one source in order. `columns` are all that columnar files need to load."""
+def read_rows(source: str, columns: list[str] | None) -> Iterator[Row]:
+    """The rows of one source in order. `columns` are all that columnar files need to load; None: all there are."""
     if not is_file_source(source):
         yield from _hub_rows(source, columns)
         return
@@ -58,16 +58,16 @@ def read_rows(source: str, columns: list[str]) -> Iterator[Row]:
         raise UserError(f"{source}: cannot be read: {error.strerror or error}") from error
 
 
-def _reader_of(path: str) -> Callable[[Path, str, list[str]], Iterator[Row]] | None:
+def _reader_of(path: str) -> Callable[[Path, str, list[str] | None], Iterator[Row]] | None:
     return next((reader for suffix, reader in _READERS.items() if path.lower().endswith(suffix)), None)
 
 
-def _json_lines(path: Path, source: str, columns: list[str]) -> Iterator[Row]:
+def _json_lines(path: Path, source: str, columns: list[str] | None) -> Iterator[Row]:
     with path.open("rb") as file:
         yield from _parse_lines(file, source)
 
 
-def _zipped_json_lines(path: Path, source: str, columns: list[str]) -> Iterator[Row]:
+def _zipped_json_lines(path: Path, source: str, columns: list[str] | None) -> Iterator[Row]:
     try:
         with gzip.open(path, "rb") as file:
             yield from _parse_lines(file, source)
@@ -97,7 +97,7 @@ def _parse_row(where: str, text: str) -> Row:
         return Row(where, {}, f"broken JSON: {error}")
 
 
-def _json_list(path: Path, source: str, columns: list[str]) -> Iterator[Row]:
+def _json_list(path: Path, source: str, columns: list[str] | None) -> Iterator[Row]:
     try:
         records = json.loads(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -124,14 +124,15 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def _parquet(path: Path, source: str, columns: list[str]) -> Iterator[Row]:
+def _parquet(path: Path, source: str, columns: list[str] | None) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
     try:
         with pq.ParquetFile(path) as file:
-            present = [name for name in columns if name in file.schema_arrow.names]
+            names = file.schema_arrow.names
+            present = names if columns is None else [name for name in columns if name in names]
             for batch in file.iter_batches(columns=present):
                 for index in range(batch.num_rows):
                     number += 1
@@ -148,7 +149,7 @@ def _record_of(batch: Any, index: int, where: str) -> Row:
         return Row(where, {}, f"is not UTF-8 (byte {error.start} of a string)")
 
 
-def _hub_rows(source: str, columns: list[str]) -> Iterator[Row]:
+def _hub_rows(source: str, columns: list[str] | None) -> Iterator[Row]:
     import datasets
 
     name, _, split = source.partition(":")
@@ -159,12 +160,13 @@ def _hub_rows(source: str, columns: list[str]) -> Iterator[Row]:
         raise UserError(
             f"{source}: no such file, and not loadable from the hub: {type(error).__name__}: {reason}"
         ) from error
-    present = [column for column in columns if column in dataset.column_names]
+    names = dataset.column_names
+    present = names if columns is None else [column for column in columns if column in names]
     for number, record in enumerate(dataset.select_columns(present), start=1):
         yield Row(f"{source}:row {number}", record)
 
 
-_READERS: dict[str, Callable[[Path, str, list[str]], Iterator[Row]]] = {
+_READERS: dict[str, Callable[[Path, str, list[str] | None], Iterator[Row]]] = {
     ".jsonl": _json_lines,
     ".jsonl.gz": _zipped_json_lines,
     ".json": _json_list,

@@ -25,6 +25,8 @@ def load_model_config(config: RunConfig) -> Any:
 
 def check_fit(config: RunConfig, model_config: Any, parts: Sequence[TokenizedPairs]) -> None:
     """UserError where a token is past the model's vocabulary, or a sequence longer than its table of positions."""
+    if not parts:
+        return
     vocabulary = getattr(model_config.get_text_config(), "vocab_size", None)
     highest = max(int(tokens.ids.max()) for tokens in parts)
     if vocabulary is not None and highest >= vocabulary:

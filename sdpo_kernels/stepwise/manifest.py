@@ -18,7 +18,7 @@ from sdpo_kernels.stepwise.files import read_json, replace_file, sync, write_jso
 Record = dict[str, Any]
 
 # what a stage was planned from; a difference on an existing run is an error
-PLANNED = ("name", "pairs", "dropped", "data_hash", "beta", "loss", "reference", "policy")
+PLANNED = ("name", "prompts", "pairs", "dropped", "data_hash", "beta", "loss", "reference", "policy")
 
 
 @dataclass
@@ -76,7 +76,8 @@ def _plan(data: Record) -> Record:
 
 def planned(stage: Record) -> Record:
     """What of a stage's record was fixed before it was trained."""
-    return {key: stage.get(key) for key in PLANNED}
+    made = stage.get("prompts") is not None  # its pairs are counted when they have been made
+    return {key: stage.get(key) for key in PLANNED if not (made and key in ("pairs", "dropped"))}
 
 
 class MetricsFile:

@@ -54,20 +54,7 @@ def load_model(path: str, config: RunConfig, device: torch.device, autocast: tor
     that scoring and training will run under, if any: attention is chosen and probed with it.
     A model is part of reference cycles, so one that was dropped before is freed here first.
     """
-    release_memory()
-    adapter: Path | None = Path(path) / ADAPTER
-    if config.lora is None or path == config.model or not (Path(path) / ADAPTER).is_dir():
-        adapter = None
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path if adapter is None else config.model,
-            dtype=getattr(torch, config.dtype),
-            use_safetensors=True,
-            trust_remote_code=config.trust_remote_code,
-        )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"model: {path} cannot be loaded: {_first_line(error)}") from error
-    model.to(device)
+    model, adapter = _pretrained(path, config, device)
     disable_dropout(model)
     try:
         attach_fused_head(model)
@@ -82,6 +69,31 @@ def load_model(path: str, config: RunConfig, device: torch.device, autocast: tor
             packed = False
     by_sequence = packed and model.config._attn_implementation == "sdpo_packed"
     return Loaded(model if adapter is None else _with_adapter(model, adapter), packed, by_sequence)
+
+
+def load_generator(path: str, config: RunConfig, device: torch.device) -> Any:
+    """The same model for `generate`: its own head, attention and cache, in eval mode."""
+    model, adapter = _pretrained(path, config, device)
+    model.config.use_cache = True
+    return (model if adapter is None else _with_adapter(model, adapter)).eval()
+
+
+def _pretrained(path: str, config: RunConfig, device: torch.device) -> tuple[Any, Path | None]:
+    """The bare model, and the adapter that belongs on it."""
+    release_memory()
+    adapter: Path | None = Path(path) / ADAPTER
+    if config.lora is None or path == config.model or not (Path(path) / ADAPTER).is_dir():
+        adapter = None
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path if adapter is None else config.model,
+            dtype=getattr(torch, config.dtype),
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"model: {path} cannot be loaded: {_first_line(error)}") from error
+    return model.to(device), adapter
 
 
 def _with_adapter(model: nn.Module, adapter: Path) -> nn.Module:

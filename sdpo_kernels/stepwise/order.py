@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sdpo_kernels.stepwise.config import RunConfig, StageConfig
 from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.sources.prompts import PromptRow
 from sdpo_kernels.stepwise.tokenize import TokenizedPairs
 
 Score = Callable[[TokenizedPairs], Tensor]  # summed log-probs [n, 2] under the initial model
@@ -31,6 +32,7 @@ class StageData:
     where: list[str]  # 'file:line' of each pair
     scores: NDArray[np.float64] | None = None  # external score of each pair, chosen minus rejected
     accuracy: float | None = None  # share that the ranking finds right, where it was computed
+    prompts: list[PromptRow] | None = None  # of a stage that makes its pairs: it has none before it begins
 
 
 def order_stages(config: RunConfig, stages: Sequence[StageData], score: Score) -> list[StageData]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from sdpo_kernels.stepwise.models import load_tokenizer
 from sdpo_kernels.stepwise.order import StageData
 from sdpo_kernels.stepwise.pairs import Pair, read_pairs, shared_pairs
 from sdpo_kernels.stepwise.progress import Reporter
+from sdpo_kernels.stepwise.sources.make import check_source
+from sdpo_kernels.stepwise.sources.prompts import read_prompts
 from sdpo_kernels.stepwise.tokenize import TokenizedPairs, tokenize_pairs
 
 
@@ -45,6 +48,9 @@ def prepare(config: RunConfig) -> Prepared:
     prepared = Prepared(config, tokenizer, load_model_config(config), [], None)
     named: dict[str, list[Pair]] = {}
     for stage in config.stages:
+        if stage.data is None:
+            prepared.stages.append(_prompts(config, stage, prepared))
+            continue
         pairs = _read(config, stage.data, prepared)
         named[stage.name] = pairs
         tokens = _tokenize(config, pairs, f"stage {stage.name}", prepared)
@@ -52,7 +58,7 @@ def prepare(config: RunConfig) -> Prepared:
     if config.eval_data is not None:
         named["eval_data"] = _read(config, config.eval_data, prepared)
         prepared.eval_tokens = _tokenize(config, named["eval_data"], "eval_data", prepared)
-    parts = [stage.tokens for stage in prepared.stages]
+    parts = [stage.tokens for stage in prepared.stages if stage.prompts is None]
     check_fit(config, prepared.model_config, parts if prepared.eval_tokens is None else [*parts, prepared.eval_tokens])
     prepared.warnings += shared_pairs(named)
     return prepared
@@ -64,6 +70,27 @@ def read_eval(config: RunConfig, sources: Sequence[str]) -> tuple[TokenizedPairs
     tokens = _tokenize(config, _read(config, sources, prepared), ", ".join(sources), prepared)
     check_fit(config, prepared.model_config, [tokens])
     return tokens, prepared.warnings + prepared.skipped, prepared.tokenizer
+
+
+def made_stage(config: RunConfig, stage: StageConfig, tokenizer: PreTrainedTokenizerBase, path: Path) -> StageData:
+    """A stage whose pairs have been made and lie in `path`."""
+    prepared = Prepared(config, tokenizer, load_model_config(config), [], None)
+    pairs = _read(config, (str(path),), prepared)
+    tokens = _tokenize(config, pairs, f"stage {stage.name}", prepared)
+    check_fit(config, prepared.model_config, [tokens])
+    return _stage_data(stage, pairs, tokens)
+
+
+def _prompts(config: RunConfig, stage: StageConfig, prepared: Prepared) -> StageData:
+    assert stage.prompts is not None
+    assert stage.source is not None
+    prompts, skipped = read_prompts(stage.prompts, config.on_bad_row)
+    prepared.skipped += skipped
+    check_source(stage.source, prompts)
+    chat = next((row for row in prompts if row.is_conversational), None)
+    if chat is not None and not prepared.tokenizer.chat_template:
+        raise UserError(f"{chat.where}: is a conversation, and the tokenizer has no chat template")
+    return StageData(stage, TokenizedPairs.concatenate([]), [], prompts=prompts)
 
 
 def _read(config: RunConfig, sources: Sequence[str], prepared: Prepared) -> list[Pair]:

@@ -29,6 +29,7 @@ from sdpo_kernels.stepwise.progress import Reporter
 from sdpo_kernels.stepwise.reference import Scorer, pad_token_id
 from sdpo_kernels.stepwise.report import stage_table, write_report
 from sdpo_kernels.stepwise.scores import EVAL_FILE, EvalData
+from sdpo_kernels.stepwise.sources.prompts import prompts_hash
 from sdpo_kernels.stepwise.stage import Run, Stage, train_stage
 from sdpo_kernels.stepwise.tokenize import TokenizedPairs
 from sdpo_kernels.version import __version__
@@ -152,9 +153,10 @@ def _planned(config: RunConfig, index: int, stage: StageData) -> Record:
         "name": stage.config.name,
         "index": index,
         "state": "pending",
+        "prompts": None if stage.prompts is None else len(stage.prompts),  # of a stage that makes its pairs
         "pairs": len(stage.tokens),
         "dropped": len(stage.tokens.dropped),
-        "data_hash": stage.tokens.content_hash(),
+        "data_hash": stage.tokens.content_hash() if stage.prompts is None else prompts_hash(stage.prompts),
         "accuracy_before": stage.accuracy,
         "reference": config.reference,
         "policy": config.policy,

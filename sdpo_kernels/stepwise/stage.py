@@ -30,9 +30,12 @@ from sdpo_kernels.stepwise.manifest import Manifest, MetricsFile, Record, planne
 from sdpo_kernels.stepwise.model_card import model_card
 from sdpo_kernels.stepwise.models import ADAPTER, Loaded, add_adapter, merge_adapter, release_memory, weights_hash
 from sdpo_kernels.stepwise.order import StageData
+from sdpo_kernels.stepwise.prepare import made_stage
 from sdpo_kernels.stepwise.progress import Reporter, peak_memory_bytes, reset_peak_memory
 from sdpo_kernels.stepwise.reference import Scorer, pad_token_id, write_scores
 from sdpo_kernels.stepwise.scores import EvalData
+from sdpo_kernels.stepwise.sources.context import SourceContext
+from sdpo_kernels.stepwise.sources.make import PAIRS_FILE, SOURCE_FOLDER, make_pairs
 from sdpo_kernels.stepwise.trainer import StageTrainer
 
 RECORD = "stage.json"  # a finished stage's record, inside its folder
@@ -116,6 +119,8 @@ def train_stage(stage: Stage) -> None:
     checkpoint = latest_checkpoint(stage.work)
     if checkpoint is not None and stage.run.config.reference != "none" and not (stage.work / REFERENCE_FILE).exists():
         stage.run.reporter.warn(f"stage {stage.name}: its {REFERENCE_FILE} is gone and is made again")
+    if stage.data.prompts is not None:
+        _make_pairs(stage)
     set_seed(stage.args.seed)
     trainer, ref_logps = prepare_trainer(stage)
     step = None if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
@@ -140,6 +145,34 @@ def train_stage(stage: Stage) -> None:
     _finish(stage, staging, record)
     if stopped and stage.index < len(stage.run.manifest.stages):
         raise Interrupted(f"stopped after stage {stage.name}, which is finished; the same command goes on from there")
+
+
+def _make_pairs(stage: Stage) -> None:
+    """The pairs of a stage that has prompts: made once, then read like any other data."""
+    config, settings = stage.run.config, stage.data.config.source
+    assert settings is not None
+    assert stage.data.prompts is not None
+    stage.update({"state": "training"})
+    earlier = [
+        stage.run.stage_folder(index) / SOURCE_FOLDER
+        for index, other in enumerate(config.stages[: stage.index - 1], 1)
+        if other.source is not None and other.source.kind == settings.kind
+    ]
+    ctx = SourceContext(
+        name=stage.name, settings=settings, prompts=stage.data.prompts, policy=stage.model_before("previous"),
+        initial=config.model, beta=config.stage_beta(stage.data.config), folder=stage.work / SOURCE_FOLDER,
+        before=earlier[-1] if earlier else None, tokenizer=stage.run.tokenizer, scorer=stage.scorer,
+        reporter=stage.run.reporter,
+    )  # fmt: skip
+    path = stage.work / PAIRS_FILE
+    make_pairs(ctx, settings.kind, path)
+    release_memory()
+    stage.data = made_stage(config, stage.data.config, stage.run.tokenizer, path)
+    tokens = stage.data.tokens
+    made = {"pairs": len(tokens), "dropped": len(tokens.dropped), "pairs_hash": tokens.content_hash()}
+    if stage.record.get("pairs_hash") not in (None, made["pairs_hash"]):
+        raise UserError(f"{path} has changed since its stage was begun; put it back, or choose another output_dir")
+    stage.update(made)
 
 
 def _adopt(stage: Stage) -> None:
@@ -280,6 +313,9 @@ def _save(stage: Stage, trainer: StageTrainer, ref_logps: Tensor) -> Path:
         model.config.use_cache = stage.use_cache  # Trainer switched it off, and generation wants it
     model.save_pretrained(staging)
     stage.run.tokenizer.save_pretrained(staging)
+    if stage.data.config.source is not None:
+        shutil.copyfile(stage.work / PAIRS_FILE, staging / PAIRS_FILE)
+        shutil.copytree(stage.work / SOURCE_FOLDER, staging / SOURCE_FOLDER)
     cache = stage.work / REFERENCE_FILE
     if stage.run.config.reference == "none":
         write_scores(staging / REFERENCE_FILE, ref_logps, key="reference: none")

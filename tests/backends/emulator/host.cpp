@@ -3,6 +3,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
 
 #include "../../../csrc/row_math.h"
 
@@ -27,6 +28,7 @@ std::shared_ptr<void> Host::allocate(int64_t bytes) const {
 cudaStream_t Host::stream() const { return nullptr; }
 
 void Host::product(const View& a, const View& b, const View& out) const {
+  if (a.bf16 != b.bf16 || (!a.bf16 && out.bf16)) throw std::runtime_error("torch has no such product");
   for (int64_t i = 0; i < a.rows; i++)
     for (int64_t j = 0; j < b.columns; j++) {
       double sum = 0.0;

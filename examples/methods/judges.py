@@ -1,0 +1,17 @@
+"""Judges of the demo's task, as sources name them: `judge: examples.methods.judges:letters_in_place`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def letters_in_place(rows: Sequence[dict[str, Any]], completions: Sequence[str]) -> list[float]:
+    """The share of the answer's letters that stand in their place; letters too many cost as much as wrong ones."""
+    return [share_in_place(row["answer"], text) for row, text in zip(rows, completions, strict=True)]
+
+
+def share_in_place(answer: str, text: str) -> float:
+    """1 for the right answer, 0 for nothing in place."""
+    right = sum(letter == wanted for letter, wanted in zip(text, answer, strict=False))
+    return right / max(len(answer), len(text), 1)

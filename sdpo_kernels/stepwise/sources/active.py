@@ -1,0 +1,106 @@
+"""`active` (APL, arXiv 2402.08114): labels are asked for where they teach most.
+
+The first round takes prompts at random. Later ones rank the prompts not asked yet by the policy's predictive entropy
+−(1/N)·Σ log π(y_n | x) over N samples, keep the highest, and of these ask about the pairs with the largest |r̂₁ − r̂₂|,
+r̂ = β·log(π/π₀). A stage trains on all labels so far, from the initial model and with a fresh optimiser.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sdpo_kernels.stepwise.pairs import Pair
+from sdpo_kernels.stepwise.source_settings import ActiveSource
+from sdpo_kernels.stepwise.sources.context import PairRow, SourceContext, read_json_rows, write_rows
+from sdpo_kernels.stepwise.sources.generation import sample
+from sdpo_kernels.stepwise.sources.judges import function_judge
+from sdpo_kernels.stepwise.sources.prompts import PromptRow
+from sdpo_kernels.stepwise.tokenize import tokenize_pairs
+
+LABELS = "labels.jsonl"
+
+
+class Question(NamedTuple):
+    """Two answers to a prompt for the annotator."""
+
+    row: PromptRow
+    first: str
+    second: str
+
+
+def make(ctx: SourceContext) -> list[PairRow]:
+    """All labelled pairs so far."""
+    settings = ctx.settings
+    assert isinstance(settings, ActiveSource)
+    known = [] if ctx.before is None else read_json_rows(ctx.before / LABELS)
+    asked = {str(label["prompt"]) for label in known}
+    open_rows = [row for row in ctx.prompts if str(row.prompt) not in asked]
+    if ctx.before is None:
+        chosen = random.Random(ctx.seed("prompts")).sample(open_rows, min(settings.acquire, len(open_rows)))
+        questions = _first_questions(_only(ctx, chosen), settings)
+    else:
+        questions = _later_questions(_only(ctx, open_rows), settings)
+    labels = known + annotate(settings.judge, questions)
+    write_rows(ctx.folder / LABELS, labels)
+    return labels
+
+
+def annotate(judge: str, questions: Sequence[Question]) -> list[PairRow]:
+    """Pairs with the better answer chosen; none where the annotator finds both alike."""
+    rows = [question.row for question in questions for _ in range(2)]
+    scores = function_judge(judge)(rows, [text for q in questions for text in (q.first, q.second)])
+    labels = []
+    for question, first, second in zip(questions, scores[::2], scores[1::2], strict=True):
+        if first != second:
+            texts = (question.first, question.second) if first > second else (question.second, question.first)
+            labels.append(question.row.pair(*texts))
+    return labels
+
+
+def _only(ctx: SourceContext, rows: Sequence[PromptRow]) -> SourceContext:
+    return replace(ctx, prompts=rows)
+
+
+def _first_questions(ctx: SourceContext, settings: ActiveSource) -> list[Question]:
+    groups = [list(dict.fromkeys(group)) for group in sample(ctx, settings.samples)]
+    return [Question(row, *group[:2]) for row, group in zip(ctx.prompts, groups, strict=True) if len(group) > 1]
+
+
+def _later_questions(ctx: SourceContext, settings: ActiveSource) -> list[Question]:
+    groups = sample(ctx, settings.samples)
+    pairs, places = [], []
+    for place, (row, group) in enumerate(zip(ctx.prompts, groups, strict=True)):
+        for first, second in itertools.zip_longest(group[::2], group[1::2]):
+            pairs.append(Question(row, first, group[0] if second is None else second))
+            places.append((place, second is None))
+    policy, initial = (score_answers(ctx, pairs, path) for path in (ctx.policy, ctx.initial))
+    entropy = [0.0] * len(groups)
+    best: list[tuple[float, Question] | None] = [None] * len(groups)
+    rewards = ctx.beta * (policy - initial)
+    for (place, odd), question, logps, reward in zip(places, pairs, policy, rewards, strict=True):
+        entropy[place] -= float(logps[0] if odd else logps.sum()) / len(groups[place])
+        gap = abs(float(reward[0] - reward[1]))
+        if question.first != question.second and (best[place] is None or gap > best[place][0]):  # type: ignore[index]
+            best[place] = (gap, question)
+    kept = sorted(range(len(groups)), key=lambda place: -entropy[place])
+    kept = kept[: math.ceil(settings.keep_prompts * settings.acquire)]
+    found = sorted((b for place in kept if (b := best[place]) is not None), key=lambda b: -b[0])
+    return [question for _, question in found[: settings.acquire]]
+
+
+def score_answers(ctx: SourceContext, questions: Sequence[Question], model: str) -> Tensor:
+    """Summed log-probs [n, 2] float64 of both answers under `model`; 0 where truncation leaves nothing to score."""
+    config = ctx.scorer.config
+    pairs = [Pair(q.row.prompt, q.row.completion(q.first), q.row.completion(q.second), q.row.where) for q in questions]
+    tokens = tokenize_pairs(pairs, ctx.tokenizer, max_length=config.max_length, truncation=config.truncation)
+    scores = torch.zeros((len(questions), 2), dtype=torch.float64)
+    scores[torch.from_numpy(tokens.kept)] = ctx.scorer.score_path(model, tokens, ctx.label("log-probs")).double()
+    return scores

@@ -1,0 +1,84 @@
+"""Prompts that pairs are made from: rows of a data file with `prompt` and whatever else a judge needs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from sdpo_kernels.stepwise.data_files import Row, read_rows
+from sdpo_kernels.stepwise.errors import UserError
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One prompt, a string or messages; `values` is the whole row, as a judge gets it."""
+
+    prompt: Any
+    values: dict[str, Any]
+    where: str
+
+    @property
+    def is_conversational(self) -> bool:
+        """Whether the prompt is a list of messages."""
+        return not isinstance(self.prompt, str)
+
+    def text(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """What the model is given, up to where its answer begins."""
+        if not self.is_conversational:
+            return self.prompt
+        return str(tokenizer.apply_chat_template(self.prompt, tokenize=False, add_generation_prompt=True))
+
+    def ids(self, tokenizer: PreTrainedTokenizerBase, answer: str = "") -> list[int]:
+        """Token ids of the prompt, and of what an answer begins with."""
+        text = self.text(tokenizer) + answer  # a chat template writes the special tokens itself
+        found: Any = tokenizer(text, add_special_tokens=not self.is_conversational, verbose=False)["input_ids"]
+        return found
+
+    def completion(self, text: str) -> Any:
+        """An answer in the row's own form."""
+        return [{"role": "assistant", "content": text}] if self.is_conversational else text
+
+    def pair(self, chosen: str, rejected: str, **more: Any) -> dict[str, Any]:
+        """A row of a pair file, in TRL's schema."""
+        both = {"chosen": self.completion(chosen), "rejected": self.completion(rejected)}
+        return {"prompt": self.prompt, **both, **more}
+
+
+def read_prompts(sources: Sequence[str], on_bad_row: Literal["error", "skip"]) -> tuple[list[PromptRow], list[str]]:
+    """The prompts of some files in order, and one 'file:line: what is wrong' for each row that was skipped."""
+    prompts: list[PromptRow] = []
+    bad: list[str] = []
+    for source in sources:
+        for row in read_rows(source, None):
+            problem = row.problem or _problem(row)
+            if problem:
+                bad.append(f"{row.where}: {problem}")
+            else:
+                prompts.append(PromptRow(row.values["prompt"], row.values, row.where))
+    if bad and on_bad_row == "error":
+        more = f" (and {len(bad) - 1} more bad rows)" if len(bad) > 1 else ""
+        raise UserError(f"{bad[0]}{more}; on_bad_row: skip leaves bad rows out")
+    if not prompts:
+        raise UserError(f"{', '.join(sources)}: has no prompts")
+    return prompts, bad
+
+
+def prompts_hash(prompts: Sequence[PromptRow]) -> str:
+    """sha256 over all rows."""
+    text = json.dumps([row.values for row in prompts], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _problem(row: Row) -> str | None:
+    prompt = row.values.get("prompt")
+    if prompt is None:
+        return "'prompt' is missing"
+    if isinstance(prompt, str):
+        return None if prompt else "'prompt' is empty"
+    whole = isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "content" in m for m in prompt)
+    return None if whole else "'prompt' must be a string or a list of messages"

@@ -1,0 +1,36 @@
+"""`ranked` (iLR-DPO, arXiv 2406.11817): the best of a prompt's samples by a reward against the worst."""
+
+from __future__ import annotations
+
+from sdpo_kernels.stepwise.source_settings import RankedSource
+from sdpo_kernels.stepwise.sources.context import PairRow, SourceContext
+from sdpo_kernels.stepwise.sources.generation import sample
+from sdpo_kernels.stepwise.sources.judges import (
+    Judge,
+    best_and_worst,
+    function_judge,
+    judge_groups,
+    reward_model_judge,
+)
+
+
+def make(ctx: SourceContext) -> list[PairRow]:
+    """One pair a prompt; none where all of its samples score alike. Prompts are passed over, not asked again."""
+    settings = ctx.settings
+    assert isinstance(settings, RankedSource)
+    groups = sample(ctx, settings.samples)
+    scores = judge_groups(_judge(ctx, settings), ctx.prompts, groups)
+    rows = []
+    for row, texts, values in zip(ctx.prompts, groups, scores, strict=True):
+        if (found := best_and_worst(texts, values)) is not None:
+            best, worst = found
+            rows.append(row.pair(texts[best], texts[worst], score_chosen=values[best], score_rejected=values[worst]))
+    return rows
+
+
+def _judge(ctx: SourceContext, settings: RankedSource) -> Judge:
+    if settings.judge is not None:
+        return function_judge(settings.judge)
+    assert settings.reward_model is not None
+    config = ctx.scorer.config
+    return reward_model_judge(settings.reward_model, ctx.scorer.device, config.max_length, ctx.scorer.batch_size)

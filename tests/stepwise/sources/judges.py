@@ -1,0 +1,24 @@
+"""Judges for the tests' tiny runs, named in settings as tests.stepwise.sources.judges:good_words."""
+
+from __future__ import annotations
+
+
+def good_words(rows, completions):
+    """How many words of a completion are good ones."""
+    assert all("prompt" in row for row in rows)
+    return [float(sum(word.startswith("good") for word in text.split())) for text in completions]
+
+
+def too_few(rows, completions):
+    """One score short."""
+    return [0.0] * (len(completions) - 1)
+
+
+def no_numbers(rows, completions):
+    """Not a list."""
+    return None
+
+
+def alike(rows, completions):
+    """Finds no difference."""
+    return [1.0] * len(completions)

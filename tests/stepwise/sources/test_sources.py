@@ -1,0 +1,278 @@
+"""Each source: what pairs it makes of which samples, and whole runs with it."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, LlamaForSequenceClassification
+
+from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.progress import Reporter
+from sdpo_kernels.stepwise.run import run
+from sdpo_kernels.stepwise.sources import active, discriminator, generation, ranked, self_augmented
+from sdpo_kernels.stepwise.sources.judges import best_and_worst, function_judge, reward_model_judge
+from sdpo_kernels.stepwise.sources.prompts import PromptRow, read_prompts
+from tests.stepwise.runs import PLAIN, configured, digest, make_model, make_rows, make_tokenizer, write_rows
+from tests.stepwise.sources.judges import good_words
+from tests.stepwise.sources.test_generation import JUDGE, context
+
+QUIET = Reporter(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model"), spread=0.1)
+
+
+def prompt_file(folder: Path, count: int = 10) -> Path:
+    rows = [
+        {"prompt": f"{PLAIN[i % 16]} {PLAIN[(3 * i) % 16]} {PLAIN[i // 16]}", "answer": row["chosen"]}
+        for i, row in enumerate(make_rows(count, longest=6))
+    ]
+    return write_rows(folder / "prompts.jsonl", rows)
+
+
+def made_config(folder: Path, model: Path, kind: str, stages: int = 2, settings=(), **source):
+    prompts = prompt_file(folder)
+    source = {"kind": kind, "samples": 3, "max_new_tokens": 40, "batch_size": 12} | source
+    listed = [{"name": f"s{i}", "prompts": str(prompts), "source": source} for i in range(1, stages + 1)]
+    return configured(folder, model, stages=listed, **dict(settings))
+
+
+def pairs_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+
+
+# --- ranked ---
+
+
+def test_ranked_pairs_best_with_worst(tmp_path, model, monkeypatch):
+    rows = [PromptRow(f"p{i}", {"prompt": f"p{i}"}, "") for i in range(4)]
+    groups = [["good1 good2", "bad1", "good3"], ["bad1", "bad2"], [], ["good1"]]
+    monkeypatch.setattr(ranked, "sample", lambda ctx, samples: groups)
+    (pair,) = ranked.make(context(tmp_path, model, rows))
+    assert pair == {
+        "prompt": "p0", "chosen": "good1 good2", "rejected": "bad1", "score_chosen": 2.0, "score_rejected": 0.0
+    }  # fmt: skip
+
+
+def test_a_ranked_run_keeps_its_pairs_and_goes_on_after_a_kill(tmp_path, model, monkeypatch):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    manifest = run(made_config(whole, model, "ranked", judge=JUDGE), QUIET)
+    stages = [whole / "run" / f"stage-{i}-s{i}" for i in (1, 2)]
+    for record, folder in zip(manifest["stages"], stages, strict=True):
+        pairs = pairs_of(folder)
+        assert len(pairs) == record["pairs"] > 2
+        for pair in pairs:
+            chosen, rejected = good_words([{"prompt": ""}] * 2, [pair["chosen"], pair["rejected"]])
+            assert chosen > rejected
+    assert pairs_of(stages[0]) != pairs_of(stages[1])  # another model, other samples
+
+    real, calls = generation._generate_batch, []
+
+    def dies(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    config = made_config(killed, model, "ranked", judge=JUDGE)
+    monkeypatch.setattr(generation, "_generate_batch", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, QUIET)
+    run(config, QUIET)
+    assert len(calls) == 2 + 2 + 3  # three batches a stage, one of them paid before the kill
+    assert digest(killed / "run/stage-2-s2/model.safetensors") == digest(stages[1] / "model.safetensors")
+
+
+def test_a_reward_model_judges(tmp_path, model):
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(model, num_labels=1)
+    network = LlamaForSequenceClassification(config)
+    network.save_pretrained(tmp_path / "reward")
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "reward")
+    rows = [PromptRow("word1", {}, ""), PromptRow("word2 word3", {}, "")]
+    scores = reward_model_judge(str(tmp_path / "reward"), torch.device("cpu"), 64, 1)(rows, [" good1 ", " bad1 bad2 "])
+    together = reward_model_judge(str(tmp_path / "reward"), torch.device("cpu"), 64, 8)(
+        rows, [" good1 ", " bad1 bad2 "]
+    )
+    assert scores == pytest.approx(together, rel=1e-5)
+    ids = torch.tensor([tokenizer("word1 good1 </s>")["input_ids"]])
+    assert scores[0] == pytest.approx(network.eval()(ids).logits[0, 0].item(), rel=1e-4)
+
+
+def test_best_and_worst():
+    assert best_and_worst(["a", "b", "c"], [1.0, 3.0, 0.0]) == (1, 2)
+    assert best_and_worst(["a", "b"], [1.0, 1.0]) is None
+    assert best_and_worst([], []) is None
+
+
+# --- judges and prompts ---
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere:f", "can be imported"),
+        ("tests.stepwise.sources.judges:nothing", "can be imported"),
+        ("tests.stepwise.sources.judges", "can be imported"),
+        ("json:__name__", "must be a function"),
+    ],
+)
+def test_a_judge_that_is_not_there(name, message):
+    with pytest.raises(UserError, match=message):
+        function_judge(name)
+
+
+@pytest.mark.parametrize("name", ["too_few", "no_numbers"])
+def test_a_judge_that_answers_wrongly(name):
+    judge = function_judge(f"tests.stepwise.sources.judges:{name}")
+    with pytest.raises(UserError, match=f"judges:{name}"):
+        judge([PromptRow("a", {}, "")] * 2, ["x", "y"])
+
+
+def test_bad_prompt_rows(tmp_path):
+    file = write_rows(tmp_path / "p.jsonl", [{"prompt": "a"}, {"text": "b"}, {"prompt": 3}, {"prompt": ""}])
+    with pytest.raises(UserError, match=r"p.jsonl:2: 'prompt' is missing \(and 2 more bad rows\)"):
+        read_prompts([str(file)], "error")
+    prompts, skipped = read_prompts([str(file)], "skip")
+    assert [row.prompt for row in prompts] == ["a"]
+    assert len(skipped) == 3
+
+
+def test_a_judge_that_sees_no_difference_stops_the_run(tmp_path, model):
+    config = made_config(tmp_path, model, "ranked", judge="tests.stepwise.sources.judges:alike")
+    with pytest.raises(UserError, match="no pair came of 10 prompts"):
+        run(config, QUIET)
+
+
+# --- discriminator ---
+
+
+def test_gold_labels_go_to_the_closest_pairs():
+    rows = [PromptRow(f"p{i}", {}, "") for i in range(3)]
+    groups = [["a", "b", "c"], ["d", "e"], ["f"]]
+    scores = [[0.0, 1.0, 1.2], [3.0, 3.1], [9.0]]
+    found = discriminator.unsure(rows, groups, scores, 5, seed=0)
+    assert [(q.row.prompt, q.first, q.second) for q in found] == [("p1", "d", "e"), ("p0", "b", "c")]
+    assert len(discriminator.unsure(rows, groups, None, 1, seed=0)) == 1
+
+
+def test_a_scorer_learns_and_stays_with_the_stage(tmp_path, model):
+    config = made_config(tmp_path, model, "discriminator", judge=JUDGE, budget=6, scorer_learning_rate=1e-2)
+    run(config, QUIET)
+    gold = []
+    for index in (1, 2):
+        folder = tmp_path / f"run/stage-{index}-s{index}/source"
+        assert (folder / "scorer/model.safetensors").exists()
+        gold.append((folder / "gold.jsonl").read_text().splitlines())
+    assert 0 < len(gold[0]) <= 6
+    assert gold[1][: len(gold[0])] == gold[0]
+    assert len(gold[0]) < len(gold[1]) <= len(gold[0]) + 6
+
+
+def test_training_a_scorer_ranks_its_own_gold(tmp_path, model):
+    rows = make_rows(24)
+    ctx = context(tmp_path, model, [])
+    settings = discriminator.DiscriminatorSource(
+        kind="discriminator", judge=JUDGE, budget=1, scorer_epochs=10, scorer_learning_rate=1e-2
+    )
+    scorer = discriminator.Discriminator(ctx, settings)
+    scorer.train(rows, seed=0)
+    prompts = [PromptRow(row["prompt"], row, "") for row in rows]
+    scores = scorer.score(prompts, [[row["chosen"], row["rejected"]] for row in rows])
+    assert sum(chosen > rejected for chosen, rejected in scores) > 20
+
+
+# --- self_augmented ---
+
+
+def test_the_buffer_prefers_what_was_used_less():
+    buffer = [{"prompt": str(i), "uses": 0 if i else 50} for i in range(4)]
+    drawn = self_augmented.draw_from(buffer, 300, random.Random(0))
+    assert len(drawn) == 300
+    assert sum(row["prompt"] == "0" for row in drawn) == buffer[0]["uses"] - 50 < 60
+    assert "uses" not in drawn[0]
+    assert self_augmented.draw_from([], 3, random.Random(0)) == []
+
+
+def test_a_segment_is_written_again_and_the_rest_stays(tmp_path, model):
+    settings = {"segment_tokens": 2, "samples": 2, "pairs": 12, "buffer": 15, "max_new_tokens": 5}
+    run(made_config(tmp_path, model, "self_augmented", **settings), QUIET)
+    rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    answers = {row["prompt"]: row["answer"] for row in rows}
+    for index in (1, 2):
+        folder = tmp_path / f"run/stage-{index}-s{index}"
+        pairs = pairs_of(folder)
+        assert len(pairs) == 12
+        for pair in pairs:
+            assert pair["chosen"] == answers[pair["prompt"]]
+            right, written = pair["chosen"].split(), pair["rejected"].split()
+            same = sum(a == b for a, b in zip(right, written, strict=False))
+            assert right != written
+            assert same >= min(len(right), len(written)) - 2  # B has at most two tokens
+        buffer = [json.loads(line) for line in (folder / "source/buffer.jsonl").read_text().splitlines()]
+        assert len(buffer) <= 15
+        assert sum(row["uses"] for row in buffer) >= 12
+
+
+def test_a_row_without_an_answer_is_said_before_training(tmp_path, model):
+    config = made_config(tmp_path, model, "self_augmented", pairs=3)
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": "word1"}])
+    with pytest.raises(UserError, match=r"prompts.jsonl:1: 'answer' is missing"):
+        run(config, QUIET)
+
+
+# --- active ---
+
+
+def test_later_rounds_ask_where_entropy_and_the_gap_of_rewards_are_high(tmp_path, model, monkeypatch):
+    """Entropies 10, 30, 20, 40 and gaps: of the two prompts of highest entropy the one with the larger gap."""
+    rows = [PromptRow(f"p{i}", {"prompt": f"p{i}"}, "") for i in range(4)]
+    groups = [[f"a{i}", f"b{i}"] for i in range(4)]
+    policy = torch.tensor([[-10.0, -10.0], [-25.0, -35.0], [-20.0, -20.0], [-40.0, -40.0]], dtype=torch.float64)
+    initial = torch.tensor([[-90.0, -10.0], [-25.0, -32.0], [-20.0, -20.5], [-40.0, -41.0]], dtype=torch.float64)
+    monkeypatch.setattr(active, "sample", lambda ctx, samples: groups)
+    ctx = context(tmp_path, model, rows)
+    object.__setattr__(ctx, "initial", "initial")
+    monkeypatch.setattr(active, "score_answers", lambda ctx, qs, path: initial if path == "initial" else policy)
+    settings = active.ActiveSource(kind="active", judge=JUDGE, acquire=1, keep_prompts=2.0)
+    (question,) = active._later_questions(ctx, settings)
+    assert question.row.prompt == "p1"  # gap of p0 is largest, but its entropy is lowest
+
+
+def test_an_odd_sample_counts_once_in_the_entropy(tmp_path, model, monkeypatch):
+    rows = [PromptRow(f"p{i}", {"prompt": f"p{i}"}, "") for i in range(2)]
+    groups = [["a", "b", "c"], ["d", "e"]]
+    asked = {}
+
+    def scores(ctx, questions, path):
+        asked[path] = [(q.first, q.second) for q in questions]
+        nats = {"a": -1.0, "b": -2.0, "c": -30.0, "d": -10.5, "e": -10.5}  # mean 11 and 10.5
+        return torch.tensor([[nats[q.first], nats[q.second]] for q in questions], dtype=torch.float64)
+
+    monkeypatch.setattr(active, "sample", lambda ctx, samples: groups)
+    monkeypatch.setattr(active, "score_answers", scores)
+    ctx = context(tmp_path, model, rows)
+    settings = active.ActiveSource(kind="active", judge=JUDGE, acquire=1, keep_prompts=1.0)
+    (question,) = active._later_questions(ctx, settings)
+    assert asked[str(model)] == [("a", "b"), ("c", "a"), ("d", "e")]
+    assert question.row.prompt == "p0"
+
+
+def test_an_active_run_asks_about_new_prompts_each_round(tmp_path, model):
+    config = made_config(tmp_path, model, "active", settings={"policy": "initial"}, judge=JUDGE, acquire=4)
+    run(config, QUIET)
+    labels = [(tmp_path / f"run/stage-{i}-s{i}/source/labels.jsonl").read_text().splitlines() for i in (1, 2)]
+    assert 0 < len(labels[0]) <= 4
+    assert labels[1][: len(labels[0])] == labels[0]
+    prompts = [json.loads(line)["prompt"] for line in labels[1]]
+    assert len(set(prompts)) == len(prompts) > len(labels[0])
+    assert pairs_of(tmp_path / "run/stage-2-s2") == [json.loads(line) for line in labels[1]]
