@@ -76,9 +76,7 @@ class Job:
     files: Mapping[str, str] = field(default_factory=dict)  # name → text, written into the temporary folder
 
 
-def run_limited(
-    command: Sequence[str], stdin: str, limits: Limits, files: Mapping[str, str] | None = None
-) -> Outcome:
+def run_limited(command: Sequence[str], stdin: str, limits: Limits, files: Mapping[str, str] | None = None) -> Outcome:
     """Run `command` in a new temporary folder and remove that; whatever the program does becomes an Outcome.
 
     The folder is its working directory, HOME and TMPDIR. Of the environment only PATH is passed on. When this returns,
@@ -107,7 +105,7 @@ def run_many(jobs: Sequence[Job], limits: Limits, workers: int) -> list[Outcome]
 
 
 def _request(job: Job, limits: Limits, folder: Path) -> dict[str, Any]:
-    """Lay out the temporary folder and write down what the watcher has to know. UserError for a command that is none."""
+    """Lay out the temporary folder; what the watcher has to know. UserError for a command that is none."""
     work = folder / "work"
     work.mkdir()
     (folder / "stdin").write_bytes(job.stdin.encode(errors="replace"))
@@ -129,7 +127,7 @@ def _request(job: Job, limits: Limits, folder: Path) -> dict[str, Any]:
 
 
 def _watched(request: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Start a watcher, hand it the request and take its answer, for at most `seconds`. UserError where it cannot run."""
+    """The answer of a new watcher to the request, within `seconds`. UserError where it cannot run."""
     watcher = subprocess.Popen(
         [sys.executable, "-I", "-S", str(WATCHER)],
         stdin=subprocess.PIPE,  # kept open: its end tells the watcher that this process is gone
@@ -140,7 +138,9 @@ def _watched(request: dict[str, Any], seconds: float) -> dict[str, Any]:
         bufsize=0,
     )
     with watcher:
-        assert watcher.stdin and watcher.stdout and watcher.stderr
+        assert watcher.stdin is not None
+        assert watcher.stdout is not None
+        assert watcher.stderr is not None
         try:
             _write(watcher.stdin.fileno(), json.dumps(request).encode() + b"\n")
             answer = _read(watcher.stdout.fileno(), seconds)
@@ -199,7 +199,8 @@ def _temporary_folder() -> Iterator[Path]:
 
 def _remove_stubborn(folder: str) -> None:
     """Remove with the tools that go to any depth; a warning where something is left."""
-    for command in (["chmod", "-R", "u+rwx", folder], ["rm", "-rf", folder]):
+    open_up = [] if os.path.islink(folder) else [["chmod", "-R", "u+rwx", folder]]  # a link there would be followed
+    for command in [*open_up, ["rm", "-rf", folder]]:
         subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     if os.path.lexists(folder):
         warnings.warn(f"what a program left in {folder} could not be removed", stacklevel=2)

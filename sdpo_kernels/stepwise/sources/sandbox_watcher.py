@@ -25,6 +25,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -242,10 +243,8 @@ def kill_all(init: int) -> None:
 
 def send_kill(pid: int) -> None:
     """SIGKILL to a process (a group, where negative) that may be gone."""
-    try:
+    with suppress(ProcessLookupError, PermissionError):
         os.kill(pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
 
 
 @dataclass
@@ -253,9 +252,11 @@ class Watch:
     """The state of one running program, and why it was stopped."""
 
     job: dict[str, Any]
+    init: int
     output: int  # read end of the pipe that is the program's stdout and stderr; −1 once all its writers closed it
     status: int  # read end of the pipe that init writes to
     deadline: float
+    most_disk: int  # bytes
     head: bytes = b""
     written: int = 0  # bytes of output so far
     said: bytes = b""  # by init
@@ -301,16 +302,17 @@ class Watch:
     def over_limit(self) -> str:
         """The limit that the processes together, or the files together, are over; else nothing."""
         tasks = pages = 0
-        for _, (pid, threads) in zip(range(self.job["processes"] + 2), descendants(os.getpid()), strict=False):
-            tasks += threads
-            pages += resident_pages(pid)
-        if tasks > self.job["processes"] + 1:  # init is one
-            return "killed: processes"
+        for pid, threads in descendants(os.getpid()):
+            if pid != self.init:
+                tasks += threads
+                pages += resident_pages(pid)
+            if tasks > self.job["processes"]:
+                return "killed: processes"
         if pages * resource.getpagesize() > self.job["memory_mb"] << 20:
             return "killed: memory"
         if time.monotonic() >= self.next_disk:
             start = time.monotonic()
-            if disk_use(self.job["folder"], self.job["file_mb"] << 20) > self.job["file_mb"] << 20:
+            if disk_use(self.job["folder"], self.most_disk) > self.most_disk:
                 return "killed: disk"
             self.next_disk = start + max(0.1, 10 * (time.monotonic() - start))
         return ""
@@ -359,6 +361,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     if os.geteuid():
         job["user_tasks"] = user_tasks()
     stdin = os.open(job["stdin"], os.O_RDONLY)
+    most_disk = disk_use(job["folder"], sys.maxsize) + (job["file_mb"] << 20)  # above what sandbox.py laid there
     become_subreaper()
     namespaces = LINUX and new_namespaces()
     output_in, output_out = os.pipe()
@@ -375,7 +378,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             os._exit(1)
     for descriptor in (stdin, output_out, status_out):
         os.close(descriptor)
-    watch = Watch(job, output_in, status_in, start + job["seconds"])
+    watch = Watch(job, init, output_in, status_in, start + job["seconds"], most_disk)
     while watch.look():
         pass
     seconds = time.monotonic() - start
