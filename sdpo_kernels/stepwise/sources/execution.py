@@ -1,0 +1,119 @@
+"""Pairs from running programs: what passes the user's checker is chosen, what fails is rejected (CodeLLM DPO).
+
+    judge = ExecutionJudge(["python", "check.py", "{completion}", "{prompt}"], Limits(seconds=5), workers=8)
+    judge.check()                                        # before any training
+    passed = judge.judge([row] * len(texts), texts)      # one bool for each completion
+    rows = pairs_from_passes(row, texts, passed, cap=4)  # [{"prompt": …, "chosen": …, "rejected": …}, …]
+
+The checker decides by its exit code: 0 is a pass. One that runs the completion in its own process can be fooled by
+`sys.exit(0)`; it should start a second process and compare what that prints. Source: arXiv 2410.18585.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.sources.sandbox import Job, Limits, Outcome, run_limited, run_many
+
+COMPLETION, PROMPT = "completion.txt", "prompt.json"  # the files that a checker reads
+
+
+class ExecutionJudge:
+    """Judges completions by the exit code of a command of the user.
+
+    `command`: its words; in each of them `{completion}` becomes the path of a file with the completion and `{prompt}`
+    that of a file with the row of the prompt file as JSON. It runs in a temporary folder, so a word that names a file
+    here is made a full path. `limits` hold for one run of it, `workers` run at a time.
+    UserError for a command without `{completion}`, or for fewer than one worker.
+    """
+
+    def __init__(self, command: Sequence[str], limits: Limits, workers: int) -> None:
+        if not any("{completion}" in word for word in command):
+            raise UserError(f"the checker's command must have a word {{completion}} (the file to check): {command}")
+        if workers < 1:
+            raise UserError(f"the checker needs at least 1 worker, not {workers}")
+        self.command = [_from_anywhere(word, first=number == 0) for number, word in enumerate(command)]
+        self.limits, self.workers = limits, workers
+
+    def check(self) -> Outcome:
+        """Run the command once, on an empty completion and an empty row. UserError where it cannot be started.
+
+        Whether it passes is of no account. `isolated` of the answer says how well programs are kept apart here.
+        """
+        job = self._job({}, "")
+        return run_limited(job.command, job.stdin, self.limits, job.files)
+
+    def judge(self, prompts: Sequence[Mapping[str, Any]], completions: Sequence[str]) -> list[bool]:
+        """Whether each completion passes; `prompts` holds the row of each. UserError where the command cannot start."""
+        return [outcome.passed for outcome in self.outcomes(prompts, completions)]
+
+    def outcomes(self, prompts: Sequence[Mapping[str, Any]], completions: Sequence[str]) -> list[Outcome]:
+        """As `judge`, with how each run of the command ended."""
+        jobs = [self._job(row, text) for row, text in zip(prompts, completions, strict=True)]
+        return run_many(jobs, self.limits, self.workers)
+
+    def _job(self, row: Mapping[str, Any], completion: str) -> Job:
+        command = [
+            word.replace("{completion}", "{" + COMPLETION + "}").replace("{prompt}", "{" + PROMPT + "}")
+            for word in self.command
+        ]
+        return Job(command, files={COMPLETION: completion, PROMPT: json.dumps(dict(row), ensure_ascii=False)})
+
+
+def _from_anywhere(word: str, first: bool) -> str:
+    """The full path of a file of that name, else the word. The command's first word is a path only with a slash in it,
+    as in a shell."""
+    is_path = "/" in word or not first
+    return os.path.abspath(word) if is_path and os.path.isfile(word) else word
+
+
+def pairs_from_passes(
+    row: Mapping[str, Any], completions: Sequence[str], passed: Sequence[bool], cap: int, seed: int = 0
+) -> list[dict[str, str]]:
+    """At most `cap` pairs (passing, failing) of one prompt; none where all pass or all fail.
+
+    Completions that differ only by white space around them count once, as they came first; one that both passed and
+    failed (a checker that is not sure of itself) is left out. No completion is in a second pair of its side before
+    all others of that side are in one. The draw depends on `seed`, the prompt and the completions only.
+    UserError where `row` has no "prompt" or `cap` is below 1.
+    """
+    if "prompt" not in row:
+        raise UserError(f'a row of prompts needs a field "prompt"; this one has {sorted(row)}')
+    if cap < 1:
+        raise UserError(f"at least 1 pair a prompt must be allowed, not {cap}")
+    good, bad = _both_sides(completions, passed)
+    if not good or not bad:
+        return []
+    draw = random.Random(hashlib.sha256(json.dumps([seed, row["prompt"]]).encode()).digest())
+    draw.shuffle(good)
+    draw.shuffle(bad)
+    return [
+        {"prompt": row["prompt"], "chosen": good[first], "rejected": bad[second]}
+        for first, second in _spread(len(good), len(bad), cap)
+    ]
+
+
+def _both_sides(completions: Sequence[str], passed: Sequence[bool]) -> tuple[list[str], list[str]]:
+    """The distinct completions that only ever passed, and those that only ever failed."""
+    texts: dict[str, str] = {}
+    verdicts: dict[str, set[bool]] = {}
+    for completion, verdict in zip(completions, passed, strict=True):
+        key = completion.strip()
+        texts.setdefault(key, completion)
+        verdicts.setdefault(key, set()).add(bool(verdict))
+    good = [texts[key] for key, seen in verdicts.items() if seen == {True}]
+    bad = [texts[key] for key, seen in verdicts.items() if seen == {False}]
+    return good, bad
+
+
+def _spread(rows: int, columns: int, cap: int) -> list[tuple[int, int]]:
+    """The first `cap` cells of a table, each once, down the diagonals, so that every row and column has its turn."""
+    longer, shorter = max(rows, columns), min(rows, columns)
+    cells = [(step % longer, (step % longer + step // longer) % shorter) for step in range(min(cap, longer * shorter))]
+    return cells if rows == longer else [(second, first) for first, second in cells]
