@@ -232,9 +232,7 @@ def _result_dtype(prediction: Tensor, target: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (prediction.dtype, target.dtype) else torch.float32
 
 
-def _reference_mse(
-    prediction: Tensor, target: Tensor, ref_prediction: Tensor | None, ref_mse: Tensor | None
-) -> Tensor:
+def _reference_mse(prediction: Tensor, target: Tensor, ref_prediction: Tensor | None, ref_mse: Tensor | None) -> Tensor:
     """[2B], without gradient."""
     if (ref_prediction is None) == (ref_mse is None):
         was = "None" if ref_mse is None else "given together with ref_prediction"

@@ -14,7 +14,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from examples.diffusion import shapes
+from examples.diffusion.denoiser import sample
+from examples.diffusion.judge import judge
+from examples.diffusion.results import clear_win, findings
+from examples.diffusion.run import train
+from examples.diffusion.train import Settings
 from sdpo_kernels import diffusion, diffusion_dpo, paired_noise, sample_mse
+from sdpo_kernels.stepwise.progress import Reporter
 from tests.reference import allocations
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -260,3 +267,75 @@ ERRORS = {
 def test_errors_name_the_argument(message):
     with pytest.raises(ValueError, match=message):
         ERRORS[message]()
+
+
+def run_quick(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"DEMO": "quick", "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, "-m", "examples.diffusion.run", "--output", str(folder), *options]
+    return subprocess.run(program, capture_output=True, text=True, cwd=ROOT, env=environment)
+
+
+def test_quick_example(tmp_path):
+    done = run_quick(tmp_path, "--picture", str(tmp_path / "elsewhere.png"))
+    assert done.returncode == 0, done.stderr
+    for words in ("circles among valid shapes", "valid shapes among all", "real drawings"):
+        assert words in done.stdout
+    assert (tmp_path / "elsewhere.png").read_bytes().startswith(b"\x89PNG")
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert record["judge_accuracy"] >= 0.99
+    assert record["dpo_losses"][0] == pytest.approx(math.log(2), rel=1e-5)  # the model is still its own reference
+    before, after = (torch.load(tmp_path / f"{name}.pt") for name in ("before", "after"))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert [model["valid"]["of"] for model in record["models"]] == [80, 80]
+
+
+def test_judge_tells_the_kinds_apart_and_refuses_the_rest():
+    specs = shapes.draw_specs(500, torch.Generator().manual_seed(11))
+    for kind in shapes.KINDS:
+        verdict = judge(shapes.render(kind, specs))
+        right = verdict.valid & (verdict.circle == (kind == "circle"))
+        assert right.double().mean() >= 0.99
+        assert (verdict.places - specs[:, :2]).abs().max() <= 0.5
+    circle, square = (shapes.render(kind, specs) for kind in shapes.KINDS)
+    half = torch.cat([circle[:, :, :8], -torch.ones(500, 1, 8, 16)], 2)
+    ring = circle - (shapes.render("circle", specs * torch.tensor([1, 1, 0.6, 1])) + 1)
+    torn = torch.cat([square[..., :8], square[..., :8].flip(-2)], -1)
+    broken = {
+        "half": half,
+        "ring": ring,
+        "torn": torn,
+        "noise": normal(500, 1, 16, 16).float(),
+        "black": torch.full_like(circle, -1),
+    }
+    found = {name: judge(images).valid.double().mean().item() for name, images in broken.items()}
+    assert max(found.values()) <= 0.15, found
+
+
+def test_the_example_counts_shares_among_valid_shapes():
+    specs = shapes.draw_specs(10, torch.Generator().manual_seed(1))
+    drawn = [shapes.render("circle", specs[:6]), shapes.render("square", specs[6:8]), normal(2, 1, 16, 16).float()]
+    found = findings("drawn", torch.cat(drawn))
+    assert (found.circles.hits, found.circles.count) == (6, 8)
+    assert (found.valid.hits, found.valid.count) == (8, 10)
+    empty = findings("noise", drawn[2])
+    assert empty.circles.record()["share"] is None
+    assert not clear_win(found, found)
+    assert not clear_win(found, empty)
+
+
+def test_pairs_differ_in_kind_alone():
+    chosen, rejected = shapes.shape_pairs(50, torch.Generator().manual_seed(2)).chunk(2)
+    ours, others = judge(chosen), judge(rejected)
+    assert ours.circle.all()
+    assert not others.circle.any()
+    torch.testing.assert_close(chosen.amax((1, 2, 3)), rejected.amax((1, 2, 3)))  # the brightness
+    assert (ours.places - others.places).abs().max() <= 0.75
+
+
+def test_the_example_is_the_same_for_the_same_seed():
+    settings = Settings(steps=2, dpo_steps=2, samples=4)
+    models = [train(settings, Reporter(quiet=True)) for _ in range(2)]
+    assert models[0][2] == models[1][2]
+    drawn = [sample(after, 3, seed=5) for _, after, _ in models]
+    assert torch.equal(*drawn)
+    assert not torch.equal(drawn[0], sample(models[0][1], 3, seed=6))
