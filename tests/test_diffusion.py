@@ -329,6 +329,8 @@ def test_pairs_differ_in_kind_alone():
     assert ours.circle.all()
     assert not others.circle.any()
     torch.testing.assert_close(chosen.amax((1, 2, 3)), rejected.amax((1, 2, 3)))  # the brightness
+    light = [(images + 1).sum((1, 2, 3)) for images in (chosen, rejected)]
+    torch.testing.assert_close(*light, rtol=0.02, atol=0.0)  # one area
     assert (ours.places - others.places).abs().max() <= 0.75
 
 

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from examples.diffusion.shapes import HALF_WIDTHS, KINDS, SIDE, Kind, draw_specs, render
+from examples.diffusion.shapes import KINDS, SIDE, SIZES, Kind, draw_specs, radius, render
 
 LIKE = 0.96
-STEP = 0.25  # pixels between the places and the half widths that are tried
+STEP = 0.25  # pixels between the places that are tried; twice that between the sizes
 
 
 class Verdict(NamedTuple):
@@ -44,12 +44,11 @@ def judge(images: Tensor) -> Verdict:
 @lru_cache(maxsize=1)
 def templates() -> tuple[Tensor, Tensor]:
     """Masks of unit norm [2·S, 256], circles first, and the specs [S, 4] that those of either kind share."""
-    halves = torch.arange(HALF_WIDTHS[0], HALF_WIDTHS[1] + STEP / 2, STEP)
-    places = torch.arange(HALF_WIDTHS[0], SIDE - HALF_WIDTHS[0] + STEP / 2, STEP)
-    x, y, half = torch.meshgrid(places, places, halves, indexing="ij")
-    specs = torch.stack([x, y, half, torch.ones_like(x)], -1).reshape(-1, 4)
-    fits = (specs[:, :2] >= specs[:, 2:3]).all(1) & (specs[:, :2] <= SIDE - specs[:, 2:3]).all(1)
-    specs = specs[fits]
+    sizes = torch.arange(SIZES[0], SIZES[1] + STEP, 2 * STEP)
+    places = torch.arange(radius(sizes[0]).item(), SIDE - radius(sizes[0]).item() + STEP / 2, STEP)
+    specs = torch.stack(torch.meshgrid(places, places, sizes, torch.ones(1), indexing="ij"), -1).reshape(-1, 4)
+    edge = radius(specs[:, 2:3])
+    specs = specs[((specs[:, :2] >= edge) & (specs[:, :2] <= SIDE - edge)).all(1)]
     masks = torch.cat([render(kind, specs).flatten(1) + 1 for kind in KINDS])
     return masks / masks.norm(dim=1, keepdim=True), specs
 

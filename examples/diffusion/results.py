@@ -34,7 +34,7 @@ from sdpo_kernels.stepwise.drawing import (
 from sdpo_kernels.stepwise.files import replace_file
 
 TITLE = "Diffusion-DPO: a denoiser of circles and squares learns to prefer circles"
-ROWS, COLUMNS = 7, 10  # of samples shown from each model
+ROWS, COLUMNS = 7, 9  # of samples shown from each model
 FIGURE_WIDTH = 9.6  # inches
 
 
@@ -123,8 +123,8 @@ def write_picture(path: Path, found: Sequence[Findings]) -> Path:
         left = 0.12 / FIGURE_WIDTH
         figure.text(left, 1 - 0.10 / HEIGHT, TITLE, fontsize=12, fontweight="bold", va="top")
         figure.text(left, 1 - 0.34 / HEIGHT, subtitle(found), fontsize=9, color=SOFT_INK, va="top")
-        places = [(0.005, 0.36), (0.365, 0.36), (0.735, 0.26)]
-        panels = [figure.add_axes((x, 0.05, width, 0.73)) for x, width in places]
+        places = [(0.0125, 0.02, 0.345, 0.78), (0.3725, 0.02, 0.345, 0.78), (0.78, 0.15, 0.21, 0.58)]
+        panels = [figure.add_axes(place) for place in places]
         for ax, each in zip(panels, found, strict=False):
             grid_panel(ax, each)
         share_panel(panels[-1], found)
@@ -147,8 +147,9 @@ def grid_panel(ax: Axes, each: Findings) -> None:
         top, left = (SIDE + 1) * (number // COLUMNS), (SIDE + 1) * (number % COLUMNS)
         shown[top : top + SIDE, left : left + SIDE] = (image.clamp(-1, 1) + 1) / 2
     ax.imshow(shown.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    ax.set_title(each.name, loc="left", fontsize=10, color=INK, pad=6)
+    ax.set_title(each.name, loc="left", fontsize=10, color=INK, pad=5)
     ax.set_axis_off()
+    ax.set_anchor("NW")
 
 
 def share_panel(ax: Axes, found: Sequence[Findings]) -> None:
@@ -166,5 +167,5 @@ def share_panel(ax: Axes, found: Sequence[Findings]) -> None:
     ax.set_ylim(0, 1.09)
     percent_axis(ax)
     ax.legend(
-        loc="lower left", bbox_to_anchor=(-0.04, 1.0), ncols=2, frameon=False, handlelength=0.9, borderaxespad=0.2
+        loc="lower left", bbox_to_anchor=(-0.2, 1.02), ncols=2, frameon=False, handlelength=0.9, borderaxespad=0.2
     )
