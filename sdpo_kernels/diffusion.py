@@ -102,7 +102,8 @@ def paired_noise(x0: Tensor, alphas_cumprod: Tensor, generator: torch.Generator 
 
     Args:
         x0: [2B, ...] clean samples, preferred ones first; floating.
-        alphas_cumprod: [T] ᾱ, each in [0, 1]; t is drawn uniformly from [0, T).
+        alphas_cumprod: [T] ᾱ, floating, each in [0, 1] (not looked at: that would wait for the device); t is drawn
+            uniformly from [0, T).
         generator: on x0's device; None takes torch's own.
 
     Raises:

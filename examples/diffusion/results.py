@@ -34,7 +34,7 @@ from sdpo_kernels.stepwise.drawing import (
 from sdpo_kernels.stepwise.files import replace_file
 
 TITLE = "Diffusion-DPO: a denoiser of circles and squares learns to prefer circles"
-ROWS, COLUMNS = 7, 9  # of samples shown from each model
+ROWS, COLUMNS = 6, 8  # of samples shown from each model
 FIGURE_WIDTH = 9.6  # inches
 
 
