@@ -4,6 +4,7 @@ The public names are those below; the driver is `sdpo` on the command line. Impo
 """
 
 from sdpo_kernels import losses
+from sdpo_kernels.diffusion import DiffusionDPOOutput, PairedNoise, diffusion_dpo, paired_noise, sample_mse
 from sdpo_kernels.dpo import DPOOutput, FusedLinearDPOLoss, fused_linear_dpo
 from sdpo_kernels.logits import logits_logps
 from sdpo_kernels.logps import LinearLogps, linear_logps
@@ -12,12 +13,17 @@ from sdpo_kernels.version import __version__
 
 __all__ = [
     "DPOOutput",
+    "DiffusionDPOOutput",
     "FusedLinearDPOLoss",
     "LinearLogps",
+    "PairedNoise",
     "ScoredRows",
     "__version__",
+    "diffusion_dpo",
     "fused_linear_dpo",
     "linear_logps",
     "logits_logps",
     "losses",
+    "paired_noise",
+    "sample_mse",
 ]

@@ -11,7 +11,7 @@ import pytest
 import sdpo_kernels
 from sdpo_kernels import backends
 
-KERNELS = ["dpo", "head", "logits", "logps", "logps_op", "losses", "rows"]
+KERNELS = ["diffusion", "dpo", "head", "logits", "logps", "logps_op", "losses", "rows"]
 MODULES = [
     "sdpo_kernels",
     *(f"sdpo_kernels.{name}" for name in KERNELS),
@@ -25,7 +25,13 @@ def test_examples(name):
     assert result.failed == 0  # doctest prints what it got
 
 
-@pytest.mark.parametrize("name", ["linear_logps", "logits_logps", "fused_linear_dpo", "FusedLinearDPOLoss"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "linear_logps", "logits_logps", "fused_linear_dpo", "FusedLinearDPOLoss", "sample_mse", "diffusion_dpo",
+        "paired_noise",
+    ],
+)  # fmt: skip
 def test_every_entry_point_shows_its_use(name):
     examples = doctest.DocTestFinder(recurse=False).find(getattr(sdpo_kernels, name))
     assert any(test.examples for test in examples)

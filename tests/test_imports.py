@@ -19,7 +19,7 @@ FLOORS = [
     {"losses", "rows"},
     {"backends"},
     {"logps", "logits"},
-    {"dpo"},
+    {"dpo", "diffusion"},
     {""},  # the package's own __init__, which gathers the public names of the kernels
     {"integrations"},
     {"stepwise"},
