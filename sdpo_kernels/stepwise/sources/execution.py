@@ -19,8 +19,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.source_settings import ExecutionSource
+from sdpo_kernels.stepwise.sources.context import PairRow, SourceContext
+from sdpo_kernels.stepwise.sources.generation import sample
 from sdpo_kernels.stepwise.sources.sandbox import Job, Limits, Outcome, run_limited, run_many
 
+AT_ONCE = 64  # prompts judged between two steps of the progress bar
 COMPLETION, PROMPT = "completion.txt", "prompt.json"  # the files that a checker reads
 
 
@@ -64,6 +68,43 @@ class ExecutionJudge:
             for word in self.command
         ]
         return Job(command, files={COMPLETION: completion, PROMPT: json.dumps(dict(row), ensure_ascii=False)})
+
+
+def judge_of(settings: ExecutionSource) -> ExecutionJudge:
+    """The judge that a stage's settings ask for."""
+    limits = Limits(
+        seconds=settings.seconds, memory_mb=settings.memory_mb, processes=settings.processes, file_mb=settings.file_mb
+    )
+    return ExecutionJudge(settings.command, limits, settings.workers)
+
+
+def make(ctx: SourceContext) -> list[PairRow]:
+    """Pairs of every prompt of whose samples some pass and some fail."""
+    settings = ctx.settings
+    assert isinstance(settings, ExecutionSource)
+    groups = sample(ctx, settings.samples)
+    judge = judge_of(settings)
+    if not judge.check().isolated:
+        ctx.reporter.warn(
+            f"{ctx.name}: programs run without namespaces here, so they can reach your files; run this in a container"
+        )
+    rows: list[PairRow] = []
+    with ctx.reporter.task(ctx.label("programs"), len(ctx.prompts)) as task:
+        for first in range(0, len(ctx.prompts), AT_ONCE):
+            some = range(first, min(first + AT_ONCE, len(ctx.prompts)))
+            passed = iter(
+                judge.judge(
+                    [ctx.prompts[i].values for i in some for _ in groups[i]], [t for i in some for t in groups[i]]
+                )
+            )
+            for i in some:
+                verdicts = [next(passed) for _ in groups[i]]
+                pairs = pairs_from_passes(
+                    ctx.prompts[i].values, groups[i], verdicts, settings.pairs_per_prompt, ctx.seed("pairs")
+                )
+                rows += [ctx.prompts[i].pair(pair["chosen"], pair["rejected"]) for pair in pairs]
+            task.update(some.stop)
+    return rows
 
 
 def _from_anywhere(word: str, first: bool) -> str:

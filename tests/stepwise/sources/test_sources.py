@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -203,6 +204,11 @@ def test_the_buffer_prefers_what_was_used_less():
     assert self_augmented.draw_from([], 3, random.Random(0)) == []
 
 
+def common(one: list[str], other: list[str]) -> int:
+    """How many words both begin with."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
 def test_a_segment_is_written_again_and_the_rest_stays(tmp_path, model):
     settings = {"segment_tokens": 2, "samples": 2, "pairs": 12, "buffer": 15, "max_new_tokens": 5}
     run(made_config(tmp_path, model, "self_augmented", **settings), QUIET)
@@ -215,9 +221,9 @@ def test_a_segment_is_written_again_and_the_rest_stays(tmp_path, model):
         for pair in pairs:
             assert pair["chosen"] == answers[pair["prompt"]]
             right, written = pair["chosen"].split(), pair["rejected"].split()
-            same = sum(a == b for a, b in zip(right, written, strict=False))
             assert right != written
-            assert same >= min(len(right), len(written)) - 2  # B has at most two tokens
+            before, after = common(right, written), common(right[::-1], written[::-1])
+            assert before + after >= len(right) - 2  # B has at most two tokens
         buffer = [json.loads(line) for line in (folder / "source/buffer.jsonl").read_text().splitlines()]
         assert len(buffer) <= 15
         assert sum(row["uses"] for row in buffer) >= 12
@@ -276,3 +282,25 @@ def test_an_active_run_asks_about_new_prompts_each_round(tmp_path, model):
     prompts = [json.loads(line)["prompt"] for line in labels[1]]
     assert len(set(prompts)) == len(prompts) > len(labels[0])
     assert pairs_of(tmp_path / "run/stage-2-s2") == [json.loads(line) for line in labels[1]]
+
+
+# --- execution ---
+
+
+def test_programs_that_pass_are_chosen(tmp_path, model):
+    """The checker wants a good word; prompts of whose samples all pass or all fail give no pair."""
+    checker = tmp_path / "check.py"
+    checker.write_text("import json, sys\nassert json.load(open(sys.argv[2]))['prompt']\n"
+                       "sys.exit('good' not in open(sys.argv[1]).read())\n")  # fmt: skip
+    command = [sys.executable, str(checker), "{completion}", "{prompt}"]
+    run(made_config(tmp_path, model, "execution", stages=1, command=command, max_new_tokens=8, samples=4), QUIET)
+    pairs = pairs_of(tmp_path / "run/stage-1-s1")
+    assert pairs
+    assert all("good" in pair["chosen"] and "good" not in pair["rejected"] for pair in pairs)
+
+
+def test_a_checker_that_cannot_start_is_said_before_training(tmp_path, model):
+    config = made_config(tmp_path, model, "execution", command=["/nonexistent/checker", "{completion}"])
+    with pytest.raises(UserError, match="/nonexistent/checker"):
+        run(config, QUIET)
+    assert not (tmp_path / "run").exists()
