@@ -61,7 +61,7 @@ def _mistakes(
         return [(at, "is required")]
     if kind == "extra_forbidden":
         key = str(problem["loc"][-1])
-        section = sections[str(problem["loc"][0]) if len(problem["loc"]) > 1 else ""]
+        section = sections[".".join(part for part in problem["loc"][:-1] if isinstance(part, str))]
         near = difflib.get_close_matches(key, section.model_fields, n=1)
         under_trainer = [] if near else difflib.get_close_matches(key, trainer_fields, n=1, cutoff=0.75)
         if key not in section.model_fields and under_trainer:
