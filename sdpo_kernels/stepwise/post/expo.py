@@ -35,7 +35,7 @@ def extrapolate(start: Path, aligned: Path, output: Path, alpha: float, notes: S
     """Write the model θ1 + α(θ1 − θ0) to the folder `output`, which appears in one rename.
 
     `start` (θ0) and `aligned` (θ1) are local folders with safetensors; θ0 may be sharded otherwise and have another
-    dtype. The arithmetic is float32 (float64 where a tensor is), the result has θ1's dtypes, files and index; one tensor
+    dtype. Arithmetic is float32 (float64 where a tensor is), the result has θ1's dtypes, files and index; one tensor
     is in memory at a time. With α = 0 the weights are θ1's bytes. Integer tensors must be equal, and are kept.
 
     Where `aligned` is a LoRA adapter of `start`, the result is the adapter with its product scaled by 1 + α. Where it
