@@ -26,7 +26,7 @@ _From: Any = create_model("_From", __base__=_Section, **_from)
 class ExpoSettings(_From):
     """ExPO, arXiv 2404.16792. `alpha` is a number, or a list to choose from by `metric` on the run's eval_data."""
 
-    alpha: float | tuple[float, ...] = ALPHAS
+    alpha: Any = ALPHAS  # a float or a tuple of floats: pydantic warns of a union that it writes as JSON
     metric: Metric | None = None  # of a search; DEFAULT_METRIC where it is left out
 
     @field_validator("alpha", mode="plain")
