@@ -120,24 +120,24 @@ def test_a_given_alpha_from_the_initial_model(tmp_path, model, spoken, pictures)
 
 def test_a_search_on_the_evaluation_pairs(tmp_path, model, capsys):
     """The best by γ is kept, the scores are those of the models, and the folder's are those of the trial."""
-    config = configured(tmp_path, model, {"alpha": [0.2, 0.4], "metric": "gamma", "from": "previous"})
+    expo = {"alpha": [0.2, 0.4], "metric": "reward_margin"}  # small steps, beyond which it grows further
+    config = configured(tmp_path, model, expo, trainer={"learning_rate": 1e-3})
     manifest = runs.train(config)
     folder, record = tmp_path / "run", manifest["post"]["expo"]
     scores = record["scores"]
     assert list(scores) == ["0", "0.2", "0.4"]
-    assert scores["0"] == manifest["stages"][1]["eval"]["gamma"]
-    assert scores["0"] < scores["0.4"] < scores["0.2"] == record["eval"]["gamma"]
-    assert record["alpha"] == 0.2
-    assert record["theta0"] == str(folder / "stage-1-s1")
-    before, after, made = (weights(folder / name) for name in ("stage-1-s1", "stage-2-s2", "expo"))
+    assert scores["0"] == manifest["stages"][1]["eval"]["reward_margin"]
+    assert scores["0"] < scores["0.2"] < scores["0.4"] == record["eval"]["reward_margin"]
+    assert record["alpha"] == 0.4
+    before, after, made = (weights(path) for path in (model, folder / "stage-2-s2", folder / "expo"))
     name = "model.layers.0.mlp.up_proj.weight"
-    assert torch.allclose(made[name], after[name] + 0.2 * (after[name] - before[name]), rtol=1e-6, atol=1e-7)
+    assert torch.allclose(made[name], after[name] + 0.4 * (after[name] - before[name]), rtol=1e-6, atol=1e-7)
     assert "| 0.2 | " in (folder / "expo" / "README.md").read_text()
     capsys.readouterr()
     score_run(config, [], [], as_json=True)
     scored = json.loads(capsys.readouterr().out)
     assert list(scored)[-1] == str(folder / "expo")
-    assert scored[str(folder / "expo")]["gamma"] == pytest.approx(scores["0.2"], rel=1e-6)
+    assert scored[str(folder / "expo")]["reward_margin"] == pytest.approx(scores["0.4"], rel=1e-6)
 
 
 def test_no_gain_keeps_the_last_stage_and_says_so(tmp_path, model, monkeypatch, spoken):
@@ -164,8 +164,11 @@ def test_a_lora_run_keeps_a_scaled_adapter(tmp_path, model, dtype):
 
 def test_a_lora_run_from_the_previous_stage_keeps_merged_weights_only(tmp_path, model):
     runs.train(configured(tmp_path, model, {"alpha": 0.5, "from": "previous"}, lora={"r": 2}))
-    assert not (tmp_path / "run" / "expo" / "adapter").exists()
-    assert (tmp_path / "run" / "expo" / "model.safetensors").exists()
+    folder = tmp_path / "run"
+    assert not (folder / "expo" / "adapter").exists()
+    before, after, made = (weights(folder / name) for name in ("stage-1-s1", "stage-2-s2", "expo"))
+    for name, tensor in made.items():
+        assert torch.allclose(tensor, after[name] + 0.5 * (after[name] - before[name]), rtol=1e-6, atol=1e-7)
 
 
 def test_check_says_what_will_be_done(tmp_path, model):
@@ -205,28 +208,25 @@ def _die_before_the_rename() -> None:
     after_run.publish_folder = publish
 
 
-def _die_after_the_rename() -> None:
-    save = Manifest.save
-
-    def dies(self):
-        if "post" in self.data:
-            die()
-        save(self)
-
-    Manifest.save = dies
-
-
-def test_a_kill_at_any_moment(tmp_path, model):
+def test_a_kill_at_any_moment(tmp_path, model, monkeypatch):
     """Before the rename and after it: the same command ends with the folder of a run never killed."""
     expo, kept = {"alpha": [0.2, 0.4], "metric": "gamma"}, str(tmp_path / "whole")
     whole = runs.train(configured(tmp_path, model, expo, output_dir=kept))
     config = configured(tmp_path, model, expo)
     folder = tmp_path / "run"
-    for fault, there in ((_die_before_the_rename, False), (_die_after_the_rename, True)):
-        child = Child(tmp_path, "train", tmp_path / "run.yaml", "-q", fault=fault)
-        assert child.wait() == -9, child.text
-        assert (folder / "expo").exists() is there
-        assert "post" not in json.loads((folder / "manifest.json").read_text())
+    child = Child(tmp_path, "train", tmp_path / "run.yaml", "-q", fault=_die_before_the_rename)
+    assert child.wait() == -9, child.text
+    assert (folder / ".expo" / "finished" / "expo.json").exists()
+    assert not (folder / "expo").exists()
+
+    def stopped(self):
+        raise KeyboardInterrupt  # nothing after it cleans up: what is on the disk is what a kill leaves
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "save", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            runs.train(config)
+    assert "post" not in json.loads((folder / "manifest.json").read_text())
     stamp = (folder / "expo").stat().st_mtime_ns
     manifest = runs.train(config)
     assert (folder / "expo").stat().st_mtime_ns == stamp  # taken as it was

@@ -63,7 +63,7 @@ def _make(run: Run, settings: ExpoSettings, work: Path) -> Record:
         run.reporter.say(f"expo: {len(settings.alphas)} values of α are tried")
         found = search(start, aligned, settings.alphas, lambda made: _evaluate(run, made, scorer)[metric], work / "try")
         run.reporter.say(search_table(found, metric))
-    alpha = found.best.alpha if found is not None else float(settings.alpha)  # type: ignore[arg-type]
+    alpha = found.best.alpha if found is not None else float(settings.alpha)
     extrapolate(start, aligned, work / "finished", alpha, search_notes(found, metric) if found is not None else ())
     return {
         "alpha": alpha,
