@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,6 +92,14 @@ def test_a_hub_model_is_refused_before_training(tmp_path, model, monkeypatch):
     with pytest.raises(UserError, match=r"^post.expo: it reads the model's own files: org/model: is no folder"):
         runs.train(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_example_loads(tmp_path, monkeypatch):
+    (tmp_path / "runs/methods/start/start").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    config = load_config(Path(__file__).resolve().parents[2] / "examples/methods/expo.yaml")
+    assert (config.post.expo.alphas, config.post.expo.metric) == (ALPHAS, "pair_accuracy")
+    assert len(config.stages) == 3
 
 
 # ---- runs ----
