@@ -76,6 +76,41 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The 
         typer.echo(path)
 
 
+@app.command()
+def expo(
+    start: Annotated[Path, typer.Argument(metavar="START", help="θ0: the model before alignment, a folder.")],
+    aligned: Annotated[Path, typer.Argument(metavar="ALIGNED", help="θ1: the model after it, or its LoRA adapter.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="A new folder.")],
+    alpha: Annotated[float | None, typer.Option(help="How far beyond ALIGNED; 0.3 to 0.5 is usual.")] = None,
+    search: Annotated[str | None, typer.Option(help="Choose from these, e.g. 0.1,0.3,0.5.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Preference pairs to choose by; may be repeated.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Of --data: pair_accuracy, reward_margin, gamma …")] = None,
+    config: Annotated[Path | None, typer.Option(help="A run.yaml: β, lengths, batches for --data.")] = None,
+    score_command: Annotated[
+        str | None, typer.Option(help="Choose by what this prints last; it gets the model's folder.")
+    ] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds that --score-command may take for a model.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """ExPO: the model θ1 + α(θ1 − θ0), further along the way from START to ALIGNED; nothing is trained."""
+    from sdpo_kernels.stepwise.post.command import expo_command
+    from sdpo_kernels.stepwise.progress import Reporter
+
+    expo_command(
+        start,
+        aligned,
+        output,
+        alpha=alpha,
+        alphas=search,
+        data=data or [],
+        metric=metric,
+        config=config,
+        score_command=score_command,
+        timeout=timeout,
+        reporter=Reporter(quiet),
+    )
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"sdpo_kernels {__version__}")

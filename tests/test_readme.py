@@ -31,7 +31,7 @@ TARGETS = {
 
 def test_every_command_is_known():
     sdpo = {command for command in COMMANDS if command.startswith("sdpo ")}
-    assert len(sdpo) == 5
+    assert len(sdpo) == 6
     assert set(COMMANDS) - sdpo - INSTALLS - set(TARGETS) == {"python -m benchmarks.step"}
 
 
@@ -62,6 +62,7 @@ def test_sdpo_commands_run_on_the_yaml_block(tmp_path):
         assert done.returncode == 0, f"{command}: {done.stderr}"
     assert (tmp_path / "runs/quick/report.html").exists()
     assert (tmp_path / "runs/quick/stage-2-hard/model.safetensors").exists()
+    assert (tmp_path / "runs/expo/model.safetensors").exists()
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Every method of this folder on the demo's task, over seeds: `python -m examples.methods.compare` (about half an hour).
+"""Every method of this folder on the demo's task, over seeds: `python -m examples.methods.compare`; half an hour.
 
 For each seed a warm start of its own with its own data (prepare.py); every method starts from it with its YAML file
 here, only paths and seeds changed; the last model is judged on held-out words. Made in --output: results.json; with
@@ -123,7 +123,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
     """The summary as Markdown."""
-    head = "| method | exactly right % | gain over DPO (points) | pairs ranked right % | pairs trained on |\n|---|---|---|---|---|\n"
+    head = "| method | exactly right % | gain over DPO (points) | pairs ranked right % | pairs trained on |\n"
+    head += "|---|---|---|---|---|\n"
     rows = []
     for line in lines:
         cells = [f"`{line['method']}`", shown(line["exactly_right"], 100)]
@@ -174,8 +175,9 @@ def write_results(output: Path, rows: Sequence[dict[str, Any]], docs: Path | Non
     seeds = sorted({row["seed"] for row in rows})
     text = (
         "<!-- made by python -m examples.methods.compare --docs docs; do not edit -->\n\n"
-        f"Mean (least … largest) over the seeds {', '.join(map(str, seeds))}; each seed has its own warm start, data and "
-        f"{rows[0]['prompts']:,} held-out prompts. A difference of means below the spans shows nothing.\n\n{table(lines)}"
+        f"Mean (least … largest) over the seeds {', '.join(map(str, seeds))}; each seed has its own warm start and data\n"
+        f"and {rows[0]['prompts']:,} held-out prompts. A difference of means below the spans shows nothing.\n\n"
+        f"{table(lines)}"
     )
     (docs / "methods_results.md").write_text(text, encoding="utf-8")
 

@@ -14,6 +14,8 @@ from sdpo_kernels.stepwise.errors import UserError
 from sdpo_kernels.stepwise.files import read_json
 from sdpo_kernels.stepwise.manifest import started_otherwise
 from sdpo_kernels.stepwise.order import StageData, scored_counts
+from sdpo_kernels.stepwise.post.record import FOLDER
+from sdpo_kernels.stepwise.post.start import expo_settings
 from sdpo_kernels.stepwise.prepare import Prepared, prepare
 from sdpo_kernels.stepwise.progress import Reporter
 
@@ -42,6 +44,8 @@ def check_run(config: RunConfig, reporter: Reporter) -> None:
     reporter.say(f"model      {config.model} ({model.model_type}, vocabulary {vocabulary})")
     reporter.say(f"order      {config.order}: {order}")
     reporter.say(f"reference  {config.reference}; policy starts from {config.policy}; loss {config.loss}")
+    if expo := expo_settings(config):
+        reporter.say(f"post       expo from {expo.start}, {expo.alpha_text}, into {config.output_dir}/{FOLDER}")
     reporter.say(_state(config))
 
 

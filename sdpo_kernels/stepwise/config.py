@@ -30,6 +30,7 @@ from pydantic import (
 from sdpo_kernels import losses
 from sdpo_kernels.stepwise.data_files import is_file_source
 from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.post.settings import ExpoSettings, PostSettings, post_mistakes
 from sdpo_kernels.stepwise.setting_errors import SettingErrors, error_lines, show
 from sdpo_kernels.stepwise.source_settings import SOURCES, Source
 from sdpo_kernels.stepwise.trainer_options import DEFAULT_TRAINER, check_trainer, trainer_fields
@@ -153,6 +154,7 @@ class RunConfig(_Section):
     trust_remote_code: bool = False
     trainer: Options = Field(default_factory=dict, validate_default=True)
     lora: LoraSettings | None = None
+    post: PostSettings | None = None
 
     @field_validator("loss")
     @classmethod
@@ -169,7 +171,7 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        mistakes = [*_order_mistakes(self), *_stage_mistakes(self), *_source_mistakes(self)]
+        mistakes = [*_order_mistakes(self), *_stage_mistakes(self), *_source_mistakes(self), *post_mistakes(self)]
         if self.dtype == "bfloat16" and self.lora is None:
             mistakes.append(
                 (
@@ -270,6 +272,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except ValidationError as error:
         sections: dict[str, type[BaseModel]] = {"": RunConfig, "stages": StageConfig, "lora": LoraSettings}
         sections |= {f"source.{kind}": section for kind, section in SOURCES.items()}
+        sections |= {"post": PostSettings, "post.expo": ExpoSettings}
         raise UserError("\n".join(error_lines(error, str(path), overrides, sections, trainer_fields()))) from None
     return _resolve_paths(config, str(path))
 

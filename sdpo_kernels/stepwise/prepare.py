@@ -16,6 +16,7 @@ from sdpo_kernels.stepwise.fit import check_fit, load_model_config
 from sdpo_kernels.stepwise.models import load_tokenizer
 from sdpo_kernels.stepwise.order import StageData
 from sdpo_kernels.stepwise.pairs import Pair, read_pairs, shared_pairs
+from sdpo_kernels.stepwise.post.start import check_start
 from sdpo_kernels.stepwise.progress import Reporter
 from sdpo_kernels.stepwise.sources.make import check_source
 from sdpo_kernels.stepwise.sources.prompts import read_prompts
@@ -44,6 +45,7 @@ class Prepared:
 
 def prepare(config: RunConfig) -> Prepared:
     """Read and tokenise all data of a run. UserError for whatever a person can mend."""
+    check_start(config)
     tokenizer = load_tokenizer(config)
     prepared = Prepared(config, tokenizer, load_model_config(config), [], None)
     named: dict[str, list[Pair]] = {}

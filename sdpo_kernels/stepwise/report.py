@@ -25,6 +25,7 @@ from sdpo_kernels.stepwise.errors import UserError
 from sdpo_kernels.stepwise.files import replace_file
 from sdpo_kernels.stepwise.page import html_page, html_picture, html_table
 from sdpo_kernels.stepwise.pictures import run_pictures
+from sdpo_kernels.stepwise.post.record import expo_line
 from sdpo_kernels.stepwise.units import write_bytes, write_seconds
 
 Record = dict[str, Any]
@@ -272,5 +273,5 @@ def summary(run: Run) -> str:
     ]
     environment = manifest.get("environment")
     settings = [f"{key} {value}" for key, value in environment.items()] if isinstance(environment, dict) else []
-    lines = [" · ".join(facts), " · ".join(settings)]
+    lines = [" · ".join(facts), " · ".join(settings), expo_line(manifest)]
     return "".join(f'<p class="facts">{escape(line)}</p>' for line in lines if line)

@@ -24,6 +24,8 @@ from sdpo_kernels.stepwise.errors import UserError
 from sdpo_kernels.stepwise.files import read_json, remove_folder, replace_file
 from sdpo_kernels.stepwise.manifest import Manifest, MetricsFile, Record, host_environment
 from sdpo_kernels.stepwise.order import StageData, order_stages
+from sdpo_kernels.stepwise.post.after_run import post_done, run_post
+from sdpo_kernels.stepwise.post.record import expo_line
 from sdpo_kernels.stepwise.prepare import Prepared, prepare
 from sdpo_kernels.stepwise.progress import Reporter
 from sdpo_kernels.stepwise.reference import Scorer, pad_token_id
@@ -57,15 +59,18 @@ def run(config: RunConfig, reporter: Reporter | None = None) -> Record:
         prepared.stages = _as_begun(ordered, folder, reporter)
         state = open_run(prepared, folder, reporter)
         _clear_leftovers(state)
-        if all(stage["state"] == "done" for stage in state.manifest.stages):
+        if all(stage["state"] == "done" for stage in state.manifest.stages) and post_done(state):
             if not (folder / "report.html").exists():  # killed before its last file
                 write_report(folder)
             reporter.say(f"nothing to do: all {len(state.manifest.stages)} stages in {folder} are done")
             return state.manifest.data
         (folder / "report.html").unlink(missing_ok=True)  # asked for in the middle of the run
         _train(state, prepared.stages)
+        run_post(state)
         write_report(folder)
     reporter.say(stage_table(state.manifest.data))
+    if line := expo_line(state.manifest.data):
+        reporter.say(line)
     reporter.say(f"report: {folder / 'report.html'}")
     return state.manifest.data
 

@@ -15,6 +15,7 @@ from sdpo_kernels.stepwise.errors import UserError
 from sdpo_kernels.stepwise.files import read_json
 from sdpo_kernels.stepwise.manifest import Record
 from sdpo_kernels.stepwise.order import scored_counts
+from sdpo_kernels.stepwise.post.record import expo_folder
 from sdpo_kernels.stepwise.prepare import read_eval
 from sdpo_kernels.stepwise.progress import Reporter
 from sdpo_kernels.stepwise.reference import Scorer, pad_token_id
@@ -22,7 +23,7 @@ from sdpo_kernels.stepwise.scores import summarise
 
 
 def score_run(config: RunConfig, models: Sequence[str], data: Sequence[str], *, as_json: bool) -> None:
-    """Print the scores of `models` (default: the run's finished stages) on `data` (default: its eval_data)."""
+    """Print the scores of `models` (default: the run's finished models) on `data` (default: its eval_data)."""
     reporter = Reporter(quiet=as_json)
     sources = tuple(data) or config.eval_data
     if not sources:
@@ -47,8 +48,9 @@ def score_run(config: RunConfig, models: Sequence[str], data: Sequence[str], *, 
 
 def _finished(config: RunConfig) -> list[str]:
     path = Path(config.output_dir) / "manifest.json"
-    stages = read_json(path)["stages"] if path.exists() else []
-    return [str(path.parent / f"stage-{s['index']}-{s['name']}") for s in stages if s["state"] == "done"]
+    manifest = read_json(path) if path.exists() else {"stages": []}
+    done = [s for s in manifest["stages"] if s["state"] == "done"]
+    return [*(str(path.parent / f"stage-{s['index']}-{s['name']}") for s in done), *expo_folder(path.parent, manifest)]
 
 
 def _table(results: dict[str, Record], beta: float) -> Table:

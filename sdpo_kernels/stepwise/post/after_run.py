@@ -1,0 +1,90 @@
+"""A run's own post-step: ExPO from its last model, in <output_dir>/expo, made once and entered in the manifest.
+
+The folder appears in one rename with its record in it, so a kill leaves it whole or absent; half of it lies in .expo,
+and the same command makes it again.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from sdpo_kernels.stepwise.arguments import training_arguments
+from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.files import empty_folder, publish_folder, read_json, remove_folder, write_json
+from sdpo_kernels.stepwise.manifest import Record
+from sdpo_kernels.stepwise.post.expo import extrapolate
+from sdpo_kernels.stepwise.post.record import FOLDER, RECORD
+from sdpo_kernels.stepwise.post.search import Found, search, search_notes, search_table
+from sdpo_kernels.stepwise.post.settings import DEFAULT_METRIC, ExpoSettings
+from sdpo_kernels.stepwise.post.start import expo_settings
+from sdpo_kernels.stepwise.reference import Scorer, pad_token_id
+from sdpo_kernels.stepwise.scores import EvalData
+from sdpo_kernels.stepwise.stage import Run
+
+
+def post_done(run: Run) -> bool:
+    """Whether nothing is left to do after the last stage."""
+    made = run.manifest.data.get("post", {})
+    return expo_settings(run.config) is None or "expo" in made
+
+
+def run_post(run: Run) -> None:
+    """Make what the run asks for after its last stage, unless it is there."""
+    settings = expo_settings(run.config)
+    if settings is None or post_done(run):
+        return
+    folder, work = run.folder / FOLDER, run.folder / f".{FOLDER}"
+    asked = settings.model_dump(mode="json")
+    plan = {"from": settings.start, "asked": asked, "theta1": run.manifest.stages[-1]["name"]}
+    if folder.exists():  # killed between the rename and the manifest's last write, or somebody else's
+        record = read_json(folder / RECORD) if (folder / RECORD).exists() else {}
+        if {key: record.get(key) for key in plan} != plan:
+            raise UserError(f"{folder} is not of this run; move it away or choose another output_dir")
+    else:
+        record = plan | _make(run, settings, empty_folder(work))
+        write_json(work / "finished" / RECORD, record)
+        publish_folder(work / "finished", folder)
+    remove_folder(work)
+    run.manifest.data["post"] = {"expo": record}
+    run.manifest.save()
+
+
+def _make(run: Run, settings: ExpoSettings, work: Path) -> Record:
+    """The model in work/finished, and what is to be kept of how it was made."""
+    started = time.monotonic()
+    last = len(run.manifest.stages)
+    aligned = run.stage_folder(last)
+    start = run.stage_folder(last - 1) if settings.start == "previous" and last > 1 else Path(run.config.model)
+    metric = settings.metric or DEFAULT_METRIC
+    scorer = _scorer(run)
+    found = None
+    if settings.alphas is not None:
+        run.reporter.say(f"expo: {len(settings.alphas)} values of α are tried")
+        found = search(start, aligned, settings.alphas, lambda made: _evaluate(run, made, scorer)[metric], work / "try")
+        run.reporter.say(search_table(found, metric))
+    alpha = found.best.alpha if found is not None else float(settings.alpha)
+    extrapolate(start, aligned, work / "finished", alpha, search_notes(found, metric) if found is not None else ())
+    return {
+        "alpha": alpha,
+        "metric": metric if found is not None else None,
+        "scores": _scores(found),
+        "theta0": str(start),
+        "eval": None if run.eval_data is None else _evaluate(run, work / "finished", scorer),
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def _scores(found: Found | None) -> Record | None:
+    return None if found is None else {f"{trial.alpha:g}": trial.score for trial in found.trials}
+
+
+def _scorer(run: Run) -> Scorer:
+    args = training_arguments(run.config, run.config.stages[0], run.folder, run.folder)
+    return Scorer.of(run.config, args, pad_token_id(run.tokenizer), run.reporter)
+
+
+def _evaluate(run: Run, folder: Path, scorer: Scorer) -> Record:
+    data: EvalData | None = run.eval_data
+    assert data is not None  # the config asks for it with a search
+    return data.evaluate(str(folder), folder, scorer)

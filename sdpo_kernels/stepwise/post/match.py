@@ -1,0 +1,59 @@
+"""Which tensor of one model stands for which of another: by name, with a head that one of them ties."""
+
+from __future__ import annotations
+
+from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.post.weights import Weights
+
+_HEAD = "lm_head.weight"
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+_ONE_SIDED = "; where other software wrote it, load it with transformers and save it again"
+
+
+def match_tensors(before: Weights, after: Weights) -> dict[str, str]:
+    """The name in `before` of each tensor of `after`.
+
+    An output head that only one side has is its embedding on the other, where the other's config ties the two.
+    UserError: a tensor that only one side has, of other shape, of integers that differ, or of quantised numbers.
+    """
+    names = {name: _found(name, before, after) for name in after.shapes}
+    for name in before.shapes:
+        tied = name.endswith(_HEAD) and before.ties_head() and after.ties_head()
+        if name not in after.shapes and not tied:
+            raise UserError(f"{name} {_shape(before, name)}: is in {before.folder}, not in {after.folder}{_ONE_SIDED}")
+    for name, old in names.items():
+        if before.shapes[old] != after.shapes[name]:
+            raise UserError(
+                f"{name}: is {_shape(before, old)} in {before.folder} and {_shape(after, name)} in {after.folder}, "
+                "must have one shape"
+            )
+        _require_numbers(before, old, after, name)
+    return names
+
+
+def _found(name: str, before: Weights, after: Weights) -> str:
+    if name in before.shapes:
+        return name
+    embeddings = [other for other in before.shapes if other.endswith(_EMBEDDINGS)]
+    if name.endswith(_HEAD) and before.ties_head() and len(embeddings) == 1:
+        return embeddings[0]
+    raise UserError(f"{name} {_shape(after, name)}: is in {after.folder}, not in {before.folder}{_ONE_SIDED}")
+
+
+def _require_numbers(before: Weights, old: str, after: Weights, name: str) -> None:
+    kinds = (before.dtypes[old], after.dtypes[name])
+    if set(kinds) <= _FLOATS:
+        return
+    whole = all(kind.startswith(("I", "U", "BOOL")) for kind in kinds)
+    if not whole:
+        raise UserError(f"{name}: is {kinds[0]} and {kinds[1]}; quantised weights cannot be extrapolated")
+    if not bool((before.tensor(old) == after.tensor(name)).all()):
+        raise UserError(
+            f"{name} {_shape(after, name)}: holds integers, other ones in {before.folder} than in {after.folder}; "
+            "between integers nothing can be extrapolated"
+        )
+
+
+def _shape(weights: Weights, name: str) -> str:
+    return str(list(weights.shapes[name]))

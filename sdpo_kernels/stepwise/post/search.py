@@ -1,0 +1,92 @@
+"""Which α? A few are tried, each result is scored, the best is kept; α = 0, the aligned model itself, is always one.
+
+found = search(start, aligned, (0.1, 0.3, 0.5), score, scratch=Path("runs/.try"))
+found.best.alpha, found.gained
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+
+from rich.table import Table
+
+from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.files import empty_folder, remove_folder
+from sdpo_kernels.stepwise.models import ADAPTER
+from sdpo_kernels.stepwise.post.expo import extrapolate
+from sdpo_kernels.stepwise.post.weights import ADAPTER_CONFIG
+
+Score = Callable[[Path], float]  # of a model's folder; larger is better
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One α and the score of its model."""
+
+    alpha: float
+    score: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """All trials, α ascending from 0."""
+
+    trials: tuple[Trial, ...]
+
+    @property
+    def best(self) -> Trial:
+        """The trial of the highest score; of equal ones that of the smallest α."""
+        return max(self.trials, key=lambda trial: (trial.score, -trial.alpha))
+
+    @property
+    def gained(self) -> bool:
+        """Whether any α above 0 scored higher than the aligned model itself."""
+        return self.best.alpha > 0
+
+
+def search(start: Path, aligned: Path, alphas: Sequence[float], score: Score, scratch: Path) -> Found:
+    """Score the extrapolation by each of `alphas`, and `aligned` itself as α = 0.
+
+    One model at a time lies in the folder `scratch`, which is removed after. A LoRA adapter is given to `score` as
+    scratch/adapter. UserError where a score is not finite.
+    """
+    is_adapter = (aligned / ADAPTER_CONFIG).is_file()
+    folder = scratch / (ADAPTER if is_adapter else "model")
+    trials = []
+    try:
+        for alpha in sorted({0.0, *alphas}, reverse=True):  # 0 last: folders that do not match are heard of at once
+            empty_folder(scratch)
+            made = alpha > 0 or is_adapter
+            if made:
+                extrapolate(start, aligned, folder, alpha)
+            value = float(score(folder if made else aligned))
+            if not isfinite(value):
+                raise UserError(f"alpha {alpha:g}: its score is {value}, must be a finite number")
+            trials.append(Trial(alpha, value))
+    finally:
+        remove_folder(scratch)
+    return Found(tuple(reversed(trials)))
+
+
+def search_table(found: Found, metric: str) -> Table:
+    """The trials for the terminal, the best one marked."""
+    table = Table(title="extrapolation by α")
+    for title in ("α", metric, ""):
+        table.add_column(title, justify="left" if title == "" else "right")
+    for trial in found.trials:
+        kept = "kept" if trial == found.best else ""
+        aligned = "the aligned model" if trial.alpha == 0 else ""
+        table.add_row(f"{trial.alpha:g}", f"{trial.score:.6g}", ", ".join(filter(None, (aligned, kept))))
+    return table
+
+
+def search_notes(found: Found, metric: str) -> list[str]:
+    """The trials as lines of Markdown for the model card."""
+    lines = [f"| α tried | {metric} |", "|---|---|"]
+    lines += [f"| {trial.alpha:g} | {trial.score:.6g} |" for trial in found.trials]
+    if not found.gained:
+        lines += ["", "No α above 0 scored higher than the aligned model."]
+    return lines

@@ -1,0 +1,124 @@
+"""A folder's safetensors weights, sharded or not, read and rewritten one tensor at a time.
+
+    weights = Weights(Path("runs/quick/stage-1-easy"))
+    weights.shapes["model.norm.weight"], weights.tensor("model.norm.weight")
+
+Pickle files are never opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.files import read_json
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+PIECE = 1 << 22  # elements that are written, or computed, at a time
+
+Change = Callable[[str, Tensor], Tensor]  # of a tensor with its name, to one of the same shape and dtype
+
+
+class Weights:
+    """The weights in `folder`: a model's, or a LoRA adapter's where the folder holds an adapter_config.json.
+
+    `files` are their file names, `shapes` and `dtypes` (safetensors' names: F32, BF16, I64 …) are by tensor. At most
+    one file is open at a time. UserError: no such folder, no safetensors in it, files that are missing or broken.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not folder.is_dir():
+            raise UserError(
+                f"{folder}: is no folder; only local folders are read, a hub model must be downloaded first "
+                "(`hf download NAME --local-dir FOLDER`)"
+            )
+        self.is_adapter = (folder / ADAPTER_CONFIG).is_file()
+        self.files = [ADAPTER_WEIGHTS] if self.is_adapter else _model_files(folder)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        self._file_of: dict[str, str] = {}
+        self._open: tuple[str, Any] = ("", None)
+        for file in self.files:
+            self._read_header(file)
+
+    def _read_header(self, file: str) -> None:
+        tensors = _opened(self.folder / file)
+        for name in tensors.keys():  # noqa: SIM118 - no mapping
+            if name in self._file_of:
+                raise UserError(f"{self.folder}: {name} is in both {self._file_of[name]} and {file}")
+            described = tensors.get_slice(name)
+            self.shapes[name], self.dtypes[name] = tuple(described.get_shape()), str(described.get_dtype())
+            self._file_of[name] = file
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor `name`, on the CPU."""
+        file = self._file_of[name]
+        if self._open[0] != file:
+            self._open = ("", None)  # closes the file before the next is opened
+            self._open = (file, _opened(self.folder / file))
+        return self._open[1].get_tensor(name)
+
+    def ties_head(self) -> bool:
+        """Whether config.json says that the output head is the input embedding (transformers' default)."""
+        path = self.folder / "config.json"
+        config = read_json(path) if path.is_file() else {}
+        return bool(config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", True)))
+
+
+def rewrite(source: Path, target: Path, change: Change) -> None:
+    """Copy a safetensors file with each tensor changed; the header, and so names, dtypes and places, stays as it is.
+
+    One tensor is in memory at a time, and its changed twin. OSError where `target` cannot be written.
+    """
+    tensors = _opened(source)
+    with target.open("wb") as stream:
+        stream.write(_header(source))
+        for name in tensors.offset_keys():
+            old = tensors.get_tensor(name)
+            new = change(name, old)
+            if (new.shape, new.dtype) != (old.shape, old.dtype):
+                raise ValueError(f"{name}: {old.dtype}{tuple(old.shape)} became {new.dtype}{tuple(new.shape)}")
+            for piece in new.contiguous().reshape(-1).split(PIECE):
+                stream.write(memoryview(piece.view(torch.uint8).numpy()))
+
+
+def _header(path: Path) -> bytes:
+    """The head of a safetensors file: eight bytes, its length n little-endian, and n bytes of JSON."""
+    with path.open("rb") as stream:
+        size = stream.read(8)
+        return size + stream.read(int.from_bytes(size, "little"))
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(str(path), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as safetensors: {error}") from error
+
+
+def _model_files(folder: Path) -> list[str]:
+    """Names of the files that hold a model's weights, those of the index where there is one and no single file."""
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
+    index = folder / INDEX
+    if not index.is_file():
+        raise UserError(f"{folder}: holds neither {SINGLE} nor {INDEX}; other formats, pickle above all, are not read")
+    found = read_json(index)
+    named = found.get("weight_map") if isinstance(found, dict) else None
+    files = sorted(set(named.values())) if isinstance(named, dict) and named else []
+    if not files or not all(isinstance(file, str) and Path(file).name == file for file in files):
+        raise UserError(f"{index}: must hold a weight_map from tensors to files of that folder")
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        raise UserError(f"{folder}: {missing[0]}, which {INDEX} names, is not there")
+    return files
