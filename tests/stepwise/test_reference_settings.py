@@ -1,6 +1,7 @@
 """The sections `multi` and `ema`: what is read, what is refused in which words, what `sdpo check` says of them."""
 
 import io
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -11,6 +12,7 @@ from sdpo_kernels.stepwise.errors import UserError
 from sdpo_kernels.stepwise.progress import Reporter
 from tests.stepwise import runs
 
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "methods"
 SMALL = "model: org/model\noutput_dir: runs/x\nstages:\n  - {name: easy, data: a.jsonl}\n"
 
 
@@ -91,6 +93,16 @@ def test_defaults_and_absolute_paths(load, tmp_path):
 def test_both_survive_dumping_and_loading(load, lines):
     config = load(SMALL + lines + "\n")
     assert load(dump_config(config)) == config
+
+
+@pytest.mark.parametrize(("name", "mode"), [("mrpo", "multi"), ("sapo_reference", "ema")])
+def test_the_examples_can_be_read(tmp_path, monkeypatch, name, mode):
+    for folder in ("start", "other"):
+        (tmp_path / "runs/methods/start" / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    config = load_config(EXAMPLES / f"{name}.yaml")
+    assert (config.reference, len(config.stages)) == (mode, 3)
+    assert config.output_dir == str(tmp_path / "runs/methods" / name)
 
 
 # ---- sdpo check ----
