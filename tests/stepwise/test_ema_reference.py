@@ -116,6 +116,7 @@ def test_an_enclosing_autocast_keeps_no_cast_of_the_other_weights():
     model = tiny()
     zeros = {name: torch.zeros_like(weight) for name, weight in trained(model).items()}
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(torch.ones(1, 4))  # the policy's own casts are kept now
         with swapped(model, zeros), torch.no_grad():
             assert float(model(torch.ones(1, 4)).abs().sum()) == 0.0
         out = model(torch.ones(1, 4)).sum()
@@ -233,6 +234,30 @@ def test_before_its_first_move_it_costs_no_second_forward(tmp_path, model, monke
         ]
         assert same == [name != "at 2"] * 2
     assert counts[0] == counts[1] == counts[2] - 1  # the third step of the first stage
+
+
+def test_the_reference_is_scored_in_evaluation_mode_and_training_goes_on():
+    """Gradient checkpointing and whatever else looks at the mode must do as when the start was scored."""
+
+    class Spy:
+        ref_logps = torch.zeros(2)
+
+        def logps(self, network):
+            modes.append((network.training, torch.is_grad_enabled()))
+            if fails:
+                raise KeyboardInterrupt
+            return torch.ones(2)
+
+    model, modes = tiny(), []
+    following = EmaReference(model, EmaSettings(sync_steps=1))
+    following.after_step(1)
+    for fails in (False, True):
+        try:
+            assert torch.equal(following.logps(model, Spy()), torch.ones(2))
+        except KeyboardInterrupt:
+            assert fails
+        assert model.training
+    assert modes == [(False, False)] * 2
 
 
 def test_evaluations_keep_to_the_stages_start(tmp_path, model):
