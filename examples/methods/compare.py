@@ -175,7 +175,7 @@ def write_results(output: Path, rows: Sequence[dict[str, Any]], docs: Path | Non
     seeds = sorted({row["seed"] for row in rows})
     text = (
         "<!-- made by python -m examples.methods.compare --docs docs; do not edit -->\n\n"
-        f"Mean (least … largest) over the seeds {', '.join(map(str, seeds))}; each seed has its own warm start, own data\n"
+        f"Mean (least … largest) over the seeds {', '.join(map(str, seeds))}; each seed has its own start and data\n"
         f"and {rows[0]['prompts']:,} held-out prompts. A difference of means below the spans shows nothing.\n\n"
         f"{table(lines)}"
     )

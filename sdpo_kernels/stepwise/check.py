@@ -18,6 +18,7 @@ from sdpo_kernels.stepwise.post.record import FOLDER
 from sdpo_kernels.stepwise.post.start import expo_settings
 from sdpo_kernels.stepwise.prepare import Prepared, prepare
 from sdpo_kernels.stepwise.progress import Reporter
+from sdpo_kernels.stepwise.reference_settings import EmaSettings
 
 _ORDERS = {
     "given": "the order of the file",
@@ -46,7 +47,28 @@ def check_run(config: RunConfig, reporter: Reporter) -> None:
     reporter.say(f"reference  {config.reference}; policy starts from {config.policy}; loss {config.loss}")
     if expo := expo_settings(config):
         reporter.say(f"post       expo from {expo.start}, {expo.alpha_text}, into {config.output_dir}/{FOLDER}")
+    _say_reference(prepared, reporter)
     reporter.say(_state(config))
+
+
+def _say_reference(prepared: Prepared, reporter: Reporter) -> None:
+    """What becomes of the reference with `multi` and `ema`."""
+    config = prepared.config
+    if config.multi is not None:
+        options = config.multi
+        weights = options.alpha if isinstance(options.alpha, str) else ", ".join(f"{a:g}" for a in options.alpha)
+        reporter.say(f"multi      the base, which is the policy's start, with {', '.join(options.models)}")
+        reporter.say(f"           epsilon {options.epsilon:g}, alpha {weights} ({options.alpha_convention})")
+    if config.reference == "ema":
+        following = config.ema or EmaSettings()
+        reporter.say(f"ema        decay {following.decay:g}, mode {following.mode}; each stage starts it anew")
+        period = following.period
+        if period is None:
+            return
+        moves = {stage.config.name: (_steps(config, stage) - 1) // period for stage in prepared.stages}
+        reporter.say(f"           moves every {period} steps: {', '.join(f'{n} {k} times' for n, k in moves.items())}")
+        if not any(moves.values()):
+            reporter.warn(f"ema.sync_steps: {period} is more than any stage trains: the reference never moves")
 
 
 def _table(prepared: Prepared) -> Table:

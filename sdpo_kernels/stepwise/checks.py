@@ -25,15 +25,21 @@ SAME_PATH_TOLERANCE = 1e-6  # relative; measured on the same path: 0 to 1.9e-9
 
 @dataclass(frozen=True)
 class StartGuard:
-    """Checks the first batch of a stage whose policy starts as its own reference."""
+    """Checks the first batch of a stage whose policy starts as its own reference.
+
+    Or, with `start`, as one of several: then the policy is held to its own score, and the loss may be anything.
+    """
 
     stage: str
     where: Sequence[str]  # 'file:line' of each pair of the stage
     loss_type: str
     cache_tolerance: float  # relative
+    start: Tensor | None = None  # [n, 2] scores of the policy's start, where they are not the reference's
 
     def check(self, pair_index: Tensor, policy: Tensor, fresh: Tensor, cached: Tensor, loss: float) -> None:
         """policy, fresh, cached: summed log-probs [2B], chosen first; pair_index [B]. UserError where they disagree."""
+        if self.start is not None:
+            cached = self.start[pair_index.cpu()].T.reshape(-1)
         self._compare(
             pair_index,
             policy,
@@ -51,7 +57,8 @@ class StartGuard:
             "a stale reference cache (delete the stage's hidden folder in output_dir), or scores that depend on the "
             "batch's composition (batching: padded, or attention kernels that are not exact)",
         )
-        if self.loss_type in LN2_LOSSES and not abs(loss - LN2) <= LN2_TOLERANCE:
+        is_reference = self.start is None
+        if is_reference and self.loss_type in LN2_LOSSES and not abs(loss - LN2) <= LN2_TOLERANCE:
             raise UserError(
                 f"stage {self.stage}: the first loss was {loss:.6f}, must be ln 2 = {LN2:.6f} as the policy starts as "
                 "its own reference; usual causes: a wrong reference or dropout left on"

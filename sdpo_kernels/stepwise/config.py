@@ -20,7 +20,6 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     field_validator,
@@ -31,18 +30,15 @@ from sdpo_kernels import losses
 from sdpo_kernels.stepwise.data_files import is_file_source
 from sdpo_kernels.stepwise.errors import UserError
 from sdpo_kernels.stepwise.post.settings import ExpoSettings, PostSettings, post_mistakes
+from sdpo_kernels.stepwise.reference_settings import EmaSettings, MultiSettings, reference_mistakes
 from sdpo_kernels.stepwise.setting_errors import SettingErrors, error_lines, show
+from sdpo_kernels.stepwise.setting_types import Integer, Number, Text
+from sdpo_kernels.stepwise.setting_types import Section as _Section
 from sdpo_kernels.stepwise.source_settings import SOURCES, Source
 from sdpo_kernels.stepwise.trainer_options import DEFAULT_TRAINER, check_trainer, trainer_fields
 from sdpo_kernels.stepwise.yaml_file import apply_override, read_settings, write_settings
 
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-
-def _no_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError(f"was {show(value)}, must be a number")
-    return value
 
 
 def _as_list(value: Any) -> Any:
@@ -54,15 +50,8 @@ def _empty_as_dict(value: Any) -> Any:
     return {} if value is None else value
 
 
-Text = Annotated[str, Field(min_length=1)]
-Integer = Annotated[int, BeforeValidator(_no_bool)]
-Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_no_bool)]
 Sources = Annotated[tuple[Text, ...], Field(min_length=1), BeforeValidator(_as_list)]
 Options = Annotated[dict[str, Any], BeforeValidator(_empty_as_dict)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class LoraSettings(_Section):
@@ -140,7 +129,9 @@ class RunConfig(_Section):
     order_score: Literal["sum", "mean"] = "sum"
     tiers: Annotated[Integer, Field(ge=2)] | None = None
     score_column: Text | None = None
-    reference: Literal["previous", "initial", "none"] = "previous"
+    reference: Literal["previous", "initial", "ema", "multi", "none"] = "previous"
+    multi: MultiSettings | None = None
+    ema: EmaSettings | None = None
     policy: Literal["previous", "initial"] = "previous"
     loss: str = "sigmoid"
     loss_options: Annotated[dict[str, Number], BeforeValidator(_empty_as_dict)] = Field(default_factory=dict)
@@ -172,6 +163,7 @@ class RunConfig(_Section):
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         mistakes = [*_order_mistakes(self), *_stage_mistakes(self), *_source_mistakes(self), *post_mistakes(self)]
+        mistakes += reference_mistakes(self.reference, self.multi, self.ema)
         if self.dtype == "bfloat16" and self.lora is None:
             mistakes.append(
                 (
@@ -270,7 +262,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         config = RunConfig.model_validate(settings)
     except ValidationError as error:
-        sections: dict[str, type[BaseModel]] = {"": RunConfig, "stages": StageConfig, "lora": LoraSettings}
+        sections: dict[str, type[BaseModel]] = {
+            "": RunConfig,
+            "stages": StageConfig,
+            "lora": LoraSettings,
+            "multi": MultiSettings,
+            "ema": EmaSettings,
+        }
         sections |= {f"source.{kind}": section for kind, section in SOURCES.items()}
         sections |= {"post": PostSettings, "post.expo": ExpoSettings}
         raise UserError("\n".join(error_lines(error, str(path), overrides, sections, trainer_fields()))) from None
@@ -312,9 +310,6 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _resolve_paths(config: RunConfig, file: str) -> RunConfig:
-    is_folder = os.path.isdir(os.path.expanduser(config.model))
-    if not is_folder and (config.model.startswith((".", "/", "~")) or config.model.count("/") > 1):
-        raise UserError(f"{file}: model: was {config.model!r}, which is neither a folder nor the name of a hub model")
     output = _absolute(config.output_dir)
     if os.path.exists(output) and not os.path.isdir(output):
         raise UserError(f"{file}: output_dir: was {config.output_dir!r}, which is a file, must be a folder")
@@ -324,12 +319,28 @@ def _resolve_paths(config: RunConfig, file: str) -> RunConfig:
     )
     return config.model_copy(
         update={
-            "model": _absolute(config.model) if is_folder else config.model,
+            "model": _absolute_model(config.model, f"{file}: model"),
+            "multi": _absolute_models(config.multi, file),
             "output_dir": output,
             "stages": stages,
             "eval_data": _absolute_files(config.eval_data),
         }
     )
+
+
+def _absolute_model(model: str, at: str) -> str:
+    if os.path.isdir(os.path.expanduser(model)):
+        return _absolute(model)
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise UserError(f"{at}: was {model!r}, which is neither a folder nor the name of a hub model")
+    return model
+
+
+def _absolute_models(multi: MultiSettings | None, file: str) -> MultiSettings | None:
+    if multi is None:
+        return None
+    models = tuple(_absolute_model(model, f"{file}: multi.models.{i}") for i, model in enumerate(multi.models))
+    return multi.model_copy(update={"models": models})
 
 
 def _absolute(path: str) -> str:

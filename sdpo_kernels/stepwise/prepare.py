@@ -14,6 +14,7 @@ from sdpo_kernels.stepwise.config import RunConfig, StageConfig
 from sdpo_kernels.stepwise.errors import UserError
 from sdpo_kernels.stepwise.fit import check_fit, load_model_config
 from sdpo_kernels.stepwise.models import load_tokenizer
+from sdpo_kernels.stepwise.multi_scoring import check_multi
 from sdpo_kernels.stepwise.order import StageData
 from sdpo_kernels.stepwise.pairs import Pair, read_pairs, shared_pairs
 from sdpo_kernels.stepwise.post.start import check_start
@@ -61,7 +62,9 @@ def prepare(config: RunConfig) -> Prepared:
         named["eval_data"] = _read(config, config.eval_data, prepared)
         prepared.eval_tokens = _tokenize(config, named["eval_data"], "eval_data", prepared)
     parts = [stage.tokens for stage in prepared.stages if stage.prompts is None]
-    check_fit(config, prepared.model_config, parts if prepared.eval_tokens is None else [*parts, prepared.eval_tokens])
+    parts += [] if prepared.eval_tokens is None else [prepared.eval_tokens]
+    check_fit(config, prepared.model_config, parts)
+    check_multi(config, tokenizer, parts)
     prepared.warnings += shared_pairs(named)
     return prepared
 

@@ -52,15 +52,16 @@ class EvalData:
     def evaluate(self, model: str, folder: Path, scorer: Scorer) -> Record:
         """Scores of `model`, whose log-probs are kept in `folder`; rewards are against the initial model."""
         logps = scorer.score_path(model, self.tokens, "evaluation", folder / EVAL_FILE)
-        reference = None if folder == self.folder else self._stored(self.folder)
+        reference = None if folder == self.folder else self.stored(self.folder)
         return summarise(logps, scored_counts(self.tokens), reference, self.beta)
 
     def dataset(self, reference: Path | None) -> PairDataset:
         """The pairs with the log-probs that lie in the folder `reference`; zeros for no reference."""
-        logps = torch.zeros(len(self.tokens), 2) if reference is None else self._stored(reference)
+        logps = torch.zeros(len(self.tokens), 2) if reference is None else self.stored(reference)
         return PairDataset(self.tokens, logps)
 
-    def _stored(self, folder: Path) -> Tensor:
+    def stored(self, folder: Path) -> Tensor:
+        """Log-probs [n, 2] that lie in `folder`; UserError where they do not."""
         logps, reason = read_scores(folder / EVAL_FILE, None, len(self.tokens))
         if logps is None:
             raise UserError(f"{folder / EVAL_FILE}: {reason or 'is missing'}; delete that folder to make it again")

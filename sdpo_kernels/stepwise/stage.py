@@ -24,22 +24,26 @@ from sdpo_kernels.stepwise.checkpoints import latest_checkpoint
 from sdpo_kernels.stepwise.checks import StartGuard, cache_tolerance
 from sdpo_kernels.stepwise.collate import PairDataset
 from sdpo_kernels.stepwise.config import RunConfig
+from sdpo_kernels.stepwise.ema_reference import EmaReference
 from sdpo_kernels.stepwise.errors import Interrupted, UserError
 from sdpo_kernels.stepwise.files import empty_folder, publish_folder, read_json, remove_folder, replace_file
 from sdpo_kernels.stepwise.manifest import Manifest, MetricsFile, Record, planned
 from sdpo_kernels.stepwise.model_card import model_card
 from sdpo_kernels.stepwise.models import ADAPTER, Loaded, add_adapter, merge_adapter, release_memory, weights_hash
+from sdpo_kernels.stepwise.multi_scoring import BASE_FILE, MultiReferences
 from sdpo_kernels.stepwise.order import StageData
 from sdpo_kernels.stepwise.prepare import made_stage
 from sdpo_kernels.stepwise.progress import Reporter, peak_memory_bytes, reset_peak_memory
-from sdpo_kernels.stepwise.reference import Scorer, pad_token_id, write_scores
-from sdpo_kernels.stepwise.scores import EvalData
+from sdpo_kernels.stepwise.reference import Scorer, pad_token_id, read_scores, write_scores
+from sdpo_kernels.stepwise.reference_settings import EmaSettings, MultiSettings
+from sdpo_kernels.stepwise.scores import EVAL_FILE, EvalData
 from sdpo_kernels.stepwise.sources.context import SourceContext
 from sdpo_kernels.stepwise.sources.make import PAIRS_FILE, SOURCE_FOLDER, make_pairs
 from sdpo_kernels.stepwise.trainer import StageTrainer
 
 RECORD = "stage.json"  # a finished stage's record, inside its folder
 REFERENCE_FILE = "reference_logps.safetensors"
+MULTI = "references"  # in a stage's working folder: what each of several references scores
 
 
 @dataclass
@@ -57,7 +61,8 @@ class Run:
     def check_weights(self, path: str, digest: str) -> None:
         """UserError where the model in `path` is not what it was when this run loaded it first."""
         known = self.manifest.data.setdefault("weights", {})
-        name = "initial" if path == self.config.model else Path(path).name
+        own = Path(path).parent == self.folder
+        name = "initial" if path == self.config.model else Path(path).name if own else path
         if name not in known:
             known[name] = digest
             self.manifest.save()
@@ -96,7 +101,9 @@ class Stage:
         self.run.manifest.update_stage(self.index, values)
 
     def model_before(self, which: str) -> str:
-        """The model that `previous` or `initial` names at this stage's start."""
+        """The model that `previous` or `initial` names at this stage's start; `ema` and `multi`: the policy's."""
+        if which in ("ema", "multi"):
+            which = self.run.config.policy
         if which == "initial" or self.index == 1:
             return self.run.config.model
         return str(self.run.stage_folder(self.index - 1))
@@ -105,7 +112,9 @@ class Stage:
     def starts_as_reference(self) -> bool:
         """Whether the policy is its own reference at the stage's start."""
         config = self.run.config
-        return config.reference != "none" and self.model_before(config.policy) == self.model_before(config.reference)
+        if config.reference in ("multi", "none"):
+            return False
+        return self.model_before(config.policy) == self.model_before(config.reference)
 
 
 def train_stage(stage: Stage) -> None:
@@ -205,15 +214,14 @@ def prepare_trainer(stage: Stage) -> tuple[StageTrainer, Tensor]:
 def _make_trainer(stage: Stage, loaded: Loaded, ref_logps: Tensor) -> StageTrainer:
     """UserError for what transformers refuses only now that it has a model."""
     config = stage.run.config
-    tolerance = cache_tolerance(loaded.by_sequence, stage.scorer.autocast, next(loaded.model.parameters()).dtype)
-    guard = StartGuard(stage.name, stage.data.where, config.loss, tolerance) if stage.starts_as_reference else None
     eval_dataset = None
     if stage.run.eval_data is not None and stage.args.eval_strategy != "no":
         eval_dataset = stage.run.eval_data.dataset(_eval_reference(stage))
     try:
         trainer = StageTrainer(
             loss={"loss_type": config.loss, "beta": config.stage_beta(stage.data.config), **config.loss_options},
-            guard=guard,
+            guard=_start_guard(stage, loaded),
+            following=EmaReference(loaded.model, config.ema or EmaSettings()) if config.reference == "ema" else None,
             stage=stage.name,
             before_checkpoint=stage.run.metrics.sync,  # what its steps logged must not be lost to a power cut
             model=loaded.model,
@@ -231,6 +239,17 @@ def _make_trainer(stage: Stage, loaded: Loaded, ref_logps: Tensor) -> StageTrain
     return trainer
 
 
+def _start_guard(stage: Stage, loaded: Loaded) -> StartGuard | None:
+    """What the first batch is held to: of several references, that the policy scores as its start, the base, did."""
+    start = None
+    if stage.run.config.reference == "multi":
+        start, _ = read_scores(stage.work / MULTI / BASE_FILE, None, len(stage.data.tokens))
+    elif not stage.starts_as_reference:
+        return None
+    tolerance = cache_tolerance(loaded.by_sequence, stage.scorer.autocast, next(loaded.model.parameters()).dtype)
+    return StartGuard(stage.name, stage.data.where, stage.run.config.loss, tolerance, start)
+
+
 def _references(stage: Stage) -> tuple[Loaded, Tensor, Record]:
     """The policy's starting model, the reference's log-probs [n, 2] and what the manifest keeps of them."""
     config, tokens = stage.run.config, stage.data.tokens
@@ -238,6 +257,8 @@ def _references(stage: Stage) -> tuple[Loaded, Tensor, Record]:
     if config.reference == "none":
         none: Record = {"reference_hash": None, "gamma_reference": None, "score_seconds": 0.0}
         return _load_checked(stage, policy_path)[0], torch.zeros(len(tokens), 2), none
+    if config.multi is not None:
+        return _multi_references(stage, config.multi)
     reference_path = stage.model_before(config.reference)
     loaded, reference_hash = _load_checked(stage, reference_path)
     started = time.monotonic()
@@ -253,6 +274,31 @@ def _references(stage: Stage) -> tuple[Loaded, Tensor, Record]:
         release_memory()
         loaded = _load_checked(stage, policy_path)[0]
     return loaded, scores, found
+
+
+def _multi_references(stage: Stage, settings: MultiSettings) -> tuple[Loaded, Tensor, Record]:
+    """As `_references`: the further references first, each let go of, then the base, which becomes the policy."""
+    started, label = time.monotonic(), f"stage {stage.index} {stage.name}"
+    references = MultiReferences(settings, stage.scorer, stage.work / MULTI, stage.run.check_weights)
+    tokens, evaluation = stage.data.tokens, stage.run.eval_data if stage.args.eval_strategy != "no" else None
+    references.score_others({"pairs": tokens} | ({} if evaluation is None else {"eval": evaluation.tokens}), label)
+    loaded, base_hash = _load_checked(stage, stage.model_before("multi"))
+    base = stage.scorer.cached(loaded, base_hash, tokens, f"{label}: base", references.folder / BASE_FILE)
+    key, scores = references.combined_hash(base_hash), references.combine("pairs", base)
+    write_scores(stage.work / REFERENCE_FILE, scores, key)
+    if evaluation is not None:
+        stored = evaluation.stored(_folder_of(stage, stage.model_before("multi")))
+        write_scores(references.folder / EVAL_FILE, references.combine("eval", stored), key)
+    return (
+        loaded,
+        scores,
+        {
+            "reference_hash": key,
+            "reference_hashes": references.named_hashes(base_hash),
+            "gamma_reference": float((scores[:, 0] - scores[:, 1]).double().mean()),
+            "score_seconds": round(time.monotonic() - started, 3),
+        },
+    )
 
 
 def _load_checked(stage: Stage, path: str) -> tuple[Loaded, str]:
@@ -276,7 +322,12 @@ def _eval_reference(stage: Stage) -> Path | None:
     reference = stage.run.config.reference
     if reference == "none":
         return None
-    return stage.run.folder if reference == "initial" or stage.index == 1 else stage.run.stage_folder(stage.index - 1)
+    return stage.work / MULTI if reference == "multi" else _folder_of(stage, stage.model_before(reference))
+
+
+def _folder_of(stage: Stage, model: str) -> Path:
+    """Where the evaluation log-probs of the initial model or of a stage's lie."""
+    return stage.run.folder if model == stage.run.config.model else Path(model)
 
 
 def _fit(stage: Stage, trainer: StageTrainer, checkpoint: Path | None) -> bool:
@@ -316,6 +367,8 @@ def _save(stage: Stage, trainer: StageTrainer, ref_logps: Tensor) -> Path:
     if stage.data.config.source is not None:
         shutil.copyfile(stage.work / PAIRS_FILE, staging / PAIRS_FILE)
         shutil.copytree(stage.work / SOURCE_FOLDER, staging / SOURCE_FOLDER)
+    if trainer.following is not None:
+        trainer.following.save_average(staging)
     cache = stage.work / REFERENCE_FILE
     if stage.run.config.reference == "none":
         write_scores(staging / REFERENCE_FILE, ref_logps, key="reference: none")

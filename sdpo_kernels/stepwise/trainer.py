@@ -17,6 +17,7 @@ from sdpo_kernels.dpo import DPOOutput, pair_output
 from sdpo_kernels.stepwise.checkpoints import AtomicCheckpoints
 from sdpo_kernels.stepwise.checks import StartGuard
 from sdpo_kernels.stepwise.collate import Batch
+from sdpo_kernels.stepwise.ema_reference import EmaReference
 from sdpo_kernels.stepwise.errors import UserError
 
 PENDING = "pending_metrics.safetensors"  # in a checkpoint: what was collected since the last log
@@ -32,6 +33,7 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         guard: StartGuard | None,
         stage: str,
         before_checkpoint: Callable[[], None] = lambda: None,
+        following: EmaReference | None = None,
         **trainer: Any,
     ) -> None:
         super().__init__(**trainer)
@@ -39,6 +41,9 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         self.remove_callback(PrinterCallback)
         self.loss_settings = loss
         self.guard = guard
+        self.following = following
+        if following is not None:
+            self.add_callback(following)
         self.stage = stage
         self._metrics: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._all_finite: Tensor | None = None
@@ -55,14 +60,21 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         batch = Batch.of(inputs)
         guard, self.guard = (self.guard, None) if model.training else (None, self.guard)
         fresh = None if guard is None else self._score_afresh(model, batch)
+        ref_logps = self._reference_logps(model, batch)
         sums = batch.logps(model)
-        out = pair_output(sums, batch.ref_logps, batch.rows.counts, **self.loss_settings)
+        out = pair_output(sums, ref_logps, batch.rows.counts, **self.loss_settings)
         if guard is not None and fresh is not None:
-            guard.check(batch.pair_index, sums, fresh, batch.ref_logps, float(out.loss.detach()))
+            guard.check(batch.pair_index, sums, fresh, ref_logps, float(out.loss.detach()))
         self._remember(out, model.training)
         if model.training:
             self.rows_seen += batch.n_rows
         return (out.loss, {"logps": sums}) if return_outputs else out.loss
+
+    def _reference_logps(self, model: nn.Module, batch: Batch) -> Tensor:
+        """[2B]: cached, or of a reference that follows the policy; evaluations keep to the stage's start."""
+        if self.following is None or not model.training:
+            return batch.ref_logps
+        return self.following.logps(model, batch)
 
     def _score_afresh(self, model: nn.Module, batch: Batch) -> Tensor:
         model.eval()
@@ -144,13 +156,17 @@ class StageTrainer(AtomicCheckpoints, Trainer):
             )
 
     def write_extra(self, checkpoint: Path) -> None:
-        """The metrics since the last log, so that a resumed run logs what one never stopped does."""
+        """What a resumed run needs to go on as one never stopped: metrics since the last log, a moving reference."""
         pending = {name: torch.cat(values).cpu() for name, values in self._metrics["train"].items() if values}
         save_file(pending, checkpoint / PENDING)
+        if self.following is not None:
+            self.following.save(checkpoint)
 
     def resume(self, checkpoint: Path) -> None:
         """Train on from `checkpoint`."""
         self.guard = None  # the policy has left its start
         pending = load_file(checkpoint / PENDING)
         self._metrics["train"].update({name: [values] for name, values in pending.items()})
+        if self.following is not None:
+            self.following.load(checkpoint)
         self.train(resume_from_checkpoint=str(checkpoint))

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from sdpo_kernels.stepwise.ema_reference import EMA_FILE, load_ema_into
 from sdpo_kernels.stepwise.models import autocast_context, load_generator, weights_hash
 from sdpo_kernels.stepwise.sources.context import SourceContext
 
@@ -49,10 +50,17 @@ def _is_whole(completion: Completion) -> bool:
     return completion.finished and bool(completion.text.strip())
 
 
-def generate(ctx: SourceContext, prefixes: Sequence[list[int]], file: str) -> list[Completion]:
-    """One completion by the newest model of each prefix, token ids that may begin the answer already."""
+def generate(
+    ctx: SourceContext, prefixes: Sequence[list[int]], file: str, *, averaged: bool = False
+) -> list[Completion]:
+    """One completion by the newest model of each prefix, token ids that may begin the answer already.
+
+    `averaged`: by the average that the stage before has left, where there is one (reference: ema).
+    """
     path = ctx.folder / file
     model = load_generator(ctx.policy, ctx.scorer.config, ctx.scorer.device)
+    if averaged and (Path(ctx.policy) / EMA_FILE).exists():
+        load_ema_into(model, Path(ctx.policy))
     key = _key(ctx, model, prefixes)
     done = _read(path, key)
     if not done:

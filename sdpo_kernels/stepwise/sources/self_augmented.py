@@ -36,7 +36,7 @@ def make(ctx: SourceContext) -> list[PairRow]:
     assert isinstance(settings, SelfAugmentedSource)
     draw = random.Random(ctx.seed("segments"))
     cuts = [_cut(ctx, row, settings.segment_tokens, draw) for row in ctx.prompts for _ in range(settings.samples)]
-    written = generate(ctx, [cut.prompt + cut.before for cut in cuts], "segments.jsonl")
+    written = generate(ctx, [cut.prompt + cut.before for cut in cuts], "segments.jsonl", averaged=True)
     new = []
     for cut, found in zip(cuts, written, strict=True):
         segment = found.ids[: len(cut.segment)]

@@ -229,6 +229,15 @@ def test_a_segment_is_written_again_and_the_rest_stays(tmp_path, model):
         assert sum(row["uses"] for row in buffer) >= 12
 
 
+def test_the_average_of_the_stage_before_writes_segments(tmp_path, model, monkeypatch):
+    loaded = []
+    real = generation.load_ema_into
+    monkeypatch.setattr(generation, "load_ema_into", lambda m, folder: (loaded.append(folder.name), real(m, folder)))
+    settings = {"segment_tokens": 2, "samples": 1, "pairs": 6, "max_new_tokens": 5}
+    run(made_config(tmp_path, model, "self_augmented", settings={"reference": "ema"}, **settings), QUIET)
+    assert loaded == ["stage-1-s1"]
+
+
 def test_a_row_without_an_answer_is_said_before_training(tmp_path, model):
     config = made_config(tmp_path, model, "self_augmented", pairs=3)
     write_rows(tmp_path / "prompts.jsonl", [{"prompt": "word1"}])

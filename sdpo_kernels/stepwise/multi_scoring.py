@@ -1,0 +1,105 @@
+"""Scoring the references of `reference: multi`: one model after the other, never two of them in memory.
+
+    references = MultiReferences(settings, scorer, folder, check_weights)
+    references.score_others({"pairs": tokens}, "stage 1 easy")       # loads, scores and lets go of each
+    references.combine("pairs", base_scores)                         # [n, 2], what the stage trains against
+
+The base, which is the model that the policy starts from, is scored by the stage, as it stays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from sdpo_kernels.integrations.causal_lm import check_head
+from sdpo_kernels.stepwise.config import RunConfig
+from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.fit import check_fit, load_model_config
+from sdpo_kernels.stepwise.models import load_tokenizer, weights_hash
+from sdpo_kernels.stepwise.multi_reference import combine
+from sdpo_kernels.stepwise.reference import Scorer
+from sdpo_kernels.stepwise.reference_settings import MultiSettings
+from sdpo_kernels.stepwise.tokenize import TokenizedPairs
+
+BASE_FILE = "base.safetensors"
+
+
+class MultiReferences:
+    """The references of one stage; their scores are kept in `folder`, each model's under its own key."""
+
+    def __init__(
+        self, settings: MultiSettings, scorer: Scorer, folder: Path, check_weights: Callable[[str, str], None]
+    ) -> None:
+        """`check_weights(path, hash)` raises UserError where a model is not what the run has seen there before."""
+        self.settings, self.folder, self.check_weights = settings, folder, check_weights
+        # Of a LoRA run's stage the merged weights are taken: its adapter belongs on that run's base, not on this one's.
+        self.scorer = dataclasses.replace(scorer, config=scorer.config.model_copy(update={"lora": None}))
+        self.hashes: list[str] = []
+        self.scores: dict[str, list[Tensor]] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def score_others(self, wanted: Mapping[str, TokenizedPairs], label: str) -> None:
+        """Scores of each model but the base on each of `wanted`, by the name of what is scored."""
+        self.scores = {name: [] for name in wanted}
+        for number in range(len(self.settings.models)):
+            self._score(number, wanted, label)
+
+    def _score(self, number: int, wanted: Mapping[str, TokenizedPairs], label: str) -> None:
+        path = self.settings.models[number]
+        loaded = self.scorer.load(path)
+        digest = weights_hash(loaded.model)
+        self.check_weights(path, digest)
+        first = next(iter(wanted.values()))[0].chosen.ids
+        try:
+            check_head(loaded.model, torch.from_numpy(first.astype("int64")).to(self.scorer.device))
+        except ValueError as error:
+            raise UserError(f"multi.models.{number}: {path}: {error}") from error
+        self.hashes.append(digest)
+        text = f"{label}: reference {number + 2} of {len(self.settings.models) + 1}"
+        for name, tokens in wanted.items():
+            cache = self.folder / f"{name}-{number}.safetensors"
+            self.scores[name].append(self.scorer.cached(loaded, digest, tokens, text, cache))
+
+    def combine(self, name: str, base: Tensor) -> Tensor:
+        """log π̃ [n, 2] of what `score_others` was given as `name`, with the base's scores [n, 2]."""
+        options = self.settings
+        parts = torch.stack([base, *self.scores[name]])
+        return combine(parts, epsilon=options.epsilon, alpha=options.alpha, convention=options.alpha_convention)
+
+    def combined_hash(self, base_hash: str) -> str:
+        """One hash for the weights of all references, the base's first."""
+        return hashlib.sha256(" ".join([base_hash, *self.hashes]).encode()).hexdigest()
+
+    def named_hashes(self, base_hash: str) -> dict[str, str]:
+        """Each reference's hash, by its path."""
+        return {"base": base_hash, **dict(zip(self.settings.models, self.hashes, strict=True))}
+
+
+def check_multi(config: RunConfig, tokenizer: PreTrainedTokenizerBase, parts: list[TokenizedPairs]) -> None:
+    """UserError where a further reference cannot read the run's tokens; its weights are not looked at."""
+    vocabulary = tokenizer.get_vocab()
+    for number, path in enumerate(config.multi.models if config.multi is not None else ()):
+        theirs = config.model_copy(update={"model": path})
+        try:
+            _check_vocabulary(vocabulary, load_tokenizer(theirs).get_vocab())
+            check_fit(theirs, load_model_config(theirs), parts)
+        except UserError as error:
+            raise UserError(f"multi.models.{number}: {path}: {error}") from error
+
+
+def _check_vocabulary(ours: dict[str, int], theirs: dict[str, int]) -> None:
+    odd = sorted(ours.items() ^ theirs.items())
+    if odd:
+        token = odd[0][0]
+        ids = ["absent" if token not in side else f"{side[token]}" for side in (ours, theirs)]
+        raise UserError(
+            f"its tokenizer differs from the model's in {len({name for name, _ in odd})} tokens: {token!r} is {ids[0]} "
+            f"in the model's and {ids[1]} there; all references must share one vocabulary"
+        )
