@@ -41,7 +41,7 @@ def check_run(config: RunConfig, reporter: Reporter) -> None:
     vocabulary = getattr(model.get_text_config(), "vocab_size", None)
     reporter.say(f"model      {config.model} ({model.model_type}, vocabulary {vocabulary})")
     reporter.say(f"order      {config.order}: {order}")
-    reporter.say(f"reference  {config.reference}; policy starts from {config.policy}; loss {config.loss}")
+    reporter.say(f"reference  {config.reference}; policy starts from {config.policy}; loss {config.loss_sum.label}")
     reporter.say(_state(config))
 
 

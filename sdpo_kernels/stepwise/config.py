@@ -28,8 +28,10 @@ from pydantic import (
 )
 
 from sdpo_kernels import losses
+from sdpo_kernels.losses import LossSum
 from sdpo_kernels.stepwise.data_files import is_file_source
 from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.loss_settings import Loss, loss_mistakes
 from sdpo_kernels.stepwise.setting_errors import SettingErrors, error_lines, show
 from sdpo_kernels.stepwise.trainer_options import DEFAULT_TRAINER, check_trainer, trainer_fields
 from sdpo_kernels.stepwise.yaml_file import apply_override, read_settings, write_settings
@@ -126,8 +128,8 @@ class RunConfig(_Section):
     score_column: Text | None = None
     reference: Literal["previous", "initial", "none"] = "previous"
     policy: Literal["previous", "initial"] = "previous"
-    loss: str = "sigmoid"
-    loss_options: Annotated[dict[str, Number], BeforeValidator(_empty_as_dict)] = Field(default_factory=dict)
+    loss: Loss = "sigmoid"
+    loss_options: Options = Field(default_factory=dict)
     beta: Annotated[Number, Field(gt=0)] = 0.1
     max_length: Annotated[Integer, Field(ge=2)] = 1024
     truncation: Literal["keep_start", "keep_end"] = "keep_start"
@@ -139,14 +141,6 @@ class RunConfig(_Section):
     trainer: Options = Field(default_factory=dict, validate_default=True)
     lora: LoraSettings | None = None
 
-    @field_validator("loss")
-    @classmethod
-    def _known_loss(cls, loss: str) -> str:
-        names = losses.loss_names()
-        if loss not in names:
-            raise ValueError(f"was {show(loss)}, must be one of {', '.join(names)}")
-        return loss
-
     @field_validator("trainer")
     @classmethod
     def _trainer(cls, settings: dict[str, Any]) -> dict[str, Any]:
@@ -154,7 +148,7 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        mistakes = [*_order_mistakes(self), *_stage_mistakes(self)]
+        mistakes = [*_order_mistakes(self), *_stage_mistakes(self), *loss_mistakes(self)]
         if self.dtype == "bfloat16" and self.lora is None:
             mistakes.append(
                 (
@@ -163,13 +157,16 @@ class RunConfig(_Section):
                     "(for bf16 compute set trainer.bf16: true)",
                 )
             )
-        try:
-            losses.check_loss(self.loss, 0.1, **self.loss_options)
-        except ValueError as error:
-            mistakes.append(("loss_options", str(error)))
         if mistakes:
             raise SettingErrors(mistakes)
+        if self.loss_sum.reference_free:  # nothing is scored then; the run's config and manifest say so
+            object.__setattr__(self, "reference", "none")
         return self
+
+    @property
+    def loss_sum(self) -> LossSum:
+        """The loss with its options, one or a weighted sum."""
+        return losses.loss_sum(self.loss, self.loss_options)
 
     def stage_beta(self, stage: StageConfig) -> float:
         """β of a stage."""

@@ -173,13 +173,16 @@ def _make_trainer(stage: Stage, loaded: Loaded, ref_logps: Tensor) -> StageTrain
     """UserError for what transformers refuses only now that it has a model."""
     config = stage.run.config
     tolerance = cache_tolerance(loaded.by_sequence, stage.scorer.autocast, next(loaded.model.parameters()).dtype)
-    guard = StartGuard(stage.name, stage.data.where, config.loss, tolerance) if stage.starts_as_reference else None
+    guard = None
+    if stage.starts_as_reference:
+        guard = StartGuard(stage.name, stage.data.where, config.loss_sum.start_value, tolerance)
     eval_dataset = None
     if stage.run.eval_data is not None and stage.args.eval_strategy != "no":
         eval_dataset = stage.run.eval_data.dataset(_eval_reference(stage))
     try:
         trainer = StageTrainer(
-            loss={"loss_type": config.loss, "beta": config.stage_beta(stage.data.config), **config.loss_options},
+            loss=config.loss_sum,
+            beta=config.stage_beta(stage.data.config),
             guard=guard,
             stage=stage.name,
             before_checkpoint=stage.run.metrics.sync,  # what its steps logged must not be lost to a power cut

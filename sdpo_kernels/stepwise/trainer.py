@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer
 
 from sdpo_kernels.dpo import DPOOutput, pair_output
+from sdpo_kernels.losses import LossSum
 from sdpo_kernels.stepwise.checkpoints import AtomicCheckpoints
 from sdpo_kernels.stepwise.checks import StartGuard
 from sdpo_kernels.stepwise.collate import Batch
@@ -23,12 +24,13 @@ PENDING = "pending_metrics.safetensors"  # in a checkpoint: what was collected s
 
 
 class StageTrainer(AtomicCheckpoints, Trainer):
-    """Trains one stage. `loss` holds pair_output's options; `before_checkpoint` is called before each one is saved."""
+    """Trains one stage with `loss` at `beta`; `before_checkpoint` is called before each checkpoint is saved."""
 
     def __init__(
         self,
         *,
-        loss: dict[str, Any],
+        loss: LossSum,
+        beta: float,
         guard: StartGuard | None,
         stage: str,
         before_checkpoint: Callable[[], None] = lambda: None,
@@ -37,7 +39,7 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         super().__init__(**trainer)
         self.before_checkpoint = before_checkpoint
         self.remove_callback(PrinterCallback)
-        self.loss_settings = loss
+        self.loss, self.beta = loss, beta
         self.guard = guard
         self.stage = stage
         self._metrics: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
@@ -55,8 +57,10 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         batch = Batch.of(inputs)
         guard, self.guard = (self.guard, None) if model.training else (None, self.guard)
         fresh = None if guard is None else self._score_afresh(model, batch)
-        sums = batch.logps(model)
-        out = pair_output(sums, batch.ref_logps, batch.rows.counts, **self.loss_settings)
+        sums, weights = batch.logps_for(model, self.loss)
+        out = pair_output(
+            sums, batch.ref_logps, batch.rows.counts, pair_weights=weights, loss_type=self.loss, beta=self.beta
+        )
         if guard is not None and fresh is not None:
             guard.check(batch.pair_index, sums, fresh, batch.ref_logps, float(out.loss.detach()))
         self._remember(out, model.training)
@@ -67,7 +71,7 @@ class StageTrainer(AtomicCheckpoints, Trainer):
     def _score_afresh(self, model: nn.Module, batch: Batch) -> Tensor:
         model.eval()
         with torch.no_grad():
-            fresh = batch.logps(model)
+            fresh = batch.logps(model, self.loss.ld_alpha)
         model.train()
         return fresh
 
