@@ -104,7 +104,7 @@ def length_dpo(pair: PairLogps, beta: float, *, length_alpha: float = 0.02, labe
 
 @register("dpop", ln2_at_start=True)
 def dpop(pair: PairLogps, beta: float, *, dpop_lambda: float = 50.0) -> Tensor:
-    """−log σ(β(Δ − λ max(0, −a))): a chosen answer may not lose likelihood (Smaug, arXiv 2402.13228, eq. 3).
+    """−log σ(β(Δ − λ max(0, −a))): a chosen answer may not lose likelihood (Smaug, arXiv 2402.13228).
 
     The paper has β = 0.3 and λ = 50; β stays what the caller gives (0.1). The penalty's slope at a = 0 is 0.
     """

@@ -24,7 +24,7 @@ def sft(pair: PairLogps, beta: float) -> Tensor:
 
 @register("simpo", reference_free=True)
 def simpo(pair: PairLogps, beta: float, *, simpo_gamma: float = 0.5, label_smoothing: float = 0.0) -> Tensor:
-    """−log σ(β(log π(y_w)/|w| − log π(y_l)/|l|) − γ) (SimPO, arXiv 2405.14734, eq. 6).
+    """−log σ(β(log π(y_w)/|w| − log π(y_l)/|l|) − γ) (SimPO, arXiv 2405.14734).
 
     The paper's β is 2 to 2.5 and its γ 0.3 to 1.6; β stays what the caller gives (0.1).
     """
@@ -34,7 +34,7 @@ def simpo(pair: PairLogps, beta: float, *, simpo_gamma: float = 0.5, label_smoot
 
 @register("cpo", reference_free=True)
 def cpo(pair: PairLogps, beta: float, *, cpo_alpha: float = 1.0, label_smoothing: float = 0.0) -> Tensor:
-    """−log σ(β(log π(y_w) − log π(y_l))) + α·sft, α = cpo_alpha (CPO, arXiv 2401.08417, eq. 3 and 5).
+    """−log σ(β(log π(y_w) − log π(y_l))) + α·sft, α = cpo_alpha (CPO, arXiv 2401.08417).
 
     sft is over completions; TRL's is over prompt and completion.
     """
@@ -43,7 +43,7 @@ def cpo(pair: PairLogps, beta: float, *, cpo_alpha: float = 1.0, label_smoothing
 
 @register("orpo", reference_free=True)
 def orpo(pair: PairLogps, beta: float) -> Tensor:
-    """sft − β log σ(log odds_w − log odds_l), odds = p/(1−p), p = exp(mean log-prob) (ORPO, arXiv 2403.07691, eq. 6).
+    """sft − β log σ(log odds_w − log odds_l), odds = p/(1−p), p = exp(mean log-prob) (ORPO, arXiv 2403.07691).
 
     β is the paper's λ. sft is over completions; TRL's is over prompt and completion.
     """

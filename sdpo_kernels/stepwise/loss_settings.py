@@ -35,7 +35,7 @@ def _read(value: Any) -> str | tuple[dict[str, Any], ...]:
     return tuple({"name": term.loss.name, "weight": term.weight, "options": term.options} for term in terms)
 
 
-Loss = Annotated[str | tuple[dict[str, Any], ...], PlainValidator(_read)]
+Loss = Annotated[Any, PlainValidator(_read)]  # str or tuple of dicts
 
 
 def loss_mistakes(config: Any) -> list[tuple[str, str]]:

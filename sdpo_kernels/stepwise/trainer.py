@@ -71,7 +71,7 @@ class StageTrainer(AtomicCheckpoints, Trainer):
     def _score_afresh(self, model: nn.Module, batch: Batch) -> Tensor:
         model.eval()
         with torch.no_grad():
-            fresh = batch.logps(model, self.loss.ld_alpha)
+            fresh, _ = batch.logps_for(model, self.loss)  # as below: with wpo's extra output a last bit may differ
         model.train()
         return fresh
 

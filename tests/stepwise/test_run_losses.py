@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from sdpo_kernels import losses
 from sdpo_kernels.losses import PairLogps
+from sdpo_kernels.stepwise.arguments import training_arguments
 from sdpo_kernels.stepwise.collate import Batch, PairDataset, collate_packed, make_collate_padded
 from sdpo_kernels.stepwise.config import dump_config, load_config
 from sdpo_kernels.stepwise.prepare import prepare
@@ -32,8 +34,6 @@ def first_batch(folder, model, **settings):
 
 def own_start(folder, model, wanted, **settings):
     """The first loss as plain torch gives it, from the model's own logits."""
-    from transformers import AutoModelForCausalLM
-
     network = AutoModelForCausalLM.from_pretrained(model).double()
     sides, counts, weights = [], [], []
     for example in first_batch(folder, model, **settings):
@@ -96,17 +96,15 @@ def test_evaluations_see_the_same_loss(tmp_path, model):
     """ld_dpo's weighted sums and wpo's weights are there when Trainer evaluates, too."""
     evaluation = str(runs.write_rows(tmp_path / "eval.jsonl", runs.make_rows(5, seed=9)))
     trainer = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
-    for loss, known in (("ld_dpo", math.log(2)), ("wpo", None), ("simpo", None)):
+    for loss in ("ld_dpo", "wpo", "simpo"):
         folder = tmp_path / loss
         folder.mkdir()
         runs.train(runs.configured(folder, model, sizes=(4,), loss=loss, eval_data=evaluation, trainer=trainer))
         lines = [line for line in runs.metrics(folder / "run") if "eval_loss" in line]
         assert len(lines) == 2
         assert lines[1]["eval_loss"] != lines[0]["eval_loss"]
-        if known is not None:
-            assert lines[0]["eval_loss"] == pytest.approx(known, abs=1e-5)
-            # logged beside it, from the same weighted sums
-            assert lines[1]["eval_rewards/margins"] != 0
+        if loss == "ld_dpo":
+            assert lines[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
             assert lines[0]["eval_rewards/margins"] == pytest.approx(0, abs=1e-6)
 
 
@@ -119,8 +117,6 @@ def test_another_ld_alpha_makes_the_cache_again(tmp_path, model, monkeypatch):
         loss = {} if alpha is None else {"loss": "ld_dpo", "loss_options": {"ld_alpha": alpha}}
         config = runs.configured(tmp_path, model, **loss)
         prepared = prepare(config)
-        from sdpo_kernels.stepwise.arguments import training_arguments
-
         args = training_arguments(config, config.stages[0], tmp_path, tmp_path)
         scorer = Scorer.of(config, args, 0, Reporter(quiet=True))
         scores.append(scorer.score_path(str(model), prepared.stages[0].tokens, "x", tmp_path / "cache.safetensors"))
@@ -131,11 +127,16 @@ def test_another_ld_alpha_makes_the_cache_again(tmp_path, model, monkeypatch):
 
 
 @pytest.mark.parametrize("loss", ["ld_dpo", "wpo"])
+def test_bf16_passes_the_checks_of_a_stages_start(tmp_path, model, loss):
+    """References are scored without wpo's extra output, which another backend may compute."""
+    manifest = runs.train(runs.configured(tmp_path, model, loss=loss, trainer={"bf16": True}))
+    assert [stage["state"] for stage in manifest["stages"]] == ["done", "done"]
+
+
+@pytest.mark.parametrize("loss", ["ld_dpo", "wpo"])
 def test_packed_and_padded_batches_weigh_alike(tmp_path, model, loss):
     config = runs.configured(tmp_path, model, sizes=(9,), loss=loss)
     prepared = prepare(config)
-    from sdpo_kernels.stepwise.arguments import training_arguments
-
     args = training_arguments(config, config.stages[0], tmp_path, tmp_path)
     scorer = Scorer.of(config, args, 0, Reporter(quiet=True))
     loaded = scorer.load(str(model))
