@@ -268,7 +268,7 @@ def _autograd_output(
     beta: float,
     pair_weights: Tensor | None,
 ) -> DPOOutput:
-    """The same from sums, for every loss, by autograd through losses.py."""
+    """The same from sums, for every loss, by autograd through losses/."""
     chosen, rejected = policy_logps.chunk(2)
     ref_chosen, ref_rejected = ref_logps.detach().to(policy_logps.dtype).chunk(2)
     chosen_counts, rejected_counts = counts.chunk(2)
