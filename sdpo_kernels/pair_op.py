@@ -1,6 +1,6 @@
 """The pair epilogue as one custom op: segment sums, a loss of the sigmoid family, its slopes, rewards and margins.
 
-The arithmetic is csrc/pair_math.h and backends/triton/pair.py; losses.py is their twin and serves everything else. Only
+The arithmetic is csrc/pair_math.h and backends/triton/pair.py; losses/ is their twin and serves everything else. Only
 `dpo.py` calls this.
 """
 
@@ -19,7 +19,7 @@ LOSSES = ("sigmoid", "robust", "hinge", "ipo")  # the order of PairLoss in csrc/
 
 
 def serves(backend: str, logps: Tensor, n_pairs: int, loss_type: str) -> str | None:
-    """The name of the backend whose op computes this loss; None: autograd through losses.py does."""
+    """The name of the backend whose op computes this loss; None: autograd through losses/ does."""
     if loss_type not in LOSSES or logps.dtype != torch.float32 or n_pairs > MOST_PAIRS:
         return None
     chosen = pair_backend(backend, logps.device)

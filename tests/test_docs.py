@@ -11,7 +11,7 @@ import pytest
 import sdpo_kernels
 from sdpo_kernels import backends
 
-KERNELS = ["diffusion", "dpo", "head", "logits", "logps", "logps_op", "losses", "rows"]
+KERNELS = ["diffusion", "dpo", "head", "logits", "logps", "logps_op", "losses", "rows", "token_weights"]
 MODULES = [
     "sdpo_kernels",
     *(f"sdpo_kernels.{name}" for name in KERNELS),

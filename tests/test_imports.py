@@ -26,7 +26,12 @@ FLOORS = [
     {"cli"},
     {"__main__"},
 ]
-ROOM_OF = {"logps_op": "logps", "pair_op": "logps"}  # files that live in another's room
+ROOM_OF = {
+    "logps_op": "logps",
+    "pair_op": "logps",
+    "dpo_checks": "dpo",
+    "token_weights": "dpo",
+}  # files that live in another's room
 EXTRAS = {
     "accelerate", "cut_cross_entropy", "datasets", "liger_kernel", "matplotlib", "peft", "pydantic", "rich",
     "safetensors", "tensorboard", "transformers", "trl", "typer", "yaml",

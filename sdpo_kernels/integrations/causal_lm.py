@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from sdpo_kernels.integrations.lm_head import LMHead, find_head, unwrap
-from sdpo_kernels.logps import linear_logps
+from sdpo_kernels.logps import LinearLogps, linear_logps
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
 
 __all__ = [
@@ -53,6 +53,10 @@ class LogpsOutput(ModelOutput):
     """What the model returns when it gets `logp_targets`."""
 
     logps: Tensor | None = None  # [N] fp32, N = the batch's flattened rows; 0 where a row is not scored
+    entropy: Tensor | None = None  # these, where logp_outputs names them, as in `LinearLogps`
+    log_sum_sq_probs: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ def attach_fused_head(model: Model, *, backend: str = "auto", stash_bytes: int |
         logp_targets: int64 of input_ids' shape; `logp_targets[i, t]` is the token that position t predicts (already
             shifted), -100 = not scored
         logp_rows: `ScoredRows` of the flattened batch, or None
+        logp_outputs: names of `linear_logps`'s further outputs, which then stand beside `logps`
 
     and then returns `LogpsOutput(logps=[N] fp32)`; the key/value cache is off. Nothing is added to the model's config
     or state dict. `backend` and `stash_bytes` are `linear_logps`'s. Undone by `detach_fused_head`.
@@ -121,12 +126,15 @@ def _make_forward() -> Callable[..., Any]:
         *args: Any,
         logp_targets: Tensor | None = None,
         logp_rows: ScoredRows | None = None,
+        logp_outputs: Sequence[str] = (),
         **kwargs: Any,
     ) -> Any:
         if logp_targets is not None:
-            return LogpsOutput(logps=_fused_logps(self, args, kwargs, logp_targets, logp_rows))
-        if logp_rows is not None:
-            raise ValueError("logp_rows: was given without logp_targets, must come with them")
+            found = _fused_logps(self, args, kwargs, logp_targets, logp_rows, logp_outputs)
+            return LogpsOutput(logps=found.logps, **{name: getattr(found, name) for name in logp_outputs})
+        for name, given in {"logp_rows": logp_rows is not None, "logp_outputs": bool(logp_outputs)}.items():
+            if given:
+                raise ValueError(f"{name}: was given without logp_targets, must come with them")
         previous = _attached(self).previous
         return previous(*args, **kwargs) if previous is not None else type(self).forward(self, *args, **kwargs)
 
@@ -134,19 +142,25 @@ def _make_forward() -> Callable[..., Any]:
 
 
 def _extended_signature(forward: Callable[..., Any]) -> inspect.Signature:
-    """`forward`'s signature with the two new keywords: Trainer and generate() read it."""
+    """`forward`'s signature with the new keywords: Trainer and generate() read it."""
     signature = inspect.signature(forward)
     parameters = list(signature.parameters.values())
     if not parameters or parameters[0].name != "self":  # an instance's own forward; ours is bound again
         parameters.insert(0, inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD))
-    new = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in ("logp_targets", "logp_rows")]
+    defaults: dict[str, Any] = {"logp_targets": None, "logp_rows": None, "logp_outputs": ()}
+    new = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=value) for n, value in defaults.items()]
     last = parameters[-1].kind == inspect.Parameter.VAR_KEYWORD
     return signature.replace(parameters=[*parameters[:-1], *new, parameters[-1]] if last else [*parameters, *new])
 
 
 def _fused_logps(
-    base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Tensor, rows: ScoredRows | None
-) -> Tensor:
+    base: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    targets: Tensor,
+    rows: ScoredRows | None,
+    outputs: Sequence[str],
+) -> LinearLogps:
     """[N] fp32: body, then the fused head."""
     fused = _attached(base)
     if len(args) > 1:
@@ -172,9 +186,10 @@ def _fused_logps(
         logit_scale=head.logit_scale,
         softcap=head.softcap,
         rows=rows,
+        outputs=outputs,
         backend=fused.backend,
         stash_bytes=fused.stash_bytes,
-    ).logps
+    )
 
 
 def disable_dropout(model: nn.Module) -> int:

@@ -44,7 +44,7 @@ def check_run(config: RunConfig, reporter: Reporter) -> None:
     vocabulary = getattr(model.get_text_config(), "vocab_size", None)
     reporter.say(f"model      {config.model} ({model.model_type}, vocabulary {vocabulary})")
     reporter.say(f"order      {config.order}: {order}")
-    reporter.say(f"reference  {config.reference}; policy starts from {config.policy}; loss {config.loss}")
+    reporter.say(f"reference  {config.reference}; policy starts from {config.policy}; loss {config.loss_sum.label}")
     if expo := expo_settings(config):
         reporter.say(f"post       expo from {expo.start}, {expo.alpha_text}, into {config.output_dir}/{FOLDER}")
     _say_reference(prepared, reporter)

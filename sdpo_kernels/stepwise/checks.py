@@ -18,7 +18,6 @@ from torch import Tensor
 from sdpo_kernels.stepwise.errors import UserError
 
 LN2 = math.log(2)
-LN2_LOSSES = ("sigmoid", "robust")  # whose value at policy = reference is ln 2
 LN2_TOLERANCE = 1e-3
 SAME_PATH_TOLERANCE = 1e-6  # relative; measured on the same path: 0 to 1.9e-9
 
@@ -32,7 +31,7 @@ class StartGuard:
 
     stage: str
     where: Sequence[str]  # 'file:line' of each pair of the stage
-    loss_type: str
+    start_loss: float | None  # what the loss is there: a multiple of ln 2, or None where it has no such value
     cache_tolerance: float  # relative
     start: Tensor | None = None  # [n, 2] scores of the policy's start, where they are not the reference's
 
@@ -57,10 +56,12 @@ class StartGuard:
             "a stale reference cache (delete the stage's hidden folder in output_dir), or scores that depend on the "
             "batch's composition (batching: padded, or attention kernels that are not exact)",
         )
-        is_reference = self.start is None
-        if is_reference and self.loss_type in LN2_LOSSES and not abs(loss - LN2) <= LN2_TOLERANCE:
+        start_loss = self.start_loss if self.start is None else None
+        if start_loss is not None and not abs(loss - start_loss) <= LN2_TOLERANCE * start_loss / LN2:
+            times = start_loss / LN2
+            wanted = f"{'' if times == 1 else f'{times:g} '}ln 2 = {start_loss:.6f}"
             raise UserError(
-                f"stage {self.stage}: the first loss was {loss:.6f}, must be ln 2 = {LN2:.6f} as the policy starts as "
+                f"stage {self.stage}: the first loss was {loss:.6f}, must be {wanted} as the policy starts as "
                 "its own reference; usual causes: a wrong reference or dropout left on"
             )
 

@@ -17,8 +17,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sdpo_kernels.dpo import sequence_logps
+from sdpo_kernels.losses import LossSum
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
 from sdpo_kernels.stepwise.tokenize import TokenizedPairs, TokenizedSequence
+from sdpo_kernels.token_weights import agreement_weights, length_weights
 
 Collator = Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
 
@@ -62,11 +64,31 @@ class Batch:
         """Rows that go through the model's body, padding included."""
         return sum(group["input_ids"].numel() for group in self.groups)
 
-    def logps(self, model: torch.nn.Module) -> Tensor:
-        """Summed log-probs [2B] under `model`, which has its fused head attached."""
+    def logps(self, model: torch.nn.Module, ld_alpha: float | None = None) -> Tensor:
+        """Summed log-probs [2B] under `model`, which has its fused head attached.
+
+        Tokens beyond the pair's shorter length weigh `ld_alpha` where it is given.
+        """
+        return self._sums(self._outputs(model)["logps"], ld_alpha)
+
+    def logps_for(self, model: torch.nn.Module, loss: LossSum) -> tuple[Tensor, Tensor | None]:
+        """What `loss` is made of: the sums [2B], weighted as it wants them, and the pairs' weights [B] or None."""
+        if not loss.weighs_pairs:
+            return self.logps(model, loss.ld_alpha), None
+        found = self._outputs(model, "log_sum_sq_probs")
+        weights = agreement_weights(found["logps"], found["log_sum_sq_probs"], self.rows)
+        return self._sums(found["logps"], loss.ld_alpha), weights
+
+    def _sums(self, logps: Tensor, ld_alpha: float | None) -> Tensor:
+        weights = None if ld_alpha is None else length_weights(self.rows, ld_alpha)
+        return sequence_logps(logps, self.rows, weights)
+
+    def _outputs(self, model: torch.nn.Module, *extras: str) -> dict[str, Tensor]:
+        """Log-probs and `extras` [N] of the groups' rows, one group after the other."""
         rows = self.rows if len(self.groups) == 1 else None  # of several groups each finds its own
-        parts = [model(**group, logp_rows=rows, use_cache=False).logps for group in self.groups]
-        return sequence_logps(torch.cat(parts), self.rows)
+        options: dict[str, Any] = {"logp_outputs": extras} if extras else {}
+        parts = [model(**group, logp_rows=rows, use_cache=False, **options) for group in self.groups]
+        return {name: torch.cat([part[name] for part in parts]) for name in ("logps", *extras)}
 
 
 def collate_packed(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -27,8 +27,10 @@ from pydantic import (
 )
 
 from sdpo_kernels import losses
+from sdpo_kernels.losses import LossSum
 from sdpo_kernels.stepwise.data_files import is_file_source
 from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.loss_settings import Loss, loss_mistakes
 from sdpo_kernels.stepwise.post.settings import ExpoSettings, PostSettings, post_mistakes
 from sdpo_kernels.stepwise.reference_settings import EmaSettings, MultiSettings, reference_mistakes
 from sdpo_kernels.stepwise.setting_errors import SettingErrors, error_lines, show
@@ -133,8 +135,8 @@ class RunConfig(_Section):
     multi: MultiSettings | None = None
     ema: EmaSettings | None = None
     policy: Literal["previous", "initial"] = "previous"
-    loss: str = "sigmoid"
-    loss_options: Annotated[dict[str, Number], BeforeValidator(_empty_as_dict)] = Field(default_factory=dict)
+    loss: Loss = "sigmoid"
+    loss_options: Options = Field(default_factory=dict)
     beta: Annotated[Number, Field(gt=0)] = 0.1
     max_length: Annotated[Integer, Field(ge=2)] = 1024
     truncation: Literal["keep_start", "keep_end"] = "keep_start"
@@ -147,14 +149,6 @@ class RunConfig(_Section):
     lora: LoraSettings | None = None
     post: PostSettings | None = None
 
-    @field_validator("loss")
-    @classmethod
-    def _known_loss(cls, loss: str) -> str:
-        names = losses.loss_names()
-        if loss not in names:
-            raise ValueError(f"was {show(loss)}, must be one of {', '.join(names)}")
-        return loss
-
     @field_validator("trainer")
     @classmethod
     def _trainer(cls, settings: dict[str, Any]) -> dict[str, Any]:
@@ -163,7 +157,7 @@ class RunConfig(_Section):
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         mistakes = [*_order_mistakes(self), *_stage_mistakes(self), *_source_mistakes(self), *post_mistakes(self)]
-        mistakes += reference_mistakes(self.reference, self.multi, self.ema)
+        mistakes += [*reference_mistakes(self.reference, self.multi, self.ema), *loss_mistakes(self)]
         if self.dtype == "bfloat16" and self.lora is None:
             mistakes.append(
                 (
@@ -172,13 +166,16 @@ class RunConfig(_Section):
                     "(for bf16 compute set trainer.bf16: true)",
                 )
             )
-        try:
-            losses.check_loss(self.loss, 0.1, **self.loss_options)
-        except ValueError as error:
-            mistakes.append(("loss_options", str(error)))
         if mistakes:
             raise SettingErrors(mistakes)
+        if self.loss_sum.reference_free:  # nothing is scored then; the run's config and manifest say so
+            object.__setattr__(self, "reference", "none")
         return self
+
+    @property
+    def loss_sum(self) -> LossSum:
+        """The loss with its options, one or a weighted sum."""
+        return losses.loss_sum(self.loss, self.loss_options)
 
     def stage_beta(self, stage: StageConfig) -> float:
         """β of a stage."""

@@ -42,15 +42,18 @@ class EmaReference(TrainerCallback):
         self.average: Weights = _copies(trained(model))
         self.reference: Weights | None = None  # None: still the stage's start, whose scores are cached
 
-    def logps(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The reference's summed log-probs [2B]; `model` is what Trainer calls, on whose path they are made."""
+    def logps(self, model: nn.Module, batch: Batch, ld_alpha: float | None = None) -> Tensor:
+        """The reference's summed log-probs [2B]; `model` is what Trainer calls, on whose path they are made.
+
+        `ld_alpha` is the loss's weight of tokens beyond the shorter answer, None for none.
+        """
         if self.reference is None:
             return batch.ref_logps
         was_training = model.training
         model.eval()
         try:
             with swapped(self.model, self.reference), torch.no_grad():
-                return batch.logps(model)
+                return batch.logps(model, ld_alpha)
         finally:
             model.train(was_training)
 

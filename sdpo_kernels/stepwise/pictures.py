@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from sdpo_kernels.losses import starts_at_ln2
 from sdpo_kernels.stepwise.drawing import (
     BAND,
     BLUE,
@@ -38,8 +39,6 @@ from sdpo_kernels.stepwise.drawing import (
     stage_label,
     time_unit,
 )
-
-LN2_LOSSES = ("sigmoid", "robust", "dpop", "minor_dpo")  # their loss is ln 2 while policy = reference
 
 Record = dict[str, Any]
 
@@ -80,7 +79,7 @@ def loss_picture(stages: Sequence[Record], lines: Sequence[Record]) -> Figure | 
 
     def ln2_line(ax: Axes, spans: dict[int, tuple[float, float]]) -> None:
         losses = {stage["index"]: stage.get("loss", "sigmoid") for stage in stages}
-        known = [span for index, span in spans.items() if losses.get(index) in LN2_LOSSES]
+        known = [span for index, span in spans.items() if starts_at_ln2(losses.get(index, ""))]
         for start, end in known:
             ax.hlines(math.log(2), start, end, colors=SOFT_INK, linewidth=0.9, linestyles=(0, (4, 3)), zorder=1.5)
         if known:

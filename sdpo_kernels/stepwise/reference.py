@@ -63,7 +63,7 @@ class Scorer:
         return collate_packed if loaded.packed else make_collate_padded(self.pad_token_id)
 
     def score(self, loaded: Loaded, tokens: TokenizedPairs, label: str) -> Tensor:
-        """Summed log-probs [n, 2] float32 on the CPU (chosen, rejected) of every pair."""
+        """Summed log-probs [n, 2], float32, CPU, of every pair (chosen, rejected); of weighted tokens with ld_dpo."""
         model, collate = loaded.model, self.collator(loaded)
         data = PairDataset(tokens, torch.zeros(len(tokens), 2))
         scores = torch.empty(len(tokens), 2)
@@ -74,7 +74,7 @@ class Scorer:
                 inputs = collate([data[i] for i in range(start, stop)])
                 inputs = send_to_device(inputs, self.device)
                 with torch.no_grad(), autocast_context(self.device, self.autocast):
-                    sums = Batch.of(inputs).logps(model)
+                    sums = Batch.of(inputs).logps(model, self.config.loss_sum.ld_alpha)
                 scores[start:stop] = sums.float().view(2, -1).T.cpu()
                 task.update(stop)
         return scores
@@ -82,9 +82,11 @@ class Scorer:
     def cached(self, loaded: Loaded, model_hash: str, tokens: TokenizedPairs, label: str, path: Path) -> Tensor:
         """As `score`, kept in `path` under a key of everything the scores depend on."""
         config, model_config = self.config, cast(Any, unwrap(loaded.model).config)
+        weighted = {} if (alpha := config.loss_sum.ld_alpha) is None else {"ld_alpha": alpha}
         key = cache_key(
             model_hash,
             tokens,
+            **weighted,
             max_length=config.max_length,
             truncation=config.truncation,
             dtype=config.dtype,

@@ -165,7 +165,7 @@ def _planned(config: RunConfig, index: int, stage: StageData) -> Record:
         "accuracy_before": stage.accuracy,
         "reference": config.reference,
         "policy": config.policy,
-        "loss": config.loss,
+        "loss": config.loss_sum.label,
         "beta": config.stage_beta(stage.config),
         "epochs": stage.config.epochs,
         "eval": None,

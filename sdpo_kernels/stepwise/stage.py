@@ -219,7 +219,8 @@ def _make_trainer(stage: Stage, loaded: Loaded, ref_logps: Tensor) -> StageTrain
         eval_dataset = stage.run.eval_data.dataset(_eval_reference(stage))
     try:
         trainer = StageTrainer(
-            loss={"loss_type": config.loss, "beta": config.stage_beta(stage.data.config), **config.loss_options},
+            loss=config.loss_sum,
+            beta=config.stage_beta(stage.data.config),
             guard=_start_guard(stage, loaded),
             following=EmaReference(loaded.model, config.ema or EmaSettings()) if config.reference == "ema" else None,
             stage=stage.name,
@@ -247,7 +248,7 @@ def _start_guard(stage: Stage, loaded: Loaded) -> StartGuard | None:
     elif not stage.starts_as_reference:
         return None
     tolerance = cache_tolerance(loaded.by_sequence, stage.scorer.autocast, next(loaded.model.parameters()).dtype)
-    return StartGuard(stage.name, stage.data.where, stage.run.config.loss, tolerance, start)
+    return StartGuard(stage.name, stage.data.where, stage.run.config.loss_sum.start_value, tolerance, start)
 
 
 def _references(stage: Stage) -> tuple[Loaded, Tensor, Record]:

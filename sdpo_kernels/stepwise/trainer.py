@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer
 
 from sdpo_kernels.dpo import DPOOutput, pair_output
+from sdpo_kernels.losses import LossSum
 from sdpo_kernels.stepwise.checkpoints import AtomicCheckpoints
 from sdpo_kernels.stepwise.checks import StartGuard
 from sdpo_kernels.stepwise.collate import Batch
@@ -24,12 +25,13 @@ PENDING = "pending_metrics.safetensors"  # in a checkpoint: what was collected s
 
 
 class StageTrainer(AtomicCheckpoints, Trainer):
-    """Trains one stage. `loss` holds pair_output's options; `before_checkpoint` is called before each one is saved."""
+    """Trains one stage with `loss` at `beta`; `before_checkpoint` is called before each checkpoint is saved."""
 
     def __init__(
         self,
         *,
-        loss: dict[str, Any],
+        loss: LossSum,
+        beta: float,
         guard: StartGuard | None,
         stage: str,
         before_checkpoint: Callable[[], None] = lambda: None,
@@ -39,7 +41,7 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         super().__init__(**trainer)
         self.before_checkpoint = before_checkpoint
         self.remove_callback(PrinterCallback)
-        self.loss_settings = loss
+        self.loss, self.beta = loss, beta
         self.guard = guard
         self.following = following
         if following is not None:
@@ -61,8 +63,8 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         guard, self.guard = (self.guard, None) if model.training else (None, self.guard)
         fresh = None if guard is None else self._score_afresh(model, batch)
         ref_logps = self._reference_logps(model, batch)
-        sums = batch.logps(model)
-        out = pair_output(sums, ref_logps, batch.rows.counts, **self.loss_settings)
+        sums, weights = batch.logps_for(model, self.loss)
+        out = pair_output(sums, ref_logps, batch.rows.counts, pair_weights=weights, loss_type=self.loss, beta=self.beta)
         if guard is not None and fresh is not None:
             guard.check(batch.pair_index, sums, fresh, ref_logps, float(out.loss.detach()))
         self._remember(out, model.training)
@@ -74,12 +76,12 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         """[2B]: cached, or of a reference that follows the policy; evaluations keep to the stage's start."""
         if self.following is None or not model.training:
             return batch.ref_logps
-        return self.following.logps(model, batch)
+        return self.following.logps(model, batch, self.loss.ld_alpha)
 
     def _score_afresh(self, model: nn.Module, batch: Batch) -> Tensor:
         model.eval()
         with torch.no_grad():
-            fresh = batch.logps(model)
+            fresh, _ = batch.logps_for(model, self.loss)  # as below: with wpo's extra output a last bit may differ
         model.train()
         return fresh
 

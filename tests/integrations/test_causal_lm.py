@@ -149,13 +149,15 @@ def test_the_signature_names_the_new_keywords() -> None:
     """Trainer drops columns by this signature, generate() checks its arguments by it."""
     plain = list(inspect.signature(tiny_model("llama").forward).parameters)
     names = list(inspect.signature(still("llama").forward).parameters)
-    assert names == [*plain[:-1], "logp_targets", "logp_rows", plain[-1]]
+    assert names == [*plain[:-1], "logp_targets", "logp_rows", "logp_outputs", plain[-1]]
     assert names[0] == "input_ids"
 
 
 def test_wrong_calls_are_refused() -> None:
     model = still("llama")
     rows = ScoredRows.from_labels(TARGETS)
+    with pytest.raises(ValueError, match="logp_outputs: was given without logp_targets"):
+        model(**INPUTS, logp_outputs=("entropy",))
     with pytest.raises(ValueError, match="logp_rows: was given without logp_targets"):
         model(**INPUTS, logp_rows=rows)
     with pytest.raises(ValueError, match="labels: was given with logp_targets"):
@@ -473,3 +475,17 @@ def test_disable_dropout(family: str, rates: dict[str, float], modules: int) -> 
         torch.testing.assert_close(model(**INPUTS).logits, first, rtol=0, atol=1e-6)
     assert model.training
     assert disable_dropout(model) == 0
+
+
+def test_further_outputs_stand_beside_the_log_probs_when_asked_for() -> None:
+    model = still("llama")
+    plain = model(**INPUTS, logp_targets=TARGETS)
+    assert plain.log_sum_sq_probs is None
+    out = model(**INPUTS, logp_targets=TARGETS, logp_outputs=("log_sum_sq_probs",))
+    scored = TARGETS[0] != -100
+    truth = (2 * model(**INPUTS).logits[0].double().log_softmax(-1)).logsumexp(-1)
+    assert torch.allclose(out.log_sum_sq_probs[scored].double(), truth[scored], atol=1e-5)
+    assert torch.allclose(out.logps, plain.logps, atol=1e-5)
+    assert not out.log_sum_sq_probs.requires_grad
+    with pytest.raises(ValueError, match=r"^outputs: was .*'perplexity'"):
+        model(**INPUTS, logp_targets=TARGETS, logp_outputs=("perplexity",))

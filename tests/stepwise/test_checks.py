@@ -18,8 +18,8 @@ SUMS = torch.tensor([-10.0, -20.0, -0.5, -40.0])  # two pairs: chosen, chosen, r
 WHERE = [f"d.jsonl:{i}" for i in range(9)]
 
 
-def check(policy=SUMS, fresh=SUMS, cached=SUMS, loss=LN2, tolerance=1e-5, loss_type="sigmoid"):
-    StartGuard("easy", WHERE, loss_type, tolerance).check(torch.tensor([7, 3]), policy, fresh, cached, loss)
+def check(policy=SUMS, fresh=SUMS, cached=SUMS, loss=LN2, tolerance=1e-5, start=LN2):
+    StartGuard("easy", WHERE, start, tolerance).check(torch.tensor([7, 3]), policy, fresh, cached, loss)
 
 
 def test_equal_scores_pass():
@@ -65,13 +65,14 @@ def test_a_policy_that_is_not_its_reference_is_told_from_a_stale_cache():
 
 
 def test_the_loss_must_be_ln_2_where_the_loss_says_so():
-    for loss_type in ("sigmoid", "robust"):
-        check(loss=LN2 + 9e-4, loss_type=loss_type)
-        for loss in (LN2 + 2e-3, math.nan):
-            with pytest.raises(UserError, match=r"stage easy: the first loss was .* must be ln 2 = 0\.693147"):
-                check(loss=loss, loss_type=loss_type)
-    check(loss=25.0, loss_type="ipo")
-    check(loss=1.0, loss_type="hinge")
+    check(loss=LN2 + 9e-4)
+    for loss in (LN2 + 2e-3, math.nan):
+        with pytest.raises(UserError, match=r"stage easy: the first loss was .* must be ln 2 = 0\.693147"):
+            check(loss=loss)
+    check(loss=1.5 * LN2 + 1e-3, start=1.5 * LN2)
+    with pytest.raises(UserError, match=r"stage easy: the first loss was .* must be 1\.5 ln 2 = 1\.039721"):
+        check(loss=LN2, start=1.5 * LN2)
+    check(loss=25.0, start=None)
 
 
 def test_the_bound_is_tight_where_scores_do_not_depend_on_the_batch():

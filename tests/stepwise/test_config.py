@@ -122,6 +122,18 @@ MISTAKES = [
     ("max_length: true", "run.yaml: max_length: was true, must be a number"),
     ("order: easy", "run.yaml: order: was 'easy', must be 'given', 'reward_accuracy', 'margin' or 'random'"),
     ("loss: sigmod", "run.yaml: loss: was 'sigmod', must be one of "),
+    ("loss: 3", "run.yaml: loss: was 3, must be a name or a list of {name, weight, options}"),
+    ("loss: []", "run.yaml: loss: was [], must be a name or a list"),
+    ("loss: [{name: sigmoid, wieght: 2}]", "run.yaml: loss.0.wieght: unknown key, must be of name, weight, options"),
+    ("loss: [{name: ipo}, {name: sgmoid}]", "run.yaml: loss.1.name: was 'sgmoid', must be one of: "),
+    ("loss: [{name: dpop, options: {x: 1}}]", "run.yaml: loss.0.options.x: the loss 'dpop' does not use it"),
+    ("loss: [{name: ipo, weight: -1}]", "run.yaml: loss.0.weight: was -1, must be a finite number above 0"),
+    ("loss: [{name: ld_dpo}, {name: sft}]", "run.yaml: loss: 'ld_dpo' weighs tokens in the sums, must stand alone"),
+    ("loss: [{name: sigmoid}]\nloss_options: {x: 0.1}", "run.yaml: loss_options: x: was given beside a list of losses"),
+    ("loss: diffusion_dpo", "run.yaml: loss: was 'diffusion_dpo', which takes denoising errors"),
+    ("loss: simpo\nreference: initial", "run.yaml: reference: was 'initial', but simpo reads no reference"),
+    ("loss_options: {label_smoothing: true}", "run.yaml: loss_options: label_smoothing: was True, must be"),
+    ("loss_options: {f_divergence: kl}", "run.yaml: loss_options: f_divergence: was 'kl', must be one of: reverse_kl"),
     ("loss_options: {smooth: 0.1}", "run.yaml: loss_options: smooth: the loss 'sigmoid' does not use it"),
     ("loss_options: {label_smoothing: 0.7}", "run.yaml: loss_options: label_smoothing: was 0.7, must be"),
     ("dtype: bfloat16", "run.yaml: dtype: was 'bfloat16' without lora, must be float32: lr 5e-7 vanishes in bf16"),
@@ -323,7 +335,7 @@ def test_a_dumped_config_reads_back_equal(write):
     rate=st.floats(min_value=1e-12, max_value=1.0),
     epochs=st.integers(1, 50) | st.floats(min_value=0.01, max_value=50),
     run_name=st.text(max_size=10),
-    loss=st.sampled_from(["sigmoid", "ipo", "hinge", "robust"]),
+    loss=st.sampled_from(["sigmoid", "ipo", "simpo", [{"name": "hinge", "weight": 0.3}, {"name": "sft"}]]),
 )
 def test_any_config_survives_dumping_and_loading(write, beta, rate, epochs, run_name, loss):
     config = RunConfig.model_validate(

@@ -1,0 +1,122 @@
+"""What a batch of pairs must be: every ValueError of `fused_linear_dpo` about its tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
+
+
+def check_batch(
+    hidden: Tensor, labels: Tensor, n_columns: int, cu_seqlens: Tensor | None, rows: ScoredRows | None
+) -> int:
+    """Raise ValueError where the batch does not fit together; return its number of sequences, 2B."""
+    if cu_seqlens is None:
+        if hidden.dim() != 3:
+            raise ValueError(
+                f"hidden: was of shape {list(hidden.shape)}, must be [2B, T, H], or [N, H] with cu_seqlens"
+            )
+        n_sequences = hidden.shape[0]
+    else:
+        if hidden.dim() != 2:
+            raise ValueError(f"hidden: was of shape {list(hidden.shape)}, must be packed [N, H] as cu_seqlens is given")
+        if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"cu_seqlens: was {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}, must be int [2B+1]"
+            )
+        n_sequences = cu_seqlens.shape[0] - 1
+        _check_borders(cu_seqlens, hidden.shape[0])
+    if n_sequences < 2 or n_sequences % 2:
+        name = "hidden" if cu_seqlens is None else "cu_seqlens"
+        raise ValueError(
+            f"{name}: was of {n_sequences} sequences, must be an even number, chosen half first, at least 2"
+        )
+    if labels.shape != hidden.shape[:-1] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels: was {labels.dtype} of shape {list(labels.shape)}, "
+            f"must be torch.int64 of shape {list(hidden.shape[:-1])}"
+        )
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = labels[((labels < 0) & (labels != IGNORE_INDEX)) | (labels >= n_columns)]
+        if wrong.numel():
+            raise ValueError(
+                f"labels: held {wrong[0].item()}, must be in [0, {n_columns}) or {IGNORE_INDEX} (not scored)"
+            )
+    if rows is not None and (rows.counts.shape != (n_sequences,) or rows.segment.shape != rows.index.shape):
+        raise ValueError(
+            f"rows: was of {rows.counts.shape[0]} sequences, {rows.index.shape[0]} rows and "
+            f"{rows.segment.shape[0]} segments, "
+            f"must be of {n_sequences} sequences and a segment for every row"
+        )
+    if rows is not None and rows.segment.device.type == "cpu" and not torch.compiler.is_compiling():
+        outside = rows.segment[(rows.segment < 0) | (rows.segment >= n_sequences)]
+        if outside.numel():
+            raise ValueError(f"rows: its segment held {outside[0].item()}, must be in [0, {n_sequences})")
+    return n_sequences
+
+
+def _check_borders(cu_seqlens: Tensor, n_rows: int) -> None:
+    """On CPU, cu_seqlens must ascend from 0 to N; on CUDA looking would wait for the device."""
+    if cu_seqlens.is_cuda or torch.compiler.is_compiling():
+        return
+    borders = cu_seqlens.tolist()
+    if borders[0] != 0 or borders[-1] != n_rows or borders != sorted(borders):
+        raise ValueError(f"cu_seqlens: was {borders}, must ascend from 0 to {n_rows}, the rows of hidden")
+
+
+def check_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    n_sequences: int,
+    ref_logps: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    *,
+    needed: bool,
+) -> None:
+    """Raise ValueError where the reference is missing, though `needed`, or does not fit."""
+    if not needed and all(given is None for given in (ref_logps, ref_hidden, ref_weight, ref_bias)):
+        return
+    if ref_logps is not None:
+        if ref_hidden is not None or ref_weight is not None or ref_bias is not None:
+            raise ValueError("ref_logps: was given together with ref_hidden/ref_weight/ref_bias, must be given alone")
+        if ref_logps.shape != (n_sequences,):
+            raise ValueError(
+                f"ref_logps: was of shape {list(ref_logps.shape)}, must be [{n_sequences}], summed log-probs"
+            )
+        check_device("ref_logps", ref_logps, hidden)
+        return
+    if ref_hidden is None or ref_weight is None:
+        missing = "ref_logps" if ref_hidden is None and ref_weight is None else (
+            "ref_hidden" if ref_hidden is None else "ref_weight"
+        )  # fmt: skip
+        raise ValueError(f"{missing}: was None, must be given: either ref_logps, or both ref_hidden and ref_weight")
+    if ref_hidden.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            f"ref_hidden: was of shape {list(ref_hidden.shape)}, must be {[*hidden.shape[:-1], 'H']} as hidden is"
+        )
+    if ref_weight.dim() != 2 or ref_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"ref_weight: was of shape {list(ref_weight.shape)}, must be [{weight.shape[0]}, H]: "
+            "policy and reference share one vocabulary"
+        )
+
+
+def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
+    """Raise ValueError where `tensor` lies on another device than `like`."""
+    if tensor.device != like.device:
+        raise ValueError(f"{name}: was on {tensor.device}, must be on {like.device} as the rest is")
+
+
+def check_counts(counts: Tensor) -> None:
+    """Every sequence needs a scored token: a ValueError on CPU, an assert on the device where looking would wait."""
+    if counts.is_cuda or torch.compiler.is_compiling():
+        torch._assert_async((counts > 0).all(), "labels: a sequence has no scored token")
+        return
+    empty = (counts == 0).nonzero().squeeze(1).tolist()
+    if empty:
+        raise ValueError(
+            f"labels: sequence {empty[0]} has no scored token (all are {IGNORE_INDEX}), must have at least one"
+        )
