@@ -62,6 +62,12 @@ def write_run_file(output: Path, seed: int, method: str) -> Path:
     return path
 
 
+def prepare_seed(output: Path, seed: int, settings: Settings) -> None:
+    """The warm start and data of a seed, in a process of its own."""
+    torch.set_num_threads(1)
+    prepare(start_folder(output, seed), settings, Reporter(quiet=True))
+
+
 def train_and_judge(output: Path, seed: int, method: str, settings: Settings) -> dict[str, Any]:
     """One line of the results; kept in <method>.json, so that it is made once."""
     torch.set_num_threads(1)
@@ -196,7 +202,7 @@ def main() -> None:
     sizes = {seed: replace(QUICK if options.quick else FULL, seed=seed) for seed in options.seeds}
     rows, failed = [], []
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        starts = [pool.submit(prepare, start_folder(options.output, s), sizes[s], Reporter(quiet=True)) for s in sizes]
+        starts = [pool.submit(prepare_seed, options.output, seed, sizes[seed]) for seed in sizes]
         for start in starts:
             start.result()
         jobs = {

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sdpo_kernels import ScoredRows, backends, linear_logps, logits_logps, logps_op, pair_op
 from sdpo_kernels.backends.base import KEEP_DIRECTION
-from sdpo_kernels.dpo import _autograd_output, sequence_logps
+from sdpo_kernels.dpo import pair_output, sequence_logps
 from tests.backends.emulated import emulated_backend
 from tests.reference import Case, check, error, random_case, scored_rows, target_logps
 
@@ -259,7 +259,7 @@ def test_the_pair_epilogue(loss, n_pairs, beta, spread, of_tokens, seed):
         smoothing=options.get("label_smoothing", 0.0),
     )  # fmt: skip
     summed = exact if rows is None else sequence_logps(exact, rows)
-    truth = _autograd_output(summed, ref.double(), counts, beta=beta, loss_type=name, **options)
+    truth = pair_output(summed, ref.double(), counts, beta=beta, loss_type=name, **options)
     (grad,) = torch.autograd.grad(found, policy)
     (right,) = torch.autograd.grad(truth.loss, exact)
     near = {"rtol": 8 * EPS, "atol": 8 * EPS * beta * spread * 40}

@@ -21,7 +21,7 @@ from sdpo_kernels.backends.base import EXTRAS, KEEP_DIRECTION
 from sdpo_kernels.backends.triton import autotune, launch
 from sdpo_kernels.backends.triton import backend as walk
 from sdpo_kernels.backends.triton.tiles import INTERPRETED
-from sdpo_kernels.dpo import _autograd_output, sequence_logps
+from sdpo_kernels.dpo import pair_output, sequence_logps
 from tests.reference import Case, check, error, random_case, scored_rows
 
 TRITON = backends.BACKENDS["triton"]
@@ -253,7 +253,7 @@ def test_the_pair_epilogue_is_the_losses_own_arithmetic(loss, n_pairs, beta, spr
         smoothing=options.get("label_smoothing", 0.0),
     )  # fmt: skip
     summed = exact if rows is None else sequence_logps(exact, rows)
-    truth = _autograd_output(summed, ref.double(), counts, beta=beta, loss_type=name, **options)
+    truth = pair_output(summed, ref.double(), counts, beta=beta, loss_type=name, **options)
     (grad,) = torch.autograd.grad(found, policy)
     (right,) = torch.autograd.grad(truth.loss, exact)
     near = {"rtol": 8 * EPS, "atol": 8 * EPS * beta * spread * 30}

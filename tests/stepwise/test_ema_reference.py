@@ -178,7 +178,7 @@ def test_each_batch_is_scored_by_the_reference_of_its_step(tmp_path, model, monk
         policies.append({name: w.detach().double().clone() for name, w in trained(self.model).items()})
         after_step(self, step)
 
-    def record_logps(self, wrapped, batch):
+    def record_logps(self, wrapped, batch, ld_alpha=None):
         if not policies:
             policies.append({name: w.detach().double().clone() for name, w in trained(self.model).items()})
         found = logps(self, wrapped, batch)
@@ -215,7 +215,7 @@ def test_before_its_first_move_it_costs_no_second_forward(tmp_path, model, monke
     forwards = {"n": 0}
     genuine = Batch.logps
 
-    def logps(self, network):
+    def logps(self, network, ld_alpha=None):
         forwards["n"] += 1
         return genuine(self, network)
 
@@ -242,7 +242,7 @@ def test_the_reference_is_scored_in_evaluation_mode_and_training_goes_on():
     class Spy:
         ref_logps = torch.zeros(2)
 
-        def logps(self, network):
+        def logps(self, network, ld_alpha=None):
             modes.append((network.training, torch.is_grad_enabled()))
             if fails:
                 raise KeyboardInterrupt

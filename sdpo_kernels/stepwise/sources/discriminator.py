@@ -128,7 +128,7 @@ class Discriminator:
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
-                    task.update(epoch * len(pairs) + start + len(batch), f"loss {float(loss):.3f}")
+                    task.update(epoch * len(pairs) + start + len(batch), f"loss {loss.item():.3f}")
 
     def save(self, folder: Path) -> None:
         """Weights and config, in one rename."""
