@@ -1,0 +1,110 @@
+"""DPO in your own loop over a Hugging Face causal LM: score pairs, take a step, never make logits.
+
+    model = attach_fused_head(AutoModelForCausalLM.from_pretrained(...))      # before PEFT, DDP or FSDP wrap it
+    ref_logps = score_pairs(model, input_ids, labels, attention_mask)         # [2B], once, before training
+    out = dpo_step(model, input_ids, labels, attention_mask, ref_logps=ref_logps, beta=0.1)
+    out.loss.backward(); optimizer.step()
+
+A batch holds the chosen sequences first and the rejected ones, in the same order, after them; `labels` are as
+transformers has them: the input ids, −100 where a token is not scored, not shifted.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdpo_kernels.dpo import DPOOutput, pair_output, sequence_logps
+from sdpo_kernels.integrations.causal_lm import evaluating, unwrap
+from sdpo_kernels.losses import LossSum, LossType, loss_sum
+from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
+from sdpo_kernels.token_weights import agreement_weights, length_weights
+
+
+def score_pairs(
+    model: nn.Module,
+    input_ids: Tensor,
+    labels: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    without_adapter: bool = False,
+    ld_alpha: float | None = None,
+) -> Tensor:
+    """Summed log-probs [2B] float32 of the scored tokens, without gradient, in evaluation mode.
+
+    Args:
+        model: with its fused head attached (`attach_fused_head`), wrapped or not.
+        input_ids, labels: [2B, T] int64, chosen half first; attention_mask: [2B, T], 0 where padded.
+        without_adapter: of a PEFT model the base alone, the reference of a LoRA run.
+        ld_alpha: the weight of tokens beyond the pair's shorter answer, for references of the loss ld_dpo.
+
+    Raises:
+        ValueError: naming the argument, what it was and what it should be.
+    """
+    base = model.disable_adapter() if without_adapter else nullcontext()  # type: ignore[operator]
+    with evaluating(model), base:
+        return _sums(model, input_ids, labels, attention_mask, None, ld_alpha)[0]
+
+
+def dpo_step(
+    model: nn.Module,
+    input_ids: Tensor,
+    labels: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    ref_logps: Tensor | None = None,
+    beta: float = 0.1,
+    loss_type: LossType = "sigmoid",
+    **loss_options: Any,
+) -> DPOOutput:
+    """The loss of B pairs, which carries the gradient into `model`, and their metrics (see `DPOOutput`).
+
+    Args as `score_pairs`, and
+        ref_logps: [2B] of the reference; may be left out for losses that read none (simpo, cpo, orpo, sft).
+        beta, loss_type and its options: as in `fused_linear_dpo`.
+    """
+    wanted = loss_sum(loss_type, loss_options)
+    if ref_logps is None and not wanted.reference_free:
+        raise ValueError(f"ref_logps: was None, must be given: the loss {wanted.label!r} reads the reference")
+    sums, rows, weights = _sums(model, input_ids, labels, attention_mask, wanted, wanted.ld_alpha)
+    ref_logps = torch.zeros_like(sums) if ref_logps is None else ref_logps
+    return pair_output(sums, ref_logps, rows.counts, pair_weights=weights, loss_type=wanted, beta=beta)
+
+
+def _sums(
+    model: nn.Module,
+    input_ids: Tensor,
+    labels: Tensor,
+    attention_mask: Tensor | None,
+    wanted: LossSum | None,
+    ld_alpha: float | None,
+) -> tuple[Tensor, ScoredRows, Tensor | None]:
+    """Sums [2B], the scored rows, and the pairs' weights [B] where the loss wants them."""
+    _check(model, input_ids, labels)
+    end = labels.new_full((len(labels), 1), IGNORE_INDEX)
+    targets = torch.cat([labels[:, 1:], end], 1)  # position t predicts token t + 1
+    rows = ScoredRows.from_labels(targets)
+    if bool((rows.counts == 0).any()):
+        sequence = int((rows.counts == 0).nonzero()[0])
+        raise ValueError(f"labels: sequence {sequence} has no scored token after its first, must have at least one")
+    weighs_pairs = wanted is not None and wanted.weighs_pairs
+    extras: dict[str, Any] = {"logp_outputs": ("log_sum_sq_probs",)} if weighs_pairs else {}
+    out = model(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logp_targets=targets, logp_rows=rows,
+        **extras,
+    )  # fmt: skip
+    token_weights = None if ld_alpha is None else length_weights(rows, ld_alpha)
+    sums = sequence_logps(out.logps, rows, token_weights)
+    return sums, rows, agreement_weights(out.logps, out.log_sum_sq_probs, rows) if weighs_pairs else None
+
+
+def _check(model: nn.Module, input_ids: Tensor, labels: Tensor) -> None:
+    if "_sdpo_fused" not in unwrap(model).__dict__:
+        raise ValueError(f"model: was a {type(unwrap(model)).__name__} without a fused head; call attach_fused_head")
+    if input_ids.dim() != 2 or len(input_ids) < 2 or len(input_ids) % 2:
+        raise ValueError(f"input_ids: was of shape {list(input_ids.shape)}, must be [2B, T], chosen half first")
+    if labels.shape != input_ids.shape:
+        raise ValueError(f"labels: was of shape {list(labels.shape)}, must be {list(input_ids.shape)} as input_ids is")

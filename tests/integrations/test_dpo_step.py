@@ -1,0 +1,105 @@
+"""DPO in one's own loop, against the model's own logits and autograd."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+
+from sdpo_kernels.integrations.causal_lm import attach_fused_head, disable_dropout
+from sdpo_kernels.integrations.dpo_step import dpo_step, score_pairs
+from tests.integrations.tiny_models import CONFIGS, VOCAB, tiny_model
+
+
+def batch(seed: int = 0, pairs: int = 2, length: int = 9):
+    """Right-padded sequences of different lengths; the first three tokens are prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB, (2 * pairs, length), generator=generator)
+    lengths = torch.randint(5, length + 1, (2 * pairs,), generator=generator)
+    mask = (torch.arange(length) < lengths[:, None]).long()
+    labels = ids.masked_fill((mask == 0) | (torch.arange(length) < 3), -100)
+    return ids, labels, mask
+
+
+def own_sums(model, ids, labels, mask):
+    """The same from whole logits, in float64."""
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].double()
+    targets = labels[:, 1:]
+    found = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    return (found * (targets != -100)).sum(1)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_loss_and_gradients_are_those_of_the_models_own_logits(family):
+    model = tiny_model(family)
+    disable_dropout(model)
+    twin = copy.deepcopy(model)
+    attach_fused_head(model)
+    ids, labels, mask = batch()
+    ref = score_pairs(model, ids, labels, mask)
+    torch.testing.assert_close(ref.double(), own_sums(twin, ids, labels, mask).detach(), rtol=1e-5, atol=1e-5)
+    ref = ref + torch.linspace(-1, 1, len(ref))  # a reference that is not the policy
+    out = dpo_step(model, ids, labels, mask, ref_logps=ref, beta=0.5)
+    out.loss.backward()
+    chosen, rejected = (own_sums(twin, ids, labels, mask) - ref).chunk(2)
+    loss = -F.logsigmoid(0.5 * (chosen - rejected)).mean()
+    loss.backward()
+    torch.testing.assert_close(out.loss.double(), loss, rtol=1e-5, atol=1e-6)
+    gradients = dict(twin.named_parameters())
+    for name, parameter in model.named_parameters():
+        expected = gradients[name].grad
+        if expected is not None:
+            torch.testing.assert_close(parameter.grad, expected, rtol=2e-3, atol=2e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [("simpo", {"simpo_gamma": 0.3}), ("ld_dpo", {"ld_alpha": 0.3}), ("wpo", {}), ("dpop", {"dpop_lambda": 5.0})],
+)
+def test_other_losses_train(loss, options):
+    model = attach_fused_head(tiny_model("llama"))
+    ids, labels, mask = batch()
+    ref = None if loss == "simpo" else score_pairs(model, ids, labels, mask, ld_alpha=options.get("ld_alpha"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        out = dpo_step(model, ids, labels, mask, ref_logps=ref, beta=1.0, loss_type=loss, **options)
+        out.loss.backward()
+        optimizer.step()
+        losses.append(out.loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_the_reference_of_an_adapter_is_its_base():
+    model = attach_fused_head(tiny_model("llama"))
+    ids, labels, mask = batch()
+    before = score_pairs(model, ids, labels, mask)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    assert not torch.allclose(score_pairs(adapted, ids, labels, mask), before)
+    assert torch.equal(score_pairs(adapted, ids, labels, mask, without_adapter=True), before)
+
+
+def test_wrong_calls_are_refused():
+    model = tiny_model("llama")
+    ids, labels, mask = batch()
+    with pytest.raises(ValueError, match="model: was a LlamaForCausalLM without a fused head"):
+        score_pairs(model, ids, labels, mask)
+    attach_fused_head(model)
+    with pytest.raises(ValueError, match="ref_logps: was None, must be given: the loss 'sigmoid'"):
+        dpo_step(model, ids, labels, mask)
+    with pytest.raises(ValueError, match=r"input_ids: was of shape \[3, 9\], must be \[2B, T\]"):
+        score_pairs(model, ids[:3], labels[:3], mask[:3])
+    with pytest.raises(ValueError, match=r"labels: was of shape \[4, 8\], must be \[4, 9\]"):
+        score_pairs(model, ids, labels[:, 1:], mask)
+    with pytest.raises(ValueError, match="labels: sequence 1 has no scored token"):
+        score_pairs(model, ids, labels.index_fill(0, torch.tensor([1]), -100), mask)
+
+
+def test_training_mode_comes_back():
+    model = attach_fused_head(tiny_model("llama")).train()
+    score_pairs(model, *batch())
+    assert model.training
