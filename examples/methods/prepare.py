@@ -6,6 +6,7 @@ The demo's task (examples/demo): sort the letters of a word. Left in runs/method
     other/                       the same from another seed, a second reference for mrpo.yaml
     data/{short,medium,long}.jsonl            preference pairs: the right answer against a wrong one of the model's own
     data/{short,medium,long}-prompts.jsonl    prompts with their `answer`, for sources that make pairs
+    data/{short,medium,long}-prompts-few.jsonl   the first of them, for a checker that starts a program a sample
     data/dev.jsonl               pairs about other words, for expo.yaml and for looking at
 """
 
@@ -28,6 +29,7 @@ from sdpo_kernels.stepwise.progress import Reporter
 
 FOLDER = Path("runs/methods/start")
 PROMPTS = 640  # of each source
+FEW_PROMPTS = 160  # of them, for execution.yaml: starting a program costs more than sampling an answer
 DEV_PAIRS = 100  # of each source
 
 
@@ -39,6 +41,7 @@ def prepare(folder: Path, settings: Settings, reporter: Reporter) -> None:
         problems = draw_words(source, "preference", min(PROMPTS, settings.pairs), seed=settings.seed + 1)
         rows = [{"prompt": problem.prompt, "answer": problem.answer} for problem in problems]
         write_pairs(folder / "data" / f"{source.name}-prompts.jsonl", rows)
+        write_pairs(folder / "data" / f"{source.name}-prompts-few.jsonl", rows[:FEW_PROMPTS])
     # the first of the held-out pairs choose (expo's α); results are judged on the others and on held-out prompts
     write_pairs(folder / "data" / "dev.jsonl", [pair for pairs in start.heldout.values() for pair in pairs[:DEV_PAIRS]])
     if not (folder / "other" / "model.safetensors").exists():

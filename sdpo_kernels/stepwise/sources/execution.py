@@ -22,6 +22,8 @@ from sdpo_kernels.stepwise.errors import UserError
 from sdpo_kernels.stepwise.source_settings import ExecutionSource
 from sdpo_kernels.stepwise.sources.context import PairRow, SourceContext
 from sdpo_kernels.stepwise.sources.generation import sample
+from sdpo_kernels.stepwise.sources.judges import judge_groups
+from sdpo_kernels.stepwise.sources.prompts import PromptRow
 from sdpo_kernels.stepwise.sources.sandbox import Job, Limits, Outcome, run_limited, run_many
 
 AT_ONCE = 64  # prompts judged between two steps of the progress bar
@@ -57,6 +59,10 @@ class ExecutionJudge:
         """Whether each completion passes; `prompts` holds the row of each. UserError where the command cannot start."""
         return [outcome.passed for outcome in self.outcomes(prompts, completions)]
 
+    def scores(self, rows: Sequence[PromptRow], completions: Sequence[str]) -> list[float]:
+        """As any judge answers: 1 for a pass, 0 for a failure."""
+        return [float(passed) for passed in self.judge([row.values for row in rows], completions)]
+
     def outcomes(self, prompts: Sequence[Mapping[str, Any]], completions: Sequence[str]) -> list[Outcome]:
         """As `judge`, with how each run of the command ended."""
         jobs = [self._job(row, text) for row, text in zip(prompts, completions, strict=True)]
@@ -82,7 +88,7 @@ def make(ctx: SourceContext) -> list[PairRow]:
     """Pairs of every prompt of whose samples some pass and some fail."""
     settings = ctx.settings
     assert isinstance(settings, ExecutionSource)
-    groups = sample(ctx, settings.samples)
+    groups = [list(dict.fromkeys(group)) for group in sample(ctx, settings.samples)]  # none is run twice
     judge = judge_of(settings)
     if not judge.check().isolated:
         ctx.reporter.warn(
@@ -91,20 +97,20 @@ def make(ctx: SourceContext) -> list[PairRow]:
     rows: list[PairRow] = []
     with ctx.reporter.task(ctx.label("programs"), len(ctx.prompts)) as task:
         for first in range(0, len(ctx.prompts), AT_ONCE):
-            some = range(first, min(first + AT_ONCE, len(ctx.prompts)))
-            passed = iter(
-                judge.judge(
-                    [ctx.prompts[i].values for i in some for _ in groups[i]], [t for i in some for t in groups[i]]
-                )
-            )
-            for i in some:
-                verdicts = [next(passed) for _ in groups[i]]
-                pairs = pairs_from_passes(
-                    ctx.prompts[i].values, groups[i], verdicts, settings.pairs_per_prompt, ctx.seed("pairs")
-                )
-                rows += [ctx.prompts[i].pair(pair["chosen"], pair["rejected"]) for pair in pairs]
-            task.update(some.stop)
+            some = slice(first, first + AT_ONCE)
+            verdicts = judge_groups(judge.scores, ctx.prompts[some], groups[some])
+            for row, texts, passed in zip(ctx.prompts[some], groups[some], verdicts, strict=True):
+                rows += _pairs_of(ctx, settings, row, texts, [score > 0 for score in passed])
+            task.update(min(first + AT_ONCE, len(ctx.prompts)))
     return rows
+
+
+def _pairs_of(
+    ctx: SourceContext, settings: ExecutionSource, row: PromptRow, texts: Sequence[str], passed: Sequence[bool]
+) -> list[PairRow]:
+    """One prompt's pairs, in the row's own form."""
+    pairs = pairs_from_passes(row.values, texts, passed, settings.pairs_per_prompt, ctx.seed("pairs"))
+    return [row.pair(pair["chosen"], pair["rejected"]) for pair in pairs]
 
 
 def _from_anywhere(word: str, first: bool) -> str:
