@@ -210,9 +210,7 @@ def _arguments(signature: Sequence[tuple[str, Any]]) -> str:
     return "(" + ", ".join(name if default is NONE else f"{name}={default!r}" for name, default in signature) + ")"
 
 
-def _as_linear_logps_takes_them(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def _as_linear_logps_takes_them(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """TRL casts the head to hidden's dtype where autocast does not say otherwise; differentiable."""
     kind = hidden.device.type
     if not torch.is_autocast_enabled(kind) or torch.float64 in (hidden.dtype, weight.dtype):
