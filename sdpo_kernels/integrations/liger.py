@@ -2,8 +2,8 @@
 
     from sdpo_kernels.integrations.liger import LigerFusedLinearDPOLoss     # was: liger_kernel.chunked_loss
 
-Nothing of liger-kernel is imported. New code is better served by `sdpo_kernels.fused_linear_dpo`, which has more losses,
-packed batches, softcaps and cached references.
+Nothing of liger-kernel is imported. New code is better served by `sdpo_kernels.fused_linear_dpo`, which has more
+losses, packed batches, softcaps and cached references.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class LigerFusedLinearDPOLoss(nn.Module):
 
     Where it differs, on purpose:
 
-    - label_smoothing works with "sigmoid" (cDPO); Liger leaves it out there without a word. With a loss that has no such
-      option, label_smoothing other than 0 or discopop_tau other than 0.05 is an error.
+    - label_smoothing works with "sigmoid" (cDPO); Liger leaves it out there without a word. With a loss that has no
+      such option, label_smoothing other than 0 or discopop_tau other than 0.05 is an error.
     - An odd number of sequences is an error; Liger pairs what does not belong together.
-    - A sequence without a scored token has the log-prob 0 and no gradient, and a batch without a scored chosen token the
-      NLL 0. Liger gives NaN for the one with average_log_prob=True, for the other always, compute_nll_loss or not.
+    - A sequence without a scored token has the log-prob 0 and no gradient, and a batch without a scored chosen token
+      the NLL 0. Liger gives NaN for the one with average_log_prob=True, for the other always, compute_nll_loss or not.
     - A reference where use_ref_model is False, or none where it is True, is an error; Liger leaves the one unused and
       fails on None in the other case.
     - bfloat16 logits are not rounded, and weight gradients are summed in float32 and rounded once; Liger sums them pair

@@ -6,11 +6,11 @@
         DPOTrainer(...).train()
 
 TRL from 1.15 on takes the head of DPO, KTO, SFT, GRPO, RLOO and AsyncGRPO through one class,
-`trl.kernels.chunked_logprob.ChunkedLogProbFunction`. `patch` puts an object with the same `apply` in its place, in every
-loaded module that holds the class under any name; modules imported later find it there. (Replacing `apply` on the class
-would do in eager mode, but `torch.compile` reads an autograd.Function's `forward` whatever its `apply` is.)
+`trl.kernels.chunked_logprob.ChunkedLogProbFunction`. `patch` puts an object with the same `apply` in its place, in
+every loaded module that holds the class under any name; modules imported later find it there. (Replacing `apply` on
+the class would do in eager mode, but `torch.compile` reads an autograd.Function's `forward` whatever its `apply` is.)
 
-Written from TRL's source: trl/kernels/chunked_logprob.py and `add_fused_lm_head` in trl/trainer/utils.py, 1.15 and 1.16.
+Written from TRL's source, 1.15 and 1.16: trl/kernels/chunked_logprob.py; `add_fused_lm_head` in trl/trainer/utils.py.
 """
 
 from __future__ import annotations
@@ -46,6 +46,10 @@ SIGNATURE = (
     ("ctx", NONE), ("hidden", NONE), ("weight", NONE), ("bias", NONE), ("targets", NONE), ("temperature", NONE),
     ("chunk_size", NONE), ("final_logit_softcapping", None), ("logit_scale", 1.0), ("outputs", EXTRAS),
 )  # fmt: skip
+
+# TRL asks extras of the policy and none of the reference; log-probs with extras may come from another kernel than those
+# without, and then margins would not be exactly 0 where policy and reference are the same
+SAME_KERNEL = ["mean_logits"]
 
 Answers = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -88,9 +92,9 @@ class FusedHead:
                 softcap or logit_scale of 0).
             RuntimeError: DeepSpeed ZeRO-3, whose sharded head is gone when the backward comes.
 
-        Differences from TRL: logits are never rounded to bfloat16, so bf16 log-probs are exact to float32; a target that
-        ties with an earlier token's logit counts as top-1; a target of −100, for which TRL gives a number without
-        meaning, gives 0.
+        Differences from TRL: logits are never rounded to bfloat16, so bf16 log-probs are exact to float32; a target
+        that ties with an earlier token's logit counts as top-1; a target of −100, for which TRL gives a number
+        without meaning, gives 0.
         """
         for name in outputs:
             if name != "log_probs" and name not in EXTRAS:
@@ -98,15 +102,16 @@ class FusedHead:
         if chunk_size < 1:
             raise ValueError(f"chunk_size: was {chunk_size!r}, must be at least 1 (TRL's tile; not used here)")
         _refuse_zero3()
+        asked = [name for name in EXTRAS if name in outputs]
         weight, bias = _as_linear_logps_takes_them(hidden, weight, bias)
         out = linear_logps(
             hidden, weight, targets.long(), bias=bias, temperature=temperature, logit_scale=logit_scale,
-            softcap=final_logit_softcapping, outputs=[name for name in EXTRAS if name in outputs],
+            softcap=final_logit_softcapping, outputs=asked or SAME_KERNEL,
             backend=self.backend, stash_bytes=self.stash_bytes,
         )  # fmt: skip
-        extras = (out.entropy, out.log_sum_sq_probs, out.mean_logits)
-        entropy, log_sum_sq_probs, mean_logits = (None if x is None else x.float() for x in extras)
-        return out.logps.float(), entropy, log_sum_sq_probs, mean_logits, out.is_top1
+        extras = {name: getattr(out, name) if name in asked else None for name in EXTRAS}
+        entropy, log_sum_sq_probs, mean_logits = (x if x is None else x.float() for x in list(extras.values())[:3])
+        return out.logps.float(), entropy, log_sum_sq_probs, mean_logits, extras["is_top1"]
 
 
 @dataclass(frozen=True, eq=False)
