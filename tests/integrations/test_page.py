@@ -1,4 +1,4 @@
-"""docs/integrations.md: its code is Python, its names are there, its recipes do what they say as far as can be tried."""
+"""docs/integrations.md: its code is Python, its names are there, its recipes do what they say where tried."""
 
 from __future__ import annotations
 
