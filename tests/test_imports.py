@@ -107,9 +107,10 @@ def test_the_parser_sees_imports_of_every_form(monkeypatch, tmp_path):
     assert imported("sdpo_kernels.thing") == {PACKAGE + name for name in names}
 
 
-def test_importing_the_package_imports_none_of_the_extras():
+@pytest.mark.parametrize("name", ["", ".integrations", ".integrations.trl", ".integrations.liger"])
+def test_importing_the_package_imports_none_of_the_extras(name):
     program = (
-        "import sys, torch; before = set(sys.modules); import sdpo_kernels; "
+        f"import sys, torch; before = set(sys.modules); import {PACKAGE}{name}; "
         "print(*{name.split('.')[0] for name in set(sys.modules) - before})"
     )
     answer = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)

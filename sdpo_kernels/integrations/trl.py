@@ -1,0 +1,233 @@
+"""TRL's trainers on these kernels: one call, taken back by another.
+
+    from sdpo_kernels.integrations import trl as fused_trl
+
+    with fused_trl.patch():            # or patch() … unpatch()
+        DPOTrainer(...).train()
+
+TRL from 1.15 on takes the head of DPO, KTO, SFT, GRPO, RLOO and AsyncGRPO through one class,
+`trl.kernels.chunked_logprob.ChunkedLogProbFunction`. `patch` puts an object with the same `apply` in its place, in
+every loaded module that holds the class under any name; modules imported later find it there. (Replacing `apply` on
+the class would do in eager mode, but `torch.compile` reads an autograd.Function's `forward` whatever its `apply` is.)
+
+Written from TRL's source, 1.15 and 1.16: trl/kernels/chunked_logprob.py; `add_fused_lm_head` in trl/trainer/utils.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdpo_kernels.backends import get_backend
+from sdpo_kernels.backends.base import EXTRAS
+from sdpo_kernels.logps import linear_logps
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["FusedHead", "Patch", "patch", "unpatch"]
+
+SEAM = "trl.kernels.chunked_logprob"
+NAME = "ChunkedLogProbFunction"
+FIRST = (1, 15)
+TRIED = ((1, 15), (1, 16))
+NONE = inspect.Parameter.empty
+# names and defaults of ChunkedLogProbFunction.forward, in order
+SIGNATURE = (
+    ("ctx", NONE), ("hidden", NONE), ("weight", NONE), ("bias", NONE), ("targets", NONE), ("temperature", NONE),
+    ("chunk_size", NONE), ("final_logit_softcapping", None), ("logit_scale", 1.0), ("outputs", EXTRAS),
+)  # fmt: skip
+
+# TRL asks extras of the policy and none of the reference; log-probs with extras may come from another kernel than those
+# without, and then margins would not be exactly 0 where policy and reference are the same
+SAME_KERNEL = ["mean_logits"]
+
+Answers = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
+class FusedHead:
+    """What stands in the place of TRL's class: the same `apply`, computed by `linear_logps`."""
+
+    replaces: type  # TRL's class
+    backend: str = "auto"
+    stash_bytes: int | str = "auto"
+
+    def apply(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: Sequence[str] = EXTRAS,
+    ) -> Answers:
+        """TRL's nine arguments and its five answers: log-probs, entropy, log Σp², mean logit, top-1.
+
+        Args:
+            hidden: [N, H]; weight: [V, H]; bias: [V] or None. As in TRL the head is rounded to the autocast dtype, or
+                to hidden's without autocast; gradients come in each tensor's own dtype.
+            targets: [N] integers in [0, V).
+            temperature, logit_scale, final_logit_softcapping: z = softcap·tanh(scale·(x·Wᵀ + b)/softcap)/temperature.
+            chunk_size: TRL's vocabulary columns a tile, at least 1. It changes nothing here: backends choose their own.
+            outputs: which of the four answers after the first are wanted, "log_probs" besides; the others are None.
+
+        Returns:
+            Vectors [N], float32 (top-1: bool). Log-probs and entropy carry gradients, the others none.
+
+        Raises:
+            ValueError: an unknown output, chunk_size below 1, what `linear_logps` refuses (a target outside [0, V), a
+                softcap or logit_scale of 0).
+            RuntimeError: DeepSpeed ZeRO-3, whose sharded head is gone when the backward comes.
+
+        Differences from TRL: logits are never rounded to bfloat16, so bf16 log-probs are exact to float32; a target
+        that ties with an earlier token's logit counts as top-1; a target of −100, for which TRL gives a number
+        without meaning, gives 0.
+        """
+        for name in outputs:
+            if name != "log_probs" and name not in EXTRAS:
+                raise ValueError(f"outputs: was {outputs!r}, must be names from log_probs, {', '.join(EXTRAS)}")
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size: was {chunk_size!r}, must be at least 1 (TRL's tile; not used here)")
+        _refuse_zero3()
+        asked = [name for name in EXTRAS if name in outputs]
+        weight, bias = _as_linear_logps_takes_them(hidden, weight, bias)
+        out = linear_logps(
+            hidden, weight, targets.long(), bias=bias, temperature=temperature, logit_scale=logit_scale,
+            softcap=final_logit_softcapping, outputs=asked or SAME_KERNEL,
+            backend=self.backend, stash_bytes=self.stash_bytes,
+        )  # fmt: skip
+        extras = {name: getattr(out, name) if name in asked else None for name in EXTRAS}
+        entropy, log_sum_sq_probs, mean_logits = (x if x is None else x.float() for x in list(extras.values())[:3])
+        return out.logps.float(), entropy, log_sum_sq_probs, mean_logits, extras["is_top1"]
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """What `patch` returns. As a context manager it puts back, at its end, what `patch` found."""
+
+    ours: FusedHead
+    found: type | FusedHead
+
+    def __enter__(self) -> FusedHead:
+        return self.ours
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        _swap(self.ours, self.found)
+
+
+def patch(*, backend: str = "auto", stash_bytes: int | str = "auto") -> Patch:
+    """Let TRL's trainers score tokens with `linear_logps`, until `unpatch()` or the end of a `with patch():` block.
+
+    Call it before or after trainers are made. A second call replaces the first's settings; nested blocks each restore
+    what they found. One process, no threads: modules are changed for all of them.
+
+    Args:
+        backend, stash_bytes: as in `linear_logps`. stash_bytes=0 takes the least memory, "auto" at most 2·N·V bytes for
+            what TRL would compute a second time.
+
+    Raises:
+        ImportError: TRL is not installed.
+        RuntimeError: TRL before 1.15, or one whose seam has another signature. Later versions than 1.16 with the same
+            signature are served, with a warning in the log.
+        ValueError: an unknown backend.
+    """
+    if backend != "auto":
+        get_backend(backend)
+    found = _seam()
+    original = found.replaces if isinstance(found, FusedHead) else found
+    _check_signature(original)
+    ours = FusedHead(original, backend, stash_bytes)
+    _swap(found, ours)
+    return Patch(ours, found)
+
+
+def unpatch() -> None:
+    """Put TRL's own class back wherever it was; nothing happens where it is there already."""
+    found = getattr(sys.modules.get(SEAM), NAME, None)
+    if isinstance(found, FusedHead):
+        _swap(found, found.replaces)
+
+
+def _swap(old: object, new: object) -> None:
+    """Rebind every global that is `old`, in every loaded module, to `new`."""
+    for module in list(sys.modules.values()):
+        names = getattr(module, "__dict__", {})  # vars, not dir: a lazy module must not be made to load
+        for name in [name for name, value in list(names.items()) if value is old]:
+            setattr(module, name, new)
+
+
+def _seam() -> Any:
+    """What stands at TRL's seam now: its class, or a FusedHead."""
+    version = _version()
+    if version < FIRST:
+        raise RuntimeError(f"trl: was {_text(version)}, must be at least {_text(FIRST)}, which has {SEAM}.{NAME}")
+    if version not in TRIED:
+        logger.warning("trl %s has not been tried with sdpo_kernels; only its signature is compared", _text(version))
+    try:
+        return getattr(importlib.import_module(SEAM), NAME)
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(f"trl: {_text(version)} has no {SEAM}.{NAME}, which patch() replaces: {error}") from error
+
+
+def _version() -> tuple[int, int]:
+    """TRL's (major, minor)."""
+    try:
+        trl = importlib.import_module("trl")
+    except ModuleNotFoundError as error:
+        if error.name != "trl":
+            raise
+        raise ImportError(f"trl: is not installed, must be at least {_text(FIRST)}") from error
+    match = re.match(r"(\d+)\.(\d+)", str(trl.__version__))
+    if match is None:
+        raise RuntimeError(f"trl: its version was {trl.__version__!r}, must begin with two numbers")
+    return int(match[1]), int(match[2])
+
+
+def _text(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
+
+
+def _check_signature(function: Any) -> None:
+    """Raise RuntimeError where TRL's forward takes other arguments than `FusedHead.apply`."""
+    parameters = inspect.signature(function.forward).parameters.values()
+    found = tuple((p.name, p.default) for p in parameters)
+    if found != SIGNATURE:
+        raise RuntimeError(
+            f"trl: {_text(_version())}'s {NAME}.forward takes {_arguments(found)}; this patch knows "
+            f"{_arguments(SIGNATURE)} (trl {' and '.join(map(_text, TRIED))})"
+        )
+
+
+def _arguments(signature: Sequence[tuple[str, Any]]) -> str:
+    return "(" + ", ".join(name if default is NONE else f"{name}={default!r}" for name, default in signature) + ")"
+
+
+def _as_linear_logps_takes_them(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """TRL casts the head to hidden's dtype where autocast does not say otherwise; differentiable."""
+    kind = hidden.device.type
+    if not torch.is_autocast_enabled(kind) or torch.float64 in (hidden.dtype, weight.dtype):
+        weight = weight.to(hidden.dtype)
+    if bias is not None and bias.dtype not in (weight.dtype, torch.float32):
+        bias = bias.to(weight.dtype)
+    return weight, bias
+
+
+def _refuse_zero3() -> None:
+    # TRL gathers the sharded head again in its own backward; an op of ours would find it empty there
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    if torch.is_grad_enabled() and is_deepspeed_zero3_enabled():
+        raise RuntimeError("trl: DeepSpeed ZeRO-3 shards the head away before the backward; use ZeRO-2 or unpatch()")

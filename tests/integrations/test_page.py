@@ -1,0 +1,52 @@
+"""docs/integrations.md: its code is Python, its names are there, its recipes do what they say where tried."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from sdpo_kernels.integrations import trl as fused_trl
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs/integrations.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+
+
+def block(word):
+    (found,) = [text for text in BLOCKS if word in text]
+    return found
+
+
+@pytest.mark.parametrize("text", BLOCKS)
+def test_blocks_are_python_and_their_names_are_there(text):
+    compile(text, "page", "exec")
+    for line in re.findall(r"^ *(from sdpo_kernels.*|import sdpo_kernels.*)$", text, re.M):
+        exec(line)
+
+
+def test_log_probs_from_logits():
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(2, 5, 9, generator=generator), torch.randint(9, (2, 5), generator=generator)
+    labels[:, :2] = -100
+    names = {"all_logits": logits, "labels": labels}
+    exec(block("valid_length"), names)
+    right = logits[:, 1:-1].log_softmax(-1).gather(-1, labels[:, 2:, None]).sum((1, 2))
+    assert torch.allclose(names["all_logps"], right, atol=1e-5)
+    assert names["valid_length"].tolist() == [3, 3]
+
+
+def test_axolotls_plugin_patches(monkeypatch):
+    for name in ("axolotl", "axolotl.integrations", "axolotl.integrations.base"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["axolotl.integrations.base"].BasePlugin = object
+    calls = []
+    monkeypatch.setattr(fused_trl, "patch", lambda: calls.append("patched"))
+    names = {}
+    exec(block("BasePlugin"), names)
+    assert not calls
+    names["FusedHeadPlugin"]().pre_model_load(None)
+    assert calls == ["patched"]
