@@ -65,9 +65,14 @@ def _say_reference(prepared: Prepared, reporter: Reporter) -> None:
         period = following.period
         if period is None:
             return
-        moves = {stage.config.name: (_steps(config, stage) - 1) // period for stage in prepared.stages}
+        # how many pairs a stage makes is not known yet
+        moves = {
+            stage.config.name: (_steps(config, stage) - 1) // period
+            for stage in prepared.stages
+            if stage.prompts is None
+        }
         reporter.say(f"           moves every {period} steps: {', '.join(f'{n} {k} times' for n, k in moves.items())}")
-        if not any(moves.values()):
+        if moves and not any(moves.values()):
             reporter.warn(f"ema.sync_steps: {period} is more than any stage trains: the reference never moves")
 
 

@@ -36,7 +36,7 @@ from sdpo_kernels.stepwise.reference_settings import EmaSettings, MultiSettings,
 from sdpo_kernels.stepwise.setting_errors import SettingErrors, error_lines, show
 from sdpo_kernels.stepwise.setting_types import Integer, Number, Text
 from sdpo_kernels.stepwise.setting_types import Section as _Section
-from sdpo_kernels.stepwise.source_settings import SOURCES, Source
+from sdpo_kernels.stepwise.source_settings import SOURCES, RankedSource, Source
 from sdpo_kernels.stepwise.trainer_options import DEFAULT_TRAINER, check_trainer, trainer_fields
 from sdpo_kernels.stepwise.yaml_file import apply_override, read_settings, write_settings
 
@@ -248,6 +248,9 @@ def _source_mistakes(config: RunConfig) -> list[tuple[str, str]]:
         if stage.source is not None and stage.source.kind == "active" and config.policy != "initial":
             text = f"was 'active' with policy: {config.policy}; each of its rounds starts anew: set policy: initial"
             mistakes.append((f"stages.{index}.source.kind", text))
+        if stage.source is not None and stage.source.kind == "active" and config.reference in ("previous", "none"):
+            text = f"was {config.reference!r}, must be initial (or ema, multi): active starts anew from the reference"
+            mistakes.append(("reference", text))
     return mistakes
 
 
@@ -310,10 +313,7 @@ def _resolve_paths(config: RunConfig, file: str) -> RunConfig:
     output = _absolute(config.output_dir)
     if os.path.exists(output) and not os.path.isdir(output):
         raise UserError(f"{file}: output_dir: was {config.output_dir!r}, which is a file, must be a folder")
-    stages = tuple(
-        stage.model_copy(update={"data": _absolute_files(stage.data), "prompts": _absolute_files(stage.prompts)})
-        for stage in config.stages
-    )
+    stages = tuple(_absolute_stage(stage) for stage in config.stages)
     return config.model_copy(
         update={
             "model": _absolute_model(config.model, f"{file}: model"),
@@ -342,6 +342,14 @@ def _absolute_models(multi: MultiSettings | None, file: str) -> MultiSettings | 
 
 def _absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
+
+
+def _absolute_stage(stage: StageConfig) -> StageConfig:
+    source = stage.source
+    if isinstance(source, RankedSource) and source.reward_model and os.path.isdir(_absolute(source.reward_model)):
+        source = source.model_copy(update={"reward_model": _absolute(source.reward_model)})
+    files = {"data": _absolute_files(stage.data), "prompts": _absolute_files(stage.prompts)}
+    return stage.model_copy(update={**files, "source": source})
 
 
 def _absolute_files(sources: tuple[str, ...] | None) -> tuple[str, ...] | None:

@@ -34,12 +34,19 @@ def check_fit(config: RunConfig, model_config: Any, parts: Sequence[TokenizedPai
             f"model: the tokenizer makes token {highest}, the model's vocabulary ends at {vocabulary - 1}; "
             "they do not belong together"
         )
-    longest, positions = max(int(tokens.lengths.max()) for tokens in parts), _learned_positions(config, model_config)
-    if positions is not None and longest > positions:
-        raise UserError(
-            f"max_length: was {config.max_length}, and the longest sequence has {longest} tokens, must be at most "
-            f"{positions}: the model has learned no more positions"
-        )
+    check_positions(config, model_config, max(int(tokens.lengths.max()) for tokens in parts))
+
+
+def check_positions(config: RunConfig, model_config: Any, longest: int, what: str = "max_length") -> None:
+    """UserError where a sequence of `longest` tokens, or a prompt and what is written after it, has no positions."""
+    positions = _learned_positions(config, model_config)
+    if positions is None or longest <= positions:
+        return
+    if what == "max_length":
+        was = f"max_length: was {config.max_length}, and the longest sequence has {longest} tokens"
+    else:
+        was = f"{what}: its longest prompt and max_new_tokens make {longest} tokens"
+    raise UserError(f"{was}, must be at most {positions}: the model has learned no more positions")
 
 
 def _learned_positions(config: RunConfig, model_config: Any) -> int | None:

@@ -53,7 +53,7 @@ class PairData:
     skipped: list[str]
 
 
-class _BadRow(Exception):
+class BadRow(Exception):
     """What is wrong with one row."""
 
 
@@ -74,7 +74,7 @@ def read_pairs(
         for row in read_rows(source, _COLUMNS + scores):
             try:
                 pairs.append(_pair_of(row, score_column))
-            except _BadRow as problem:
+            except BadRow as problem:
                 bad.append(f"{row.where}: {problem}")
         new_bad = len(bad) - bad_before
         if len(pairs) == good_before and not new_bad:
@@ -116,7 +116,7 @@ def _key(pair: Pair) -> bytes:
 
 def _pair_of(row: Row, score_column: str | None) -> Pair:
     if row.problem:
-        raise _BadRow(row.problem)
+        raise BadRow(row.problem)
     texts = _texts(row.values)
     return Pair(
         *texts,
@@ -131,43 +131,43 @@ def _template_options(values: dict[str, Any]) -> dict[str, Any] | None:
     options = _mapping(values, "chat_template_kwargs")
     for name in ("tokenize", "tools", "return_dict", "return_tensors", "return_assistant_tokens_mask"):
         if options is not None and name in options:
-            raise _BadRow(f"chat_template_kwargs: {name!r} is set by this program; leave it out")
+            raise BadRow(f"chat_template_kwargs: {name!r} is set by this program; leave it out")
     return options
 
 
 def _texts(values: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """prompt, chosen, rejected; _BadRow when they are not what a preference pair needs."""
+    """prompt, chosen, rejected; BadRow when they are not what a preference pair needs."""
     for name in ("chosen", "rejected"):
         if name not in values:
-            raise _BadRow(f"{name!r} is missing; a row needs chosen and rejected (and may have prompt)")
+            raise BadRow(f"{name!r} is missing; a row needs chosen and rejected (and may have prompt)")
     names = [name for name in ("prompt", "chosen", "rejected") if name in values]
-    kinds = {name: _check_text(name, values[name]) for name in names}
+    kinds = {name: check_text(name, values[name]) for name in names}
     if len(set(kinds.values())) > 1:
         mixed = ", ".join(f"{name} is {kind}" for name, kind in kinds.items())
-        raise _BadRow(f"{mixed}; all must be strings or all lists of messages")
+        raise BadRow(f"{mixed}; all must be strings or all lists of messages")
     chosen, rejected = values["chosen"], values["rejected"]
     for name in ("chosen", "rejected"):
         if _is_blank(values[name]):
-            raise _BadRow(f"{name!r} is empty")
+            raise BadRow(f"{name!r} is empty")
     if chosen == rejected:
-        raise _BadRow("'chosen' and 'rejected' are equal; the pair teaches nothing")
+        raise BadRow("'chosen' and 'rejected' are equal; the pair teaches nothing")
     prompt, chosen, rejected = (
         (values["prompt"], chosen, rejected) if "prompt" in values else _split_prompt(chosen, rejected)
     )
     if isinstance(prompt, list) and not prompt:
         reason = "'prompt' has no message" if "prompt" in values else "'chosen' and 'rejected' share no first message"
-        raise _BadRow(f"{reason}; a conversation needs at least one before the answers")
+        raise BadRow(f"{reason}; a conversation needs at least one before the answers")
     return prompt, chosen, rejected
 
 
-def _check_text(name: str, value: Any) -> str:
-    """'a string' or 'a list of messages'; _BadRow for anything else."""
+def check_text(name: str, value: Any) -> str:
+    """'a string' or 'a list of messages'; BadRow for anything else."""
     if isinstance(value, str):
         _check_unicode(name, value)
         return "a string"
     if not isinstance(value, list):
         kind = "null" if value is None else f"of type {type(value).__name__}"
-        raise _BadRow(f"{name!r} is {kind}, must be a string or a list of messages")
+        raise BadRow(f"{name!r} is {kind}, must be a string or a list of messages")
     for index, message in enumerate(value):
         _check_message(f"{name}[{index}]", message)
     return "a list of messages"
@@ -175,16 +175,16 @@ def _check_text(name: str, value: Any) -> str:
 
 def _check_message(name: str, message: Any) -> None:
     if not isinstance(message, dict):
-        raise _BadRow(f"{name!r} is of type {type(message).__name__}, must be a message with role and content")
+        raise BadRow(f"{name!r} is of type {type(message).__name__}, must be a message with role and content")
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not role:
-        raise _BadRow(f"{name!r} has no role, must have one such as user or assistant")
+        raise BadRow(f"{name!r} has no role, must have one such as user or assistant")
     if isinstance(content, str):
         _check_unicode(name, content)
     elif content is not None:
-        raise _BadRow(f"'{name}.content' is of type {type(content).__name__}, must be a string (text only)")
+        raise BadRow(f"'{name}.content' is of type {type(content).__name__}, must be a string (text only)")
     elif not message.get("tool_calls"):
-        raise _BadRow(f"{name!r} has no content, must have a string")
+        raise BadRow(f"{name!r} has no content, must have a string")
 
 
 def _check_unicode(name: str, text: str) -> None:
@@ -192,7 +192,7 @@ def _check_unicode(name: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise _BadRow(f"{name!r} is not Unicode text: half a surrogate pair at character {error.start}") from None
+        raise BadRow(f"{name!r} is not Unicode text: half a surrogate pair at character {error.start}") from None
 
 
 def _is_blank(text: Text) -> bool:
@@ -220,14 +220,14 @@ def _score(values: dict[str, Any], column: str) -> float:
         return _number(values, column)
     names = (f"{column}_chosen", f"{column}_rejected")
     if not all(name in values for name in names):
-        raise _BadRow(f"score_column {column!r}: needs {names[0]!r} and {names[1]!r}, or {column!r}")
+        raise BadRow(f"score_column {column!r}: needs {names[0]!r} and {names[1]!r}, or {column!r}")
     return _number(values, names[0]) - _number(values, names[1])
 
 
 def _number(values: dict[str, Any], name: str) -> float:
     value = values[name]
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise _BadRow(f"{name!r} is {value!r:.40}, must be a finite number")
+        raise BadRow(f"{name!r} is {value!r:.40}, must be a finite number")
     return float(value)
 
 
@@ -238,14 +238,14 @@ def _tools(values: dict[str, Any]) -> list[Any] | None:
         try:
             tools = json.loads(tools)
         except ValueError as error:
-            raise _BadRow(f"'tools' is broken JSON: {error}") from None
+            raise BadRow(f"'tools' is broken JSON: {error}") from None
     if tools is not None and not isinstance(tools, list):
-        raise _BadRow(f"'tools' is of type {type(tools).__name__}, must be a list")
+        raise BadRow(f"'tools' is of type {type(tools).__name__}, must be a list")
     return tools
 
 
 def _mapping(values: dict[str, Any], name: str) -> dict[str, Any] | None:
     value = values.get(name)
     if value is not None and not isinstance(value, dict):
-        raise _BadRow(f"{name!r} is of type {type(value).__name__}, must be an object")
+        raise BadRow(f"{name!r} is of type {type(value).__name__}, must be an object")
     return value

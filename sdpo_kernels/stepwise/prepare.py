@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sdpo_kernels.stepwise.config import RunConfig, StageConfig
 from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.fit import check_fit, load_model_config
+from sdpo_kernels.stepwise.fit import check_fit, check_positions, load_model_config
 from sdpo_kernels.stepwise.models import load_tokenizer
 from sdpo_kernels.stepwise.multi_scoring import check_multi
 from sdpo_kernels.stepwise.order import StageData
@@ -66,6 +67,7 @@ def prepare(config: RunConfig) -> Prepared:
     check_fit(config, prepared.model_config, parts)
     check_multi(config, tokenizer, parts)
     prepared.warnings += shared_pairs(named)
+    prepared.warnings += _shared_prompts(prepared.stages, named.get("eval_data", []))
     return prepared
 
 
@@ -77,12 +79,15 @@ def read_eval(config: RunConfig, sources: Sequence[str]) -> tuple[TokenizedPairs
     return tokens, prepared.warnings + prepared.skipped, prepared.tokenizer
 
 
-def made_stage(config: RunConfig, stage: StageConfig, tokenizer: PreTrainedTokenizerBase, path: Path) -> StageData:
-    """A stage whose pairs have been made and lie in `path`."""
+def made_stage(
+    config: RunConfig, stage: StageConfig, tokenizer: PreTrainedTokenizerBase, path: Path, reporter: Reporter
+) -> StageData:
+    """A stage whose pairs have been made and lie in `path`; says what a person should know of them."""
     prepared = Prepared(config, tokenizer, load_model_config(config), [], None)
     pairs = _read(config, (str(path),), prepared)
     tokens = _tokenize(config, pairs, f"stage {stage.name}", prepared)
     check_fit(config, prepared.model_config, [tokens])
+    prepared.say_warnings(reporter)
     return _stage_data(stage, pairs, tokens)
 
 
@@ -91,11 +96,28 @@ def _prompts(config: RunConfig, stage: StageConfig, prepared: Prepared) -> Stage
     assert stage.source is not None
     prompts, skipped = read_prompts(stage.prompts, config.on_bad_row)
     prepared.skipped += skipped
-    check_source(stage.source, prompts)
+    check_source(stage.source, prompts, config.trust_remote_code)
     chat = next((row for row in prompts if row.is_conversational), None)
     if chat is not None and not prepared.tokenizer.chat_template:
         raise UserError(f"{chat.where}: is a conversation, and the tokenizer has no chat template")
+    lengths = [len(row.ids(prepared.tokenizer)) for row in prompts]
+    check_positions(config, prepared.model_config, max(lengths) + stage.source.max_new_tokens, f"stage {stage.name}")
+    long = sum(length >= config.max_length for length in lengths)
+    if long:
+        prepared.warnings.append(f"stage {stage.name}: {long} of {len(prompts)} prompts fill max_length by themselves")
     return StageData(stage, TokenizedPairs.concatenate([]), [], prompts=prompts)
+
+
+def _shared_prompts(stages: Sequence[StageData], evaluated: Sequence[Pair]) -> list[str]:
+    """A warning for each stage that makes its pairs of prompts which are evaluated."""
+    asked = {json.dumps(pair.prompt) for pair in evaluated}
+    counts = {stage.config.name: len(asked & {json.dumps(r.prompt) for r in stage.prompts or []}) for stage in stages}
+    return [
+        f"{count} of eval_data's {len(asked)} different prompts are prompts of stage {name!r}: its scores will flatter "
+        "the model"
+        for name, count in counts.items()
+        if count
+    ]
 
 
 def _read(config: RunConfig, sources: Sequence[str], prepared: Prepared) -> list[Pair]:

@@ -91,6 +91,13 @@ class SelfAugmentedSource(Sampling):
     buffer: Count = 2000  # pairs kept, first in first out, over all stages
     pairs: Count  # drawn from the buffer for a stage
 
+    @model_validator(mode="after")
+    def _long_enough(self) -> SelfAugmentedSource:
+        if self.max_new_tokens < self.segment_tokens:
+            text = f"was {self.max_new_tokens}, must be at least segment_tokens, {self.segment_tokens}"
+            raise SettingErrors([("max_new_tokens", text)])
+        return self
+
 
 class ActiveSource(Sampling):
     """APL (arXiv 2402.08114): the annotator is asked where the policy is unsure of words and sure of rewards."""

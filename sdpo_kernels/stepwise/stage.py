@@ -176,7 +176,7 @@ def _make_pairs(stage: Stage) -> None:
     path = stage.work / PAIRS_FILE
     make_pairs(ctx, settings.kind, path)
     release_memory()
-    stage.data = made_stage(config, stage.data.config, stage.run.tokenizer, path)
+    stage.data = made_stage(config, stage.data.config, stage.run.tokenizer, path, stage.run.reporter)
     tokens = stage.data.tokens
     made = {"pairs": len(tokens), "dropped": len(tokens.dropped), "pairs_hash": tokens.content_hash()}
     if stage.record.get("pairs_hash") not in (None, made["pairs_hash"]):

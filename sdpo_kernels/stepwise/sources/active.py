@@ -21,11 +21,11 @@ from sdpo_kernels.stepwise.pairs import Pair
 from sdpo_kernels.stepwise.source_settings import ActiveSource
 from sdpo_kernels.stepwise.sources.context import PairRow, SourceContext, read_json_rows, write_rows
 from sdpo_kernels.stepwise.sources.generation import sample
-from sdpo_kernels.stepwise.sources.judges import function_judge
+from sdpo_kernels.stepwise.sources.judges import VERDICTS, function_judge, remembering
 from sdpo_kernels.stepwise.sources.prompts import PromptRow
 from sdpo_kernels.stepwise.tokenize import tokenize_pairs
 
-LABELS = "labels.jsonl"
+LABELS, ASKED = "labels.jsonl", "asked.jsonl"
 
 
 class Question(NamedTuple):
@@ -41,22 +41,25 @@ def make(ctx: SourceContext) -> list[PairRow]:
     settings = ctx.settings
     assert isinstance(settings, ActiveSource)
     known = [] if ctx.before is None else read_json_rows(ctx.before / LABELS)
-    asked = {str(label["prompt"]) for label in known}
+    before = [] if ctx.before is None else read_json_rows(ctx.before / ASKED)
+    asked = {str(row["prompt"]) for row in before}  # those too of which no label came
     open_rows = [row for row in ctx.prompts if str(row.prompt) not in asked]
     if ctx.before is None:
         chosen = random.Random(ctx.seed("prompts")).sample(open_rows, min(settings.acquire, len(open_rows)))
         questions = _first_questions(_only(ctx, chosen), settings)
     else:
         questions = _later_questions(_only(ctx, open_rows), settings)
-    labels = known + annotate(settings.judge, questions)
+    labels = known + annotate(ctx, settings.judge, questions)
+    write_rows(ctx.folder / ASKED, before + [{"prompt": question.row.prompt} for question in questions])
     write_rows(ctx.folder / LABELS, labels)
     return labels
 
 
-def annotate(judge: str, questions: Sequence[Question]) -> list[PairRow]:
+def annotate(ctx: SourceContext, judge: str, questions: Sequence[Question]) -> list[PairRow]:
     """Pairs with the better answer chosen; none where the annotator finds both alike."""
     rows = [question.row for question in questions for _ in range(2)]
-    scores = function_judge(judge)(rows, [text for q in questions for text in (q.first, q.second)])
+    asked = remembering(function_judge(judge), ctx.folder / VERDICTS)
+    scores = asked(rows, [text for q in questions for text in (q.first, q.second)])
     labels = []
     for question, first, second in zip(questions, scores[::2], scores[1::2], strict=True):
         if first != second:
@@ -98,9 +101,10 @@ def _later_questions(ctx: SourceContext, settings: ActiveSource) -> list[Questio
 
 def score_answers(ctx: SourceContext, questions: Sequence[Question], model: str) -> Tensor:
     """Summed log-probs [n, 2] float64 of both answers under `model`; 0 where truncation leaves nothing to score."""
-    config = ctx.scorer.config
+    config = ctx.scorer.config.model_copy(update={"loss": "sigmoid", "loss_options": {}})  # unweighted sums
     pairs = [Pair(q.row.prompt, q.row.completion(q.first), q.row.completion(q.second), q.row.where) for q in questions]
     tokens = tokenize_pairs(pairs, ctx.tokenizer, max_length=config.max_length, truncation=config.truncation)
+    scorer = replace(ctx.scorer, config=config)
     scores = torch.zeros((len(questions), 2), dtype=torch.float64)
-    scores[torch.from_numpy(tokens.kept)] = ctx.scorer.score_path(model, tokens, ctx.label("log-probs")).double()
+    scores[torch.from_numpy(tokens.kept)] = scorer.score_path(model, tokens, ctx.label("log-probs")).double()
     return scores

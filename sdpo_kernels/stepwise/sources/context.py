@@ -51,8 +51,12 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
-def read_json_rows(path: Path) -> list[dict[str, Any]]:
-    """What `write_rows` wrote; nothing where there is no file."""
+def read_json_rows(path: Path, half_line: bool = False) -> list[dict[str, Any]]:
+    """What `write_rows` wrote; nothing where there is no file. `half_line`: a kill may have cut the last one short."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    if half_line:
+        whole = path.read_bytes().rpartition(b"\n")[0]
+        with path.open("r+b") as stream:
+            stream.truncate(len(whole) + bool(whole))
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]

@@ -39,7 +39,7 @@ def make(ctx: SourceContext) -> list[PairRow]:
     scorer = Discriminator(ctx, settings)
     gold = [] if ctx.before is None else read_json_rows(ctx.before / GOLD)
     scores = None if ctx.before is None else scorer.score(ctx.prompts, groups)
-    gold += annotate(settings.judge, unsure(ctx.prompts, groups, scores, settings.budget, ctx.seed("gold")))
+    gold += annotate(ctx, settings.judge, unsure(ctx.prompts, groups, scores, settings.budget, ctx.seed("gold")))
     if not gold:
         raise UserError(f"{ctx.name}: the judge finds no difference between any two samples; there is nothing to learn")
     scorer.train(gold, ctx.seed("scorer"))

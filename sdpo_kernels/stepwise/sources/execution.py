@@ -22,7 +22,7 @@ from sdpo_kernels.stepwise.errors import UserError
 from sdpo_kernels.stepwise.source_settings import ExecutionSource
 from sdpo_kernels.stepwise.sources.context import PairRow, SourceContext
 from sdpo_kernels.stepwise.sources.generation import sample
-from sdpo_kernels.stepwise.sources.judges import judge_groups
+from sdpo_kernels.stepwise.sources.judges import VERDICTS, judge_groups, remembering
 from sdpo_kernels.stepwise.sources.prompts import PromptRow
 from sdpo_kernels.stepwise.sources.sandbox import Job, Limits, Outcome, run_limited, run_many
 
@@ -73,7 +73,9 @@ class ExecutionJudge:
             word.replace("{completion}", "{" + COMPLETION + "}").replace("{prompt}", "{" + PROMPT + "}")
             for word in self.command
         ]
-        return Job(command, files={COMPLETION: completion, PROMPT: json.dumps(dict(row), ensure_ascii=False)})
+        return Job(
+            command, files={COMPLETION: completion, PROMPT: json.dumps(dict(row), ensure_ascii=False, default=str)}
+        )
 
 
 def judge_of(settings: ExecutionSource) -> ExecutionJudge:
@@ -94,11 +96,12 @@ def make(ctx: SourceContext) -> list[PairRow]:
         ctx.reporter.warn(
             f"{ctx.name}: programs run without namespaces here, so they can reach your files; run this in a container"
         )
+    remembered = remembering(judge.scores, ctx.folder / VERDICTS)
     rows: list[PairRow] = []
     with ctx.reporter.task(ctx.label("programs"), len(ctx.prompts)) as task:
         for first in range(0, len(ctx.prompts), AT_ONCE):
             some = slice(first, first + AT_ONCE)
-            verdicts = judge_groups(judge.scores, ctx.prompts[some], groups[some])
+            verdicts = judge_groups(remembered, ctx.prompts[some], groups[some])
             for row, texts, passed in zip(ctx.prompts[some], groups[some], verdicts, strict=True):
                 rows += _pairs_of(ctx, settings, row, texts, [score > 0 for score in passed])
             task.update(min(first + AT_ONCE, len(ctx.prompts)))

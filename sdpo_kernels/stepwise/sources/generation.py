@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from sdpo_kernels.stepwise.ema_reference import EMA_FILE, load_ema_into
+from sdpo_kernels.stepwise.ema_reference import load_ema_into
 from sdpo_kernels.stepwise.models import autocast_context, load_generator, weights_hash
 from sdpo_kernels.stepwise.sources.context import SourceContext
 
-VERSION = 1
+VERSION = 2
 
 
 class Completion(NamedTuple):
@@ -59,9 +59,11 @@ def generate(
     """
     path = ctx.folder / file
     model = load_generator(ctx.policy, ctx.scorer.config, ctx.scorer.device)
-    if averaged and (Path(ctx.policy) / EMA_FILE).exists():
+    config = ctx.scorer.config
+    if averaged and config.reference == "ema" and ctx.policy != config.model:
         load_ema_into(model, Path(ctx.policy))
-    key = _key(ctx, model, prefixes)
+    model.generation_config = _generation_config(ctx, model)  # its own might penalise repetition, for one
+    key = _key(ctx, model, prefixes, model.generation_config.eos_token_id)
     done = _read(path, key)
     if not done:
         path.write_text(json.dumps({"key": key}) + "\n", "utf-8")
@@ -74,7 +76,7 @@ def generate(
                 stream.flush()
                 os.fsync(stream.fileno())
             task.update(stop)
-    ends = _end_tokens(model, ctx.tokenizer)
+    ends = set(model.generation_config.eos_token_id)
     drawn = [ids for batch in done for ids in batch]
     return [_completion(prefix, ids, ends, ctx.tokenizer) for prefix, ids in zip(prefixes, drawn, strict=True)]
 
@@ -88,27 +90,28 @@ def text_after(tokenizer: PreTrainedTokenizerBase, prefix: Sequence[int], ids: S
 @torch.no_grad()
 def _generate_batch(ctx: SourceContext, model: Any, prefixes: Sequence[list[int]], seed: int) -> list[list[int]]:
     """New token ids of each, up to and with the end token; what follows it is padding and cut off."""
-    tokenizer, settings = ctx.tokenizer, ctx.settings
-    width = max(map(len, prefixes))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    width, pad = max(map(len, prefixes)), model.generation_config.pad_token_id
     device = ctx.scorer.device
     tokens = torch.tensor([[pad] * (width - len(row)) + row for row in prefixes], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prefixes], device=device)
     devices = [device.index or 0] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), autocast_context(device, ctx.scorer.autocast):
         torch.manual_seed(seed)
-        out = model.generate(
-            input_ids=tokens, attention_mask=mask, do_sample=True, temperature=settings.temperature,
-            top_p=settings.top_p, top_k=0, max_new_tokens=settings.max_new_tokens, pad_token_id=pad,
-        )  # fmt: skip
-    ends = _end_tokens(model, tokenizer)
+        out = model.generate(input_ids=tokens, attention_mask=mask)
+    ends = set(model.generation_config.eos_token_id)
     return [_cut(row, ends) for row in out[:, width:].tolist()]
 
 
-def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    ends = tokenizer.eos_token_id if ends is None else ends
-    return set(ends) if isinstance(ends, list) else {ends}
+def _generation_config(ctx: SourceContext, model: Any) -> GenerationConfig:
+    """Sampling as the settings say and nothing else; it ends at the model's end tokens and the one training appends."""
+    tokenizer, settings = ctx.tokenizer, ctx.settings
+    own = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return GenerationConfig(
+        do_sample=True, temperature=settings.temperature, top_p=settings.top_p, top_k=0,
+        max_new_tokens=settings.max_new_tokens, eos_token_id=sorted(ends), pad_token_id=pad,
+    )  # fmt: skip
 
 
 def _cut(ids: list[int], ends: set[int]) -> list[int]:
@@ -121,12 +124,13 @@ def _completion(prefix: list[int], ids: list[int], ends: set[int], tokenizer: Pr
     return Completion(ids, text_after(tokenizer, prefix, ids), finished)
 
 
-def _key(ctx: SourceContext, model: nn.Module, prefixes: Sequence[list[int]]) -> str:
+def _key(ctx: SourceContext, model: nn.Module, prefixes: Sequence[list[int]], ends: list[int]) -> str:
     parts = {
         "version": VERSION,
         "model": weights_hash(model),
         "prefixes": list(prefixes),
         "settings": ctx.settings.model_dump(mode="json"),
+        "ends": ends,
         "stage": ctx.name,
         "autocast": str(ctx.scorer.autocast),
     }

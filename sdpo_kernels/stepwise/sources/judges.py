@@ -9,19 +9,26 @@ process because you asked for it by name) or a reward model.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.models import release_memory
+from sdpo_kernels.stepwise.sources.context import read_json_rows
 from sdpo_kernels.stepwise.sources.prompts import PromptRow
 
+VERDICTS_AT_ONCE = 256  # what a kill costs at most
+VERDICTS = "verdicts.jsonl"
 Judge = Callable[[Sequence[PromptRow], Sequence[str]], list[float]]
 
 
@@ -36,14 +43,18 @@ def function_judge(name: str) -> Judge:
         sys.path.insert(0, os.getcwd())
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
         raise UserError(f"judge: was {name!r}, must be module:function that can be imported: {error}") from error
     if not callable(found):
         raise UserError(f"judge: {name!r} is a {type(found).__name__}, must be a function")
 
     def judge(rows: Sequence[PromptRow], completions: Sequence[str]) -> list[float]:
         try:
-            scores = [float(score) for score in found([row.values for row in rows], list(completions))]
+            given = found([row.values for row in rows], list(completions))
+        except Exception as error:  # a person's function raises what it likes
+            raise UserError(f"judge: {name!r} failed: {type(error).__name__}: {error}") from error
+        try:
+            scores = [float(score) for score in given]
         except (TypeError, ValueError) as error:
             raise UserError(f"judge: {name!r} must give a list of numbers: {error}") from error
         if len(scores) != len(completions) or not all(map(math.isfinite, scores)):
@@ -53,17 +64,56 @@ def function_judge(name: str) -> Judge:
     return judge
 
 
-def reward_model_judge(path: str, device: torch.device, max_length: int, batch_size: int) -> Judge:
+def remembering(judge: Judge, path: Path) -> Judge:
+    """`judge`, whose verdicts are kept in `path` as they come: nothing is asked twice, not even after a kill."""
+    known: dict[str, float] = {line["of"]: line["score"] for line in read_json_rows(path, half_line=True)}
+
+    def remembered(rows: Sequence[PromptRow], completions: Sequence[str]) -> list[float]:
+        keys = [_digest(row, text) for row, text in zip(rows, completions, strict=True)]
+        new = list({key: place for place, key in enumerate(keys) if key not in known}.values())
+        with path.open("a", encoding="utf-8") as stream:
+            for start in range(0, len(new), VERDICTS_AT_ONCE):
+                places = new[start : start + VERDICTS_AT_ONCE]
+                scores = judge([rows[i] for i in places], [completions[i] for i in places])
+                known.update(zip([keys[i] for i in places], scores, strict=True))
+                stream.writelines(json.dumps({"of": keys[i], "score": known[keys[i]]}) + "\n" for i in places)
+                stream.flush()
+                os.fsync(stream.fileno())
+        return [known[key] for key in keys]
+
+    return remembered
+
+
+def _digest(row: PromptRow, text: str) -> str:
+    return hashlib.sha256(json.dumps([row.values, text], sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def check_reward_model(path: str, trust_remote_code: bool) -> None:
+    """UserError where there is no sequence classifier with one output; its weights are not looked at."""
+    from transformers import AutoConfig
+
+    try:
+        outputs = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).num_labels
+    except (OSError, ValueError) as error:
+        raise UserError(f"reward_model: {path} cannot be loaded: {(str(error).splitlines() or [''])[0]}") from error
+    if outputs != 1:
+        raise UserError(f"reward_model: {path} has {outputs} outputs, must have 1")
+
+
+def reward_model_judge(
+    path: str, device: torch.device, max_length: int, batch_size: int, trust_remote_code: bool = False
+) -> Judge:
     """A sequence classifier with one output, on prompt and completion (through its chat template for conversations)."""
     from transformers import AutoTokenizer
 
+    check_reward_model(path, trust_remote_code)
+    release_memory()
+    options = {"trust_remote_code": trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForSequenceClassification.from_pretrained(path, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        model = AutoModelForSequenceClassification.from_pretrained(path, use_safetensors=True, **options)
     except (OSError, ValueError) as error:
         raise UserError(f"reward_model: {path} cannot be loaded: {(str(error).splitlines() or [''])[0]}") from error
-    if model.config.num_labels != 1:
-        raise UserError(f"reward_model: {path} has {model.config.num_labels} outputs, must have 1")
     model.to(device).eval()
 
     def judge(rows: Sequence[PromptRow], completions: Sequence[str]) -> list[float]:
@@ -81,7 +131,7 @@ def reward_model_judge(path: str, device: torch.device, max_length: int, batch_s
 def encode(row: PromptRow, text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[int]:
     """Token ids of prompt and completion with its end; of what is too long the end is kept."""
     if row.is_conversational:
-        whole = str(tokenizer.apply_chat_template(row.prompt + row.completion(text), tokenize=False))
+        whole = row.render(tokenizer, row.prompt + row.completion(text))
     else:
         whole = row.prompt + text + str(tokenizer.eos_token or "")
     ids: Any = tokenizer(whole, add_special_tokens=not row.is_conversational)["input_ids"]

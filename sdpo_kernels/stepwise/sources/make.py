@@ -9,7 +9,7 @@ from sdpo_kernels.stepwise.errors import UserError
 from sdpo_kernels.stepwise.source_settings import ActiveSource, DiscriminatorSource, ExecutionSource, RankedSource
 from sdpo_kernels.stepwise.sources import active, discriminator, execution, ranked, self_augmented
 from sdpo_kernels.stepwise.sources.context import PairRow, SourceContext, write_rows
-from sdpo_kernels.stepwise.sources.judges import function_judge
+from sdpo_kernels.stepwise.sources.judges import check_reward_model, function_judge
 from sdpo_kernels.stepwise.sources.prompts import PromptRow
 
 PAIRS_FILE = "pairs.jsonl"  # in a stage's folder
@@ -25,13 +25,15 @@ MAKERS: dict[str, Callable[[SourceContext], list[PairRow]]] = {
 }
 
 
-def check_source(settings: object, prompts: list[PromptRow]) -> None:
+def check_source(settings: object, prompts: list[PromptRow], trust_remote_code: bool) -> None:
     """UserError for what can be known before training: a judge that is not there, a row without an answer."""
     if isinstance(settings, (RankedSource, DiscriminatorSource, ActiveSource)) and settings.judge is not None:
         function_judge(settings.judge)
     elif isinstance(settings, ExecutionSource):
         execution.judge_of(settings).check()
-    elif not isinstance(settings, RankedSource):
+    elif isinstance(settings, RankedSource) and settings.reward_model is not None:
+        check_reward_model(settings.reward_model, trust_remote_code)
+    else:
         for row in prompts:
             self_augmented.answer(row)
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sdpo_kernels.stepwise.data_files import Row, read_rows
 from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.pairs import BadRow, check_text
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,19 @@ class PromptRow:
         """What the model is given, up to where its answer begins."""
         if not self.is_conversational:
             return self.prompt
-        return str(tokenizer.apply_chat_template(self.prompt, tokenize=False, add_generation_prompt=True))
+        return self.render(tokenizer, self.prompt, add_generation_prompt=True)
+
+    def render(self, tokenizer: PreTrainedTokenizerBase, messages: Any, **options: Any) -> str:
+        """Messages through the chat template, with the row's own tools and options for it."""
+        options |= {"tools": self.values.get("tools"), **(self.values.get("chat_template_kwargs") or {})}
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
     def ids(self, tokenizer: PreTrainedTokenizerBase, answer: str = "") -> list[int]:
         """Token ids of the prompt, and of what an answer begins with."""
         text = self.text(tokenizer) + answer  # a chat template writes the special tokens itself
         found: Any = tokenizer(text, add_special_tokens=not self.is_conversational, verbose=False)["input_ids"]
-        return found
+        ended = not self.is_conversational and found and found[-1] == tokenizer.eos_token_id
+        return found[:-1] if ended else found  # some tokenizers end every text
 
     def completion(self, text: str) -> Any:
         """An answer in the row's own form."""
@@ -46,7 +53,8 @@ class PromptRow:
     def pair(self, chosen: str, rejected: str, **more: Any) -> dict[str, Any]:
         """A row of a pair file, in TRL's schema."""
         both = {"chosen": self.completion(chosen), "rejected": self.completion(rejected)}
-        return {"prompt": self.prompt, **both, **more}
+        template = {name: self.values[name] for name in ("tools", "chat_template_kwargs") if self.values.get(name)}
+        return {"prompt": self.prompt, **both, **template, **more}
 
 
 def read_prompts(sources: Sequence[str], on_bad_row: Literal["error", "skip"]) -> tuple[list[PromptRow], list[str]]:
@@ -78,7 +86,8 @@ def _problem(row: Row) -> str | None:
     prompt = row.values.get("prompt")
     if prompt is None:
         return "'prompt' is missing"
-    if isinstance(prompt, str):
-        return None if prompt else "'prompt' is empty"
-    whole = isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "content" in m for m in prompt)
-    return None if whole else "'prompt' must be a string or a list of messages"
+    try:
+        check_text("prompt", prompt)
+    except BadRow as problem:
+        return str(problem)
+    return None if prompt else "'prompt' is empty"

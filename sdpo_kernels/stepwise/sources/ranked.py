@@ -6,10 +6,12 @@ from sdpo_kernels.stepwise.source_settings import RankedSource
 from sdpo_kernels.stepwise.sources.context import PairRow, SourceContext
 from sdpo_kernels.stepwise.sources.generation import sample
 from sdpo_kernels.stepwise.sources.judges import (
+    VERDICTS,
     Judge,
     best_and_worst,
     function_judge,
     judge_groups,
+    remembering,
     reward_model_judge,
 )
 
@@ -19,7 +21,8 @@ def make(ctx: SourceContext) -> list[PairRow]:
     settings = ctx.settings
     assert isinstance(settings, RankedSource)
     groups = sample(ctx, settings.samples)
-    scores = judge_groups(_judge(ctx, settings), ctx.prompts, groups)
+    judge = remembering(_judge(ctx, settings), ctx.folder / VERDICTS)
+    scores = judge_groups(judge, ctx.prompts, groups)
     rows = []
     for row, texts, values in zip(ctx.prompts, groups, scores, strict=True):
         if (found := best_and_worst(texts, values)) is not None:
@@ -33,4 +36,6 @@ def _judge(ctx: SourceContext, settings: RankedSource) -> Judge:
         return function_judge(settings.judge)
     assert settings.reward_model is not None
     config = ctx.scorer.config
-    return reward_model_judge(settings.reward_model, ctx.scorer.device, config.max_length, ctx.scorer.batch_size)
+    return reward_model_judge(
+        settings.reward_model, ctx.scorer.device, config.max_length, ctx.scorer.batch_size, config.trust_remote_code
+    )

@@ -22,3 +22,11 @@ def no_numbers(rows, completions):
 def alike(rows, completions):
     """Finds no difference."""
     return [1.0] * len(completions)
+
+
+def ties_often(rows, completions):
+    """Sees a difference for every other prompt only, and then always."""
+    return [
+        float(len(text)) if int(row["prompt"].split()[0].removeprefix("word")) % 2 else 0.0
+        for row, text in zip(rows, completions, strict=True)
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -12,9 +13,12 @@ import torch
 from transformers import AutoConfig, LlamaForSequenceClassification
 
 from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.prepare import prepare
 from sdpo_kernels.stepwise.progress import Reporter
 from sdpo_kernels.stepwise.run import run
-from sdpo_kernels.stepwise.sources import active, discriminator, generation, ranked, self_augmented
+from sdpo_kernels.stepwise.sources import active, discriminator, generation, judges, ranked, self_augmented
+from sdpo_kernels.stepwise.sources.context import read_json_rows
+from sdpo_kernels.stepwise.sources.context import write_rows as write_json_rows
 from sdpo_kernels.stepwise.sources.judges import best_and_worst, function_judge, reward_model_judge
 from sdpo_kernels.stepwise.sources.prompts import PromptRow, read_prompts
 from tests.stepwise.runs import PLAIN, configured, digest, make_model, make_rows, make_tokenizer, write_rows
@@ -239,7 +243,7 @@ def test_the_average_of_the_stage_before_writes_segments(tmp_path, model, monkey
 
 
 def test_a_row_without_an_answer_is_said_before_training(tmp_path, model):
-    config = made_config(tmp_path, model, "self_augmented", pairs=3)
+    config = made_config(tmp_path, model, "self_augmented", pairs=3, segment_tokens=9)
     write_rows(tmp_path / "prompts.jsonl", [{"prompt": "word1"}])
     with pytest.raises(UserError, match=r"prompts.jsonl:1: 'answer' is missing"):
         run(config, QUIET)
@@ -283,7 +287,9 @@ def test_an_odd_sample_counts_once_in_the_entropy(tmp_path, model, monkeypatch):
 
 
 def test_an_active_run_asks_about_new_prompts_each_round(tmp_path, model):
-    config = made_config(tmp_path, model, "active", settings={"policy": "initial"}, judge=JUDGE, acquire=4)
+    config = made_config(
+        tmp_path, model, "active", settings={"policy": "initial", "reference": "initial"}, judge=JUDGE, acquire=4
+    )
     run(config, QUIET)
     labels = [(tmp_path / f"run/stage-{i}-s{i}/source/labels.jsonl").read_text().splitlines() for i in (1, 2)]
     assert 0 < len(labels[0]) <= 4
@@ -312,4 +318,67 @@ def test_a_checker_that_cannot_start_is_said_before_training(tmp_path, model):
     config = made_config(tmp_path, model, "execution", command=["/nonexistent/checker", "{completion}"])
     with pytest.raises(UserError, match="/nonexistent/checker"):
         run(config, QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+# --- what a kill or odd text must not break ---
+
+
+def test_no_verdict_is_asked_for_twice(tmp_path):
+    asked = []
+
+    def judge(rows, completions):
+        asked.extend(completions)
+        return [float(len(text)) for text in completions]
+
+    rows = [PromptRow(f"p{i}", {"prompt": f"p{i}"}, "") for i in range(3)]
+    first = judges.remembering(judge, tmp_path / "v.jsonl")(rows, ["a", "bb", "a"])
+    assert first == [1.0, 2.0, 1.0]
+    with (tmp_path / "v.jsonl").open("a") as stream:
+        stream.write('{"of": "cut sho')  # a kill in the middle of a line
+    again = judges.remembering(judge, tmp_path / "v.jsonl")
+    assert again([*rows, rows[0]], ["a", "bb", "ccc", "a"]) == [1.0, 2.0, 3.0, 1.0]
+    assert asked == ["a", "bb", "a", "ccc"]  # the same text under another prompt is another question
+    assert judges.remembering(judge, tmp_path / "v.jsonl")(rows[2:], ["ccc"]) == [3.0]
+    assert len(asked) == 4
+
+
+def test_line_breaks_of_other_alphabets_stay_inside_a_row(tmp_path):
+    rows = [{"prompt": "a\u2028b\u0085c\u2029d"}, {"prompt": "e"}]
+    write_json_rows(tmp_path / "x.jsonl", rows)
+    assert read_json_rows(tmp_path / "x.jsonl") == rows
+
+
+def test_prompts_that_tie_are_not_asked_about_again(tmp_path, model):
+    settings = {"policy": "initial", "reference": "initial", "trainer": {"learning_rate": 1e-5}}
+    name = "tests.stepwise.sources.judges:ties_often"
+    run(made_config(tmp_path, model, "active", settings=settings, judge=name, acquire=5), QUIET)
+    asked = (tmp_path / "run/stage-2-s2/source/asked.jsonl").read_text().splitlines()
+    labels = (tmp_path / "run/stage-2-s2/source/labels.jsonl").read_text().splitlines()
+    assert len(set(asked)) == len(asked) > len(labels)
+
+
+def test_prompts_that_are_evaluated_are_warned_of(tmp_path, model):
+    rows = [{"prompt": "word0 word0 word0", "chosen": " good1", "rejected": " bad1"}]
+    evaluated = write_rows(tmp_path / "eval.jsonl", rows)
+    config = made_config(tmp_path, model, "ranked", judge=JUDGE, settings={"eval_data": str(evaluated)})
+    assert any("1 of eval_data's 1 different prompts are prompts of stage 's1'" in w for w in prepare(config).warnings)
+
+
+@pytest.mark.parametrize(
+    ("source", "settings", "message"),
+    [
+        ({"kind": "ranked", "reward_model": "/nonexistent/model"}, {}, "reward_model: /nonexistent/model"),
+        ({"kind": "ranked", "judge": JUDGE, "samplez": 3}, {}, "samplez: unknown key; did you mean 'samples'"),
+        ({"kind": "self_augmented", "pairs": 3, "segment_tokens": 9, "max_new_tokens": 3}, {}, "must be at least"),
+        ({"kind": "active", "judge": JUDGE, "acquire": 3}, {}, "set policy: initial"),
+        ({"kind": "active", "judge": JUDGE, "acquire": 3}, {"policy": "initial"}, "reference: was 'previous'"),
+        ({"kind": "execution", "command": ["python3"]}, {}, "must contain {completion}"),
+        ({"kind": "ranked", "judge": JUDGE}, {"order": "random"}, "order: was 'random', must be given"),
+        ({"kind": "guess"}, {}, "source.kind: was 'guess', must be one of 'ranked'"),
+    ],
+)
+def test_settings_that_contradict_are_said_before_training(tmp_path, model, source, settings, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        run(made_config(tmp_path, model, source.pop("kind"), settings=settings, **source), QUIET)
     assert not (tmp_path / "run").exists()
