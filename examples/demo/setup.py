@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from examples.demo.model import build_model, build_tokenizer, save
 from examples.demo.preferences import preference_pairs, read_pairs, write_pairs
@@ -85,18 +86,7 @@ def pair_file(folder: Path, source: str, split: Split = TRAINING) -> Path:
 
 def make_start(folder: Path, settings: Settings, reporter: Reporter) -> None:
     """Warm-up, preference pairs and run files, written to `folder`."""
-    tokenizer = build_tokenizer()
-    model = build_model(tokenizer, settings.seed)
-    rows = warmup_corpus(settings.warmup_steps * settings.warmup_batch, settings.seed)
-    with reporter.task("warm-up (SFT)", settings.warmup_steps) as bar:
-        warm_up(
-            model,
-            tokenizer,
-            rows,
-            batch_size=settings.warmup_batch,
-            learning_rate=settings.warmup_rate,
-            on_step=lambda step, loss: bar.update(step, f"loss {loss:.3f}"),
-        )
+    model, tokenizer = warmed_up(settings, "warm-up (SFT)", reporter)
     save(model, tokenizer, folder / "start")
     for source in SOURCES:
         for split, count in ((TRAINING, settings.pairs), (HELDOUT, settings.heldout_pairs)):
@@ -107,6 +97,23 @@ def make_start(folder: Path, settings: Settings, reporter: Reporter) -> None:
     files = {source.name: pair_file(folder, source.name) for source in SOURCES}
     write_run_file(folder, "dpo", {"all": list(files.values())}, settings)
     write_run_file(folder, "sdpo", {name: [path] for name, path in files.items()}, settings)
+
+
+def warmed_up(settings: Settings, label: str, reporter: Reporter) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """A model that has seen the two authors' corpus, and its tokenizer."""
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer, settings.seed)
+    rows = warmup_corpus(settings.warmup_steps * settings.warmup_batch, settings.seed)
+    with reporter.task(label, settings.warmup_steps) as bar:
+        warm_up(
+            model,
+            tokenizer,
+            rows,
+            batch_size=settings.warmup_batch,
+            learning_rate=settings.warmup_rate,
+            on_step=lambda step, loss: bar.update(step, f"loss {loss:.3f}"),
+        )
+    return model, tokenizer
 
 
 def write_run_file(folder: Path, name: str, stages: dict[str, Sequence[Path]], settings: Settings) -> None:

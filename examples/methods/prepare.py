@@ -19,11 +19,10 @@ from pathlib import Path
 
 import torch
 
-from examples.demo.model import build_model, build_tokenizer, load, save
+from examples.demo.model import save
 from examples.demo.preferences import write_pairs
-from examples.demo.setup import FULL, QUICK, Settings, set_up
-from examples.demo.sft import warm_up
-from examples.demo.task import SOURCES, draw_words, warmup_corpus
+from examples.demo.setup import FULL, QUICK, Settings, set_up, warmed_up
+from examples.demo.task import SOURCES, draw_words
 from sdpo_kernels.stepwise.errors import UserError
 from sdpo_kernels.stepwise.progress import Reporter
 
@@ -45,21 +44,8 @@ def prepare(folder: Path, settings: Settings, reporter: Reporter) -> None:
     # the first of the held-out pairs choose (expo's α); results are judged on the others and on held-out prompts
     write_pairs(folder / "data" / "dev.jsonl", [pair for pairs in start.heldout.values() for pair in pairs[:DEV_PAIRS]])
     if not (folder / "other" / "model.safetensors").exists():
-        make_other(folder / "other", replace(settings, seed=settings.seed + 100), reporter)
-
-
-def make_other(folder: Path, settings: Settings, reporter: Reporter) -> None:
-    """A second warm start, of another seed."""
-    tokenizer = build_tokenizer()
-    model = build_model(tokenizer, settings.seed)
-    rows = warmup_corpus(settings.warmup_steps * settings.warmup_batch, settings.seed)
-    with reporter.task("warm-up of another", settings.warmup_steps) as bar:
-        warm_up(
-            model, tokenizer, rows, batch_size=settings.warmup_batch, learning_rate=settings.warmup_rate,
-            on_step=lambda step, loss: bar.update(step, f"loss {loss:.3f}"),
-        )  # fmt: skip
-    save(model, tokenizer, folder)
-    load(folder)  # it can be read back
+        other = replace(settings, seed=settings.seed + 100)
+        save(*warmed_up(other, "warm-up of another", reporter), folder / "other")
 
 
 def main() -> None:
