@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from sdpo_kernels.stepwise import ranks
+from sdpo_kernels.stepwise.collate import collate_packed
 
 
 def own(weight: Tensor) -> Tensor:
@@ -50,6 +51,8 @@ def check_way(trainer: Any) -> None:
         raise ValueError("fsdp: needs several GPUs; accelerate would train plain DDP here without a word")
     if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise ValueError("fsdp_config.version: was 1, must be 2")
+    if trainer.is_fsdp_enabled and trainer.data_collator is not collate_packed:
+        raise ValueError("fsdp: needs batching: packed; padded batches would take other numbers of forwards a process")
     if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
         raise ValueError("deepspeed: ZeRO-3 cuts the model before its references are scored; use fsdp, or ZeRO-2")
     if trainer.following is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
