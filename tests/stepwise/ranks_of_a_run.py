@@ -123,7 +123,7 @@ def fsdp_on_cpu(rank: int) -> None:
     genuine = state.AcceleratorState.__init__
 
     def __init__(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
-        fresh = not self.initialized
+        fresh = not self._shared_state
         genuine(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fresh and fsdp_plugin is not None:
             self.distributed_type = DistributedType.FSDP

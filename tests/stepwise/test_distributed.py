@@ -18,12 +18,9 @@ SIZES = (13, 9)  # at 4 pairs a step the last steps have 1 pair: one process is 
 
 
 def yaml_of(folder: Path, model: Path, batch: int, **settings) -> Path:
+    """Settings of `batch` pairs a process and micro-batch, on the same data in the same folder."""
     trainer = {"per_device_train_batch_size": batch, "save_steps": 2} | settings.pop("trainer", {})
-    (folder / str(batch)).mkdir(exist_ok=True)
-    for number, size in enumerate(SIZES, 1):
-        data = folder / str(batch) / f"data{number}.jsonl"
-        runs.write_rows(data, runs.make_rows(size, seed=number))
-    return runs.write_settings(folder / str(batch), model, SIZES, trainer=trainer, **settings)
+    return runs.write_settings(folder, model, SIZES, trainer=trainer, **settings).rename(folder / f"{batch}.yaml")
 
 
 def one_process(yaml: Path, run: Path, *overrides: str) -> Path:
