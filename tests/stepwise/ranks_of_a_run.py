@@ -19,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from sdpo_kernels.stepwise import run as run_module
 from sdpo_kernels.stepwise import stage as stage_module
 from sdpo_kernels.stepwise.models import weights_hash
+from sdpo_kernels.stepwise.weights import is_sharded
 from tests.stepwise.runs import Child
 
 
@@ -115,8 +116,17 @@ def stale_in(rank: int, victim: int) -> None:
     collate.Batch.of = classmethod(of)
 
 
-def fsdp_on_cpu(rank: int) -> None:
-    """accelerate takes FSDP plugins on GPUs alone; here it takes them on gloo too."""
+def fsdp_on_cpu(rank: int, killed_at: int = 0) -> None:
+    """accelerate takes FSDP plugins on GPUs alone; here it takes them on gloo too. A model left whole is an error."""
+    if killed_at:
+        die_at(rank, "s1", killed_at, (0, 1))
+    gathered = stage_module.gathered
+
+    def of_shards(trainer: Any) -> Any:
+        assert is_sharded(trainer.model)
+        return gathered(trainer)
+
+    stage_module.gathered = of_shards
     from accelerate import state
     from accelerate.utils import DistributedType
 
@@ -126,7 +136,7 @@ def fsdp_on_cpu(rank: int) -> None:
         fresh = not self._shared_state
         genuine(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fresh and fsdp_plugin is not None:
-            self.distributed_type = DistributedType.FSDP
+            self.distributed_type = state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             self.fsdp_plugin = fsdp_plugin
 
     state.AcceleratorState.__init__ = __init__

@@ -156,17 +156,21 @@ def test_lora_and_a_following_reference_and_accumulation(tmp_path, model):
     assert largest_deviation(tmp_path / "two", expected) < 5e-6
 
 
-def two_with(yaml: Path, run: Path, *overrides: str, fault=None) -> Ranks:
-    return Ranks(run.parent, "train", yaml, f"output_dir={run}", "--quiet", *overrides, fault=fault)
+def two_with(yaml: Path, run: Path, *overrides: str, fault=None, options=()) -> Ranks:
+    return Ranks(run.parent, "train", yaml, f"output_dir={run}", "--quiet", *overrides, fault=fault, options=options)
 
 
 def test_fsdp2_trains_what_one_process_does(whole, tmp_path, model):
     """On gloo with accelerate's refusal of CPUs taken away: the way that several GPUs go."""
     _, _, halves, expected = whole
+    killed = two_with(halves, tmp_path / "sharded", "trainer.fsdp=true", fault=faults.fsdp_on_cpu, options=[4])
+    assert -9 in killed.wait(), killed.text
     ranks = two_with(halves, tmp_path / "sharded", "trainer.fsdp=true", fault=faults.fsdp_on_cpu)
     assert ranks.wait() == [0, 0], ranks.text
     assert largest_deviation(tmp_path / "sharded", expected) < 2e-6
     assert_same_figures(tmp_path / "sharded", expected)
+    manifest = json.loads((tmp_path / "sharded" / "manifest.json").read_text())
+    assert manifest["stages"][0]["resumed_at_step"] == 2
 
 
 def test_fsdp_that_would_be_plain_ddp_is_an_error(whole, tmp_path):
