@@ -132,6 +132,7 @@ def main() -> None:
         warnings.simplefilter("ignore")
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # about fields it will rename
+    warnings.filterwarnings("ignore", category=FutureWarning, module="accelerate")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its remarks and bars are not ours; both can be set
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
