@@ -126,16 +126,30 @@ def options(
 
 def main() -> None:
     """Entry point: mistakes of the user end in one clear line and exit code 2, a stop by signal in 130."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that a launcher has started; the others are silent
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING if first else logging.CRITICAL)
+    if not first:
+        warnings.simplefilter("ignore")
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # about fields it will rename
+    warnings.filterwarnings("ignore", category=FutureWarning, module="accelerate")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its remarks and bars are not ours; both can be set
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _end(error, f"error: {error}", 2)
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(130)
+        _end(stop, str(stop), 130)
+
+
+def _end(error: BaseException, message: str, code: int) -> None:
+    """Say `message` (of several processes the first alone does) and exit."""
+    from sdpo_kernels.stepwise import ranks
+
+    if ranks.launched() == 1:
+        print(message, file=sys.stderr)
+        sys.exit(code)
+    if ranks.says(error):
+        print(message, file=sys.stderr, flush=True)
+    os._exit(code)  # connections to processes that are gone may keep an ordinary exit waiting

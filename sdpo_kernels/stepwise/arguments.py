@@ -32,6 +32,11 @@ def training_arguments(config: RunConfig, stage: StageConfig, work: Path, tensor
         raise UserError(f"trainer: {(str(error).splitlines() or [''])[0]}") from error
     if args.n_gpu > 1:
         args._n_gpu = 1  # else Trainer wraps the model in DataParallel, which would cut packed batches anywhere
+    if args.ddp_broadcast_buffers is None:
+        # one broadcast a forward: processes whose padded batches have other numbers of groups would wait for ever
+        args.ddp_broadcast_buffers = False
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False  # every step walks the graph for them, and there seldom are any
     if args.fp16 and args.device.type == "cpu":  # accelerate would leave it out without a word
         raise UserError("trainer.fp16: was true, which needs a GPU; on a CPU use bf16")
     return args

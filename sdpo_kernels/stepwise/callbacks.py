@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sdpo_kernels.stepwise import ranks
 from sdpo_kernels.stepwise.manifest import MetricsFile
 from sdpo_kernels.stepwise.progress import Task, peak_memory_bytes
 from sdpo_kernels.stepwise.trainer import StageTrainer
@@ -80,7 +81,8 @@ class StopOnSignal(TrainerCallback):
     """Ctrl-C or SIGTERM: finish the step, save, stop. A second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = False  # here or in another process
+        self.signalled = False
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -96,12 +98,13 @@ class StopOnSignal(TrainerCallback):
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self.requested:
+        if self.signalled:
             raise KeyboardInterrupt
-        self.requested = True
+        self.signalled = self.requested = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Ask Trainer for a checkpoint and an end."""
+        """Ask Trainer for a checkpoint and an end, where any process has been asked."""
+        self.requested = ranks.total(int(self.requested)) > 0
         if self.requested:
             control.should_save = True
             control.should_training_stop = True

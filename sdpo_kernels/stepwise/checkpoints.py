@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from sdpo_kernels.stepwise import ranks
 from sdpo_kernels.stepwise.files import empty_folder, publish_folder, remove_folder
 
 SAVING = ".saving"
@@ -29,6 +30,7 @@ class AtomicCheckpoints:
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir)
         staging = empty_folder(folder / SAVING)
+        ranks.wait()  # every process adds files of its own
         self.args.output_dir = str(staging)
         try:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
@@ -36,6 +38,12 @@ class AtomicCheckpoints:
             self.args.output_dir = str(folder)
         name = f"checkpoint-{self.state.global_step}"
         self.write_extra(staging / name)
+        ranks.wait()
+        if ranks.is_first():
+            self._publish(folder, staging, name)
+        ranks.wait()
+
+    def _publish(self, folder: Path, staging: Path, name: str) -> None:
         write_listing(staging / name)
         remove_folder(folder / name)
         publish_folder(staging / name, folder / name)
@@ -67,6 +75,13 @@ def latest_checkpoint(folder: Path) -> Path | None:
         else:
             remove_folder(path)
     return max(complete)[1] if complete else None
+
+
+def has_random_states(checkpoint: Path) -> bool:
+    """Whether it was saved by as many processes as there are now, each with the state of its random numbers."""
+    count = ranks.world_size()
+    names = ["rng_state.pth"] if count == 1 else [f"rng_state_{rank}.pth" for rank in range(count)]
+    return all((checkpoint / name).exists() for name in names)
 
 
 def is_complete(checkpoint: Path) -> bool:

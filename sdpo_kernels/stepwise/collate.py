@@ -40,8 +40,10 @@ class PairDataset(Dataset):
         return len(self.tokens)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        pair = self.tokens[index]
-        return {"index": index, "chosen": pair.chosen, "rejected": pair.rejected, "ref_logps": self.ref_logps[index]}
+        place = ~index if index < 0 else index  # below 0: a filler, see rank_batches.py
+        pair = self.tokens[place]
+        refs = self.ref_logps[place]
+        return {"index": index, "chosen": pair.chosen, "rejected": pair.rejected, "ref_logps": refs}
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,13 @@ class Batch:
     ref_logps: Tensor  # [2B]
     rows: ScoredRows  # of the groups' flattened rows, one group after the other
     groups: list[dict[str, Tensor]]  # what the model is called with, once a group
+    pairs: int  # B, or 0 of a filler
 
     @classmethod
     def of(cls, inputs: dict[str, Any]) -> Batch:
         """Read what a collator made, after Trainer has moved it to the device."""
         rows = ScoredRows(inputs["rows_index"], inputs["rows_segment"], inputs["rows_counts"])
-        return cls(inputs["pair_index"], inputs["ref_logps"], rows, inputs["groups"])
+        return cls(inputs["pair_index"], inputs["ref_logps"], rows, inputs["groups"], inputs["pairs"])
 
     @property
     def n_rows(self) -> int:
@@ -153,8 +156,10 @@ def _batch(
     """The batch of `groups`; `segment` is the sequence of each of their rows, one group after the other."""
     index = np.flatnonzero(np.concatenate([group["logp_targets"].ravel() for group in groups]) != IGNORE_INDEX)
     refs = torch.stack([example["ref_logps"] for example in examples])  # [B, 2]
+    places = [example["index"] for example in examples]
     return {
-        "pair_index": torch.tensor([example["index"] for example in examples]),  # first: its length is the batch size
+        "pair_index": torch.tensor([max(i, ~i) for i in places]),  # first: its length is the batch size
+        "pairs": sum(i >= 0 for i in places),
         "ref_logps": refs.T.reshape(-1),
         "rows_index": _tensor(index),
         "rows_segment": _tensor(segment[index]),

@@ -1,4 +1,7 @@
-"""Files that are either whole or absent, whatever kills the process: written beside, fsynced, renamed into place."""
+"""Files that are either whole or absent, whatever kills the process: written beside, fsynced, renamed into place.
+
+Of several processes only the first writes; the others pass through here without doing anything.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from sdpo_kernels.stepwise import ranks
 from sdpo_kernels.stepwise.errors import UserError
 
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write `content` to `path`: a reader sees the old file or the new one. UserError where it cannot be written."""
+    if not ranks.is_first():
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as stream:
@@ -42,6 +48,8 @@ def read_json(path: Path) -> Any:
 
 def publish_folder(staging: Path, final: Path) -> None:
     """Make the finished folder `staging` appear as `final`, which must not exist, in one step that survives a crash."""
+    if not ranks.is_first():
+        return
     for path in [*staging.rglob("*"), staging]:
         sync(path)
     os.rename(staging, final)
@@ -51,12 +59,15 @@ def publish_folder(staging: Path, final: Path) -> None:
 def empty_folder(path: Path) -> Path:
     """A new empty folder at `path`; what was there is removed."""
     remove_folder(path)
-    path.mkdir(parents=True)
+    if ranks.is_first():
+        path.mkdir(parents=True)
     return path
 
 
 def remove_folder(path: Path) -> None:
     """Remove a folder and what is in it; renamed out of sight first, so that a kill leaves no half of it in place."""
+    if not ranks.is_first():
+        return
     doomed = path.with_name(f".{path.name.lstrip('.')}.removing")
     if doomed.exists():  # a kill left it
         shutil.rmtree(doomed)

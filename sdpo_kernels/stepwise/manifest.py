@@ -6,11 +6,13 @@ The manifest is the run's only truth: a stage is done when it says so. Its keys 
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdpo_kernels.stepwise import ranks
 from sdpo_kernels.stepwise.config import config_diff
 from sdpo_kernels.stepwise.errors import UserError
 from sdpo_kernels.stepwise.files import read_json, replace_file, sync, write_json
@@ -40,7 +42,7 @@ class Manifest:
             manifest.save()
             return manifest
         data = read_json(path)
-        differences = config_diff(data.get("config", {}), header["config"])
+        differences = config_diff(*_comparable(data, header))
         if not differences:
             differences = config_diff(_plan(data), _plan(header | {"stages": stages}))
         if differences:
@@ -68,6 +70,25 @@ def started_otherwise(run_dir: Path, differences: list[str]) -> str:
     return f"{head} the left:\n  " + "\n  ".join(differences)
 
 
+def _comparable(data: Record, header: Record) -> tuple[Record, Record]:
+    """Both configs; with other numbers of processes the pairs a step stand for the settings that they come from."""
+    before, now = (record.get("environment", {}).get("world_size", 1) for record in (data, header))
+    configs = data.get("config", {}), header["config"]
+    return configs if before == now else (_of_steps(configs[0], before), _of_steps(configs[1], now))
+
+
+def _of_steps(config: Record, processes: int) -> Record:
+    factors = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+
+    def changed(settings: Record) -> Record:
+        effective = factors | config.get("trainer", {}) | settings
+        rest = {key: value for key, value in settings.items() if key not in factors}
+        return rest | {" x ".join([*factors, "processes"]): math.prod(effective[key] for key in factors) * processes}
+
+    stages = [stage | {"trainer": changed(stage.get("trainer") or {})} for stage in config.get("stages", [])]
+    return config | {"trainer": changed(config.get("trainer", {})), "stages": stages}
+
+
 def _plan(data: Record) -> Record:
     """What of a manifest must not change: its stages by name, so that a difference reads well."""
     stages = {stage["name"]: planned(stage) for stage in data.get("stages", [])}
@@ -88,6 +109,8 @@ class MetricsFile:
 
     def append(self, line: Record) -> None:
         """Add one line; a kill in the middle leaves a half line, which `rewind` clears away."""
+        if not ranks.is_first():
+            return
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
 
@@ -109,7 +132,7 @@ class MetricsFile:
 
     def sync(self) -> None:
         """Bring what was appended to the disk."""
-        if self.path.exists():
+        if ranks.is_first() and self.path.exists():
             sync(self.path)
 
     def of_stage(self, stage: int) -> list[Record]:
@@ -136,5 +159,6 @@ def host_environment(threads: int, device: str, seed: int) -> Record:
         "threads": threads,
         "device": device,
         "seed": seed,
+        "world_size": ranks.world_size(),
         "host_cores": os.cpu_count(),
     }

@@ -61,6 +61,16 @@ class Reporter:
             yield _Lines(self, name, total)
 
 
+class Mute(Reporter):
+    """Says nothing at all: what the processes of a run other than its first have."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+
+    def warn(self, message: str) -> None:
+        """Left to the first process."""
+
+
 class _Silent:
     def update(self, done: int, note: str = "") -> None:
         pass

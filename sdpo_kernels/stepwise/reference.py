@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from sdpo_kernels.integrations.causal_lm import unwrap
+from sdpo_kernels.stepwise import ranks
 from sdpo_kernels.stepwise.arguments import autocast_dtype
 from sdpo_kernels.stepwise.collate import Batch, Collator, PairDataset, collate_packed, make_collate_padded
 from sdpo_kernels.stepwise.config import RunConfig
@@ -63,20 +64,26 @@ class Scorer:
         return collate_packed if loaded.packed else make_collate_padded(self.pad_token_id)
 
     def score(self, loaded: Loaded, tokens: TokenizedPairs, label: str) -> Tensor:
-        """Summed log-probs [n, 2], float32, CPU, of every pair (chosen, rejected); of weighted tokens with ld_dpo."""
-        model, collate = loaded.model, self.collator(loaded)
+        """Summed log-probs [n, 2], float32, CPU, of every pair (chosen, rejected); of weighted tokens with ld_dpo.
+
+        Several processes take the batches of one in turn, so every score is the one that a single process gives.
+        """
+        model, collate, size = loaded.model, self.collator(loaded), self.batch_size
         data = PairDataset(tokens, torch.zeros(len(tokens), 2))
-        scores = torch.empty(len(tokens), 2)
+        own: list[tuple[int, Tensor]] = []
         model.eval()
         with self.reporter.task(label, len(tokens)) as task:
-            for start in range(0, len(tokens), self.batch_size):
-                stop = min(start + self.batch_size, len(tokens))
+            for start in range(ranks.rank() * size, len(tokens), ranks.world_size() * size):
+                stop = min(start + size, len(tokens))
                 inputs = collate([data[i] for i in range(start, stop)])
                 inputs = send_to_device(inputs, self.device)
                 with torch.no_grad(), autocast_context(self.device, self.autocast):
                     sums = Batch.of(inputs).logps(model, self.config.loss_sum.ld_alpha)
-                scores[start:stop] = sums.float().view(2, -1).T.cpu()
-                task.update(stop)
+                own.append((start, sums.float().view(2, -1).T.cpu()))
+                if stop < len(tokens):
+                    task.update(stop)
+            scores = merged([part for parts in ranks.exchange(own) for part in parts], len(tokens))
+            task.update(len(tokens))
         return scores
 
     def cached(self, loaded: Loaded, model_hash: str, tokens: TokenizedPairs, label: str, path: Path) -> Tensor:
@@ -106,6 +113,18 @@ class Scorer:
         return self.cached(loaded, weights_hash(loaded.model), tokens, label, cache)
 
 
+def merged(parts: list[tuple[int, Tensor]], count: int) -> Tensor:
+    """Scores [count, 2] of pieces (first pair, scores [k, 2]); RuntimeError unless every pair has exactly one."""
+    scores, given = torch.empty(count, 2), torch.zeros(count, dtype=torch.int64)
+    for start, part in parts:
+        scores[start : start + len(part)] = part
+        given[start : start + len(part)] += 1
+    if bool((given != 1).any()):
+        wrong = int((given != 1).nonzero()[0])
+        raise RuntimeError(f"scores: pair {wrong + 1} of {count} was scored {int(given[wrong])} times, must be once")
+    return scores
+
+
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id that padding has; what is padded is never scored, so any valid id will do."""
     return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -120,7 +139,8 @@ def cache_key(reference_hash: str, tokens: TokenizedPairs, **settings: Any) -> s
 def cached_scores(path: Path, key: str, count: int, make: Callable[[], Tensor]) -> Tensor:
     """The scores [count, 2] in `path` where they are right in every respect, else those `make` gives, saved there."""
     scores, reason = read_scores(path, key, count)
-    if scores is not None:
+    found = min(ranks.exchange(scores is not None))  # in all processes: they must not part ways here
+    if scores is not None and found:
         return scores
     if reason:
         logger.warning("%s is made again: %s", path.name, reason)
@@ -132,6 +152,7 @@ def cached_scores(path: Path, key: str, count: int, make: Callable[[], Tensor]) 
             f"{int(bad.nonzero()[0]) + 1}; its weights are broken, or overflow in this precision"
         )
     write_scores(path, scores, key)
+    ranks.wait()
     return scores
 
 

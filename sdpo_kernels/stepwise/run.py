@@ -8,16 +8,16 @@ manifest = run(load_config("run.yaml"))
 from __future__ import annotations
 
 import fcntl
-import os
 import time
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from sdpo_kernels.stepwise import ranks
 from sdpo_kernels.stepwise.arguments import training_arguments
 from sdpo_kernels.stepwise.config import RunConfig, dump_config
 from sdpo_kernels.stepwise.errors import UserError
@@ -27,7 +27,7 @@ from sdpo_kernels.stepwise.order import StageData, order_stages
 from sdpo_kernels.stepwise.post.after_run import post_done, run_post
 from sdpo_kernels.stepwise.post.record import expo_line
 from sdpo_kernels.stepwise.prepare import Prepared, prepare
-from sdpo_kernels.stepwise.progress import Reporter
+from sdpo_kernels.stepwise.progress import Mute, Reporter
 from sdpo_kernels.stepwise.reference import Scorer, pad_token_id
 from sdpo_kernels.stepwise.report import stage_table, write_report
 from sdpo_kernels.stepwise.scores import EVAL_FILE, EvalData
@@ -35,6 +35,8 @@ from sdpo_kernels.stepwise.sources.prompts import prompts_hash
 from sdpo_kernels.stepwise.stage import Run, Stage, train_stage
 from sdpo_kernels.stepwise.tokenize import TokenizedPairs
 from sdpo_kernels.version import __version__
+
+LOCK = ".lock"
 
 
 def run(config: RunConfig, reporter: Reporter | None = None) -> Record:
@@ -44,30 +46,32 @@ def run(config: RunConfig, reporter: Reporter | None = None) -> Record:
         UserError: whatever a person can mend, before any training where it can be known there.
         Interrupted: after Ctrl-C or SIGTERM, once everything is saved.
     """
-    reporter = reporter or Reporter()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("WORLD_SIZE: was above 1, must be 1: this version trains in one process")
-    prepared = prepare(config)
-    prepared.say_warnings(reporter)
     folder = Path(config.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output_dir: {folder} cannot be made: {error.strerror or error}") from error
+    # TrainingArguments has torch.distributed ready, with the backend and the timeout that it is given
+    with ranks.joined(lambda: training_arguments(config, config.stages[0], folder, folder).device):
+        return _run(config, folder, (reporter or Reporter()) if ranks.is_first() else Mute())
+
+
+def _run(config: RunConfig, folder: Path, reporter: Reporter) -> Record:
+    prepared = ranks.agree(lambda: prepare(config))
+    prepared.say_warnings(reporter)
     with _locked(folder):
         ordered = order_stages(config, prepared.stages, _ranking(prepared, folder, reporter))
         prepared.stages = _as_begun(ordered, folder, reporter)
         state = open_run(prepared, folder, reporter)
-        _clear_leftovers(state)
+        if ranks.is_first():
+            _clear_leftovers(state)
         if all(stage["state"] == "done" for stage in state.manifest.stages) and post_done(state):
-            if not (folder / "report.html").exists():  # killed before its last file
+            if ranks.is_first() and not (folder / "report.html").exists():  # killed before its last file
                 write_report(folder)
             reporter.say(f"nothing to do: all {len(state.manifest.stages)} stages in {folder} are done")
             return state.manifest.data
-        (folder / "report.html").unlink(missing_ok=True)  # asked for in the middle of the run
+        if ranks.is_first():
+            (folder / "report.html").unlink(missing_ok=True)  # asked for in the middle of the run
         _train(state, prepared.stages)
-        run_post(state)
-        write_report(folder)
+        ranks.on_first(lambda: run_post(state))
+        if ranks.is_first():
+            write_report(folder)
     reporter.say(stage_table(state.manifest.data))
     if line := expo_line(state.manifest.data):
         reporter.say(line)
@@ -78,7 +82,7 @@ def run(config: RunConfig, reporter: Reporter | None = None) -> Record:
 def _as_begun(stages: list[StageData], folder: Path, reporter: Reporter) -> list[StageData]:
     """The stages in the order in which the run in `folder` was begun, should a score have come out differently now."""
     path = folder / "manifest.json"
-    if not path.exists():
+    if not ranks.on_first(path.exists):
         left = sorted(entry.name for entry in folder.glob("*stage-*") if entry.is_dir())
         if left:
             raise UserError(
@@ -119,7 +123,7 @@ def open_run(prepared: Prepared, folder: Path, reporter: Reporter) -> Run:
         "eval_data_hash": None if prepared.eval_tokens is None else prepared.eval_tokens.content_hash(),
     }
     records = [_planned(config, index, stage) for index, stage in enumerate(prepared.stages, 1)]
-    manifest = Manifest.open(folder, header, records)
+    manifest = ranks.on_first(lambda: Manifest.open(folder, header, records))
     _warn_of_environment(manifest, environment, reporter)
     replace_file(folder / "config.yaml", dump_config(config).encode())
     eval_data = None
@@ -178,7 +182,7 @@ def _environment(config: RunConfig) -> Record:
 
 
 def _warn_of_environment(manifest: Manifest, now: Record, reporter: Reporter) -> None:
-    before = manifest.data["environment"]
+    before = {"world_size": 1} | manifest.data["environment"]
     changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
     if changed:
         reporter.warn(
@@ -188,11 +192,35 @@ def _warn_of_environment(manifest: Manifest, now: Record, reporter: Reporter) ->
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[Any]:
-    """Only one process at a time works on a run; the lock goes with the process, however it ends."""
-    with (folder / ".lock").open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{folder}: another process is working on this run") from None
+def _locked(folder: Path) -> Iterator[None]:
+    """Only one run at a time works in `folder`; the lock goes with the first process, however it ends."""
+    with ExitStack() as held:
+        token = ranks.on_first(lambda: _lock(folder, held))
+        ranks.agree(lambda: _require_shared(folder, token))
         yield
+
+
+def _lock(folder: Path, held: ExitStack) -> str:
+    """Make and lock the folder for as long as `held`; what the lock's file says now."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir: {folder} cannot be made: {error.strerror or error}") from error
+    stream = held.enter_context((folder / LOCK).open("a"))
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"{folder}: another process is working on this run") from None
+    stream.truncate(0)
+    stream.write(token := uuid.uuid4().hex)
+    stream.flush()
+    return token
+
+
+def _require_shared(folder: Path, token: str, seconds: float = 10.0) -> None:
+    """UserError where this process does not see what the first one writes; a network's file system gets some time."""
+    end = time.monotonic() + seconds
+    while not ((folder / LOCK).exists() and (folder / LOCK).read_text() == token):
+        if time.monotonic() > end:
+            raise UserError(f"output_dir: {folder} is not one folder for all nodes; put it on a shared file system")
+        time.sleep(0.05)

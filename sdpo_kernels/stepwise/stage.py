@@ -9,123 +9,52 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import set_seed
 
 from sdpo_kernels.integrations.causal_lm import check_head
-from sdpo_kernels.stepwise.arguments import training_arguments
+from sdpo_kernels.stepwise import ranks
 from sdpo_kernels.stepwise.callbacks import MetricsWriter, ProgressShower, StopOnSignal
-from sdpo_kernels.stepwise.checkpoints import latest_checkpoint
+from sdpo_kernels.stepwise.checkpoints import has_random_states, latest_checkpoint
 from sdpo_kernels.stepwise.checks import StartGuard, cache_tolerance
 from sdpo_kernels.stepwise.collate import PairDataset
-from sdpo_kernels.stepwise.config import RunConfig
 from sdpo_kernels.stepwise.ema_reference import EmaReference
 from sdpo_kernels.stepwise.errors import Interrupted, UserError
 from sdpo_kernels.stepwise.files import empty_folder, publish_folder, read_json, remove_folder, replace_file
-from sdpo_kernels.stepwise.manifest import Manifest, MetricsFile, Record, planned
+from sdpo_kernels.stepwise.manifest import Record, planned
 from sdpo_kernels.stepwise.model_card import model_card
 from sdpo_kernels.stepwise.models import ADAPTER, Loaded, add_adapter, merge_adapter, release_memory, weights_hash
 from sdpo_kernels.stepwise.multi_scoring import BASE_FILE, MultiReferences
-from sdpo_kernels.stepwise.order import StageData
 from sdpo_kernels.stepwise.prepare import made_stage
-from sdpo_kernels.stepwise.progress import Reporter, peak_memory_bytes, reset_peak_memory
-from sdpo_kernels.stepwise.reference import Scorer, pad_token_id, read_scores, write_scores
+from sdpo_kernels.stepwise.progress import peak_memory_bytes, reset_peak_memory
+from sdpo_kernels.stepwise.reference import read_scores, write_scores
 from sdpo_kernels.stepwise.reference_settings import EmaSettings, MultiSettings
-from sdpo_kernels.stepwise.scores import EVAL_FILE, EvalData
+from sdpo_kernels.stepwise.scores import EVAL_FILE
 from sdpo_kernels.stepwise.sources.context import SourceContext
 from sdpo_kernels.stepwise.sources.make import PAIRS_FILE, SOURCE_FOLDER, make_pairs
+from sdpo_kernels.stepwise.state import Run, Stage
 from sdpo_kernels.stepwise.trainer import StageTrainer
+from sdpo_kernels.stepwise.weights import check_way, gathered, require_same
+
+__all__ = ["Run", "Stage", "prepare_trainer", "train_stage"]
 
 RECORD = "stage.json"  # a finished stage's record, inside its folder
 REFERENCE_FILE = "reference_logps.safetensors"
 MULTI = "references"  # in a stage's working folder: what each of several references scores
 
 
-@dataclass
-class Run:
-    """What all stages of a run share."""
-
-    config: RunConfig
-    folder: Path
-    tokenizer: PreTrainedTokenizerBase
-    manifest: Manifest
-    metrics: MetricsFile
-    reporter: Reporter
-    eval_data: EvalData | None
-
-    def check_weights(self, path: str, digest: str) -> None:
-        """UserError where the model in `path` is not what it was when this run loaded it first."""
-        known = self.manifest.data.setdefault("weights", {})
-        own = Path(path).parent == self.folder
-        name = "initial" if path == self.config.model else Path(path).name if own else path
-        if name not in known:
-            known[name] = digest
-            self.manifest.save()
-        if known[name] != digest:
-            raise UserError(
-                f"{path}: its weights have changed since this run was started; put them back, or choose another "
-                "output_dir"
-            )
-
-    def stage_folder(self, index: int) -> Path:
-        """Where the finished stage `index` (from 1) lies."""
-        return self.folder / f"stage-{index}-{self.manifest.stages[index - 1]['name']}"
-
-
-class Stage:
-    """One stage of a run, `index` from 1."""
-
-    def __init__(self, run: Run, index: int, data: StageData) -> None:
-        self.run, self.index, self.data = run, index, data
-        self.name = data.config.name
-        self.folder = run.stage_folder(index)
-        self.work = run.folder / f".{self.folder.name}"  # where it lies while it is made
-        self.use_cache = True  # what the model's config said before Trainer saw it
-        self.args: TrainingArguments = training_arguments(
-            run.config, data.config, self.work, run.folder / "tensorboard" / self.folder.name
-        )
-        self.scorer = Scorer.of(run.config, self.args, pad_token_id(run.tokenizer), run.reporter)
-
-    @property
-    def record(self) -> Record:
-        """Its record in the manifest."""
-        return self.run.manifest.stages[self.index - 1]
-
-    def update(self, values: Record) -> None:
-        """Change its record in the manifest."""
-        self.run.manifest.update_stage(self.index, values)
-
-    def model_before(self, which: str) -> str:
-        """The model that `previous` or `initial` names at this stage's start; `ema` and `multi`: the policy's."""
-        if which in ("ema", "multi"):
-            which = self.run.config.policy
-        if which == "initial" or self.index == 1:
-            return self.run.config.model
-        return str(self.run.stage_folder(self.index - 1))
-
-    @property
-    def starts_as_reference(self) -> bool:
-        """Whether the policy is its own reference at the stage's start."""
-        config = self.run.config
-        if config.reference in ("multi", "none"):
-            return False
-        return self.model_before(config.policy) == self.model_before(config.reference)
-
-
 def train_stage(stage: Stage) -> None:
     """Bring a stage from wherever it is to its finished folder and its `done` in the manifest."""
-    if (stage.folder / RECORD).exists():  # killed between the rename and the manifest's last write
+    if ranks.on_first((stage.folder / RECORD).exists):  # killed between the rename and the manifest's last write
         _adopt(stage)
         return
     started = time.monotonic()
     reset_peak_memory()
-    stage.work.mkdir(parents=True, exist_ok=True)
-    checkpoint = latest_checkpoint(stage.work)
+    checkpoint = ranks.on_first(lambda: _opened(stage))
     if checkpoint is not None and stage.run.config.reference != "none" and not (stage.work / REFERENCE_FILE).exists():
         stage.run.reporter.warn(f"stage {stage.name}: its {REFERENCE_FILE} is gone and is made again")
     if stage.data.prompts is not None:
@@ -137,23 +66,40 @@ def train_stage(stage: Stage) -> None:
     if checkpoint is not None:
         stage.args.eval_on_start = False  # that was before the checkpoint
         stage.run.reporter.say(f"stage {stage.name}: going on at step {step}")
+        if not has_random_states(checkpoint):
+            stage.run.reporter.warn(
+                f"stage {stage.name}: {checkpoint.name} was saved by another number of processes, so the states of "
+                "random numbers in it are not taken up; batches keep their order, and dropout is off anyway"
+            )
     stopped = _fit(stage, trainer, checkpoint)
-    lines = stage.run.metrics.of_stage(stage.index)
-    record = stage.record | {
-        "state": "done",
-        "steps": trainer.state.global_step,
-        "first_loss": lines[0]["loss"],
-        "last_loss": lines[-1]["loss"],
-        "resumed_at_step": step,
-        "seconds": round(time.monotonic() - started, 3),
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
+    steps = trainer.state.global_step
+    record = ranks.on_first(lambda: _record(stage, steps, step, time.monotonic() - started))
     staging = _save(stage, trainer, ref_logps)
     del trainer
     release_memory()
     _finish(stage, staging, record)
     if stopped and stage.index < len(stage.run.manifest.stages):
         raise Interrupted(f"stopped after stage {stage.name}, which is finished; the same command goes on from there")
+
+
+def _opened(stage: Stage) -> Path | None:
+    """The stage's working folder is there; its newest complete checkpoint."""
+    stage.work.mkdir(parents=True, exist_ok=True)
+    return latest_checkpoint(stage.work)
+
+
+def _record(stage: Stage, steps: int, resumed: int | None, seconds: float) -> Record:
+    """The record of a stage that has been trained."""
+    lines = stage.run.metrics.of_stage(stage.index)
+    return stage.record | {
+        "state": "done",
+        "steps": steps,
+        "first_loss": lines[0]["loss"],
+        "last_loss": lines[-1]["loss"],
+        "resumed_at_step": resumed,
+        "seconds": round(seconds, 3),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
 
 
 def _make_pairs(stage: Stage) -> None:
@@ -174,7 +120,7 @@ def _make_pairs(stage: Stage) -> None:
         reporter=stage.run.reporter,
     )  # fmt: skip
     path = stage.work / PAIRS_FILE
-    make_pairs(ctx, settings.kind, path)
+    ranks.on_first(lambda: make_pairs(ctx, settings.kind, path))
     release_memory()
     stage.data = made_stage(config, stage.data.config, stage.run.tokenizer, path, stage.run.reporter)
     tokens = stage.data.tokens
@@ -232,7 +178,9 @@ def _make_trainer(stage: Stage, loaded: Loaded, ref_logps: Tensor) -> StageTrain
             data_collator=stage.scorer.collator(loaded),
             processing_class=stage.run.tokenizer,
         )
-        trainer.create_optimizer()  # now rather than in train(), for what it refuses: a library that is not there
+        check_way(trainer)
+        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # those make theirs of their shards
+            trainer.create_optimizer()  # now rather than in train(), for what it refuses: a library that is not there
     except (ValueError, ImportError) as error:
         raise UserError(f"stage {stage.name}: trainer: {(str(error).splitlines() or [''])[0]}") from error
     if len(trainer.get_train_dataloader()) == 0:
@@ -290,6 +238,7 @@ def _multi_references(stage: Stage, settings: MultiSettings) -> tuple[Loaded, Te
     if evaluation is not None:
         stored = evaluation.stored(_folder_of(stage, stage.model_before("multi")))
         write_scores(references.folder / EVAL_FILE, references.combine("eval", stored), key)
+    ranks.wait()
     return (
         loaded,
         scores,
@@ -338,7 +287,7 @@ def _fit(stage: Stage, trainer: StageTrainer, checkpoint: Path | None) -> bool:
     steps_before = sum(record["steps"] for record in stage.run.manifest.stages[: stage.index - 1])
     trainer.add_callback(MetricsWriter(stage.run.metrics, stage.name, stage.index, steps_before))
     label = f"stage {stage.index} {stage.name}"
-    with stage.run.reporter.task(label, trainer.planned_steps()) as task, stop.installed():
+    with stage.run.reporter.task(label, trainer.planned_steps()) as task, stop.installed(), ranks.training():
         trainer.add_callback(ProgressShower(task, trainer))
         if checkpoint is None:
             trainer.train()
@@ -355,15 +304,21 @@ def _fit(stage: Stage, trainer: StageTrainer, checkpoint: Path | None) -> bool:
 
 def _save(stage: Stage, trainer: StageTrainer, ref_logps: Tensor) -> Path:
     """A hidden folder with everything a finished stage holds but its card and its record."""
+    trainer.require_finite_weights()
+    require_same(trainer.model)
+    weights = gathered(trainer)
+    return ranks.on_first(lambda: _write(stage, trainer, weights, ref_logps))
+
+
+def _write(stage: Stage, trainer: StageTrainer, weights: dict[str, Tensor] | None, ref_logps: Tensor) -> Path:
     staging = empty_folder(stage.work / "finished")
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    trainer.require_finite_weights()
     if stage.run.config.lora is not None:
-        model.save_pretrained(staging / ADAPTER)
-        model = merge_adapter(staging / ADAPTER, stage.run.config)
+        model.save_pretrained(staging / ADAPTER, state_dict=weights)
+        model, weights = merge_adapter(staging / ADAPTER, stage.run.config), None
     else:
         model.config.use_cache = stage.use_cache  # Trainer switched it off, and generation wants it
-    model.save_pretrained(staging)
+    model.save_pretrained(staging, state_dict=weights)
     stage.run.tokenizer.save_pretrained(staging)
     if stage.data.config.source is not None:
         shutil.copyfile(stage.work / PAIRS_FILE, staging / PAIRS_FILE)
@@ -388,3 +343,4 @@ def _finish(stage: Stage, staging: Path, record: Record) -> None:
     publish_folder(staging, stage.folder)
     stage.update(record)
     remove_folder(stage.work)
+    ranks.wait()

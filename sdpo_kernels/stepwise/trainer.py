@@ -15,11 +15,14 @@ from transformers import PrinterCallback, Trainer
 
 from sdpo_kernels.dpo import DPOOutput, pair_output
 from sdpo_kernels.losses import LossSum
+from sdpo_kernels.stepwise import ranks
 from sdpo_kernels.stepwise.checkpoints import AtomicCheckpoints
 from sdpo_kernels.stepwise.checks import StartGuard
 from sdpo_kernels.stepwise.collate import Batch
 from sdpo_kernels.stepwise.ema_reference import EmaReference
 from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.rank_batches import share_batches
+from sdpo_kernels.stepwise.weights import not_finite
 
 PENDING = "pending_metrics.safetensors"  # in a checkpoint: what was collected since the last log
 
@@ -50,6 +53,14 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         self._metrics: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._all_finite: Tensor | None = None
         self.rows_seen = 0
+        self.loss_is_scaled_for_ga = True  # by compute_loss, so that every pair of a step weighs alike
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        return share_batches(super()._get_dataloader(*args, **kwargs))
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> int:
+        """The pairs of an optimiser step, in all its micro-batches and all processes."""
+        return ranks.total(sum(batch["pairs"] for batch in batch_samples))
 
     def compute_loss(
         self,
@@ -58,7 +69,10 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The stage's loss, mean over the pairs of the batch."""
+        """The stage's loss, mean over the pairs of the batch; its share of `num_items_in_batch`, where that is given.
+
+        Gradients are averaged over processes, so a process's share counts as often as there are processes.
+        """
         batch = Batch.of(inputs)
         guard, self.guard = (self.guard, None) if model.training else (None, self.guard)
         fresh = None if guard is None else self._score_afresh(model, batch)
@@ -66,11 +80,14 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         sums, weights = batch.logps_for(model, self.loss)
         out = pair_output(sums, ref_logps, batch.rows.counts, pair_weights=weights, loss_type=self.loss, beta=self.beta)
         if guard is not None and fresh is not None:
-            guard.check(batch.pair_index, sums, fresh, ref_logps, float(out.loss.detach()))
-        self._remember(out, model.training)
+            ranks.agree(lambda: guard.check(batch.pair_index, sums, fresh, ref_logps, float(out.loss.detach())))
+        if batch.pairs:
+            self._remember(out, model.training)
         if model.training:
-            self.rows_seen += batch.n_rows
-        return (out.loss, {"logps": sums}) if return_outputs else out.loss
+            self.rows_seen += batch.n_rows * ranks.world_size()
+        share = 1.0 if num_items_in_batch is None else batch.pairs * ranks.world_size() / num_items_in_batch
+        loss = out.loss if share == 1 else out.loss * share
+        return (loss, {"logps": sums}) if return_outputs else loss
 
     def _reference_logps(self, model: nn.Module, batch: Batch) -> Tensor:
         """[2B]: cached, or of a reference that follows the policy; evaluations keep to the stage's start."""
@@ -100,9 +117,8 @@ class StageTrainer(AtomicCheckpoints, Trainer):
     def _remember(self, out: DPOOutput, training: bool) -> None:
         """Keep the pairs' metrics as tensors [B]: reading them here would wait for the device at every step."""
         metrics = self._metrics["train" if training else "eval"]
-        if training:
-            # in place of Trainer's, which forgets at a resume; each pair weighs the same, as in the other metrics
-            metrics["loss"].append(out.loss.detach().expand(len(out.accuracy)))
+        # in place of Trainer's, which forgets at a resume; each pair weighs the same, as in the other metrics
+        metrics["loss"].append(out.loss.detach().expand(len(out.accuracy)))
         metrics["rewards/chosen"].append(out.chosen_rewards)
         metrics["rewards/rejected"].append(out.rejected_rewards)
         metrics["rewards/accuracies"].append(out.accuracy)
@@ -119,10 +135,17 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         kind = "train" if "loss" in logs else "eval" if "eval_loss" in logs else None
         if kind is not None:
             prefix = "" if kind == "train" else "eval_"
-            for name, values in sorted(self._metrics[kind].items()):  # sorted: a resumed run's came from a file
-                logs[prefix + name] = torch.cat(values).mean().item()
+            for name, values in self._collected(kind).items():
+                logs[prefix + name] = math.fsum(values.tolist()) / len(values)  # whatever order the pairs come in
             self._metrics[kind].clear()
         super().log(logs, start_time)
+
+    def _collected(self, kind: str) -> dict[str, Tensor]:
+        """Each metric of the pairs of all processes since the last log, on the CPU."""
+        own = {name: torch.cat(values).float().cpu() for name, values in self._metrics[kind].items() if values}
+        parts = ranks.exchange(own)
+        names = sorted({name for part in parts for name in part})  # sorted: a resumed run's came from a file
+        return {name: torch.cat([part[name] for part in parts if name in part]) for name in names}
 
     def planned_steps(self) -> int:
         """How many optimiser steps the stage will take."""
@@ -133,7 +156,8 @@ class StageTrainer(AtomicCheckpoints, Trainer):
 
     def require_finite(self) -> None:
         """UserError where a loss was NaN or infinite: the weights would turn NaN at the next step, or have."""
-        if self._all_finite is not None and not bool(self._all_finite):
+        broken = self._all_finite is not None and not bool(self._all_finite)
+        if ranks.total(int(broken)) > 0:
             raise UserError(
                 f"stage {self.stage}: the loss became NaN or infinite at step {self.state.global_step} or shortly "
                 "before; the last complete checkpoint is kept. Usual causes: a learning rate too high, fp16 without "
@@ -149,8 +173,7 @@ class StageTrainer(AtomicCheckpoints, Trainer):
 
     def require_finite_weights(self) -> None:
         """UserError where the last update made a weight NaN or infinite, though every loss was finite before it."""
-        model = self.accelerator.unwrap_model(self.model)
-        broken = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
+        broken = [name for found in ranks.exchange(not_finite(self.model)) for name in found]
         if broken:
             raise UserError(
                 f"stage {self.stage}: the last step made weights NaN or infinite, first {broken[0]}; "
@@ -159,7 +182,9 @@ class StageTrainer(AtomicCheckpoints, Trainer):
 
     def write_extra(self, checkpoint: Path) -> None:
         """What a resumed run needs to go on as one never stopped: metrics since the last log, a moving reference."""
-        pending = {name: torch.cat(values).cpu() for name, values in self._metrics["train"].items() if values}
+        pending = self._collected("train")
+        if not ranks.is_first():
+            return
         save_file(pending, checkpoint / PENDING)
         if self.following is not None:
             self.following.save(checkpoint)
@@ -167,8 +192,9 @@ class StageTrainer(AtomicCheckpoints, Trainer):
     def resume(self, checkpoint: Path) -> None:
         """Train on from `checkpoint`."""
         self.guard = None  # the policy has left its start
-        pending = load_file(checkpoint / PENDING)
-        self._metrics["train"].update({name: [values] for name, values in pending.items()})
+        if ranks.is_first():
+            pending = load_file(checkpoint / PENDING)
+            self._metrics["train"].update({name: [values] for name, values in pending.items()})
         if self.following is not None:
             self.following.load(checkpoint)
         self.train(resume_from_checkpoint=str(checkpoint))

@@ -1,0 +1,59 @@
+"""A trained model's weights as they lie with several processes: whole in each, or a shard in each (FSDP2)."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from sdpo_kernels.stepwise import ranks
+from sdpo_kernels.stepwise.collate import collate_packed
+
+
+def own(weight: Tensor) -> Tensor:
+    """What of a weight this process holds."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether processes hold shards of the model."""
+    return any(isinstance(weight, DTensor) for weight in model.parameters())
+
+
+def not_finite(model: Any) -> list[str]:
+    """Names of the parameters that are NaN or infinite somewhere in this process."""
+    return [name for name, weight in model.named_parameters() if not bool(torch.isfinite(own(weight)).all())]
+
+
+def require_same(model: Any) -> None:
+    """RuntimeError where processes that each hold the whole model have drifted apart: gradients were not shared."""
+    if ranks.world_size() == 1 or is_sharded(model):
+        return
+    sums = [float(weight.detach().double().sum()) for weight in model.parameters() if weight.requires_grad]
+    if any(others != sums for others in ranks.exchange(sums)):
+        raise RuntimeError("the processes' weights differ after training: gradients were not averaged over all of them")
+
+
+def gathered(trainer: Any) -> dict[str, Tensor] | None:
+    """Whole weights of a sharded model in the first process's memory (CPU), nothing in others; None: not sharded."""
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        return None
+    return trainer.accelerator.get_state_dict(trainer.model_wrapped)
+
+
+def check_way(trainer: Any) -> None:
+    """ValueError for ways of sharing a model that would not train what was asked for, or cannot be scored."""
+    asked = trainer.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asked and not trainer.is_fsdp_enabled:
+        raise ValueError("fsdp: needs several GPUs; accelerate would train plain DDP here without a word")
+    if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
+        raise ValueError("fsdp_config.version: was 1, must be 2")
+    if trainer.is_fsdp_enabled and trainer.data_collator is not collate_packed:
+        raise ValueError("fsdp: needs batching: packed; padded batches would take other numbers of forwards a process")
+    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
+        raise ValueError("deepspeed: ZeRO-3 cuts the model before its references are scored; use fsdp, or ZeRO-2")
+    if trainer.following is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ValueError("fsdp or deepspeed: reference: ema averages whole weights; use plain DDP with it")

@@ -1,0 +1,143 @@
+"""A run's processes as torchrun starts them: children of runs.py's server on gloo, one thread each, ended together.
+
+`Ranks` ends the others when one fails, as torchrun does, and all of them after `seconds`: a hang fails its test.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from sdpo_kernels.stepwise import run as run_module
+from sdpo_kernels.stepwise import stage as stage_module
+from sdpo_kernels.stepwise.models import weights_hash
+from sdpo_kernels.stepwise.weights import is_sharded
+from tests.stepwise.runs import Child
+
+
+class Ranks:
+    """`sdpo ARGUMENTS` in `count` processes; `fault(*options)` is called in each, after its RANK is set."""
+
+    def __init__(self, folder: Path, *arguments: Any, count: int = 2, fault: Any = None, options: Any = ()):
+        port = _free_port()
+        self.children = [
+            Child(folder, *arguments, fault=_enter, options=(rank, count, port, fault, tuple(options)))
+            for rank in range(count)
+        ]
+
+    def wait(self, seconds: float = 60.0) -> list[int]:
+        """The exit codes, by rank, of the processes that were not ended for another's sake (those give -SIGTERM)."""
+        end = time.monotonic() + seconds
+        while any(child.process.is_alive() for child in self.children):
+            assert time.monotonic() < end, self._stop(signal.SIGKILL) or f"hung after {seconds} s: {self.text}"
+            if any(child.process.exitcode not in (None, 0) for child in self.children):
+                time.sleep(0.5)
+                self._stop(signal.SIGTERM)
+                time.sleep(2.0)
+                self._stop(signal.SIGKILL)
+            time.sleep(0.02)
+        return [child.process.exitcode for child in self.children]
+
+    def _stop(self, number: int) -> None:
+        for child in self.children:
+            child.signal(number)
+
+    @property
+    def texts(self) -> list[str]:
+        return [child.text for child in self.children]
+
+    @property
+    def text(self) -> str:
+        return "\n".join(f"[{rank}] {text}" for rank, text in enumerate(self.texts))
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def _enter(rank: int, count: int, port: int, fault: Callable[..., None] | None, options: tuple[Any, ...]) -> None:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    run_module.write_report = lambda folder: []
+    disable_progress_bar()  # `main` does where transformers was not imported before
+    if fault is not None:
+        fault(rank, *options)
+
+
+# ---- faults ----
+
+
+def note_weights(rank: int, folder: Path) -> None:
+    """Each process writes the hash of its weights after each stage."""
+    genuine = stage_module.gathered
+
+    def gathered(trainer: Any) -> Any:
+        name = f"{trainer.stage}-{rank}"
+        (folder / name).write_text(weights_hash(trainer.accelerator.unwrap_model(trainer.model)))
+        return genuine(trainer)
+
+    stage_module.gathered = gathered
+
+
+def die_at(rank: int, stage: str, step: int, victims: tuple[int, ...]) -> None:
+    """kill -9 of the processes `victims` before optimiser step `step` (from 1)."""
+    from sdpo_kernels.stepwise.trainer import StageTrainer
+
+    genuine = StageTrainer.training_step
+
+    def training_step(self: StageTrainer, *args: Any, **kwargs: Any) -> Any:
+        if rank in victims and self.stage == stage and self.state.global_step == step - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return genuine(self, *args, **kwargs)
+
+    StageTrainer.training_step = training_step
+
+
+def stale_in(rank: int, victim: int) -> None:
+    """One process's reference log-probs are wrong: its own check fails, and no other's."""
+    from sdpo_kernels.stepwise import collate
+
+    genuine = collate.Batch.of.__func__
+
+    def of(cls: Any, inputs: Any) -> Any:
+        return genuine(cls, inputs | ({"ref_logps": inputs["ref_logps"] + 1} if rank == victim else {}))
+
+    collate.Batch.of = classmethod(of)
+
+
+def fsdp_on_cpu(rank: int, killed_at: int = 0) -> None:
+    """accelerate takes FSDP plugins on GPUs alone; here it takes them on gloo too. A model left whole is an error."""
+    if killed_at:
+        die_at(rank, "s1", killed_at, (0, 1))
+    gathered = stage_module.gathered
+
+    def of_shards(trainer: Any) -> Any:
+        assert is_sharded(trainer.model)
+        return gathered(trainer)
+
+    stage_module.gathered = of_shards
+    from accelerate import state
+    from accelerate.utils import DistributedType
+
+    genuine = state.AcceleratorState.__init__
+
+    def __init__(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        fresh = not self._shared_state
+        genuine(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fresh and fsdp_plugin is not None:
+            self.distributed_type = state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+
+    state.AcceleratorState.__init__ = __init__
+    torch.set_num_threads(1)

@@ -1,0 +1,179 @@
+"""Runs in two processes on gloo: the same figures as one process's, one voice, and no hang whatever fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.stepwise import ranks_of_a_run as faults
+from tests.stepwise import runs
+from tests.stepwise.ranks_of_a_run import Ranks
+
+pytestmark = pytest.mark.xdist_group("distributed")
+
+SIZES = (13, 9)  # at 4 pairs a step the last steps have 1 pair: one process is left without
+
+
+def yaml_of(folder: Path, model: Path, batch: int, **settings) -> Path:
+    """Settings of `batch` pairs a process and micro-batch, on the same data in the same folder."""
+    trainer = {"per_device_train_batch_size": batch, "save_steps": 2} | settings.pop("trainer", {})
+    return runs.write_settings(folder, model, SIZES, trainer=trainer, **settings).rename(folder / f"{batch}.yaml")
+
+
+def one_process(yaml: Path, run: Path, *overrides: str) -> Path:
+    child = runs.Child(run.parent, "train", yaml, f"output_dir={run}", "--quiet", *overrides, fault=_quick)
+    assert child.wait() == 0, child.text
+    return run
+
+
+def _quick() -> None:
+    faults.run_module.write_report = lambda folder: []
+
+
+def two(yaml: Path, run: Path, fault=None, options=(), quiet: bool = True) -> Ranks:
+    return Ranks(run.parent, "train", yaml, f"output_dir={run}", *["--quiet"] * quiet, fault=fault, options=options)
+
+
+def largest_deviation(a: Path, b: Path) -> float:
+    """Of all stages' weights."""
+    names = sorted(path.relative_to(a) for path in a.glob("stage-*/model.safetensors"))
+    assert len(names) == len(SIZES)
+    pairs = [(load_file(a / name), load_file(b / name)) for name in names]
+    assert all(x.keys() == y.keys() for x, y in pairs)
+    return max(float((x[key] - y[key]).abs().max()) for x, y in pairs for key in x)
+
+
+def assert_same_figures(a: Path, b: Path, tolerance: float = 2e-5) -> None:
+    ours, theirs = runs.metrics(a), runs.metrics(b)
+    assert len(ours) == len(theirs)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.keys() == other.keys()
+        for name, value in mine.items():
+            if isinstance(value, float):
+                assert value == pytest.approx(other[name], rel=tolerance, abs=tolerance), name
+            else:
+                assert value == other[name]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, model):
+    """What one process leaves, with evaluations, at 4 pairs a step."""
+    folder = tmp_path_factory.mktemp("distributed")
+    settings = {"eval_data": str(runs.write_rows(folder / "eval.jsonl", runs.make_rows(5, seed=9)))}
+    settings["trainer"] = {"eval_strategy": "steps", "eval_steps": 2}
+    one, halves = yaml_of(folder, model, 4, **settings), yaml_of(folder, model, 2, **settings)
+    return folder, one, halves, one_process(one, folder / "whole")
+
+
+def test_two_processes_train_what_one_does(whole):
+    folder, _, halves, expected = whole
+    (folder / "hashes").mkdir()
+    ranks = two(halves, folder / "two", faults.note_weights, [folder / "hashes"], quiet=False)
+    assert ranks.wait() == [0, 0], ranks.text
+    run = folder / "two"
+    assert largest_deviation(run, expected) < 2e-6
+    assert_same_figures(run, expected)
+    caches = [*expected.glob("*stage-1-s1/*_logps.safetensors"), expected / "eval_logps.safetensors"]
+    for path in caches:
+        mine, other = load_file(run / path.relative_to(expected)), load_file(path)
+        for key in other:
+            if path.name.startswith("reference") or path.parent == expected:
+                assert mine[key].equal(other[key]), (path, key)  # bit for bit: batches are those of one process
+            assert mine[key].allclose(other[key], atol=1e-4)
+    for stage in ("s1", "s2"):
+        first, second = ((folder / "hashes" / f"{stage}-{rank}").read_text() for rank in (0, 1))
+        assert first == second
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["environment"]["world_size"] == 2
+    assert [stage["state"] for stage in manifest["stages"]] == ["done", "done"]
+    assert runs.leftovers(run) == []
+    assert ranks.texts[1] == ""  # one voice
+    assert ranks.texts[0].count("stage 1 s1: references  13/13") == 1
+
+
+@pytest.mark.parametrize("victims", [(1,), (0, 1)])
+def test_a_killed_run_goes_on(whole, victims):
+    """The run killed at step 4 of stage 1 has a checkpoint of step 2; two processes take it up, or one does."""
+    folder, one, halves, expected = whole
+    run = folder / f"killed{len(victims)}"
+    killed = two(halves, run, faults.die_at, ["s1", 4, victims])
+    codes = killed.wait()
+    assert all(codes[victim] == -9 for victim in victims), (codes, killed.text)
+    assert "Traceback" not in killed.text
+    if victims == (1,):
+        assert "another process of this run has ended" in killed.texts[0]
+        again = two(halves, run)
+        assert again.wait() == [0, 0], again.text
+    else:
+        child = runs.Child(folder, "train", one, f"output_dir={run}", fault=_quick)
+        assert child.wait() == 0, child.text
+        assert "world_size 2 -> 1" in child.text
+        assert "going on at step 2" in child.text
+        assert "random numbers" in child.text
+    assert json.loads((run / "manifest.json").read_text())["stages"][0]["resumed_at_step"] == 2
+    assert largest_deviation(run, expected) < 2e-6
+    assert_same_figures(run, expected)
+
+
+def test_one_processs_run_goes_on_in_two(whole):
+    folder, one, halves, expected = whole
+    run = folder / "grown"
+    child = runs.Child(folder, "train", one, f"output_dir={run}", "--quiet", fault=_die_alone)
+    assert child.wait() == -9
+    again = two(halves, run)
+    assert again.wait() == [0, 0], again.text
+    assert largest_deviation(run, expected) < 2e-6
+    assert_same_figures(run, expected)
+    doubled = two(one, run)  # as many pairs a process make twice as many a step
+    assert doubled.wait()[0] == 2
+    assert "processes: 4 -> 8" in doubled.text
+
+
+def _die_alone() -> None:
+    _quick()
+    faults.die_at(0, "s1", 4, (0,))
+
+
+def test_an_error_in_one_process_is_said_once_and_ends_both(whole):
+    folder, _, halves, _ = whole
+    ranks = two(halves, folder / "stale", faults.stale_in, [1])
+    assert ranks.wait()[0] == 2, ranks.text
+    assert ranks.text.count("error:") == 1
+    assert "the reference cache holds" in ranks.texts[0]
+    assert "Traceback" not in ranks.text
+
+
+def test_lora_and_a_following_reference_and_accumulation(tmp_path, model):
+    """Averages and adapters are kept by every process, and a step's pairs weigh alike over its micro-batches."""
+    settings = {"reference": "ema", "ema": {"decay": 0.5, "sync_steps": 1}, "lora": {"r": 2}}
+    one, halves = yaml_of(tmp_path, model, 4, **settings), yaml_of(tmp_path, model, 1, **settings)
+    expected = one_process(one, tmp_path / "whole")
+    ranks = two_with(halves, tmp_path / "two", "trainer.gradient_accumulation_steps=2")
+    assert ranks.wait() == [0, 0], ranks.text
+    assert largest_deviation(tmp_path / "two", expected) < 5e-6
+
+
+def two_with(yaml: Path, run: Path, *overrides: str, fault=None, options=()) -> Ranks:
+    return Ranks(run.parent, "train", yaml, f"output_dir={run}", "--quiet", *overrides, fault=fault, options=options)
+
+
+def test_fsdp2_trains_what_one_process_does(whole, tmp_path, model):
+    """On gloo with accelerate's refusal of CPUs taken away: the way that several GPUs go."""
+    _, _, halves, expected = whole
+    killed = two_with(halves, tmp_path / "sharded", "trainer.fsdp=true", fault=faults.fsdp_on_cpu, options=[4])
+    assert -9 in killed.wait(), killed.text
+    ranks = two_with(halves, tmp_path / "sharded", "trainer.fsdp=true", fault=faults.fsdp_on_cpu)
+    assert ranks.wait() == [0, 0], ranks.text
+    assert largest_deviation(tmp_path / "sharded", expected) < 2e-6
+    assert_same_figures(tmp_path / "sharded", expected)
+    manifest = json.loads((tmp_path / "sharded" / "manifest.json").read_text())
+    assert manifest["stages"][0]["resumed_at_step"] == 2
+
+
+def test_fsdp_that_would_be_plain_ddp_is_an_error(whole, tmp_path):
+    ranks = two_with(whole[2], tmp_path / "run", "trainer.fsdp=true")
+    assert ranks.wait()[0] == 2, ranks.text
+    assert "fsdp: needs several GPUs" in ranks.texts[0]
