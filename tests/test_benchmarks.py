@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from benchmarks import head, measure
-from benchmarks.rivals import FLOOR, IGNORE_INDEX, RIVALS, CannotRun, Problem, true_logps
+from benchmarks.problem import IGNORE_INDEX, CannotRun, Problem, true_logps, true_step
+from benchmarks.rivals import FLOOR, RIVALS
 from tests.reference import error, size, target_logps
 
 CPU = torch.device("cpu")
@@ -95,7 +96,8 @@ def test_the_command_measures_in_turn_and_writes_its_report(tmp_path, capsys):
     shown = capsys.readouterr().out
     report = json.loads(path.read_text())
     assert report["shape"] == {
-        "pairs": 1, "length": 16, "hidden": 32, "vocab": 200, "scored": 0.4, "dtype": "bf16", "device": "cpu",
+        "pairs": 1, "length": 16, "hidden": 32, "vocab": 200, "scored": 0.4, "rows": 12,
+        "dtype": "bf16", "device": "cpu",
     }  # fmt: skip
     assert report["versions"]["torch"] == torch.__version__
     assert report["machine"]["threads"] == 1
@@ -116,7 +118,7 @@ def test_rounds_are_taken_in_turn_and_a_case_that_cannot_run_is_not_asked_again(
         asked.append((case, "--with-error" in arguments))
         if case == "naive":
             return {"skipped": "it is too slow"}
-        return {"times_s": [1.0, 2.0 + len(asked)], "peak_extra_bytes": len(asked), "error_nat": 0.5}
+        return {"times_s": [1.0, 2.0 + len(asked)], "peak_extra_bytes": len(asked), "rows": 7, "error_nat": 0.5}
 
     monkeypatch.setattr(measure, "run_fresh", answer)
     assert head.main(["--rounds=2", "--cases", "gemms", "naive", "ours"]) == 0
