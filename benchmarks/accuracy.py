@@ -82,7 +82,7 @@ def one_problem(options: argparse.Namespace, dtype: str, vocab: int, kind: str) 
     numbers = [f"--{name}={getattr(options, name)}" for name in ("pairs", "length", "hidden", "device", "threads")]
     chosen = ["--vocabs", str(vocab), "--dtypes", dtype, "--inputs", kind, "--cases", *options.cases]
     answer = measure.run_fresh("benchmarks.accuracy", ["--child", *numbers, *chosen], options.threads)
-    found = answer.get("cases", {case: answer for case in options.cases})  # a process that failed says why for all
+    found = answer.get("cases", dict.fromkeys(options.cases, answer))  # a process that failed says why for all
     about = {"dtype": dtype, "vocab": vocab, "input": kind}
     return [about | {"case": case} | errors for case, errors in found.items()]
 
