@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from benchmarks import accuracy, head, measure, scaling, stages
-from benchmarks.problem import IGNORE_INDEX, CannotRun, Problem, true_logps, true_step
+from benchmarks.problem import (
+    IGNORE_INDEX,
+    CannotRun,
+    Problem,
+    has_real_masks,
+    real_runs,
+    scored_positions,
+    true_logps,
+    true_step,
+)
 from benchmarks.rivals import FLOOR, RIVALS
 from tests.reference import error, size, target_logps
 
