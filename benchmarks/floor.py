@@ -8,7 +8,6 @@ problem (816 scored rows, H 1024, V 32000). `--profile` shows instead where the 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,8 @@ import torch
 
 from benchmarks import measure
 from benchmarks.head import DTYPES
-from benchmarks.rivals import Problem, gemms, ours, ours_without_stash
+from benchmarks.problem import Problem
+from benchmarks.rivals import gemms, ours, ours_without_stash
 from sdpo_kernels.backends import BACKENDS
 
 # pairs, length, hidden, vocab at 40 % scored: N = 816, 64 and 4096 rows
@@ -56,17 +56,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(profile(options.dtypes[0]))
         return 0
     device = torch.device("cpu")
-    report: dict[str, Any] = {"benchmark": "floor", "chip": options.chip} | measure.surroundings(
-        options.threads, device
-    )
+    report: dict[str, Any] = measure.report("floor", arguments, options.threads, device) | {"chip": options.chip}
     report["results"] = [
         measured(name, shape, dtype, options.rounds, device)
         for dtype in options.dtypes
         for name, shape in (QUICK if options.quick else {name: SHAPES[name] for name in options.shapes}).items()
     ]
     print(show(report))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    measure.write_json(options.json, report)
     return 0
 
 
@@ -115,13 +112,8 @@ def show(report: dict[str, Any]) -> str:
         times = [f"{1e3 * result['median_s'][case]:.1f}" for case in CASES]
         ratios = [f"{result['ratio'][case]:.2f}" for case in CASES if case != "gemms"]
         lines.append([f"{result['dtype']} {result['shape']}", str(result["rows"]), *times, *ratios])
-    machine = report["machine"]
-    above = (
-        f"{machine['processor']}, {machine['threads']} threads, torch {report['versions']['torch']}, "
-        f"commit {report['commit']}, load {machine['load_average']:.1f}"
-    )
     headings = ["", "rows", "gemms ms", "ours ms", "no stash ms", "ours ÷ gemms", "no stash ÷ gemms"]
-    return above + "\n\n" + measure.table(headings, lines)
+    return measure.heading(report) + "\n\n" + measure.table(headings, lines)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One call on a machine with a CUDA device: builds the CUDA library where none was carried along, runs the tests marked
-# `gpu` and compute-sanitizer, then the head benchmark at the five shapes of the design. Works from a bare checkout
+# `gpu` and compute-sanitizer, then the head benchmark at the five shapes of the design and the accuracy at one. Works from a bare checkout
 # without network or hypothesis (hence --noconftest); everything lands in $OUT (default benchmarks/results/gpu). Under
 # nine minutes.
 set -uo pipefail
@@ -43,4 +43,7 @@ done <<SHAPES | tee "$OUT/head.txt"
 4096 8192 128256
 8192 2304 256000
 SHAPES
+# summed log-probs of 512 tokens and gradients against float64
+timeout 60 python3 -m benchmarks.accuracy --device cuda --cases ours ours_native trl_fused_scored cce --dtypes bf16 \
+  --hidden 2048 --vocabs 151936 --inputs plain confident --json "$OUT/accuracy.json" 2>&1 | tee "$OUT/accuracy.txt" || status=1
 exit $status

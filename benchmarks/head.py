@@ -18,11 +18,13 @@ from typing import Any
 import torch
 
 from benchmarks import measure
-from benchmarks.rivals import FLOOR, RIVALS, CannotRun, Problem, true_logps
+from benchmarks.problem import DATA, IGNORE_INDEX, CannotRun, Problem, has_real_masks, true_logps
+from benchmarks.rivals import FLOOR, RIVALS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PATIENCE = 10.0  # seconds of timed calls in one process after which no further one is begun
-QUICK = {"pairs": 1, "length": 16, "hidden": 32, "vocab": 200, "repeats": 1, "rounds": 1}
+SCORED = 0.4  # share of the positions where no real masks are at hand
+QUICK = {"pairs": 1, "length": 16, "hidden": 32, "vocab": 200, "scored": SCORED, "repeats": 1, "rounds": 1}
 SHAPE = ("pairs", "length", "hidden", "vocab", "scored", "dtype", "device")
 
 
@@ -32,11 +34,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.child:
         print(json.dumps(measure_case(options)))
         return 0
-    report = measure_all(options)
+    start = measure.report("head", arguments, options.threads, torch.device(options.device))
+    report = start | measure_all(options)
     print(show(report))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    measure.write_json(options.json, report)
     return 0
 
 
@@ -47,7 +48,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=256, help="positions a sequence")
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--vocab", type=int, default=32000)
-    parser.add_argument("--scored", type=float, default=0.4, help="share of the positions that are scored")
+    parser.add_argument(
+        "--scored", type=scored, default="real" if has_real_masks() else SCORED,
+        help="share of the positions that are scored, or `real` (the default where there is real data): its masks",
+    )  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -64,6 +68,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.quick:
         vars(options).update(QUICK)
     return options
+
+
+def scored(text: str) -> float | str:
+    """--scored's value."""
+    if text != "real":
+        return float(text)
+    if not has_real_masks():
+        raise argparse.ArgumentTypeError(f"{DATA} or the package tokenizers is not there")
+    return text
 
 
 def problem_of(options: argparse.Namespace) -> Problem:
@@ -89,7 +102,8 @@ def measure_case(options: argparse.Namespace) -> dict[str, Any]:
     while len(times) < options.repeats and sum(times) < PATIENCE:
         problem.forget_gradients()
         times.append(measure.seconds(step, device))
-    answer: dict[str, Any] = {"times_s": times, "peak_extra_bytes": memory}
+    rows = int((problem.labels != IGNORE_INDEX).sum())
+    answer: dict[str, Any] = {"times_s": times, "peak_extra_bytes": memory, "rows": rows}
     if options.with_error and options.child != FLOOR:
         problem.forget_gradients()
         found = step()
@@ -100,10 +114,8 @@ def measure_case(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_all(options: argparse.Namespace) -> dict[str, Any]:
-    """Rounds of fresh processes; the report that --json writes."""
-    device = torch.device(options.device)
-    report = {"benchmark": "head"} | measure.surroundings(options.threads, device)
-    report["shape"] = {name: getattr(options, name) for name in SHAPE}
+    """Rounds of fresh processes: shape and results of the report."""
+    report: dict[str, Any] = {"shape": {name: getattr(options, name) for name in SHAPE}}
     answers: dict[str, list[dict[str, Any]]] = {case: [] for case in options.cases}
     for number in range(options.rounds):
         for case, found in answers.items():
@@ -112,6 +124,7 @@ def measure_all(options: argparse.Namespace) -> dict[str, Any]:
             found.append(
                 measure.run_fresh("benchmarks.head", child_arguments(options, case, number == 0), options.threads)
             )
+    report["shape"]["rows"] = next((a["rows"] for found in answers.values() for a in found if "rows" in a), None)
     report["results"] = [{"case": case} | summary(found) for case, found in answers.items()]
     floor = next((r.get("median_s") for r in report["results"] if r["case"] == FLOOR), None)
     for result in report["results"]:
@@ -161,13 +174,8 @@ def show(report: dict[str, Any]) -> str:
             "" if error is None else f"{error:.1e}",
         ])  # fmt: skip
     headings = ["case", "median ms", "min ms", "max ms", "× floor", "extra MiB", "error nat"]
-    machine, shape = report["machine"], report["shape"]
-    above = (
-        f"{machine['processor']}, {machine['threads']} threads, {machine['device']}, "
-        f"torch {report['versions']['torch']}, commit {report['commit']}, load {machine['load_average']:.1f}\n"
-        + ", ".join(f"{name} {value}" for name, value in shape.items())
-    )
-    return "\n".join([above, "", measure.table(headings, lines), *skipped])
+    shape = ", ".join(f"{name} {value}" for name, value in report["shape"].items())
+    return "\n".join([measure.heading(report), shape, "", measure.table(headings, lines), *skipped])
 
 
 if __name__ == "__main__":

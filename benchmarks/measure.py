@@ -15,6 +15,7 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -26,7 +27,10 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "sdpo-kernels", "triton", "numpy", "trl", "liger-kernel", "cut-cross-entropy")
+PACKAGES = (
+    "torch", "sdpo-kernels", "triton", "numpy", "transformers", "trl", "liger-kernel",
+    "cut-cross-entropy", "quack-kernels",
+)  # fmt: skip
 
 
 def seconds(call: Callable[[], Any], device: torch.device) -> float:
@@ -94,6 +98,32 @@ def run_fresh(module: str, arguments: list[str], threads: int) -> dict[str, Any]
         return answer
     complaint = done.stderr.strip().splitlines() or ["no message"]
     return {"skipped": f"exit status {done.returncode}: {complaint[-1]}"}
+
+
+def report(benchmark: str, arguments: list[str] | None, threads: int, device: torch.device) -> dict[str, Any]:
+    """How every benchmark's JSON begins: its name, the command that made it (less --json) and its surroundings."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if "--json" in given:
+        place = given.index("--json")
+        del given[place : place + 2]
+    words = [f"python -m benchmarks.{benchmark}", *(shlex.quote(a) for a in given if not a.startswith("--json="))]
+    return {"benchmark": benchmark, "command": " ".join(words)} | surroundings(threads, device)
+
+
+def write_json(path: Path | None, found: dict[str, Any]) -> None:
+    """Write a report where one is asked for."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def heading(found: dict[str, Any]) -> str:
+    """One line above a printed table: on what it was measured."""
+    machine = found["machine"]
+    return (
+        f"{machine['processor']}, {machine['threads']} threads, {machine['device']}, "
+        f"torch {found['versions']['torch']}, commit {found['commit']}, load {machine['load_average']:.1f}"
+    )
 
 
 def surroundings(threads: int, device: torch.device) -> dict[str, Any]:

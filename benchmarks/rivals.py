@@ -9,72 +9,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.problem import IGNORE_INDEX, CannotRun, Problem, Step
 from sdpo_kernels import fused_linear_dpo
-
-IGNORE_INDEX = -100
-
-
-class CannotRun(Exception):
-    """A peer that cannot run here, and why."""
-
-
-class Step(NamedTuple):
-    """What a step computed, for judging it: the loss and the policy's summed log-probs [2B]."""
-
-    loss: Tensor
-    policy_logps: Tensor
-
-
-@dataclass
-class Problem:
-    """One batch at the head: chosen half first, policy and reference of one shape."""
-
-    hidden: Tensor  # [2B, T, H], wants a gradient
-    weight: Tensor  # [V, H], wants a gradient
-    ref_hidden: Tensor  # [2B, T, H]
-    ref_weight: Tensor  # [V, H]
-    labels: Tensor  # [2B, T] int64, -100 = not scored
-    beta: float = 0.1
-
-    @classmethod
-    def random(
-        cls, pairs: int, length: int, hidden: int, vocab: int, scored: float, dtype: torch.dtype, device: str
-    ) -> Problem:
-        """Normal hidden states, logits of standard deviation 3; of each sequence one run of `scored`·T positions.
-
-        Time at the head does not depend on the values, but for backwards that skip small gradients; none here does.
-        """
-        generator = torch.Generator().manual_seed(0)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator)
-
-        n_scored = max(1, round(scored * length))
-        starts = torch.randint(length - n_scored + 1, (2 * pairs, 1), generator=generator)
-        position = torch.arange(length)
-        labels = torch.randint(vocab, (2 * pairs, length), generator=generator)
-        labels[(position < starts) | (position >= starts + n_scored)] = IGNORE_INDEX
-        states, head = normal(2 * pairs, length, hidden), normal(vocab, hidden) * (3 / hidden**0.5)
-        ref_states, ref_head = states + 0.1 * normal(*states.shape), head + 0.01 * normal(*head.shape) / hidden**0.5
-        return cls(
-            states.to(device, dtype).requires_grad_(),
-            head.to(device, dtype).requires_grad_(),
-            ref_states.to(device, dtype),
-            ref_head.to(device, dtype),
-            labels.to(device),
-        )
-
-    def forget_gradients(self) -> None:
-        """Before the next step."""
-        self.hidden.grad = self.weight.grad = None
-
 
 Rival = Callable[[Problem], Callable[[], Step | None]]
 
@@ -97,23 +39,22 @@ def gemms(problem: Problem) -> Callable[[], None]:
 
 def naive(problem: Problem) -> Callable[[], Step]:
     """Logits of every row in the model's dtype, log_softmax in float32, autograd: what trainers did at first."""
+    return _dpo_step(problem, _naive_logps(problem))
 
-    def logps(hidden: Tensor, weight: Tensor) -> Tensor:
-        log_probs = (hidden @ weight.t()).float().log_softmax(-1)
-        chosen = log_probs.gather(-1, problem.labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        return (chosen * (problem.labels != IGNORE_INDEX)).sum(-1)
 
-    return _dpo_step(problem, logps)
+def naive_compiled(problem: Problem) -> Callable[[], Step]:
+    """`torch.compile` of the naive log-probs, shapes fixed."""
+    return _dpo_step(problem, torch.compile(_naive_logps(problem), dynamic=False))
 
 
 def linear_cross_entropy(problem: Problem) -> Callable[[], Step]:
     """`F.linear_cross_entropy` of torch ≥ 2.13 as it comes: reduction "none", all rows, ignore_index."""
-    return _dpo_step(problem, _torch_logps(problem, chunked=False))
+    return _torch_step(problem, chunked=False)
 
 
 def linear_cross_entropy_chunked(problem: Problem) -> Callable[[], Step]:
     """The same with `LinearCrossEntropyOptions()`: chunks of rows, recomputed in the backward."""
-    return _dpo_step(problem, _torch_logps(problem, chunked=True))
+    return _torch_step(problem, chunked=True)
 
 
 def trl_fused(problem: Problem) -> Callable[[], Step]:
@@ -141,13 +82,28 @@ def cce(problem: Problem) -> Callable[[], Step]:
     if problem.hidden.device.type != "cuda":
         raise CannotRun("its kernels are Triton, for CUDA alone")
     function = _imported("cut_cross_entropy").linear_cross_entropy
-    targets = problem.labels.reshape(-1)
+    return _nll_step(problem, lambda x, w, y: function(x, w, y, reduction="none", filter_eps=None))
 
-    def logps(hidden: Tensor, weight: Tensor) -> Tensor:
-        losses = function(hidden.flatten(0, 1), weight, targets, reduction="none", filter_eps=None)
-        return -losses.view(problem.labels.shape).float().sum(-1)
 
-    return _dpo_step(problem, logps)
+def liger_sm90(problem: Problem) -> Callable[[], Step]:
+    """Liger's CuTe kernel of each token's NLL for Hopper, composed to DPO (elsewhere Liger takes chunks in torch)."""
+    _needs_hopper(problem, "liger-kernel")
+    function = _imported("liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90")
+    return _nll_step(problem, function.LigerFusedScaledCrossEntropySM90Function.apply)
+
+
+def quack(problem: Problem) -> Callable[[], Step]:
+    """QuACK's linear cross-entropy of each token, composed to DPO.
+
+    Its chunked function gives one sum over all tokens, which is no use here; this one keeps the logits in bf16.
+    """
+    _needs_hopper(problem, "quack-kernels")
+    function = _imported("quack.linear_cross_entropy").linear_cross_entropy_func
+
+    def losses(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return function(rows, weight, None, targets, IGNORE_INDEX, "none", True)
+
+    return _nll_step(problem, losses)
 
 
 def ours(problem: Problem) -> Callable[[], Step]:
@@ -175,13 +131,16 @@ def ours_native(problem: Problem) -> Callable[[], Step]:
 RIVALS: dict[str, Rival] = {
     "gemms": gemms,
     "naive": naive,
+    "naive_compiled": naive_compiled,
     "linear_cross_entropy": linear_cross_entropy,
     "linear_cross_entropy_chunked": linear_cross_entropy_chunked,
     "trl_fused": trl_fused,
     "trl_fused_scored": trl_fused_scored,
     "liger_dpo": liger_dpo,
     "liger_dpo_eager": liger_dpo_eager,
+    "liger_sm90": liger_sm90,
     "cce": cce,
+    "quack": quack,
     "ours": ours,
     "ours_without_stash": ours_without_stash,
     "ours_eager": ours_eager,
@@ -203,6 +162,38 @@ def _dpo_step(problem: Problem, logps: Callable[[Tensor, Tensor], Tensor]) -> Ca
         return Step(loss.detach(), policy.detach())
 
     return step
+
+
+def _naive_logps(problem: Problem) -> Callable[[Tensor, Tensor], Tensor]:
+    labels = problem.labels
+
+    def logps(hidden: Tensor, weight: Tensor) -> Tensor:
+        log_probs = (hidden @ weight.t()).float().log_softmax(-1)
+        chosen = log_probs.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        return (chosen * (labels != IGNORE_INDEX)).sum(-1)
+
+    return logps
+
+
+def _needs_hopper(problem: Problem, package: str) -> None:
+    """CannotRun where CuTe kernels for compute capability 9.0 and bf16 cannot serve."""
+    if problem.hidden.device.type != "cuda":
+        raise CannotRun(f"{package}: its kernels are CuTe, for CUDA alone")
+    found = torch.cuda.get_device_capability(problem.hidden.device)
+    if found < (9, 0):
+        raise CannotRun(f"{package}: its kernels need a Hopper chip, this one has compute capability {found}")
+    if problem.hidden.dtype != torch.bfloat16:
+        raise CannotRun(f"{package}: its kernels are for bfloat16, not {problem.hidden.dtype}")
+
+
+def _nll_step(problem: Problem, losses: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], Step]:
+    """A step composed from a function (rows [N, H], weight, targets [N]) → loss of each token, 0 where not scored."""
+    targets = problem.labels.reshape(-1)
+
+    def logps(hidden: Tensor, weight: Tensor) -> Tensor:
+        return -losses(hidden.flatten(0, 1), weight, targets).view(problem.labels.shape).float().sum(-1)
+
+    return _dpo_step(problem, logps)
 
 
 def _imported(name: str) -> Any:
@@ -247,19 +238,17 @@ def _liger_step(problem: Problem, compiled: bool) -> Callable[[], Step]:
     return step
 
 
-def _torch_logps(problem: Problem, chunked: bool) -> Callable[[Tensor, Tensor], Tensor]:
+def _torch_step(problem: Problem, chunked: bool) -> Callable[[], Step]:
     if not hasattr(F, "linear_cross_entropy"):
         raise CannotRun(f"torch {torch.__version__} has no F.linear_cross_entropy (in core since 2.13)")
     options = torch.nn.LinearCrossEntropyOptions() if chunked else None
-    targets = problem.labels.reshape(-1)
 
-    def logps(hidden: Tensor, weight: Tensor) -> Tensor:
-        losses = F.linear_cross_entropy(
-            hidden.flatten(0, 1), weight, targets, reduction="none", ignore_index=IGNORE_INDEX, options=options
+    def losses(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return F.linear_cross_entropy(
+            rows, weight, targets, reduction="none", ignore_index=IGNORE_INDEX, options=options
         )
-        return -losses.view(problem.labels.shape).float().sum(-1)
 
-    return logps
+    return _nll_step(problem, losses)
 
 
 def _our_step(problem: Problem, stash_bytes: int | str, backend: str = "auto") -> Callable[[], Step]:
@@ -278,13 +267,3 @@ def _our_step(problem: Problem, stash_bytes: int | str, backend: str = "auto") -
         return Step(out.loss.detach(), torch.cat([out.chosen_logps, out.rejected_logps]))
 
     return step
-
-
-def true_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """The summed log-probs [2B] in float64, sequence by sequence."""
-    sums = []
-    for states, targets in zip(hidden.detach(), labels, strict=True):
-        kept = targets != IGNORE_INDEX
-        z = states[kept].double() @ weight.detach().double().t()
-        sums.append(z.log_softmax(-1).gather(1, targets[kept].unsqueeze(1)).sum())
-    return torch.stack(sums)

@@ -1,15 +1,20 @@
-"""A whole training step of the driver against TRL's DPOTrainer, on real pairs, timed in turn in one process.
+"""A whole training step of the driver against TRL's DPOTrainer, on the same real pairs.
 
-    python -m benchmarks.step [--threads 1] [--pairs 48] [--rounds 5] [--json PATH]     # TRL from `make bench-env`
+    python -m benchmarks.step [--tasks grammar …] [--threads 1] [--json PATH]     # TRL from `make bench-env`
 
-Both train stories260K (260,032 parameters, fp32) at 4 pairs a batch on the same slices of the three compact stages,
-with the reference's log-probs computed beforehand and TRL's gradient checkpointing off. A step is the time between the
-ends of two optimiser steps, so collation, logging and Trainer's own work count; the first of a round is left out.
+Tasks: stories260K (260,032 parameters, fp32) on slices of the three compact stages, and `llama10m`, a Llama of ten
+million random parameters with GPT-2's vocabulary of 50,257 on conversations of the full pack. Batches of 4 pairs, the
+reference's log-probs computed beforehand, TRL's gradient checkpointing off. Each round of a side is a fresh process,
+sides in turn. A step is the time between the ends of two optimiser steps, so collation, logging and Trainer's own work
+count; the first of a round is left out. Tokens: of both sequences of a pair, prompts too. Memory: the most the
+process held above what it held when the libraries were loaded: model, reference scoring, optimiser and training.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
+import importlib
 import itertools
 import json
 import logging
@@ -18,21 +23,91 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.measure import surroundings
+from benchmarks import measure
+from benchmarks.problem import DATA
 
-DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
-STAGES = {
-    "grammar": "stage1_grammar.jsonl",
-    "commonsense": "stage2_commonsense.jsonl",
-    "reasoning": "stage3_reasoning.jsonl",
+BATCH, LEARNING_RATE = 4, 1e-5
+LIBRARIES = {
+    "ours": ["transformers", "sdpo_kernels.stepwise.stage", "sdpo_kernels.stepwise.run"],
+    "trl": ["transformers", "datasets", "trl.trainer.dpo_trainer"],
 }
-MODEL = DATA / "models" / "stories260K"
-BATCH, MAX_LENGTH, LEARNING_RATE = 4, 512, 1e-5
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained on what; sequences over `max_length` are cut alike by both."""
+
+    data: str  # under DATA
+    pairs: int
+    max_length: int
+    model: str = "models/stories260K"  # under DATA, or "llama10m"
+
+
+TASKS = {
+    "grammar": Task("compact/stage1_grammar.jsonl", 48, 512),
+    "commonsense": Task("compact/stage2_commonsense.jsonl", 48, 512),
+    "reasoning": Task("compact/stage3_reasoning.jsonl", 48, 512),
+    "llama10m": Task("full/stage2_ultrafeedback.jsonl.gz", 24, 1024, "llama10m"),
+}
+
+
+def model_folder(task: Task, folder: Path) -> Path:
+    """The task's model and tokenizer: one of the pack's, or the Llama of ten million parameters, made in `folder`."""
+    if task.model != "llama10m":
+        return DATA / task.model
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "tokenizers/gpt2")
+    tokenizer.chat_template = TEMPLATE
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=160,
+        intermediate_size=432,
+        num_hidden_layers=6,
+        num_attention_heads=5,
+        num_key_value_heads=5,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return folder / "model"
+
+
+def task_rows(task: Task, pairs: int) -> list[dict[str, Any]]:
+    """The first pairs of the task's file."""
+    path = DATA / task.data
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    return [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows[:pairs]]
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round tells."""
+
+    times: list[float]  # of each step but the first
+    tokens_a_step: float | None = None  # the driver counts; TRL makes the same tokens
+
+
+def step_seconds(ends: list[float]) -> list[float]:
+    """From the ends of all steps."""
+    return [b - a for a, b in itertools.pairwise(ends)]
 
 
 def clock(trainer: Any) -> list[float]:
@@ -49,8 +124,8 @@ def clock(trainer: Any) -> list[float]:
     return ends
 
 
-def driver_round(rows: list[dict[str, Any]], folder: Path) -> list[float]:
-    """Train one round with the driver's StageTrainer; seconds of each step but the first."""
+def driver_round(task: Task, rows: list[dict[str, Any]], model: Path, folder: Path) -> Round:
+    """Train one round with the driver's StageTrainer."""
     from sdpo_kernels.stepwise.config import load_config
     from sdpo_kernels.stepwise.prepare import prepare
     from sdpo_kernels.stepwise.progress import Reporter
@@ -60,9 +135,9 @@ def driver_round(rows: list[dict[str, Any]], folder: Path) -> list[float]:
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {
-        "model": str(MODEL),
+        "model": str(model),
         "output_dir": str(folder / "run"),
-        "max_length": MAX_LENGTH,
+        "max_length": task.max_length,
         "stages": [{"name": "slice", "data": str(data)}],
         "trainer": {
             "learning_rate": LEARNING_RATE,
@@ -81,11 +156,12 @@ def driver_round(rows: list[dict[str, Any]], folder: Path) -> list[float]:
     trainer, _ = prepare_trainer(stage)
     ends = clock(trainer)
     trainer.train()
-    return [b - a for a, b in itertools.pairwise(ends)]
+    tokens = prepared.stages[0].tokens
+    return Round(step_seconds(ends), len(tokens.ids) / len(tokens) * BATCH)
 
 
-def trl_round(rows: list[dict[str, Any]], folder: Path) -> list[float]:
-    """Train one round with TRL's DPOTrainer; seconds of each step but the first."""
+def trl_round(task: Task, rows: list[dict[str, Any]], model: Path, folder: Path) -> Round:
+    """Train one round with TRL's DPOTrainer."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
     from trl import DPOConfig, DPOTrainer
@@ -94,7 +170,7 @@ def trl_round(rows: list[dict[str, Any]], folder: Path) -> list[float]:
         output_dir=str(folder),
         per_device_train_batch_size=BATCH,
         learning_rate=LEARNING_RATE,
-        max_length=MAX_LENGTH,
+        max_length=task.max_length,
         precompute_ref_log_probs=True,
         gradient_checkpointing=False,
         bf16=False,
@@ -105,56 +181,114 @@ def trl_round(rows: list[dict[str, Any]], folder: Path) -> list[float]:
         report_to="none",
         disable_tqdm=True,
     )
-    columns = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]
     trainer = DPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         args=args,
-        train_dataset=Dataset.from_list(columns),
-        processing_class=AutoTokenizer.from_pretrained(MODEL),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(model),
     )
     trainer.remove_callback(PrinterCallback)
     ends = clock(trainer)
     trainer.train()
-    return [b - a for a, b in itertools.pairwise(ends)]
+    return Round(step_seconds(ends))
 
 
-def main() -> None:
-    """Print a table of medians; write JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--pairs", type=int, default=48, help="pairs of each stage")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+SIDES: dict[str, Callable[[Task, list[dict[str, Any]], Path, Path], Round]] = {"ours": driver_round, "trl": trl_round}
+
+
+def measure_side(options: argparse.Namespace) -> dict[str, Any]:
+    """In a fresh process: one round of one side."""
     torch.set_num_threads(options.threads)
+    logging.disable(logging.WARNING)
+    try:
+        for library in LIBRARIES[options.child]:
+            importlib.import_module(library)
+    except ImportError as error:
+        return {"skipped": f"{error} (make bench-env installs the rivals)"}
+    task = TASKS[options.tasks[0]]
+    rows = task_rows(task, options.pairs or task.pairs)
+    rounds: list[Round] = []
+    with tempfile.TemporaryDirectory() as made, tempfile.TemporaryDirectory() as folder:
+        model = model_folder(task, Path(made))
+        side = SIDES[options.child]
+        memory = measure.peak_extra_bytes(
+            lambda: rounds.append(side(task, rows, model, Path(folder))), torch.device("cpu")
+        )
+    return {"times_s": rounds[0].times, "tokens_a_step": rounds[0].tokens_a_step, "peak_extra_bytes": memory}
+
+
+def measure_task(options: argparse.Namespace, task: str) -> dict[str, Any]:
+    """Rounds of fresh processes, sides in turn."""
+    answers: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+    given = [f"--tasks={task}", f"--threads={options.threads}", f"--pairs={options.pairs}"]
+    for _ in range(options.rounds):
+        for side, found in answers.items():
+            if not (found and "skipped" in found[-1]):
+                found.append(measure.run_fresh("benchmarks.step", [f"--child={side}", *given], options.threads))
+    tokens = next((a["tokens_a_step"] for a in answers["ours"] if "times_s" in a), None)
+    sides = {side: summary(found, tokens) for side, found in answers.items()}
+    result: dict[str, Any] = {"task": task, "pairs": options.pairs or TASKS[task].pairs, "tokens_a_step": tokens}
+    result |= {"max_length": TASKS[task].max_length, "sides": sides}
+    if all("median_s" in found for found in sides.values()):
+        result["trl_over_ours"] = sides["trl"]["median_s"] / sides["ours"]["median_s"]
+    return result
+
+
+def summary(answers: list[dict[str, Any]], tokens: float | None) -> dict[str, Any]:
+    """One side's figures from its rounds."""
+    if "skipped" in answers[-1]:
+        return answers[-1]
+    times = [time for answer in answers for time in answer["times_s"]]
+    memories = [a["peak_extra_bytes"] for a in answers if a["peak_extra_bytes"] is not None]
+    return {
+        "median_s": statistics.median(times),
+        "min_s": min(times),
+        "max_s": max(times),
+        "tokens_a_second": None if tokens is None else tokens / statistics.mean(times),
+        "peak_extra_bytes": statistics.median_high(memories) if memories else None,
+        "times_s": times,
+    }
+
+
+def show(report: dict[str, Any]) -> str:
+    """The report as a table."""
+    lines, skipped = [], {}
+    for result in report["results"]:
+        for side, found in result["sides"].items():
+            if "skipped" in found:
+                skipped[side] = found["skipped"]
+                continue
+            memory, speed = found["peak_extra_bytes"], found["tokens_a_second"]
+            times = [f"{1e3 * found[key]:.1f}" for key in ("median_s", "min_s", "max_s")]
+            cells = ["" if speed is None else f"{speed:.0f}", "" if memory is None else f"{memory / 2**20:.0f}"]
+            lines.append([f"{result['task']} {side}", *times, *cells])
+        if "trl_over_ours" in result:
+            lines.append([f"{result['task']} TRL/ours", f"{result['trl_over_ours']:.2f}", "", "", "", ""])
+    table = measure.table(["", "median ms", "min ms", "max ms", "tokens/s", "extra MiB"], lines)
+    return "\n".join([measure.heading(report), "", table, *(f"{s}: not measured, {w}" for s, w in skipped.items())])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure all tasks, or, as a child process, one round of one side."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--pairs", type=int, default=0, help="pairs a task, if not its own number")
+    parser.add_argument("--rounds", type=int, default=3, help="fresh processes a side")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-    logging.disable(logging.WARNING)
-    sides: dict[str, Callable[[list[dict[str, Any]], Path], list[float]]] = {"ours": driver_round, "trl": trl_round}
-    results = []
-    for stage, file in STAGES.items():
-        lines = (DATA / "compact" / file).read_text().splitlines()[: options.pairs]
-        rows = [json.loads(line) for line in lines]
-        seconds: dict[str, list[float]] = {name: [] for name in sides}
-        for _ in range(options.rounds):
-            for name, side in sides.items():
-                with tempfile.TemporaryDirectory() as folder:
-                    seconds[name] += side(rows, Path(folder))
-        medians = {name: statistics.median(times) * 1e3 for name, times in seconds.items()}
-        results.append({"stage": stage, "median_ms": medians, "trl_over_ours": medians["trl"] / medians["ours"]})
-        print(
-            f"{stage:12} ours {medians['ours']:7.1f} ms   TRL {medians['trl']:7.1f} ms   "
-            f"TRL/ours {results[-1]['trl_over_ours']:.2f}",
-            flush=True,
-        )
-    if options.json:
-        record = {
-            "question": "step",
-            "machine": surroundings(options.threads, torch.device("cpu")),
-            "options": {"pairs": options.pairs, "rounds": options.rounds, "batch": BATCH, "max_length": MAX_LENGTH},
-        }
-        options.json.write_text(json.dumps(record | {"results": results}, indent=2) + "\n")
+    if options.child:
+        print(json.dumps(measure_side(options)))
+        return 0
+    report = measure.report("step", arguments, options.threads, torch.device("cpu")) | {"batch": BATCH}
+    report["results"] = [measure_task(options, task) for task in options.tasks]
+    print(show(report))
+    measure.write_json(options.json, report)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -9,8 +9,18 @@ import sys
 import pytest
 import torch
 
-from benchmarks import head, measure
-from benchmarks.rivals import FLOOR, IGNORE_INDEX, RIVALS, CannotRun, Problem, true_logps
+from benchmarks import accuracy, head, measure, scaling, stages
+from benchmarks.problem import (
+    IGNORE_INDEX,
+    CannotRun,
+    Problem,
+    has_real_masks,
+    real_runs,
+    scored_positions,
+    true_logps,
+    true_step,
+)
+from benchmarks.rivals import FLOOR, RIVALS
 from tests.reference import error, size, target_logps
 
 CPU = torch.device("cpu")
@@ -50,6 +60,92 @@ def test_every_rival_computes_the_same_loss_and_gradients(name):
     assert error(found.loss, loss.detach()) < rounding
     for mine, right in ((given.hidden.grad, hidden.grad), (given.weight.grad, weight.grad)):
         assert error(mine, right) < rounding * size(right)
+
+
+@pytest.mark.parametrize("name", ["liger_sm90", "cce", "quack"])
+def test_a_kernel_for_cuda_says_on_the_cpu_why_it_cannot_run(name):
+    with pytest.raises(CannotRun, match="CUDA alone"):
+        RIVALS[name](problem())
+
+
+@pytest.mark.parametrize("kind", accuracy.SHIFTS)
+def test_the_truth_is_autograds_in_float64(kind):
+    given = accuracy.with_raised_targets(problem(), accuracy.SHIFTS[kind] / 10)
+    hidden, weight = (t.detach().double().requires_grad_() for t in (given.hidden, given.weight))
+    policy = target_logps(hidden @ weight.t(), given.labels).sum(1)
+    ref = target_logps(given.ref_hidden.double() @ given.ref_weight.double().t(), given.labels).sum(1)
+    chosen, rejected = (policy - ref).chunk(2)
+    loss = -(0.1 * (chosen - rejected)).sigmoid().log().mean()
+    loss.backward()
+    found = true_step(given)
+    rights = (loss.detach(), policy.detach(), hidden.grad, weight.grad)
+    for mine, right in zip(found, rights, strict=True):
+        assert error(mine, right) < 1e-12 * size(right)
+
+
+def test_raised_targets_are_raised():
+    plain = problem()
+    raised = accuracy.with_raised_targets(plain, 30.0)
+    kept = plain.labels != IGNORE_INDEX
+    targets = plain.labels[kept].unsqueeze(1)
+    before, after = ((p.hidden[kept] @ p.weight.t()).gather(1, targets) for p in (plain, raised))
+    assert error(after, before + 30) < 1e-4
+    assert torch.equal(plain.hidden[~kept], raised.hidden[~kept])
+
+
+@pytest.mark.parametrize("kind", accuracy.SHIFTS)
+def test_ours_is_a_hundred_times_as_exact_as_bf16_logits(kind):
+    options = ["--quick", "--child", "--vocabs=300", "--dtypes=bf16", f"--inputs={kind}", "--cases", "naive", "ours"]
+    found = accuracy.measure_problem(accuracy.parse(options))["cases"]
+    assert 100 * found["ours"]["nats"] < found["naive"]["nats"]
+    assert found["ours"]["dx"] < found["naive"]["dx"]
+    assert found["ours"]["dw"] < found["naive"]["dw"]
+
+
+def test_the_accuracy_command_names_what_it_measured_and_what_not(tmp_path, capsys):
+    path = tmp_path / "accuracy.json"
+    assert accuracy.main(["--quick", "--inputs", "plain", "--cases", "ours", "cce", f"--json={path}"]) == 0
+    report = json.loads(path.read_text())
+    assert report["command"] == "python -m benchmarks.accuracy --quick --inputs plain --cases ours cce"
+    ours, cce = report["results"]
+    assert ours["nats"] < 1e-3
+    assert "CUDA alone" in cce["skipped"]
+    assert "cce: not measured" in capsys.readouterr().out
+
+
+def test_real_masks_are_runs_of_completion():
+    if not has_real_masks():
+        pytest.skip("no real data")
+    runs = real_runs(4, 256)
+    mask = scored_positions(4, 256, "real", torch.Generator())
+    assert mask.sum(1).tolist() == [end - start for start, end in runs]
+    assert max(end for _, end in runs) == 256  # the longest sequence fills the batch
+    assert all(0 <= start < end for start, end in runs)
+    assert 0.05 < mask.float().mean().item() < 0.5
+
+
+def test_scaling_measures_each_point_once(monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def answer(module, arguments, threads):
+        asked.append(arguments)
+        return {"times_s": [1.0], "peak_extra_bytes": 2**20, "rows": 7, "error_nat": 0.5}
+
+    monkeypatch.setattr(measure, "run_fresh", answer)
+    path = tmp_path / "scaling.json"
+    assert scaling.main(["--factors", "hidden", "vocab", "--cases", "gemms", "ours", f"--json={path}"]) == 0
+    points = [(point["factor"], point["value"]) for point in json.loads(path.read_text())["results"]]
+    assert points == [("hidden", n) for n in (256, 512, 1024, 2048)] + [
+        ("vocab", n) for n in (16000, 32000, 64000, 128000)
+    ]
+    assert len(asked) == 2 * 7  # the base is a point of both
+    assert "1000.0 / 1" in capsys.readouterr().out
+
+
+def test_stages_takes_differences_seed_by_seed():
+    right = {("dpo", 7): 0.5, ("dpo", 8): 0.75, ("sdpo", 7): 0.75, ("sdpo", 8): 0.5}
+    rows = [{"method": method, "seed": seed, "exactly_right": value} for (method, seed), value in right.items()]
+    assert stages.differences(rows, "sdpo", "dpo") == [0.25, -0.25]
 
 
 def test_the_floor_runs():
@@ -95,7 +191,8 @@ def test_the_command_measures_in_turn_and_writes_its_report(tmp_path, capsys):
     shown = capsys.readouterr().out
     report = json.loads(path.read_text())
     assert report["shape"] == {
-        "pairs": 1, "length": 16, "hidden": 32, "vocab": 200, "scored": 0.4, "dtype": "bf16", "device": "cpu",
+        "pairs": 1, "length": 16, "hidden": 32, "vocab": 200, "scored": 0.4, "rows": 12,
+        "dtype": "bf16", "device": "cpu",
     }  # fmt: skip
     assert report["versions"]["torch"] == torch.__version__
     assert report["machine"]["threads"] == 1
@@ -116,7 +213,7 @@ def test_rounds_are_taken_in_turn_and_a_case_that_cannot_run_is_not_asked_again(
         asked.append((case, "--with-error" in arguments))
         if case == "naive":
             return {"skipped": "it is too slow"}
-        return {"times_s": [1.0, 2.0 + len(asked)], "peak_extra_bytes": len(asked), "error_nat": 0.5}
+        return {"times_s": [1.0, 2.0 + len(asked)], "peak_extra_bytes": len(asked), "rows": 7, "error_nat": 0.5}
 
     monkeypatch.setattr(measure, "run_fresh", answer)
     assert head.main(["--rounds=2", "--cases", "gemms", "naive", "ours"]) == 0

@@ -1,0 +1,101 @@
+"""Pictures of the page of results (`page.py`); the same report gives the same file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Report = dict[str, Any]
+OURS, OTHERS, FLOOR = "#cc6677", "#4477aa", "#999999"
+
+
+def draw(report: Report, path: Path) -> None:
+    """The report's picture at `path`, if its kind has one."""
+    if report["benchmark"] not in DRAWN:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure = DRAWN[report["benchmark"]](report, pyplot)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def colour(case: str) -> str:
+    """Ours, the floor, or a peer."""
+    return OURS if case.startswith("ours") else FLOOR if case == "gemms" else OTHERS
+
+
+def head(report: Report, pyplot: Any) -> Any:
+    """Bars of time and of extra memory, the floor as a line."""
+    found = [result for result in report["results"] if "skipped" not in result][::-1]
+    figure, both = pyplot.subplots(1, 2, figsize=(9, 0.3 * len(found) + 1.2), sharey=True, layout="constrained")
+    measures = {
+        "median ms (log)": [1e3 * result["median_s"] for result in found],
+        "extra MiB (log)": [max(result["peak_extra_bytes"] or 0, 2**20) / 2**20 for result in found],
+    }
+    names = [result["case"] for result in found]
+    for axes, (label, values) in zip(both, measures.items(), strict=True):
+        axes.barh(names, values, color=[colour(name) for name in names], height=0.7)
+        if "gemms" in names:
+            axes.axvline(values[names.index("gemms")], color="#222222", linewidth=0.8)
+        axes.set_xscale("log")
+        axes.set_xlabel(label)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def accuracy(report: Report, pyplot: Any) -> Any:
+    """Dots: nats of each case, one panel an input."""
+    found = [result for result in report["results"] if "skipped" not in result]
+    inputs = list(dict.fromkeys(result["input"] for result in found))
+    cases = list(dict.fromkeys(result["case"] for result in found))[::-1]
+    figure, panels = pyplot.subplots(
+        1, len(inputs), figsize=(3.2 * len(inputs) + 1, 0.3 * len(cases) + 1.6), sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    problems = list(dict.fromkeys((result["dtype"], result["vocab"]) for result in found))
+    for axes, kind in zip(panels[0], inputs, strict=True):
+        for marker, problem in zip("os^vDP*X", problems, strict=False):
+            of = [r for r in found if r["input"] == kind and (r["dtype"], r["vocab"]) == problem]
+            places = [cases.index(r["case"]) for r in of]
+            values = [max(r["nats"], 1e-12) for r in of]
+            axes.scatter(values, places, marker=marker, s=18, c=[colour(r["case"]) for r in of])
+            axes.scatter([], [], marker=marker, c="#222222", s=18, label=f"{problem[0]}, V {problem[1]}")
+        axes.set_yticks(range(len(cases)), cases)
+        axes.set_xscale("log")
+        axes.set_xlabel(f"{kind}: error (nat)")
+        axes.grid(axis="x", linewidth=0.4, alpha=0.6)
+    panels[0][-1].legend(fontsize=7, frameon=False)
+    return figure
+
+
+def scaling(report: Report, pyplot: Any) -> Any:
+    """Curves of time above, of extra memory below, one column a factor."""
+    factors = list(dict.fromkeys(point["factor"] for point in report["results"]))
+    cases = [result["case"] for result in report["results"][0]["results"]]
+    figure, grid = pyplot.subplots(
+        2, len(factors), figsize=(2.6 * len(factors) + 1.6, 5), squeeze=False, layout="constrained", sharex="col"
+    )
+    for column, factor in enumerate(factors):
+        points = [point for point in report["results"] if point["factor"] == factor]
+        for case in cases:
+            found = [(p["value"], r) for p in points for r in p["results"] if r["case"] == case and "skipped" not in r]
+            values = [value for value, _ in found]
+            width = 2 if case == "ours" else 1
+            grid[0][column].plot(values, [1e3 * r["median_s"] for _, r in found], "o-", ms=3, lw=width, label=case)
+            memory = [max(r["peak_extra_bytes"] or 0, 2**20) / 2**20 for _, r in found]
+            grid[1][column].plot(values, memory, "o-", ms=3, lw=width)
+        for row, label in enumerate(("median ms", "extra MiB")):
+            grid[row][column].set_xscale("log", base=2)
+            grid[row][column].set_yscale("log")
+            grid[row][0].set_ylabel(label)
+        grid[1][column].set_xlabel(factor)
+    grid[0][0].legend(fontsize=7, frameon=False)
+    return figure
+
+
+DRAWN: dict[str, Callable[[Report, Any], Any]] = {"head": head, "accuracy": accuracy, "scaling": scaling}

@@ -1,0 +1,62 @@
+"""Does stepwise DPO beat DPO, and DPO its warm start? `python -m benchmarks.stages [--json results.json]`
+
+The demo's task (sorting the letters of a word, examples/demo) over seeds, with the functions of
+examples/methods/compare.py: for each seed a warm start and pairs of its own, DPO on all pairs at once and sDPO in three
+stages from it, all three judged on the same held-out words. Differences are taken seed by seed. What is done in
+--output is not done again, so that seeds may be added.
+"""
+
+from __future__ import annotations
+
+import argparse
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import measure
+from examples.demo.setup import FULL, QUICK, Settings, set_up
+from examples.methods.compare import start_folder, summary, table, train_and_judge
+from sdpo_kernels.stepwise.progress import Reporter
+
+METHODS = ("sft", "dpo", "sdpo")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train and judge every method from every seed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.stages", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9])
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/stages"))
+    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--quick", action="store_true", help="small data and a short warm-up: shows that all runs")
+    options = parser.parse_args(arguments)
+    sizes = {seed: replace(QUICK if options.quick else FULL, seed=seed) for seed in options.seeds}
+    report = measure.report("stages", arguments, 1, torch.device("cpu"))
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        found = list(pool.map(one_seed, [options.output] * len(sizes), sizes.values()))
+    rows = [row for of_seed in found for row in of_seed]
+    report |= {"rows": rows, "results": summary(rows), "sdpo_minus_dpo": differences(rows, "sdpo", "dpo")}
+    print(measure.heading(report), table(report["results"]), sep="\n\n")
+    measure.write_json(options.json, report)
+    return 0
+
+
+def one_seed(output: Path, settings: Settings) -> list[dict[str, Any]]:
+    """The results of one seed, in a process of its own."""
+    torch.set_num_threads(1)
+    set_up(start_folder(output, settings.seed), settings, Reporter(quiet=True))
+    return [train_and_judge(output, settings.seed, method, settings) for method in METHODS]
+
+
+def differences(rows: list[dict[str, Any]], one: str, other: str) -> list[float]:
+    """Share of held-out words answered exactly right, `one` less `other`, seed by seed."""
+    right = {(row["method"], row["seed"]): row["exactly_right"] for row in rows}
+    return [right[one, seed] - right[other, seed] for seed in sorted({row["seed"] for row in rows})]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

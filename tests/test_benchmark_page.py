@@ -1,0 +1,72 @@
+"""The page of results is made from JSON alone; the committed page is what the command makes of the committed JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import page, pictures
+
+ROOT = Path(__file__).resolve().parents[1]
+ABOUT: dict[str, Any] = {
+    "date": "2026-01-02T03:04:05+00:00",
+    "machine": {"processor": "a chip", "threads": 2, "device": "cpu", "load_average": 0.5},
+    "versions": {"python": "3.11.7", "torch": "2.13.0"},
+    "commit": "0123456789ab",
+}
+RAN = {"median_s": 0.5, "min_s": 0.25, "max_s": 1.0, "peak_extra_bytes": 3 * 2**20, "error_nat": 0.125}
+CASES = [{"case": "gemms"} | RAN | {"ratio_to_floor": 1.0}, {"case": "cce", "skipped": "CUDA alone"}]
+SPAN = {"mean": 0.5, "least": 0.25, "largest": 0.75}
+STAGE = {"method": "sdpo", "seeds": 2, "exactly_right": SPAN, "gain": None, "ranked_right": SPAN}
+SIDE = {"median_s": 0.5, "min_s": 0.25, "max_s": 1.0, "tokens_a_second": 1234.0, "peak_extra_bytes": 2**20}
+EXACT = {"dtype": "bf16", "vocab": 300, "input": "plain", "case": "ours", "nats": 1e-5, "dx": 2e-3, "dw": 3e-3}
+POINT = {"factor": "vocab", "value": 200, "shape": {"rows": 5}, "results": CASES}
+REPORTS: dict[str, dict[str, Any]] = {
+    "head": {"shape": {"pairs": 1, "rows": 5}, "results": CASES},
+    "accuracy": {"shape": {"pairs": 1}, "results": [EXACT, EXACT | {"input": "confident", "nats": 0.0}]},
+    "scaling": {"base": {"pairs": 1}, "results": [POINT, POINT | {"value": 400}]},
+    "step": {"results": [{"task": "grammar", "sides": {"ours": SIDE, "trl": SIDE}, "trl_over_ours": 1.5}]},
+    "stages": {"results": [STAGE], "sdpo_minus_dpo": [0.25, -0.125]},
+}
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """A folder with the page of every kind of report but one."""
+    for kind, rest in REPORTS.items():
+        report = {"benchmark": kind, "command": f"python -m benchmarks.{kind} --quick"} | ABOUT | rest
+        (tmp_path / f"{kind}-cpu.json").write_text(json.dumps(report))
+    (tmp_path / "other.json").write_text("{}")
+    assert page.main([f"--results={tmp_path}", f"--docs={tmp_path}"]) == 0
+    return tmp_path
+
+
+def test_the_page_shows_every_report_and_where_it_is_from(made):
+    text = (made / "benchmarks.md").read_text()
+    for kind in REPORTS:
+        assert f"`python -m benchmarks.{kind} --quick` on a chip, 2 threads, load 0.5" in text
+    assert "commit 0123456789ab; 2026-01-02." in text
+    assert "| `gemms` | 500.0 | 250.0 … 1000.0 | 1.00 | 3 | 1.2e-01 |" in text
+    assert "- `cce`: CUDA alone" in text
+    assert "| `ours` | 1.0e-05 | 2.0e-03 | 3.0e-03 | 0.0e+00 | 2.0e-03 | 3.0e-03 |" in text
+    assert "| vocab 200 | 5 | 500.0 / 3 | – |" in text
+    assert "| grammar | ours | 500.0 | 250.0 … 1000.0 | 1234 | 1 | 1.50 |" in text
+    assert "seed by seed: +25.0, -12.5." in text
+    assert "Not measured yet: `python -m benchmarks.floor`." in text
+
+
+def test_pictures_are_drawn_the_same_each_time(made, tmp_path):
+    for kind in pictures.DRAWN:
+        picture = (made / f"benchmarks-{kind}-cpu.png").read_bytes()
+        assert picture.startswith(b"\x89PNG")
+        pictures.draw(json.loads((made / f"{kind}-cpu.json").read_text()), tmp_path / "again.png")
+        assert (tmp_path / "again.png").read_bytes() == picture
+
+
+def test_the_committed_page_is_made_from_the_committed_results():
+    reports = page.read_reports(ROOT / "benchmarks/results")
+    made = page.page(reports)
+    assert (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8") == made, "run python -m benchmarks.page"
