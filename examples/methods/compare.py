@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -71,6 +72,8 @@ def prepare_seed(output: Path, seed: int, settings: Settings) -> None:
 def train_and_judge(output: Path, seed: int, method: str, settings: Settings) -> dict[str, Any]:
     """One line of the results; kept in <method>.json, so that it is made once."""
     torch.set_num_threads(1)
+    # execution.yaml's python3 is this one, and no shim that takes a third of a second to find it
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     kept = output / f"seed-{seed}" / f"{method}.json"
     if kept.exists():
         return json.loads(kept.read_text(encoding="utf-8"))
