@@ -4,8 +4,8 @@
 
 Each process holds its own rows of the batch and its own rows of the head, as FSDP2 cuts a parameter
 (`DTensor.to_local()` along its first dimension). Chunk by chunk the owner sends its rows to all; no process ever holds
-more of the head than its shard and one chunk. The backward walks the same way and sums each chunk's gradient at its owner. Plain torch, with
-the arithmetic of the eager backend (docs/architecture.md).
+more of the head than its shard and one chunk. The backward walks the same way and sums each gradient at its owner.
+Plain torch, with the arithmetic of the eager backend (docs/architecture.md).
 """
 
 from __future__ import annotations
