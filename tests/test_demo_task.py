@@ -324,7 +324,7 @@ def test_a_second_call_reads_the_start_back_and_leaves_its_files(tiny_start) -> 
 
 def test_other_settings_in_the_same_folder_are_an_error(tiny_start) -> None:
     folder, _ = tiny_start
-    with pytest.raises(UserError, match="holds a demo of other settings; give another --output"):
+    with pytest.raises(UserError, match="was made with other settings"):
         set_up(folder, QUICK, Reporter(quiet=True))
 
 

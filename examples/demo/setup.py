@@ -65,7 +65,9 @@ def set_up(folder: Path, settings: Settings, reporter: Reporter) -> Start:
     record = folder / "settings.json"
     if record.is_file():
         if json.loads(record.read_text(encoding="utf-8")) != asdict(settings):
-            raise UserError(f"{folder}: holds a demo of other settings; give another --output or delete that folder")
+            raise UserError(
+                f"{folder}: was made with other settings (quick or full size?); give another --output or delete it"
+            )
         reporter.say(f"going on with the start and the pairs in {folder}")
     else:
         (folder / "data").mkdir(parents=True, exist_ok=True)

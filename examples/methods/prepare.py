@@ -59,7 +59,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     try:
-        prepare(options.output, replace(QUICK if options.quick else FULL, seed=options.seed), Reporter())
+        reporter = Reporter()
+        prepare(options.output, replace(QUICK if options.quick else FULL, seed=options.seed), reporter)
+        reporter.say("ready; for example: sdpo train examples/methods/dpop.yaml")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -96,7 +96,10 @@ def _prompts(config: RunConfig, stage: StageConfig, prepared: Prepared) -> Stage
     assert stage.source is not None
     prompts, skipped = read_prompts(stage.prompts, config.on_bad_row)
     prepared.skipped += skipped
-    check_source(stage.source, prompts, config.trust_remote_code)
+    try:
+        check_source(stage.source, prompts, config.trust_remote_code)
+    except UserError as error:
+        raise UserError(f"stage {stage.name}: source: {error}") from error
     chat = next((row for row in prompts if row.is_conversational), None)
     if chat is not None and not prepared.tokenizer.chat_template:
         raise UserError(f"{chat.where}: is a conversation, and the tokenizer has no chat template")

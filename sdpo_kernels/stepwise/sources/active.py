@@ -21,7 +21,7 @@ from sdpo_kernels.stepwise.pairs import Pair
 from sdpo_kernels.stepwise.source_settings import ActiveSource
 from sdpo_kernels.stepwise.sources.context import PairRow, SourceContext, read_json_rows, write_rows
 from sdpo_kernels.stepwise.sources.generation import sample
-from sdpo_kernels.stepwise.sources.judges import VERDICTS, function_judge, remembering
+from sdpo_kernels.stepwise.sources.judges import VERDICTS, function_judge, function_version, remembering
 from sdpo_kernels.stepwise.sources.prompts import PromptRow
 from sdpo_kernels.stepwise.tokenize import tokenize_pairs
 
@@ -58,7 +58,8 @@ def make(ctx: SourceContext) -> list[PairRow]:
 def annotate(ctx: SourceContext, judge: str, questions: Sequence[Question]) -> list[PairRow]:
     """Pairs with the better answer chosen; none where the annotator finds both alike."""
     rows = [question.row for question in questions for _ in range(2)]
-    asked = remembering(function_judge(judge), ctx.folder / VERDICTS)
+    function = function_judge(judge)
+    asked = remembering(function, ctx.folder / VERDICTS, function_version(judge))
     scores = asked(rows, [text for q in questions for text in (q.first, q.second)])
     labels = []
     for question, first, second in zip(questions, scores[::2], scores[1::2], strict=True):

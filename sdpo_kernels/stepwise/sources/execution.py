@@ -22,7 +22,7 @@ from sdpo_kernels.stepwise.errors import UserError
 from sdpo_kernels.stepwise.source_settings import ExecutionSource
 from sdpo_kernels.stepwise.sources.context import PairRow, SourceContext
 from sdpo_kernels.stepwise.sources.generation import sample
-from sdpo_kernels.stepwise.sources.judges import VERDICTS, judge_groups, remembering
+from sdpo_kernels.stepwise.sources.judges import VERDICTS, code_version, judge_groups, remembering
 from sdpo_kernels.stepwise.sources.prompts import PromptRow
 from sdpo_kernels.stepwise.sources.sandbox import Job, Limits, Outcome, run_limited, run_many
 
@@ -96,7 +96,7 @@ def make(ctx: SourceContext) -> list[PairRow]:
         ctx.reporter.warn(
             f"{ctx.name}: programs run without namespaces here, so they can reach your files; run this in a container"
         )
-    remembered = remembering(judge.scores, ctx.folder / VERDICTS)
+    remembered = remembering(judge.scores, ctx.folder / VERDICTS, code_version(*judge.command))
     rows: list[PairRow] = []
     with ctx.reporter.task(ctx.label("programs"), len(ctx.prompts)) as task:
         for first in range(0, len(ctx.prompts), AT_ONCE):

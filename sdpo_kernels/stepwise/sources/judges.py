@@ -15,6 +15,7 @@ import json
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ def function_judge(name: str) -> Judge:
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError, SyntaxError) as error:
-        raise UserError(f"judge: was {name!r}, must be module:function that can be imported: {error}") from error
+        hint = f"must be module:function that can be imported, also from the current folder {os.getcwd()}"
+        raise UserError(f"judge: was {name!r}, {hint}: {error}") from error
     if not callable(found):
         raise UserError(f"judge: {name!r} is a {type(found).__name__}, must be a function")
 
@@ -52,7 +54,9 @@ def function_judge(name: str) -> Judge:
         try:
             given = found([row.values for row in rows], list(completions))
         except Exception as error:  # a person's function raises what it likes
-            raise UserError(f"judge: {name!r} failed: {type(error).__name__}: {error}") from error
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{last.filename}:{last.lineno}"
+            raise UserError(f"judge: {name!r} failed: {type(error).__name__}: {error} ({where})") from error
         try:
             scores = [float(score) for score in given]
         except (TypeError, ValueError) as error:
@@ -64,9 +68,13 @@ def function_judge(name: str) -> Judge:
     return judge
 
 
-def remembering(judge: Judge, path: Path) -> Judge:
-    """`judge`, whose verdicts are kept in `path` as they come: nothing is asked twice, not even after a kill."""
-    known: dict[str, float] = {line["of"]: line["score"] for line in read_json_rows(path, half_line=True)}
+def remembering(judge: Judge, path: Path, version: str) -> Judge:
+    """`judge`, whose verdicts are kept in `path` as they come: nothing is asked twice, not even after a kill.
+
+    Verdicts of another `version` of the judge are not believed.
+    """
+    lines = read_json_rows(path, half_line=True)
+    known: dict[str, float] = {line["of"]: line["score"] for line in lines if line["judge"] == version}
 
     def remembered(rows: Sequence[PromptRow], completions: Sequence[str]) -> list[float]:
         keys = [_digest(row, text) for row, text in zip(rows, completions, strict=True)]
@@ -76,12 +84,29 @@ def remembering(judge: Judge, path: Path) -> Judge:
                 places = new[start : start + VERDICTS_AT_ONCE]
                 scores = judge([rows[i] for i in places], [completions[i] for i in places])
                 known.update(zip([keys[i] for i in places], scores, strict=True))
-                stream.writelines(json.dumps({"of": keys[i], "score": known[keys[i]]}) + "\n" for i in places)
+                stream.writelines(_verdict(keys[i], known[keys[i]], version) for i in places)
                 stream.flush()
                 os.fsync(stream.fileno())
         return [known[key] for key in keys]
 
     return remembered
+
+
+def _verdict(key: str, score: float, version: str) -> str:
+    return json.dumps({"of": key, "score": score, "judge": version}) + "\n"
+
+
+def code_version(*parts: str) -> str:
+    """A digest of a judge's parts: names, and the contents of those that are files."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() + b"\0" + (Path(part).read_bytes() if os.path.isfile(part) else b""))
+    return digest.hexdigest()[:16]
+
+
+def function_version(name: str) -> str:
+    """Of the module that holds the judge 'module:function'; what that imports is not looked at."""
+    return code_version(name, getattr(sys.modules[name.partition(":")[0]], "__file__", None) or "")
 
 
 def _digest(row: PromptRow, text: str) -> str:

@@ -9,7 +9,9 @@ from sdpo_kernels.stepwise.sources.judges import (
     VERDICTS,
     Judge,
     best_and_worst,
+    code_version,
     function_judge,
+    function_version,
     judge_groups,
     remembering,
     reward_model_judge,
@@ -21,7 +23,9 @@ def make(ctx: SourceContext) -> list[PairRow]:
     settings = ctx.settings
     assert isinstance(settings, RankedSource)
     groups = sample(ctx, settings.samples)
-    judge = remembering(_judge(ctx, settings), ctx.folder / VERDICTS)
+    judge = _judge(ctx, settings)
+    version = code_version(settings.reward_model or "") if settings.judge is None else function_version(settings.judge)
+    judge = remembering(judge, ctx.folder / VERDICTS, version)
     scores = judge_groups(judge, ctx.prompts, groups)
     rows = []
     for row, texts, values in zip(ctx.prompts, groups, scores, strict=True):

@@ -332,15 +332,33 @@ def test_no_verdict_is_asked_for_twice(tmp_path):
         return [float(len(text)) for text in completions]
 
     rows = [PromptRow(f"p{i}", {"prompt": f"p{i}"}, "") for i in range(3)]
-    first = judges.remembering(judge, tmp_path / "v.jsonl")(rows, ["a", "bb", "a"])
+    first = judges.remembering(judge, tmp_path / "v.jsonl", "1")(rows, ["a", "bb", "a"])
     assert first == [1.0, 2.0, 1.0]
     with (tmp_path / "v.jsonl").open("a") as stream:
         stream.write('{"of": "cut sho')  # a kill in the middle of a line
-    again = judges.remembering(judge, tmp_path / "v.jsonl")
+    again = judges.remembering(judge, tmp_path / "v.jsonl", "1")
     assert again([*rows, rows[0]], ["a", "bb", "ccc", "a"]) == [1.0, 2.0, 3.0, 1.0]
     assert asked == ["a", "bb", "a", "ccc"]  # the same text under another prompt is another question
-    assert judges.remembering(judge, tmp_path / "v.jsonl")(rows[2:], ["ccc"]) == [3.0]
+    assert judges.remembering(judge, tmp_path / "v.jsonl", "1")(rows[2:], ["ccc"]) == [3.0]
     assert len(asked) == 4
+    judges.remembering(judge, tmp_path / "v.jsonl", "2")(rows[2:], ["ccc"])  # a judge that has been mended
+    assert len(asked) == 5
+
+
+def test_a_judge_has_another_version_when_its_file_changes(tmp_path):
+    file = tmp_path / "checker.py"
+    file.write_text("1")
+    first = judges.code_version("python3", str(file))
+    file.write_text("2")
+    assert judges.code_version("python3", str(file)) != first
+    assert judges.function_version("tests.stepwise.sources.judges:alike") == judges.function_version(
+        "tests.stepwise.sources.judges:alike"
+    )
+
+
+def test_a_judge_that_fails_says_where():
+    with pytest.raises(UserError, match=r"failed: KeyError: 'missing' \(.*judges.py:\d+\)"):
+        function_judge("tests.stepwise.sources.judges:fails")([PromptRow("a", {}, "")], ["x"])
 
 
 def test_line_breaks_of_other_alphabets_stay_inside_a_row(tmp_path):
