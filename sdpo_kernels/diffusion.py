@@ -16,8 +16,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from sdpo_kernels.losses import PairLogps, pair_loss
 
 PIECE = {"cpu": 2**17}  # elements worked on at a time: half a MiB of float32 stays in the second-level cache
 PIECE_ELSEWHERE = 2**24  # where launches cost more than memory
@@ -81,19 +82,20 @@ def diffusion_dpo(
     mse = sample_mse(prediction, target)
     chosen, rejected = mse.chunk(2)
     ref_chosen, ref_rejected = _reference_mse(prediction, target, ref_prediction, ref_mse).to(mse).chunk(2)
-    z = -(beta / 2) * ((chosen - rejected) - (ref_chosen - ref_rejected))
+    counts = torch.ones_like(chosen)  # an error has no tokens
+    pair = PairLogps(chosen, rejected, ref_chosen, ref_rejected, counts, counts)
     chosen_rewards = -(beta / 2) * (chosen.detach() - ref_chosen)
     rejected_rewards = -(beta / 2) * (rejected.detach() - ref_rejected)
     return DiffusionDPOOutput(
-        loss=-F.logsigmoid(z).mean(),
+        loss=pair_loss("diffusion_dpo", pair, beta).mean(),
         chosen_mse=chosen.detach(),
         rejected_mse=rejected.detach(),
         ref_chosen_mse=ref_chosen,
         ref_rejected_mse=ref_rejected,
         chosen_rewards=chosen_rewards,
         rejected_rewards=rejected_rewards,
-        margins=z.detach(),
-        accuracy=(chosen_rewards > rejected_rewards).to(z.dtype),
+        margins=chosen_rewards - rejected_rewards,
+        accuracy=(chosen_rewards > rejected_rewards).to(mse.dtype),
     )
 
 

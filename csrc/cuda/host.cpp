@@ -1,3 +1,4 @@
+// torch on CUDA by its stable ABI: memory from its allocator, its current stream, its matrix products.
 #include "host.h"
 
 #include <torch/csrc/stable/ops.h>

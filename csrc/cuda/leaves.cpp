@@ -1,3 +1,4 @@
+// CUDA's leaves: which columns make a chunk, and the launches and products of each step of the walk.
 #include "leaves.h"
 
 #include <algorithm>

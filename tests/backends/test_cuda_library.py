@@ -64,7 +64,7 @@ def test_it_uses_the_stable_abi_alone():
             ["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True
         )
         assert not re.findall(r"\b_ZNK?(?:2at|3c10|5torch)\w*", symbols.stdout)
-        assert "Py" not in re.findall(r"\bU (Py\w*)", symbols.stdout)
+        assert not re.findall(r"\bU (_?Py\w*)", symbols.stdout)
         assert "torch_call_dispatcher" in symbols.stdout or library != LIBRARY
 
 
@@ -135,5 +135,6 @@ def test_it_loads_beside_the_cpus(tmp_path):
 
 
 def test_on_a_torch_without_cuda_it_is_not_loaded():
-    if torch.version.cuda is None:
-        assert native_library.load_cuda() == "this torch is built without CUDA"
+    if torch.version.cuda is not None:
+        pytest.skip("this torch has CUDA")
+    assert native_library.load_cuda() == "this torch is built without CUDA"
