@@ -15,6 +15,7 @@ import json
 import os
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ from typing import Any
 from sdpo_kernels.stepwise.errors import UserError
 
 WATCHER = Path(__file__).with_name("sandbox_watcher.py")
+KILL_SECONDS = 10.0  # for processes to go after SIGKILL
 START_SECONDS = 30.0  # beyond the program's own time, for the watcher to start, to kill and to answer
+WATCHER_LOST = "killed: the watcher"
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,8 @@ def run_limited(command: Sequence[str], stdin: str, limits: Limits, files: Mappi
     job = Job(command, stdin, files or {})
     with _temporary_folder() as folder:
         answer = _watched(_request(job, limits, folder), limits.seconds + START_SECONDS)
+        if answer["reason"] == WATCHER_LOST:
+            _kill_processes_of(folder)
     cannot_start = answer.pop("cannot_start")
     if cannot_start:
         raise UserError(f"cannot start {command[0]}: {cannot_start}")
@@ -158,8 +163,35 @@ def _watched(request: dict[str, Any], seconds: float) -> dict[str, Any]:
 
 def _lost(seconds: float) -> dict[str, Any]:
     """The answer in place of a watcher that was killed, or that could not kill the program."""
-    fields = {"exit_code": None, "reason": "killed: the watcher", "seconds": seconds, "output": "", "isolated": False}
+    fields = {"exit_code": None, "reason": WATCHER_LOST, "seconds": seconds, "output": "", "isolated": False}
     return fields | {"cannot_start": ""}
+
+
+def _kill_processes_of(folder: Path) -> None:
+    """Kill what is left of a program whose watcher was killed (Linux): every process whose environment, as it was
+    started, or whose working directory names its temporary folder."""
+    name, deadline = os.fsencode(folder), time.monotonic() + KILL_SECONDS
+    while found := [pid for pid in _process_ids() if _names(pid, name)]:
+        for pid in found:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        if time.monotonic() > deadline:
+            warnings.warn(f"processes of a program in {folder} could not be killed: {found}", stacklevel=2)
+            return
+
+
+def _process_ids() -> list[int]:
+    """Every process of this system; none where there is no /proc."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()] if os.path.isdir("/proc") else []
+
+
+def _names(pid: int, folder: bytes) -> bool:
+    """Whether a living process that we may look into was started for `folder` or stands in it."""
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as stream:
+            return folder in stream.read() or folder in os.fsencode(os.readlink(f"/proc/{pid}/cwd"))
+    except OSError:  # gone, or another user's
+        return False
 
 
 def _write(descriptor: int, content: bytes) -> None:

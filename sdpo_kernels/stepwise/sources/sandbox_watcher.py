@@ -36,7 +36,7 @@ OPEN_FILES = 256
 USER_TASKS = 4096  # RLIMIT_NPROC counts all of the user's tasks: only a backstop, above those that run already
 FILE_COST = 4096  # bytes on disk that any file or folder counts for at least
 
-PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 36, 38
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID = 0x20000, 0x8000000, 0x10000000, 0x20000000
 MS_BIND = 4096
 SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = 442, -100, 0x8000, 1
@@ -141,6 +141,8 @@ def run_init(job: dict[str, Any], namespaces: bool, stdin: int, output: int, sta
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     become_subreaper()
+    if LINUX:  # a watcher that was killed takes init with it
+        call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if namespaces and new_mounts(job):
         os.write(status, b"isolated\n")
     program = os.fork()

@@ -1,5 +1,6 @@
 """Programs that misbehave, each for real: every one costs its own result, and leaves no process and no file."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="th
 
 SMALL = Limits(seconds=5.0, memory_mb=200, processes=16, file_mb=4, output_kb=64)
 PYTHON = str(Path(sys.executable).resolve())
+SOON = 30  # seconds: less than any program here would take, far more than ending it takes
 MARK = f"sdpo-test-{os.getpid()}"  # in the command line of every program here
 
 
@@ -102,8 +104,8 @@ def test_a_program_that_does_not_end(program):
     start = time.monotonic()
     outcome = python(program, limits=Limits(seconds=0.4))
     assert (outcome.reason, outcome.exit_code, outcome.passed) == ("timeout", None, False)
-    assert 0.4 <= outcome.seconds < 2
-    assert time.monotonic() - start < 4
+    assert 0.4 <= outcome.seconds < SOON
+    assert time.monotonic() - start < SOON
 
 
 def test_a_program_that_does_not_read_its_input():
@@ -143,7 +145,7 @@ while not os.path.exists("started"): time.sleep(0.01)
 def test_a_fork_bomb():
     outcome = python(BOMB)
     assert outcome.reason == "killed: processes"
-    assert outcome.seconds < 4
+    assert outcome.seconds < SOON
 
 
 def test_generations_of_processes_that_leave_their_parents():
@@ -163,7 +165,7 @@ def test_a_daemon_that_keeps_the_output_open_does_not_hold_the_result():
     start = time.monotonic()
     outcome = python("if os.fork() == 0:\n    os.setsid(); time.sleep(60)\nprint('done')")
     assert (outcome.reason, outcome.output) == ("ok", "done\n")
-    assert time.monotonic() - start < 4
+    assert time.monotonic() - start < SOON
 
 
 def test_memory_of_one_process_and_of_many():
@@ -186,7 +188,7 @@ def test_large_files_and_many_files():
 def test_a_program_that_prints_for_ever(stream):
     outcome = python(f"while True: print('x' * 999, file=sys.{stream})")
     assert outcome.reason == "killed: output"
-    assert outcome.seconds < 4
+    assert outcome.seconds < SOON
     assert len(outcome.output) == 2000
 
 
@@ -248,7 +250,18 @@ def test_files_outside_cannot_be_written(system, tmp_path):
 def test_a_program_that_kills_its_parent(program):
     outcome = python(program, limits=Limits(seconds=0.4))
     assert not outcome.passed
-    assert outcome.reason in ("timeout", "killed: its parent process", "exit 1", "killed: SIGKILL")
+    ways = ("timeout", "exit 1", "killed: SIGKILL", "killed: its parent process", "killed: the watcher")
+    assert outcome.reason in ways  # the third may meet the watcher as its parent, too
+
+
+@pytest.mark.parametrize("then", ["", "os.fork(); os.fork(); os.setsid() if os.getpid() != os.getsid(0) else 0; "])
+def test_a_program_that_kills_its_watcher(system, then):
+    program = (
+        "init = os.getppid(); os.kill(init, signal.SIGKILL)\nwhile os.getppid() == init: pass\n"
+        f"os.kill(os.getppid(), signal.SIGKILL); {then}time.sleep(60)"
+    )
+    outcome = python(program, limits=Limits(seconds=2))
+    assert outcome.reason == ("killed: the watcher" if system == "bare" else "timeout")
 
 
 def test_a_program_that_kills_every_process_it_may(system):
@@ -307,11 +320,14 @@ def test_windows_is_refused(monkeypatch):
 
 
 def test_several_at_a_time_and_in_order():
-    jobs = [Job(command(f"time.sleep(0.5); print({n}); sys.exit({n % 2})")) for n in range(6)]
-    start = time.monotonic()
-    outcomes = run_many(jobs, Limits(seconds=9), workers=6)
-    assert time.monotonic() - start < 2.9  # 3 and more one after the other
-    assert [(o.output, o.exit_code) for o in outcomes] == [(f"{n}\n", n % 2) for n in range(6)]
+    program = "start = time.monotonic(); time.sleep(2); print({n}, start, time.monotonic()); sys.exit({n} % 2)"
+    outcomes = run_many([Job(command(program.format(n=n))) for n in range(6)], Limits(seconds=SOON), workers=6)
+    told = [outcome.output.split() for outcome in outcomes]
+    assert [(int(n), outcome.exit_code) for (n, _, _), outcome in zip(told, outcomes, strict=True)] == [
+        (n, n % 2) for n in range(6)
+    ]
+    spans = sorted((float(start), float(end)) for _, start, end in told)
+    assert any(later < end for (_, end), (later, _) in itertools.pairwise(spans))  # one after the other, none
     assert threading.active_count() < 6
 
 
@@ -330,11 +346,11 @@ def test_the_program_dies_with_the_run(system, tmp_path):
     )
     process = subprocess.Popen([sys.executable, "-c", run], cwd=Path(__file__).parents[3])
     try:
-        assert comes_true(lambda: any("-S" in line for _, line in survivors()), 20)
+        assert comes_true(lambda: any("-S" in line for _, line in survivors()), 120)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert comes_true(lambda: survivors() == [], 5)
+    assert comes_true(lambda: survivors() == [], SOON)
 
 
 def comes_true(condition, seconds):
