@@ -24,9 +24,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.utils import ModelOutput
 
 from sdpo_kernels.integrations.lm_head import LMHead, find_head, unwrap
+from sdpo_kernels.integrations.sharded_head import sharded_head_logps
 from sdpo_kernels.logps import LinearLogps, linear_logps
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
 
@@ -79,7 +81,9 @@ def attach_fused_head(model: Model, *, backend: str = "auto", stash_bytes: int |
         logp_outputs: names of `linear_logps`'s further outputs, which then stand beside `logps`
 
     and then returns `LogpsOutput(logps=[N] fp32)`; the key/value cache is off. Nothing is added to the model's config
-    or state dict. `backend` and `stash_bytes` are `linear_logps`'s. Undone by `detach_fused_head`.
+    or state dict. `backend` and `stash_bytes` are `linear_logps`'s. A head that `fully_shard` has put into a group of
+    its own stays cut: its rows are sent round in chunks (`sharded_linear_logps`), in plain torch whatever `backend` is.
+    Undone by `detach_fused_head`.
 
     Raises:
         ValueError: the model has no head that can be found, or has one attached already.
@@ -177,11 +181,14 @@ def _fused_logps(
     if hidden.shape[:-1] != targets.shape:
         wanted, was = list(hidden.shape[:-1]), list(targets.shape)
         raise ValueError(f"logp_targets: was of shape {was}, must be {wanted}, one target for each hidden state")
-    rows_in, weight, bias = head.operands(hidden.flatten(0, -2))
+    flat, on_device = hidden.flatten(0, -2), targets.reshape(-1).to(hidden.device)
+    if isinstance(head.weight(), DTensor):  # FSDP2 has cut it in a group of its own
+        return sharded_head_logps(head, flat, on_device, outputs=outputs, rows=rows)
+    rows_in, weight, bias = head.operands(flat)
     return linear_logps(
         rows_in,
         weight,
-        targets.reshape(-1).to(hidden.device),
+        on_device,
         bias=bias,
         logit_scale=head.logit_scale,
         softcap=head.softcap,

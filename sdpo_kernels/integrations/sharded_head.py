@@ -1,6 +1,7 @@
 """Log-probs before a head whose rows are spread over processes, one chunk of the vocabulary gathered at a time.
 
-    logps = sharded_linear_logps(hidden, weight_shard, targets, group=group)      # every process of the group calls it
+    out = sharded_linear_logps(hidden, weight_shard, targets, group=group)        # every process of the group calls it
+    out.logps                                                                     # of this process's rows
 
 Each process holds its own rows of the batch and its own rows of the head, as FSDP2 cuts a parameter
 (`DTensor.to_local()` along its first dimension). Chunk by chunk the owner sends its rows to all; no process ever holds
@@ -10,18 +11,21 @@ Plain torch, with the arithmetic of the eager backend (docs/architecture.md).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
 
 from sdpo_kernels.backends import precision
-from sdpo_kernels.backends.base import KEEP_NOTHING, Saved
+from sdpo_kernels.backends.base import EXTRAS, KEEP_NOTHING, Saved
 from sdpo_kernels.backends.chunk_math import RunningSums, dlogits
 from sdpo_kernels.head import Head, product_dtype
-from sdpo_kernels.rows import IGNORE_INDEX
+from sdpo_kernels.integrations.lm_head import LMHead
+from sdpo_kernels.logps import LinearLogps
+from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
 
 
 def sharded_linear_logps(
@@ -29,45 +33,108 @@ def sharded_linear_logps(
     weight_shard: Tensor,
     targets: Tensor,
     *,
+    bias_shard: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
+    shard_rows: Sequence[int] | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
+    outputs: Sequence[str] = (),
+    rows: ScoredRows | None = None,
     chunk_columns: int = 8192,
-) -> Tensor:
-    """Log-prob of each row's target, [N] float32 (float64 for float64); 0 for rows whose target is −100.
+) -> LinearLogps:
+    """Log-prob of each row's target and further outputs, as `linear_logps` gives them, of a head cut over processes.
 
     Args:
         hidden: [N, H] this process's rows; N may differ between processes, and be 0.
-        weight_shard: [V_r, H] this process's rows of the head, in the order of the group's ranks; of hidden's dtype.
+        weight_shard: [V_r, H] this process's rows of the head, in the order of the group's ranks; rounded to hidden's
+            dtype (under autocast both to autocast's), chunk by chunk; its gradient comes in its own dtype.
         targets: [N] int64 in [0, V), V = Σ V_r, or −100.
+        bias_shard: [V_r].
         group: the processes; None: all. Each calls this with the same options, and each or none wants each gradient.
+        shard_rows: V_r of every process, by rank; None: they are asked (a host synchronisation).
+        outputs, rows: as in `linear_logps`.
         chunk_columns: rows of the head that are sent at a time, at least 1.
 
-    The gradient of `weight_shard` is that of all processes' rows, summed: divide it by their number where gradients of
-    other parameters are averaged, as FSDP does. An error in one process leaves the others waiting.
+    The gradients of `weight_shard` and `bias_shard` are those of all processes' rows, summed: divide them by their
+    number where gradients of other parameters are averaged, as FSDP does. An error in one process leaves the others
+    waiting.
 
     Raises:
         ValueError: naming the argument, what it was and what it should be.
     """
-    if hidden.dim() != 2 or weight_shard.dim() != 2 or hidden.shape[1] != weight_shard.shape[1]:
-        shapes = f"{list(hidden.shape)} and {list(weight_shard.shape)}"
+    _check(hidden, weight_shard, targets, bias_shard, chunk_columns)
+    if shard_rows is None:
+        shard_rows = _ask_rows(weight_shard, group)
+    plan = _plan(shard_rows, chunk_columns)
+    n_columns = sum(shard_rows)
+    if not targets.is_cuda:
+        wrong = targets[((targets < 0) & (targets != IGNORE_INDEX)) | (targets >= n_columns)]
+        if wrong.numel():
+            raise ValueError(f"targets: held {wrong[0].item()}, must be in [0, {n_columns}) or {IGNORE_INDEX}")
+    index = (targets != IGNORE_INDEX).nonzero().squeeze(1) if rows is None else rows.index
+    names = tuple(name for name in EXTRAS if name in outputs)
+    call = _Call(Head(logit_scale, softcap, temperature), _dtype(hidden), group, plan, n_columns, names)
+    found = _ShardedLogps.apply(hidden[index], weight_shard, bias_shard, targets[index], call)
+    whole = [value.new_zeros(len(targets)).index_copy(0, index, value) for value in found]
+    return LinearLogps(whole[0], **dict(zip(names, whole[1:], strict=True)))
+
+
+def sharded_head_logps(head: LMHead, hidden: Tensor, targets: Tensor, **options: Any) -> LinearLogps:
+    """The same for a model's head that FSDP2 has cut (`head.weight()` is a DTensor), with gradients averaged as FSDP's.
+
+    Raises:
+        ValueError: the head is cut in another way than by rows over one dimension of processes.
+    """
+    weight, bias = head.weight(), head.bias()
+    assert isinstance(weight, DTensor)
+    if tuple(weight.placements) != (Shard(0),):
+        raise ValueError(f"model: its head was placed as {weight.placements}, must be cut by rows, (Shard(dim=0),)")
+    group = weight.device_mesh.get_group()
+    count = dist.get_world_size(group)
+    each = -(-weight.shape[0] // count)  # DTensor cuts as torch.chunk does
+    shard_rows = [max(0, min(each, weight.shape[0] - rank * each)) for rank in range(count)]
+    return sharded_linear_logps(
+        hidden,
+        _averaged(weight, count),
+        targets,
+        bias_shard=None if bias is None else _averaged(bias, count).to(hidden.dtype),  # as FSDP2 would gather it
+        group=group,
+        shard_rows=shard_rows,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
+        **options,
+    )
+
+
+def _averaged(weight: Any, count: int) -> Tensor:
+    """This process's rows; their gradient is divided by `count` on its way back."""
+    local = weight.to_local()
+    if local.requires_grad:
+        local.register_hook(lambda gradient: gradient / count)
+    return local
+
+
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, chunk_columns: int) -> None:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        shapes = f"{list(hidden.shape)} and {list(weight.shape)}"
         raise ValueError(f"hidden, weight_shard: were of shapes {shapes}, must be [N, H] and [V_r, H]")
-    if hidden.dtype != weight_shard.dtype:
-        raise ValueError(f"weight_shard: was {weight_shard.dtype}, must be {hidden.dtype} as hidden is")
+    if torch.float64 in (hidden.dtype, weight.dtype) and hidden.dtype != weight.dtype:
+        raise ValueError(f"weight_shard: was {weight.dtype}, must be {hidden.dtype} as hidden is")
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
         raise ValueError(f"targets: was {targets.dtype} of shape {list(targets.shape)}, must be int64 [N]")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias_shard: was of shape {list(bias.shape)}, must be {list(weight.shape[:1])}, V_r")
     if chunk_columns < 1:
         raise ValueError(f"chunk_columns: was {chunk_columns}, must be at least 1")
-    plan = _plan(weight_shard, group, chunk_columns)
-    n_columns = plan[-1].stop if plan else 0
-    wrong = targets[((targets < 0) & (targets != IGNORE_INDEX)) | (targets >= n_columns)]
-    if wrong.numel():
-        raise ValueError(f"targets: held {wrong[0].item()}, must be in [0, {n_columns}) or {IGNORE_INDEX} (not scored)")
-    index = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-    head = Head(logit_scale, softcap, temperature)
-    scored = _ShardedLogps.apply(hidden[index], weight_shard, targets[index], head, group, plan)
-    return scored.new_zeros(len(targets)).index_copy(0, index, scored)
+
+
+def _dtype(hidden: Tensor) -> torch.dtype:
+    """What operands are rounded to."""
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return hidden.dtype
 
 
 class _Chunk(NamedTuple):
@@ -77,30 +144,59 @@ class _Chunk(NamedTuple):
     stop: int
 
 
-def _plan(shard: Tensor, group: dist.ProcessGroup | None, chunk_columns: int) -> list[_Chunk]:
-    """The chunks of all shards in order, the same in every process."""
+class _Call(NamedTuple):
+    head: Head
+    dtype: torch.dtype
+    group: dist.ProcessGroup | None
+    plan: list[_Chunk]
+    n_columns: int
+    outputs: tuple[str, ...]
+
+    def walk(self, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[_Chunk, Tensor, Tensor | None]]:
+        """Each chunk with its rows of the head [C, H], as products want them, and of its bias [C]."""
+        for chunk in self.plan:
+            rows = self._sent(weight, chunk, self.dtype)
+            yield chunk, _operand(rows), None if bias is None else self._sent(bias, chunk, bias.dtype)
+
+    def _sent(self, shard: Tensor, chunk: _Chunk, dtype: torch.dtype) -> Tensor:
+        """What the chunk's owner has of it, in every process."""
+        count = chunk.stop - chunk.start
+        if chunk.owner == dist.get_rank(self.group):
+            part = shard[chunk.first : chunk.first + count].to(dtype).contiguous()
+        else:
+            part = shard.new_empty((count, *shard.shape[1:]), dtype=dtype)
+        dist.broadcast(part, group=self.group, group_src=chunk.owner)
+        return part
+
+    def logits(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The transformed logits [N, C] of a chunk."""
+        z = precision.matmul(x, weight.t())
+        if bias is not None:
+            z += bias.to(z.dtype)
+        return self.head.logits_(z)
+
+    def add_up(self, part: Tensor, total: Tensor, chunk: _Chunk) -> None:
+        """Write the sum of every process's `part` into the owner's rows of `total`, rounded once."""
+        dist.reduce(part, group=self.group, group_dst=chunk.owner)
+        if chunk.owner == dist.get_rank(self.group):
+            total[chunk.first : chunk.first + len(part)] = part
+
+
+def _ask_rows(shard: Tensor, group: dist.ProcessGroup | None) -> list[int]:
     own = torch.tensor([shard.shape[0]], device=shard.device)
     counts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(counts, own, group=group)
+    return [int(count) for count in counts]
+
+
+def _plan(shard_rows: Sequence[int], chunk_columns: int) -> list[_Chunk]:
+    """The chunks of all shards in order, the same in every process."""
     plan, before = [], 0
-    for owner, count in enumerate(int(count) for count in counts):
+    for owner, count in enumerate(shard_rows):
         for first in range(0, count, chunk_columns):
             plan.append(_Chunk(owner, first, before + first, before + min(first + chunk_columns, count)))
         before += count
     return plan
-
-
-def _walk(shard: Tensor, group: dist.ProcessGroup | None, plan: list[_Chunk]) -> Iterator[tuple[_Chunk, Tensor]]:
-    """Each chunk with its rows of the head [C, H], as products want them."""
-    rank = dist.get_rank(group)
-    for chunk in plan:
-        rows = chunk.stop - chunk.start
-        if chunk.owner == rank:
-            weight = shard[chunk.first : chunk.first + rows].contiguous()
-        else:
-            weight = shard.new_empty((rows, shard.shape[1]))
-        dist.broadcast(weight, group=group, group_src=chunk.owner)
-        yield chunk, _operand(weight)
 
 
 def _operand(tensor: Tensor) -> Tensor:
@@ -112,36 +208,42 @@ def _operand(tensor: Tensor) -> Tensor:
 class _ShardedLogps(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, shard: Tensor, targets: Tensor, head: Head, group: Any, plan: list[_Chunk]
-    ) -> Tensor:
-        x = _operand(hidden.detach())
-        sums = RunningSums(len(x), x.device, product_dtype(hidden.dtype), ())
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, call: _Call
+    ) -> tuple[Tensor, ...]:
+        x = _operand(hidden.detach().to(call.dtype))
+        sums = RunningSums(len(x), x.device, product_dtype(call.dtype), call.outputs)
         with precision.full(hidden.device):
-            for chunk, weight in _walk(shard.detach(), group, plan):
-                sums.add(head.logits_(precision.matmul(x, weight.t())), targets - chunk.start)
-        found = sums.finish(plan[-1].stop, None)
-        ctx.save_for_backward(hidden, shard, targets, found.logps, found.state)
-        ctx.head, ctx.group, ctx.plan = head, group, plan
-        return found.logps
+            for chunk, rows, row_bias in call.walk(weight.detach(), None if bias is None else bias.detach()):
+                sums.add(call.logits(x, rows, row_bias), targets - chunk.start)
+        found = sums.finish(call.n_columns, None)
+        ctx.save_for_backward(hidden, weight, bias, targets, found.logps, found.state, found.entropy)
+        ctx.call = call
+        extras = {name: getattr(found, name) for name in call.outputs}
+        ctx.mark_non_differentiable(*(value for name, value in extras.items() if name != "entropy"))
+        ctx.set_materialize_grads(False)
+        return found.logps, *extras.values()
 
     @staticmethod
-    def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, shard, targets, logps, state = ctx.saved_tensors
-        saved = Saved(logps, state, None, None, None, KEEP_NOTHING)
-        x, rank = _operand(hidden), dist.get_rank(ctx.group)
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        dx = torch.zeros_like(x, dtype=product_dtype(hidden.dtype)) if wants_hidden else None
-        dw = torch.empty_like(shard) if wants_weight else None
+    def backward(ctx: Any, grad_logps: Tensor | None, *grad_extras: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, logps, state, entropy = ctx.saved_tensors
+        call: _Call = ctx.call
+        saved = Saved(logps, state, entropy, None, None, KEEP_NOTHING)
+        coefficient = torch.zeros_like(logps) if grad_logps is None else grad_logps.to(logps.dtype)
+        grad_entropy = dict(zip(call.outputs, grad_extras, strict=True)).get("entropy")
+        x = _operand(hidden.to(call.dtype))
+        dx = torch.zeros_like(x, dtype=logps.dtype) if ctx.needs_input_grad[0] else None
+        dw = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        db = torch.empty_like(bias) if ctx.needs_input_grad[2] else None
         with precision.full(hidden.device):
-            for chunk, weight in _walk(shard, ctx.group, ctx.plan):
-                z = ctx.head.logits_(precision.matmul(x, weight.t()))
-                grad = dlogits(z, targets - chunk.start, saved, grad_logps.to(logps.dtype), None)
-                grad = ctx.head.times_slope_(grad, z).to(weight.dtype)
+            for chunk, rows, row_bias in call.walk(weight, bias):
+                z = call.logits(x, rows, row_bias)
+                grad = dlogits(z, targets - chunk.start, saved, coefficient, grad_entropy)
+                call.head.times_slope_(grad, z)
+                if db is not None:
+                    call.add_up(grad.sum(0), db, chunk)
+                grad = grad.to(rows.dtype)
                 if dx is not None:
-                    dx += precision.matmul(grad, weight)
+                    dx += precision.matmul(grad, rows)
                 if dw is not None:
-                    part = precision.matmul(grad.t(), x)
-                    dist.reduce(part, group=ctx.group, group_dst=chunk.owner)  # summed before it is rounded
-                    if chunk.owner == rank:
-                        dw[chunk.first : chunk.first + len(part)] = part
-        return (None if dx is None else dx.to(hidden.dtype)), dw, None, None, None, None
+                    call.add_up(precision.matmul(grad.t(), x), dw, chunk)
+        return (None if dx is None else dx.to(hidden.dtype)), dw, db, None, None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import torch
 from transformers import TrainingArguments
 
 from sdpo_kernels.stepwise.config import RunConfig, StageConfig
@@ -40,8 +39,3 @@ def training_arguments(config: RunConfig, stage: StageConfig, work: Path, tensor
     if args.fp16 and args.device.type == "cpu":  # accelerate would leave it out without a word
         raise UserError("trainer.fp16: was true, which needs a GPU; on a CPU use bf16")
     return args
-
-
-def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
-    """What Trainer will compute in, where that is not the weights' own dtype."""
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None

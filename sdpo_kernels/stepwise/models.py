@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from sdpo_kernels.integrations.causal_lm import attach_fused_head, disable_dropo
 from sdpo_kernels.integrations.packed_attention import use_packed_attention
 from sdpo_kernels.stepwise.config import LoraSettings, RunConfig
 from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.precision import Precision
 
 logger = logging.getLogger(__name__)
 
@@ -46,15 +45,15 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
         raise UserError(f"model: no tokenizer can be loaded from {config.model}: {reason}") from error
 
 
-def load_model(path: str, config: RunConfig, device: torch.device, autocast: torch.dtype | None) -> Loaded:
-    """Load `path` (a folder or hub name) in the run's dtype on `device`. UserError where it cannot be loaded.
+def load_model(path: str, config: RunConfig, precision: Precision) -> Loaded:
+    """Load `path` (a folder or hub name) in the run's dtype, on its device. UserError where it cannot be loaded.
 
     A stage's folder of a LoRA run is loaded as the run's base with that stage's adapter, not from the merged weights:
-    rounded to a bfloat16 base, what a stage has learned at a small learning rate would be gone. `autocast` is the dtype
-    that scoring and training will run under, if any: attention is chosen and probed with it.
+    rounded to a bfloat16 base, what a stage has learned at a small learning rate would be gone. Attention is chosen
+    and probed in the precision of scoring and training.
     A model is part of reference cycles, so one that was dropped before is freed here first.
     """
-    model, adapter = _pretrained(path, config, device)
+    model, adapter = _pretrained(path, config, precision.device)
     disable_dropout(model)
     try:
         attach_fused_head(model)
@@ -62,7 +61,7 @@ def load_model(path: str, config: RunConfig, device: torch.device, autocast: tor
         raise UserError(f"model: {path} cannot be trained: {error}") from error
     packed = config.batching == "packed"
     if packed:
-        with autocast_context(device, autocast):
+        with precision.computing(model):
             reason = use_packed_attention(model)
         if reason is not None:
             logger.warning("batches are padded, in groups of like length, instead of packed: %s", reason)
@@ -103,13 +102,6 @@ def _with_adapter(model: nn.Module, adapter: Path) -> nn.Module:
         return PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model: the adapter {adapter} cannot be loaded: {_first_line(error)}") from error
-
-
-@contextmanager
-def autocast_context(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
-    """The mixed precision that Trainer will train with: its scores must be made on the same path."""
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-        yield
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -24,12 +24,12 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from sdpo_kernels.integrations.causal_lm import unwrap
 from sdpo_kernels.stepwise import ranks
-from sdpo_kernels.stepwise.arguments import autocast_dtype
 from sdpo_kernels.stepwise.collate import Batch, Collator, PairDataset, collate_packed, make_collate_padded
 from sdpo_kernels.stepwise.config import RunConfig
 from sdpo_kernels.stepwise.errors import UserError
 from sdpo_kernels.stepwise.files import replace_file
-from sdpo_kernels.stepwise.models import Loaded, autocast_context, load_model, weights_hash
+from sdpo_kernels.stepwise.models import Loaded, load_model, weights_hash
+from sdpo_kernels.stepwise.precision import Precision
 from sdpo_kernels.stepwise.progress import Reporter
 from sdpo_kernels.stepwise.tokenize import TokenizedPairs
 
@@ -43,8 +43,7 @@ class Scorer:
     """Scores pairs on the path that Trainer takes: same batches, same attention, same mixed precision."""
 
     config: RunConfig
-    device: torch.device
-    autocast: torch.dtype | None
+    precision: Precision
     batch_size: int  # pairs
     pad_token_id: int
     reporter: Reporter
@@ -53,11 +52,16 @@ class Scorer:
     def of(cls, config: RunConfig, args: TrainingArguments, pad_token_id: int, reporter: Reporter) -> Scorer:
         """A scorer for a stage with these arguments."""
         batch_size = args.per_device_eval_batch_size
-        return cls(config, args.device, autocast_dtype(args), batch_size, pad_token_id, reporter)
+        return cls(config, Precision.of(args), batch_size, pad_token_id, reporter)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it scores."""
+        return self.precision.device
 
     def load(self, path: str) -> Loaded:
         """The model in `path`, ready to score or to train."""
-        return load_model(path, self.config, self.device, self.autocast)
+        return load_model(path, self.config, self.precision)
 
     def collator(self, loaded: Loaded) -> Collator:
         """How the model's batches are made."""
@@ -77,7 +81,7 @@ class Scorer:
                 stop = min(start + size, len(tokens))
                 inputs = collate([data[i] for i in range(start, stop)])
                 inputs = send_to_device(inputs, self.device)
-                with torch.no_grad(), autocast_context(self.device, self.autocast):
+                with torch.no_grad(), self.precision.computing(model):
                     sums = Batch.of(inputs).logps(model, self.config.loss_sum.ld_alpha)
                 own.append((start, sums.float().view(2, -1).T.cpu()))
                 if stop < len(tokens):
@@ -89,15 +93,17 @@ class Scorer:
     def cached(self, loaded: Loaded, model_hash: str, tokens: TokenizedPairs, label: str, path: Path) -> Tensor:
         """As `score`, kept in `path` under a key of everything the scores depend on."""
         config, model_config = self.config, cast(Any, unwrap(loaded.model).config)
-        weighted = {} if (alpha := config.loss_sum.ld_alpha) is None else {"ld_alpha": alpha}
+        only_some: dict[str, Any] = {"rounded_weights": True} if self.precision.whole else {}
+        if config.loss_sum.ld_alpha is not None:
+            only_some["ld_alpha"] = config.loss_sum.ld_alpha
         key = cache_key(
             model_hash,
             tokens,
-            **weighted,
+            **only_some,
             max_length=config.max_length,
             truncation=config.truncation,
             dtype=config.dtype,
-            autocast=self.autocast,
+            autocast=self.precision.dtype,
             packed=loaded.packed,
             # attention, positions, the head's scale and softcap, whatever else turns weights into scores
             model=model_config.to_dict() | {"_name_or_path": None},

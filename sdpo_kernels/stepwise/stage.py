@@ -38,7 +38,7 @@ from sdpo_kernels.stepwise.sources.context import SourceContext
 from sdpo_kernels.stepwise.sources.make import PAIRS_FILE, SOURCE_FOLDER, make_pairs
 from sdpo_kernels.stepwise.state import Run, Stage
 from sdpo_kernels.stepwise.trainer import StageTrainer
-from sdpo_kernels.stepwise.weights import check_way, gathered, require_same
+from sdpo_kernels.stepwise.weights import check_way, gathered, prepare_fsdp, require_same
 
 __all__ = ["Run", "Stage", "prepare_trainer", "train_stage"]
 
@@ -179,6 +179,7 @@ def _make_trainer(stage: Stage, loaded: Loaded, ref_logps: Tensor) -> StageTrain
             processing_class=stage.run.tokenizer,
         )
         check_way(trainer)
+        prepare_fsdp(trainer)
         if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # those make theirs of their shards
             trainer.create_optimizer()  # now rather than in train(), for what it refuses: a library that is not there
     except (ValueError, ImportError) as error:
@@ -195,7 +196,7 @@ def _start_guard(stage: Stage, loaded: Loaded) -> StartGuard | None:
         start, _ = read_scores(stage.work / MULTI / BASE_FILE, None, len(stage.data.tokens))
     elif not stage.starts_as_reference:
         return None
-    tolerance = cache_tolerance(loaded.by_sequence, stage.scorer.autocast, next(loaded.model.parameters()).dtype)
+    tolerance = cache_tolerance(loaded.by_sequence, stage.scorer.precision.dtype, next(loaded.model.parameters()).dtype)
     return StartGuard(stage.name, stage.data.where, stage.run.config.loss_sum.start_value, tolerance, start)
 
 

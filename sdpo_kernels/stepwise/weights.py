@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from sdpo_kernels.integrations.lm_head import find_head
 from sdpo_kernels.stepwise import ranks
 from sdpo_kernels.stepwise.collate import collate_packed
+from sdpo_kernels.stepwise.precision import Precision, asks_for_fsdp
 
 
 def own(weight: Tensor) -> Tensor:
@@ -46,8 +48,7 @@ def gathered(trainer: Any) -> dict[str, Tensor] | None:
 
 def check_way(trainer: Any) -> None:
     """ValueError for ways of sharing a model that would not train what was asked for, or cannot be scored."""
-    asked = trainer.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if asked and not trainer.is_fsdp_enabled:
+    if asks_for_fsdp(trainer.args) and not trainer.is_fsdp_enabled:
         raise ValueError("fsdp: needs several GPUs; accelerate would train plain DDP here without a word")
     if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise ValueError("fsdp_config.version: was 1, must be 2")
@@ -57,3 +58,35 @@ def check_way(trainer: Any) -> None:
         raise ValueError("deepspeed: ZeRO-3 cuts the model before its references are scored; use fsdp, or ZeRO-2")
     if trainer.following is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ValueError("fsdp or deepspeed: reference: ema averages whole weights; use plain DDP with it")
+
+
+def prepare_fsdp(trainer: Any) -> None:
+    """Have FSDP2 round weights and nothing else, as `Precision` has it, and leave the head in its shards.
+
+    accelerate's own policy would also round the model's output, the log-probs, and sum gradients in bfloat16.
+    """
+    if not trainer.is_fsdp_enabled:
+        return
+    policy = MixedPrecisionPolicy(Precision.of(trainer.args).dtype, torch.float32, cast_forward_inputs=False)
+    trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+    _cut_head(trainer)
+
+
+def _cut_head(trainer: Any) -> None:
+    """Give the head a group of its own, whose forward never runs: so it is never gathered whole.
+
+    Before accelerate cuts the rest, which would put the head and the last norm into one group and gather both for the
+    norm. Left to that are tied heads, which the embedding gathers at each step anyway, those with a LoRA of their own,
+    and all where settings (offloading, loading by one process, meshes) ask for another cut.
+    """
+    plugin, model = trainer.accelerator.state.fsdp_plugin, trainer.model
+    module = find_head(model).module
+    if not isinstance(module, nn.Linear) or module.weight is getattr(model.get_input_embeddings(), "weight", None):
+        return
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy) or plugin.cpu_ram_efficient_loading or plugin.ignored_modules:
+        return
+    if trainer.accelerator.torch_device_mesh is not None:
+        return
+    if trainer.accelerator.mixed_precision != "no" and module.weight.requires_grad:
+        module.float()  # what accelerate does with every weight that trains; later it could not
+    fully_shard(module, mp_policy=plugin.mixed_precision_policy)

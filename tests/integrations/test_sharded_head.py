@@ -15,12 +15,15 @@ from sdpo_kernels.integrations.sharded_head import sharded_linear_logps
 
 pytestmark = pytest.mark.xdist_group("sharded head")
 H, SHARDS, ROWS = 16, (37, 28), ((0, 9), (9, 20))  # V = 65
-CASES = {
+EXTRAS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+CASES = {  # dtype, options, whether the head trains
     "plain": (torch.float32, {}, True),
     "options": (torch.float32, {"softcap": 3.0, "logit_scale": 1.5, "temperature": 0.7}, True),
     "float64": (torch.float64, {}, True),
     "bfloat16": (torch.bfloat16, {}, True),
     "frozen": (torch.float32, {}, False),
+    "extras": (torch.float32, {"outputs": EXTRAS}, True),
+    "bias": (torch.float32, {"bias": True}, True),
 }
 
 
@@ -31,6 +34,16 @@ def problem(dtype: torch.dtype):
     targets = torch.randint(sum(SHARDS), (20,), generator=generator)
     targets[::4] = -100
     return hidden, weight, targets, torch.randn(20, generator=generator)
+
+
+def bias_of(options: dict, dtype: torch.dtype):
+    return torch.linspace(-2, 2, sum(SHARDS)).to(dtype) if options.get("bias") else None
+
+
+def loss_of(out, coefficient):
+    """Reaches every output that has a gradient."""
+    loss = (out.logps.double() * coefficient).sum()
+    return loss if out.entropy is None else loss + (out.entropy.double() * coefficient.flip(0)).sum()
 
 
 def one_process(rank: int, folder: Path) -> None:
@@ -45,9 +58,13 @@ def one_process(rank: int, folder: Path) -> None:
         own = slice(*ROWS[rank])
         x = hidden[own].clone().requires_grad_()
         shard = weight.split(SHARDS)[rank].clone().requires_grad_(trains)
-        logps = sharded_linear_logps(x, shard, targets[own], chunk_columns=10, **options)
-        (logps.double() * coefficient[own]).sum().backward()
-        results[name] = (logps.detach(), x.grad, shard.grad)
+        bias = bias_of(options, dtype)
+        bias = None if bias is None else bias.split(SHARDS)[rank].clone().requires_grad_()
+        given = {key: value for key, value in options.items() if key != "bias"}
+        out = sharded_linear_logps(x, shard, targets[own], bias_shard=bias, chunk_columns=10, **given)
+        loss_of(out, coefficient[own]).backward()
+        values = [value.detach() for value in out if value is not None]
+        results[name] = (values, x.grad, shard.grad, None if bias is None else bias.grad)
     try:
         sharded_linear_logps(x, shard, torch.full_like(targets[own], 65), chunk_columns=10)
     except ValueError as error:
@@ -74,17 +91,39 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients_are_those_of_the_whole_head(results, name):
     dtype, options, trains = CASES[name]
-    hidden, weight, targets, coefficient = problem(dtype)
-    x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(trains)
-    logps = linear_logps(x, w, targets, backend="eager", **options).logps
-    (logps.double() * coefficient).sum().backward()
-    near = {"rtol": 1e-5, "atol": 1e-6} if dtype != torch.bfloat16 else {"rtol": 2**-7, "atol": 2**-7}
-    torch.testing.assert_close(torch.cat([r[name][0] for r in results]), logps.detach(), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(torch.cat([r[name][1] for r in results]), x.grad, **near)
-    if trains:
-        torch.testing.assert_close(torch.cat([r[name][2] for r in results]), w.grad, **near)
-    else:
-        assert [r[name][2] for r in results] == [None, None]
+    plain, exact = whole_head(name, dtype), whole_head(name, torch.float64)
+    found = [torch.cat(parts) for parts in zip(*(r[name][0] for r in results), strict=True)]
+    torch.testing.assert_close(found, plain[0], rtol=1e-6, atol=1e-6)
+    for place, wanted in ((1, True), (2, trains), (3, bool(options.get("bias")))):
+        if wanted:
+            gradient = torch.cat([r[name][place] for r in results])
+            assert gradient.dtype == dtype
+            own_error = (plain[place].double() - exact[place]).abs().max()
+            terms = H if dtype == torch.float64 else 1  # there `exact` is of the same precision, and own_error 0
+            floor = terms * torch.finfo(dtype).eps * exact[place].abs().max()
+            assert (gradient.double() - exact[place]).abs().max() <= 3 * own_error + floor
+        else:
+            assert [r[name][place] for r in results] == [None, None]
+
+
+def whole_head(name: str, dtype: torch.dtype):
+    """Values and gradients of this process, which has everything, in `dtype`."""
+    made_in, options, trains = CASES[name]
+    hidden, weight, targets, coefficient = problem(made_in)
+    x, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(trains)
+    bias = bias_of(options, made_in)
+    bias = None if bias is None else bias.to(dtype).requires_grad_()
+    whole = linear_logps(x, w, targets, backend="eager", **options | {"bias": bias})
+    sum(loss_of(part, coefficient[own]) for part, own in parts_of(whole)).backward()
+    values = [value.detach() for value in whole if value is not None]
+    return values, x.grad, w.grad, None if bias is None else bias.grad
+
+
+def parts_of(whole):
+    """What each process has of the whole's outputs."""
+    for first, last in ROWS:
+        own = slice(first, last)
+        yield type(whole)(*(None if value is None else value[own] for value in whole)), own
 
 
 def test_no_more_than_a_chunk_is_sent_at_a_time(results):

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import fully_shard
 from transformers.utils.logging import disable_progress_bar
 
+from sdpo_kernels.integrations.lm_head import find_head
 from sdpo_kernels.stepwise import run as run_module
 from sdpo_kernels.stepwise import stage as stage_module
 from sdpo_kernels.stepwise.models import weights_hash
@@ -116,14 +118,19 @@ def stale_in(rank: int, victim: int) -> None:
     collate.Batch.of = classmethod(of)
 
 
-def fsdp_on_cpu(rank: int, killed_at: int = 0) -> None:
-    """accelerate takes FSDP plugins on GPUs alone; here it takes them on gloo too. A model left whole is an error."""
+def fsdp_on_cpu(rank: int, killed_at: int = 0, head_is_cut: bool = True) -> None:
+    """accelerate takes FSDP plugins on GPUs alone; here it takes them on gloo too. A model left whole is an error, and
+    so is a head that was ever gathered, unless it is not expected to be cut."""
     if killed_at:
         die_at(rank, "s1", killed_at, (0, 1))
     gathered = stage_module.gathered
 
     def of_shards(trainer: Any) -> Any:
         assert is_sharded(trainer.model)
+        head = find_head(trainer.model).module
+        if head_is_cut:
+            (held,) = fully_shard.state(head)._fsdp_param_group.fsdp_params
+            assert not hasattr(held, "_unsharded_param")
         return gathered(trainer)
 
     stage_module.gathered = of_shards
@@ -137,6 +144,8 @@ def fsdp_on_cpu(rank: int, killed_at: int = 0) -> None:
         genuine(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fresh and fsdp_plugin is not None:
             self.distributed_type = state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
             self.fsdp_plugin = fsdp_plugin
 
     state.AcceleratorState.__init__ = __init__

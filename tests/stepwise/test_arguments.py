@@ -4,10 +4,12 @@ import os
 
 import pytest
 import torch
+from torch import nn
 from transformers import TrainingArguments
 
-from sdpo_kernels.stepwise.arguments import autocast_dtype, training_arguments
+from sdpo_kernels.stepwise.arguments import training_arguments
 from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.precision import Precision
 from tests.stepwise import runs
 
 
@@ -31,8 +33,18 @@ def test_fields_of_the_person_and_of_the_driver(tmp_path, model, monkeypatch):
 
 
 def test_autocast_is_that_of_the_trainer(tmp_path, model):
-    assert autocast_dtype(arguments(tmp_path, model)) is None
-    assert autocast_dtype(arguments(tmp_path, model, bf16=True)) == torch.bfloat16
+    assert Precision.of(arguments(tmp_path, model)).dtype is None
+    assert Precision.of(arguments(tmp_path, model, bf16=True)).dtype == torch.bfloat16
+
+
+def test_weights_rounded_for_scoring_are_themselves_again():
+    """Under FSDP2 they are rounded as they are gathered; here all at once, and only inside."""
+    model = nn.Linear(3, 2)
+    before = model.weight.detach().clone()
+    with Precision(torch.device("cpu"), torch.bfloat16, whole=True).computing(model):
+        assert model.weight.dtype == model.bias.dtype == torch.bfloat16
+        assert model.weight.equal(before.bfloat16())
+    assert model.weight.equal(before)
 
 
 def test_a_refusal_is_one_line(tmp_path, model):

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from sdpo_kernels.stepwise.ema_reference import load_ema_into
-from sdpo_kernels.stepwise.models import autocast_context, load_generator, weights_hash
+from sdpo_kernels.stepwise.models import load_generator, weights_hash
 from sdpo_kernels.stepwise.sources.context import SourceContext
 
 VERSION = 2
@@ -95,7 +95,7 @@ def _generate_batch(ctx: SourceContext, model: Any, prefixes: Sequence[list[int]
     tokens = torch.tensor([[pad] * (width - len(row)) + row for row in prefixes], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prefixes], device=device)
     devices = [device.index or 0] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), autocast_context(device, ctx.scorer.autocast):
+    with torch.random.fork_rng(devices), ctx.scorer.precision.autocast():
         torch.manual_seed(seed)
         out = model.generate(input_ids=tokens, attention_mask=mask)
     ends = set(model.generation_config.eos_token_id)
@@ -132,7 +132,7 @@ def _key(ctx: SourceContext, model: nn.Module, prefixes: Sequence[list[int]], en
         "settings": ctx.settings.model_dump(mode="json"),
         "ends": ends,
         "stage": ctx.name,
-        "autocast": str(ctx.scorer.autocast),
+        "autocast": str(ctx.scorer.precision.dtype),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
