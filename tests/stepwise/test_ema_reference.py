@@ -14,6 +14,7 @@ from sdpo_kernels.stepwise.collate import Batch
 from sdpo_kernels.stepwise.ema_reference import EMA_FILE, EMA_STATE, EmaReference, load_ema_into, swapped, trained
 from sdpo_kernels.stepwise.errors import UserError
 from sdpo_kernels.stepwise.models import load_model
+from sdpo_kernels.stepwise.precision import Precision
 from sdpo_kernels.stepwise.reference_settings import EmaSettings
 from sdpo_kernels.stepwise.trainer import StageTrainer
 from tests.stepwise import runs
@@ -196,7 +197,7 @@ def test_each_batch_is_scored_by_the_reference_of_its_step(tmp_path, model, monk
     for step, policy in enumerate(policies[1:], 1):
         average = {name: 0.7 * average[name] + 0.3 * policy[name] for name in policy}
         references.append(average if step % 2 == 0 else references[-1])
-    network = load_model(str(model), config, CPU, None).model.eval()
+    network = load_model(str(model), config, Precision(CPU)).model.eval()
     for step, batch, found in seen:
         network.load_state_dict({name: w.float() for name, w in references[step].items()}, strict=False)
         with torch.no_grad():
@@ -307,7 +308,7 @@ def test_of_a_lora_stage_the_adapter_is_averaged(tmp_path, model):
     stored = load_file(folder / EMA_FILE)
     assert stored
     assert all("lora_" in name for name in stored)
-    network = load_model(str(folder), config, CPU, None).model
+    network = load_model(str(folder), config, Precision(CPU)).model
     load_ema_into(network, folder)
     assert all(torch.equal(weight, stored[name]) for name, weight in trained(network).items())
     with pytest.raises(UserError, match="which the model has not"):

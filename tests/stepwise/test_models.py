@@ -10,13 +10,14 @@ from transformers import AutoModelForCausalLM, Lfm2Config
 from sdpo_kernels.stepwise.config import LoraSettings
 from sdpo_kernels.stepwise.errors import UserError
 from sdpo_kernels.stepwise.models import add_adapter, load_model, load_tokenizer, merge_adapter, weights_hash
+from sdpo_kernels.stepwise.precision import Precision
 from tests.stepwise import runs
 
 CPU = torch.device("cpu")
 
 
 def load(config, path=None):
-    return load_model(path or config.model, config, CPU, None)
+    return load_model(path or config.model, config, Precision(CPU))
 
 
 def test_a_loaded_model_is_ready_to_train(tmp_path):

@@ -13,6 +13,7 @@ from sdpo_kernels.stepwise import reference as reference_module
 from sdpo_kernels.stepwise.config import load_config
 from sdpo_kernels.stepwise.errors import UserError
 from sdpo_kernels.stepwise.models import load_model, weights_hash
+from sdpo_kernels.stepwise.precision import Precision
 from tests.stepwise import runs
 
 LN2 = math.log(2)
@@ -207,13 +208,13 @@ def test_on_a_bfloat16_base_a_stage_starts_from_all_that_the_one_before_learned(
     config = runs.configured(tmp_path, model, sizes=(8, 8), **settings)
     runs.train(config)
     folder = str(tmp_path / "run" / "stage-1-s1")
-    loaded = load_model(folder, config, torch.device("cpu"), None)
+    loaded = load_model(folder, config, Precision(torch.device("cpu")))
     saved = load_file(Path(folder) / "adapter" / "adapter_model.safetensors")
     held = {name.replace(".default", ""): p for name, p in loaded.model.named_parameters() if "lora_" in name}
     assert held.keys() == saved.keys()
     assert all(torch.equal(held[name], saved[name]) for name in saved)
     assert any("lora_B" in name and bool(saved[name].any()) for name in saved)
-    base = load_model(str(model), config, torch.device("cpu"), None).model.state_dict()
+    base = load_model(str(model), config, Precision(torch.device("cpu"))).model.state_dict()
     merged = load_file(Path(folder) / "model.safetensors")
     name = "model.layers.0.mlp.down_proj.weight"
     assert not torch.equal(merged[name], base[name].float())  # float32 holds it

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sdpo_kernels.stepwise.config import RunConfig
+from sdpo_kernels.stepwise.precision import Precision
 from sdpo_kernels.stepwise.progress import Reporter
 from sdpo_kernels.stepwise.reference import Scorer
 from sdpo_kernels.stepwise.source_settings import RankedSource
@@ -33,7 +34,8 @@ def context(folder: Path, model: Path, prompts, *, name="a", config: RunConfig |
     return SourceContext(
         name=name, settings=RankedSource.model_validate(chosen), prompts=prompts, policy=str(model), initial=str(model),
         beta=0.1, folder=work, before=None, tokenizer=make_tokenizer(),
-        scorer=Scorer(config, torch.device("cpu"), None, 4, 0, Reporter(quiet=True)), reporter=Reporter(quiet=True),
+        scorer=Scorer(config, Precision(torch.device("cpu")), 4, 0, Reporter(quiet=True)),
+        reporter=Reporter(quiet=True),
     )  # fmt: skip
 
 
