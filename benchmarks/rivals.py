@@ -17,6 +17,7 @@ from torch import Tensor
 
 from benchmarks.problem import IGNORE_INDEX, CannotRun, Problem, Step
 from sdpo_kernels import fused_linear_dpo
+from sdpo_kernels.integrations import trl as fused_trl
 
 Rival = Callable[[Problem], Callable[[], Step | None]]
 
@@ -65,6 +66,13 @@ def trl_fused(problem: Problem) -> Callable[[], Step]:
 def trl_fused_scored(problem: Problem) -> Callable[[], Step]:
     """The same on compacted rows: what TRL would be with our row compaction."""
     return _dpo_step(problem, _trl_logps(problem, scored_alone=True))
+
+
+def trl_patched(problem: Problem) -> Callable[[], Step]:
+    """`trl_fused`, all rows as TRL ships it, under `integrations.trl.patch()`: what its trainers gain by one line."""
+    _imported("trl.kernels.chunked_logprob")
+    with fused_trl.patch():
+        return _dpo_step(problem, _trl_logps(problem, scored_alone=False))
 
 
 def liger_dpo(problem: Problem) -> Callable[[], Step]:
@@ -136,6 +144,7 @@ RIVALS: dict[str, Rival] = {
     "linear_cross_entropy_chunked": linear_cross_entropy_chunked,
     "trl_fused": trl_fused,
     "trl_fused_scored": trl_fused_scored,
+    "trl_patched": trl_patched,
     "liger_dpo": liger_dpo,
     "liger_dpo_eager": liger_dpo_eager,
     "liger_sm90": liger_sm90,

@@ -12,14 +12,29 @@ namespace sdpo {
 
 namespace {
 
-void linear_forward(Tensor hidden, Tensor weight, MaybeTensor bias, Tensor targets, double scale, double softcap,
-                    double temperature, bool bf16, Tensor logps, Tensor state, MaybeTensor stash,
-                    MaybeTensor direction) {
+void linear_forward_with(cpu::RowExtras* extras, Tensor hidden, Tensor weight, MaybeTensor bias, Tensor targets,
+                         double scale, double softcap, double temperature, bool bf16, Tensor logps, Tensor state,
+                         MaybeTensor stash, MaybeTensor direction) {
   const cpu::Kernels& kernels = cpu::kernels_for(bf16);
-  cpu::Leaves leaves(kernels);
+  cpu::Leaves leaves(kernels, extras);
   Kept kept = make_kept(stash, kernels.bf16, stash ? stash->size(0) : 0, std::nullopt, direction);
   forward(leaves, make_call(hidden, weight, bias, targets, scale, softcap, temperature, bf16), kept,
           pointer<float>(logps), pointer<double>(state));
+}
+
+void linear_forward(Tensor hidden, Tensor weight, MaybeTensor bias, Tensor targets, double scale, double softcap,
+                    double temperature, bool bf16, Tensor logps, Tensor state, MaybeTensor stash,
+                    MaybeTensor direction) {
+  linear_forward_with(nullptr, hidden, weight, bias, targets, scale, softcap, temperature, bf16, logps, state, stash,
+                      direction);
+}
+
+void linear_forward_extras(Tensor hidden, Tensor weight, MaybeTensor bias, Tensor targets, double scale, double softcap,
+                           double temperature, bool bf16, Tensor logps, Tensor state, MaybeTensor stash,
+                           MaybeTensor direction, Tensor extras) {
+  static_assert(sizeof(cpu::RowExtras) == 6 * sizeof(double));
+  linear_forward_with(static_cast<cpu::RowExtras*>(extras.data_ptr()), hidden, weight, bias, targets, scale, softcap,
+                      temperature, bf16, logps, state, stash, direction);
 }
 
 void linear_backward(Tensor hidden, Tensor weight, MaybeTensor bias, Tensor targets, double scale, double softcap,
@@ -69,6 +84,10 @@ void use_chip(std::string name) { cpu::use_chip(name); }
 
 STABLE_TORCH_LIBRARY(sdpo_native, m) {
   define_operators(m);
+  m.def(
+      "linear_forward_extras(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float scale, float softcap, "
+      "float temperature, bool bf16, Tensor(a!) logps, Tensor(b!) state, Tensor(c!)? stash, Tensor(d!)? direction, "
+      "Tensor(e!) extras) -> ()");
   m.def("built_from() -> str");
   m.def("cuda_built_from() -> str");
   m.def("cuda_refuses(int device) -> str");
@@ -78,6 +97,7 @@ STABLE_TORCH_LIBRARY(sdpo_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(sdpo_native, CPU, m) {
   m.impl("linear_forward", TORCH_BOX(&linear_forward));
+  m.impl("linear_forward_extras", TORCH_BOX(&linear_forward_extras));
   m.impl("linear_backward", TORCH_BOX(&linear_backward));
   m.impl("logits_forward", TORCH_BOX(&logits_forward));
   m.impl("logits_backward", TORCH_BOX(&logits_backward));

@@ -19,6 +19,11 @@ constexpr int64_t UNITS_AT_ONCE = 1024;  // of the summed dimension: a panel of 
 constexpr int64_t UNITS_OF_A_SUM = 128;  // a logit is a sum of sums this long: less rounding than one long sum
 constexpr int64_t BLOCKS_AT_ONCE = 16;   // of S that a task of dX sums over at a time: 1024 columns of V
 
+// What the extras need of a row's 64 logits, the target left out of all but `all`; e_j = exp(z_j − top).
+struct BlockExtras {
+  float top, sum, sum_z, sum_sq, all;  // max z, Σ e, Σ e·(z − top), Σ e², Σ z
+};
+
 // The operands of a chunk's logits.
 struct Logits {
   const Unit* x;  // [n_rows][x_units]
@@ -32,6 +37,8 @@ struct Logits {
   float* sums;    // [blocks of the chunk][n_rows]: Σ E over the block's columns without the target; null: not wanted
   float* maxima;  // the same shape, or null; given: Σ exp(z − maximum of the block), nothing stored
   Blocks out;
+  BlockExtras* extras = nullptr;  // the shape of sums, or null
+  float* target_z = nullptr;      // [n_rows] the target's logit as these products have it; with extras
 };
 
 // dX += S·W over a chunk.

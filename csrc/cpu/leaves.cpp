@@ -54,6 +54,9 @@ void Leaves::begin_forward(const Call& the_call) {
   total = make_buffer<double>(n_rows);
   std::memset(total.get(), 0, n_rows * sizeof(double));
   find_target_logits();
+  if (!row_extras) return;
+  target_z = make_buffer<float>(n_rows);
+  std::fill_n(row_extras, n_rows, RowExtras{});
 }
 
 void Leaves::load_rows() {
@@ -102,9 +105,10 @@ void Leaves::logits(int64_t first, int64_t count, const Blocks& out) {
   if (summed && sums_size < count * n_rows) {
     sums_size = count * n_rows;
     sums = make_buffer<float>(sums_size);
+    if (row_extras) block_extras = make_buffer<BlockExtras>(sums_size);
   }
   run_logits({x, n_rows, x_units, call.weight, call.bias, call.targets, shift.get(), call.head, first,
-              summed ? sums.get() : nullptr, nullptr, out},
+              summed ? sums.get() : nullptr, nullptr, out, block_extras.get(), target_z.get()},
              count);
 }
 
@@ -155,7 +159,10 @@ void Leaves::add_hidden_gradient(int64_t first, int64_t count, const Blocks& s) 
 void Leaves::add_sums(int64_t count) {
   parallel_rows(n_rows, 64, [&](int64_t begin, int64_t end) {
     for (int64_t block = 0; block < count; block++)
-      for (int64_t i = begin; i < end; i++) total[i] += sums[block * n_rows + i];
+      for (int64_t i = begin; i < end; i++) {
+        total[i] += sums[block * n_rows + i];
+        if (row_extras) add(row_extras[i], block_extras[block * n_rows + i]);
+      }
   });
 }
 
@@ -165,6 +172,7 @@ void Leaves::finish_rows(float* logps, double* state) {
     logps[i] = float(row.logp);
     state[2 * i] = row.lse;
     state[2 * i + 1] = shift[i];
+    if (row_extras) row_extras[i].target_z = target_z[i];
   }
 }
 

@@ -3,6 +3,8 @@
 
 #include <vector>
 
+#include "extras.h"
+
 #include "../walk.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -11,7 +13,7 @@ namespace sdpo::cpu {
 
 class Leaves {
  public:
-  explicit Leaves(const Kernels& kernels) : on(kernels) {}
+  explicit Leaves(const Kernels& kernels, RowExtras* extras = nullptr) : on(kernels), row_extras(extras) {}
 
   void begin_forward(const Call& call);
   void begin_backward(const Call& call, const float* logps, const double* state, const float* grad, const Gradients&);
@@ -47,6 +49,9 @@ class Leaves {
   void log_sums_online(const std::vector<int64_t>& rows, const Unit* x, const int64_t* targets, double* rest);
 
   const Kernels& on;
+  RowExtras* row_extras;             // [N], or null: not wanted
+  Buffer<BlockExtras> block_extras;  // [blocks][N]
+  Buffer<float> target_z;            // [N]
   Call call{};
   int64_t n_rows = 0, x_units = 0, sum_stride = 0;
   const Unit* x = nullptr;  // [N][x_units]

@@ -51,6 +51,28 @@ float online_row(const float* product, const float* bias, const Head& head, int 
   return total;
 }
 
+// One row's 64 logits for the extras, relative to their own largest: any z is in range.
+SDPO_HD void extras_row(const float* product, const float* bias, const Head& head, int skip, int columns,
+                        BlockExtras* out, float* target_z) {
+  float z[PANEL], slope, top = -INFINITY, all = 0.0f, sum = 0.0f, sum_z = 0.0f, sum_sq = 0.0f;
+  for (int j = 0; j < PANEL; j++) z[j] = logit(head, product[j] + bias[j], &slope);
+  if (skip >= 0) *target_z = z[skip];
+  for (int j = 0; j < columns; j++) all += z[j];
+  for (int j = 0; j < PANEL; j++) z[j] = j == skip || j >= columns ? -INFINITY : z[j];
+#pragma omp simd reduction(max : top)
+  for (int j = 0; j < PANEL; j++) top = z[j] > top ? z[j] : top;
+  float by = top == -INFINITY ? 0.0f : top;
+#pragma omp simd reduction(+ : sum, sum_z, sum_sq)
+  for (int j = 0; j < PANEL; j++) {
+    float d = z[j] - by, e = exp_of(d);
+    d = d < -1e30f ? -1e30f : d;  // −∞ times 0 is no number
+    sum += e;
+    sum_z += e * d;
+    sum_sq += e * e;
+  }
+  *out = {top, sum, sum_z, sum_sq, all};
+}
+
 template <class Type>
 void finish_rows(const Logits& l, int64_t block, int64_t first, int64_t rows, const float* c, const float* bias) {
   int64_t start = (l.first_block + block) * PANEL;
@@ -64,6 +86,7 @@ void finish_rows(const Logits& l, int64_t block, int64_t first, int64_t rows, co
                 : l.head.capped ? exp_row<Type, true>(product, bias, l.head, l.shift[row], skip, columns, out)
                                 : exp_row<Type, false>(product, bias, l.head, l.shift[row], skip, columns, out);
     if (l.sums) l.sums[at] = sum;
+    if (l.extras) extras_row(product, bias, l.head, skip, columns, l.extras + at, l.target_z + row);
   }
 }
 

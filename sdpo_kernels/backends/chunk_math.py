@@ -86,16 +86,12 @@ class RunningSums:
         z_target = self.z_target.masked_fill(self.z_target == torch.inf, torch.nan)  # as log_softmax has it
         logps = -torch.logaddexp(self.rest - z_target, zero)
         lse = torch.logaddexp(self.rest, z_target)
-        p, r = logps.exp(), -torch.expm1(logps)  # the target's probability and that of the rest
-        answers: dict[str, Tensor] = {}
-        if "entropy" in self.outputs:
-            # −p log p − r log r + r·H(q): every term at least 0, so nothing cancels
-            answers["entropy"] = -p * logps.clamp(min=_LOWEST) - torch.xlogy(r, r) - r * self.mean_log_prob
-        if "log_sum_sq_probs" in self.outputs:
-            answers["log_sum_sq_probs"] = (p.square() + r.square() * self.sum_sq_probs).log()
-        if "mean_logits" in self.outputs:
-            answers["mean_logits"] = self.sum_logits / n_columns
-        extras = {name: value.to(self.dtype) for name, value in answers.items()}
+        answers = {
+            "entropy": entropy_of(logps, self.mean_log_prob),
+            "log_sum_sq_probs": log_sum_sq_of(logps, self.sum_sq_probs),
+            "mean_logits": self.sum_logits / n_columns,
+        }
+        extras = {name: value.to(self.dtype) for name, value in answers.items() if name in self.outputs}
         if "is_top1" in self.outputs:
             extras["is_top1"] = self.z_target >= self.max_rest
         return HeadForward(
@@ -107,6 +103,18 @@ class RunningSums:
             is_top1=extras.get("is_top1"),
             kept=kept,
         )
+
+
+def entropy_of(logps: Tensor, mean_log_prob: Tensor) -> Tensor:
+    """Entropy [N] from the target's log-prob and Σ q log q of the rest, q its softmax; float64."""
+    p, r = logps.exp(), -torch.expm1(logps)
+    # −p log p − r log r + r·H(q): every term at least 0, so nothing cancels
+    return -p * logps.clamp(min=_LOWEST) - torch.xlogy(r, r) - r * mean_log_prob
+
+
+def log_sum_sq_of(logps: Tensor, sum_sq_probs: Tensor) -> Tensor:
+    """log Σ p² [N] from the target's log-prob and Σ q² of the rest; float64."""
+    return (logps.exp().square() + torch.expm1(logps).square() * sum_sq_probs).log()
 
 
 def dlogits(z: Tensor, columns: Tensor, saved: Saved, coefficient: Tensor, grad_entropy: Tensor | None) -> Tensor:

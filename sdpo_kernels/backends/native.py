@@ -15,8 +15,12 @@ from torch import Tensor
 
 from sdpo_kernels.backends import native_library, precision
 from sdpo_kernels.backends.base import EXTRAS, KEEP_DIRECTION, KEEP_NOTHING, HeadCall, HeadForward, Request, Saved
+from sdpo_kernels.backends.chunk_math import entropy_of, log_sum_sq_of
+from sdpo_kernels.backends.eager import EagerBackend
 
 DTYPES = (torch.float32, torch.bfloat16)
+_ROW_EXTRAS = ("top", "sum", "sum_z", "sum_sq", "all", "target_z")  # of csrc/cpu/extras.h: e = exp(z − top)
+_EAGER = EagerBackend()
 
 
 @torch.compiler.assume_constant_result
@@ -67,12 +71,12 @@ class NativeBackend:
         return torch.bfloat16 if bf16 else torch.float32
 
     def supports(self, request: Request) -> str | None:
-        """float32 and bfloat16, log-probs alone."""
+        """float32 and bfloat16; on CUDA log-probs alone."""
         for dtype in (request.dtype, request.weight_dtype):
             if dtype not in DTYPES:
                 return f"it takes float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
-        if request.outputs:
-            return f"it gives log-probs alone, none of: {', '.join(EXTRAS)}"
+        if request.outputs and request.device.type != "cpu":
+            return f"on {request.device.type} it gives log-probs alone, none of: {', '.join(EXTRAS)}"
         return self._library(request.device)
 
     def _library(self, device: torch.device) -> str | None:
@@ -100,9 +104,13 @@ class NativeBackend:
             stash = new((call.kept_rows, keep), dtype=self.stash_dtype(call.dtype, call.hidden.device))
         elif keep == KEEP_DIRECTION:
             direction = new((call.kept_rows, width), dtype=torch.float32)
+        kept = direction if stash is None else stash
+        if call.outputs:
+            sums = call.hidden.new_empty((n_rows, len(_ROW_EXTRAS)), dtype=torch.float64)
+            self.operators.linear_forward_extras(*_inputs(call), logps, state, stash, direction, sums)
+            return HeadForward(logps, state, **_extras(call, logps, sums), kept=kept)
         with self._full_precision(call.hidden):
             self.operators.linear_forward(*_inputs(call), logps, state, stash, direction)
-        kept = direction if stash is None else stash
         return HeadForward(logps, state, None, None, None, None, kept)
 
     def backward(
@@ -113,7 +121,10 @@ class NativeBackend:
         grad_entropy: Tensor | None,
         needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """See `base.Backend.backward`."""
+        """See `base.Backend.backward`. With a gradient of the entropy it is the eager backend's."""
+        if grad_entropy is not None:
+            anew = Saved(saved.logps, saved.state[:, :1], saved.entropy, None, None, KEEP_NOTHING)
+            return _EAGER.backward(call, anew, grad_logps, grad_entropy, needs)
         if saved.keep == KEEP_DIRECTION:
             assert saved.kept is not None
             direction = saved.kept if saved.rows is None else saved.kept.index_select(0, saved.rows)
@@ -182,6 +193,22 @@ class NativeBackend:
         """See `base.Backend.logits_backward`: one read and one write."""
         grad = grad.float().contiguous()
         self.operators.logits_backward(grad, _rows(logits), targets.contiguous(), logps, lse, temperature, out)
+
+
+def _extras(call: HeadCall, logps: Tensor, sums: Tensor) -> dict[str, Tensor | None]:
+    """The extras asked for, from what the kernel has summed over the columns without the target."""
+    row = dict(zip(_ROW_EXTRAS, sums.unbind(1), strict=True))
+    exact = logps.double()
+    there = row["sum"] > 0  # else the target is the only column, or NaN
+    mean_log_prob = torch.where(there, row["sum_z"] / row["sum"] - row["sum"].log(), 0 * row["sum"])
+    sum_sq_probs = torch.where(there, row["sum_sq"] / row["sum"].square(), 0 * row["sum"])
+    answers = {
+        "entropy": entropy_of(exact, mean_log_prob).float(),
+        "log_sum_sq_probs": log_sum_sq_of(exact, sum_sq_probs).float(),
+        "mean_logits": (row["all"] / call.weight.shape[0]).float(),
+        "is_top1": (row["target_z"] >= row["top"]) & ~row["sum"].isnan(),
+    }
+    return {name: answers[name] if name in call.outputs else None for name in EXTRAS}
 
 
 def _inputs(call: HeadCall) -> tuple[object, ...]:

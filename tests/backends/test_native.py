@@ -68,7 +68,7 @@ def test_auto_prefers_it_on_the_cpu(monkeypatch):
         ({"device": torch.device("mps")}, "it runs on the CPU and on CUDA, not on mps"),
         ({"dtype": torch.float16}, "it takes float32 and bfloat16, not float16"),
         ({"weight_dtype": torch.float64}, "it takes float32 and bfloat16, not float64"),
-        ({"outputs": EXTRAS[:1]}, "it gives log-probs alone"),
+        ({"outputs": EXTRAS[:1], "device": torch.device("cuda")}, "on cuda it gives log-probs alone"),
     ],
 )
 def test_what_it_cannot_serve_it_says(changes, reason):
@@ -85,7 +85,7 @@ def test_an_unknown_chip_is_refused():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_values_and_gradients_of_every_chip(chip, dtype):
-    @given(cases(dtype, extras=False))
+    @given(cases(dtype))
     def holds(case):
         case.settings["backend"] = "native"
         check(case, case.ours())
@@ -376,3 +376,32 @@ def test_where_there_is_no_compiler_the_build_goes_on_and_says_so(tmp_path):
         command, cwd=tmp_path, env=environment | {"SDPO_REQUIRE_NATIVE": "1"}, capture_output=True, text=True
     )
     assert required.returncode != 0
+
+
+# --- extras -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["one column", "masked columns", "no number", "infinite", "far", "twins"])
+def test_extras_of_awkward_logits_are_those_of_the_eager_backend(chip, kind):
+    case = native_case(12, 16, 1 if kind == "one column" else 200, bias=True, masked=0.2, outputs=EXTRAS)
+    bias = case.bias
+    assert bias is not None
+    if kind == "masked columns":
+        bias[70:] = -torch.inf
+        case.targets.clamp_(max=69)
+    elif kind == "no number":
+        case.hidden[3] = torch.nan
+    elif kind == "infinite":
+        bias[150] = torch.inf
+    elif kind == "far":  # another block's logits are the only ones that count, then earlier ones do
+        bias[130] += 150.0
+        bias[5] += 300.0
+    elif kind == "twins":  # no other logit is above the target's
+        case.weight[1::2], bias[1::2] = case.weight[::2].clone(), bias[::2].clone()
+    ours = case.ours()
+    case.settings["backend"] = "eager"
+    for name, expected in case.ours().items():
+        if expected is None or expected.dtype == torch.bool:
+            assert expected is None or torch.equal(ours[name], expected), name
+        elif name in EXTRAS or name == "logps":
+            torch.testing.assert_close(ours[name], expected, rtol=2e-6, atol=2e-6, equal_nan=True)
