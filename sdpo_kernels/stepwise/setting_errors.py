@@ -62,6 +62,8 @@ def _mistakes(
     if kind == "extra_forbidden":
         key = str(problem["loc"][-1])
         section = _section(problem["loc"], sections)
+        if kinds := _kinds_with(key, section, sections):
+            return [(at, f"unknown key for this kind; it belongs to kind: {', '.join(kinds)}")]
         near = difflib.get_close_matches(key, section.model_fields, n=1)
         under_trainer = [] if near else difflib.get_close_matches(key, trainer_fields, n=1, cutoff=0.75)
         if key not in section.model_fields and under_trainer:
@@ -93,6 +95,12 @@ def _section(loc: Sequence[str | int], sections: Mapping[str, type[BaseModel]]) 
     names = [part for part in loc[:-1] if isinstance(part, str)]
     keys = [".".join(names[first:]) for first in range(len(names) + 1)]
     return next(sections[key] for key in keys if key in sections)
+
+
+def _kinds_with(key: str, section: type[BaseModel], sections: Mapping[str, type[BaseModel]]) -> list[str]:
+    """The other kinds of source that have `key`, where `section` is a kind of source."""
+    kinds = {name.removeprefix("source."): model for name, model in sections.items() if name.startswith("source.")}
+    return [kind for kind, model in kinds.items() if section in kinds.values() and key in model.model_fields]
 
 
 def _not_trainer(key: str, text: str, top: Iterable[str]) -> str:

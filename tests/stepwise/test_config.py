@@ -193,6 +193,14 @@ STAGE_MISTAKES = [
     ("[{name: 1, data: x.jsonl}]", "run.yaml: stages.0.name: was 1, must be a valid string"),
     ("[{name: a, data: []}]", "run.yaml: stages.0.data: was [], must not be empty"),
     ("[{name: a, data: x.jsonl, epoch: 1}]", "run.yaml: stages.0.epoch: unknown key; did you mean 'epochs'?"),
+    (
+        "[{name: a, prompts: x.jsonl, source: {kind: ranked, judge: 'm:f', budget: 3}}]",
+        "run.yaml: stages.0.source.budget: unknown key for this kind; it belongs to kind: discriminator",
+    ),
+    (
+        "[{name: a, prompts: x.jsonl, source: {kind: ranked, jugde: 'm:f'}}]",
+        "run.yaml: stages.0.source.jugde: unknown key; did you mean 'judge'?",
+    ),
     ("[{name: a, data: x.jsonl, epochs: 0}]", "run.yaml: stages.0.epochs: was 0, must be greater than 0"),
     ("[{name: a, data: x.jsonl, beta: 0}]", "run.yaml: stages.0.beta: was 0, must be greater than 0"),
     (

@@ -228,6 +228,10 @@ def test_folders_that_are_none(tmp_path):
     (tmp_path / "pickle" / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/never'\ntR.")
     with pytest.raises(UserError, match=r"holds neither model.safetensors nor .*pickle"):
         extrapolate(tmp_path / "pickle", aligned, tmp_path / "out", 0.3)
+    for name in ("stage-1-a", "stage-2-b"):
+        save(tmp_path / "run" / name, {"w": torch.ones(2)})
+    with pytest.raises(UserError, match=r"run: is a run's folder; give one of the models in it: stage-1-a, stage-2-b"):
+        extrapolate(tmp_path / "run", aligned, tmp_path / "out", 0.3)
     (start / "model.safetensors").write_bytes((aligned / "model.safetensors").read_bytes()[:-1])
     with pytest.raises(UserError, match=r"0/model.safetensors: cannot be read as safetensors"):
         extrapolate(start, aligned, tmp_path / "out", 0.3)

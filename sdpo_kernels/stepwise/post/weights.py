@@ -112,6 +112,9 @@ def _model_files(folder: Path) -> list[str]:
         return [SINGLE]
     index = folder / INDEX
     if not index.is_file():
+        stages = sorted(path.parent.name for path in folder.glob(f"stage-*/{SINGLE}"))
+        if stages:
+            raise UserError(f"{folder}: is a run's folder; give one of the models in it: {', '.join(stages)}")
         raise UserError(f"{folder}: holds neither {SINGLE} nor {INDEX}; other formats, pickle above all, are not read")
     found = read_json(index)
     named = found.get("weight_map") if isinstance(found, dict) else None
