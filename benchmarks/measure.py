@@ -11,6 +11,7 @@ loaded libraries and started threads. On CUDA it is `torch.cuda.max_memory_alloc
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import json
 import os
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,7 @@ def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int | Non
         call()
         _synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    _give_back_free_memory()
     if not _reset_peak():
         call()
         return None
@@ -64,6 +67,12 @@ def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int | Non
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _give_back_free_memory() -> None:
+    """What was freed before lies in the process still, and what `call` takes of it would count for nothing (glibc)."""
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _reset_peak() -> bool:

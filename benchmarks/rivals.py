@@ -71,8 +71,11 @@ def trl_fused_scored(problem: Problem) -> Callable[[], Step]:
 def trl_patched(problem: Problem) -> Callable[[], Step]:
     """`trl_fused`, all rows as TRL ships it, under `integrations.trl.patch()`: what its trainers gain by one line."""
     _imported("trl.kernels.chunked_logprob")
-    with fused_trl.patch():
-        return _dpo_step(problem, _trl_logps(problem, scored_alone=False))
+    try:
+        with fused_trl.patch():
+            return _dpo_step(problem, _trl_logps(problem, scored_alone=False))
+    except RuntimeError as error:  # a TRL that it does not know
+        raise CannotRun(str(error)) from error
 
 
 def liger_dpo(problem: Problem) -> Callable[[], Step]:

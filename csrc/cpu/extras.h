@@ -7,7 +7,7 @@
 
 namespace sdpo::cpu {
 
-// As BlockExtras, over all blocks so far. Written out as six doubles a row: native.py's `_EXTRAS` names them.
+// As BlockExtras, over all blocks so far. Written out as six doubles a row: native.py's `_ROW_EXTRAS` names them.
 struct RowExtras {
   double top = -INFINITY, sum = 0.0, sum_z = 0.0, sum_sq = 0.0, all = 0.0, target_z = 0.0;
 };

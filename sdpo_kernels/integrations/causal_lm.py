@@ -24,11 +24,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.utils import ModelOutput
 
 from sdpo_kernels.integrations.lm_head import LMHead, find_head, unwrap
-from sdpo_kernels.integrations.sharded_head import sharded_head_logps
 from sdpo_kernels.logps import LinearLogps, linear_logps
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
 
@@ -182,7 +180,9 @@ def _fused_logps(
         wanted, was = list(hidden.shape[:-1]), list(targets.shape)
         raise ValueError(f"logp_targets: was of shape {was}, must be {wanted}, one target for each hidden state")
     flat, on_device = hidden.flatten(0, -2), targets.reshape(-1).to(hidden.device)
-    if isinstance(head.weight(), DTensor):  # FSDP2 has cut it in a group of its own
+    if head.is_cut:  # by FSDP2, in a group of its own
+        from sdpo_kernels.integrations.sharded_head import sharded_head_logps
+
         return sharded_head_logps(head, flat, on_device, outputs=outputs, rows=rows)
     rows_in, weight, bias = head.operands(flat)
     return linear_logps(

@@ -34,6 +34,11 @@ class LMHead:
         """H."""
         return self._base().weight.shape[1]
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether its weight's rows are spread over processes (a DTensor that FSDP2 has not gathered)."""
+        return hasattr(self._base().weight, "device_mesh")
+
     def hidden(self, **inputs: Any) -> Tensor:
         """Hidden states [B, T, H] of the body, after its last norm."""
         out = self.body(**inputs)

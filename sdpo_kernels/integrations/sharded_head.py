@@ -63,25 +63,23 @@ def sharded_linear_logps(
     Raises:
         ValueError: naming the argument, what it was and what it should be.
     """
-    _check(hidden, weight_shard, targets, bias_shard, chunk_columns)
+    _check(hidden, weight_shard, targets, bias_shard, outputs, chunk_columns)
     if shard_rows is None:
         shard_rows = _ask_rows(weight_shard, group)
-    plan = _plan(shard_rows, chunk_columns)
     n_columns = sum(shard_rows)
-    if not targets.is_cuda:
-        wrong = targets[((targets < 0) & (targets != IGNORE_INDEX)) | (targets >= n_columns)]
-        if wrong.numel():
-            raise ValueError(f"targets: held {wrong[0].item()}, must be in [0, {n_columns}) or {IGNORE_INDEX}")
     index = (targets != IGNORE_INDEX).nonzero().squeeze(1) if rows is None else rows.index
+    scored = targets[index]
+    _check_targets(scored, n_columns)
     names = tuple(name for name in EXTRAS if name in outputs)
-    call = _Call(Head(logit_scale, softcap, temperature), _dtype(hidden), group, plan, n_columns, names)
-    found = _ShardedLogps.apply(hidden[index], weight_shard, bias_shard, targets[index], call)
+    head, plan = Head(logit_scale, softcap, temperature), _plan(shard_rows, chunk_columns)
+    call = _Call(head, _dtype(hidden), group, plan, n_columns, names)
+    found = _ShardedLogps.apply(hidden[index], weight_shard, bias_shard, scored, call)
     whole = [value.new_zeros(len(targets)).index_copy(0, index, value) for value in found]
     return LinearLogps(whole[0], **dict(zip(names, whole[1:], strict=True)))
 
 
 def sharded_head_logps(head: LMHead, hidden: Tensor, targets: Tensor, **options: Any) -> LinearLogps:
-    """The same for a model's head that FSDP2 has cut (`head.weight()` is a DTensor), with gradients averaged as FSDP's.
+    """The same for a model's head that FSDP2 has cut (`head.is_cut`), with gradients averaged as FSDP's.
 
     Raises:
         ValueError: the head is cut in another way than by rows over one dimension of processes.
@@ -115,7 +113,14 @@ def _averaged(weight: Any, count: int) -> Tensor:
     return local
 
 
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, chunk_columns: int) -> None:
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    outputs: Sequence[str],
+    chunk_columns: int,
+) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         shapes = f"{list(hidden.shape)} and {list(weight.shape)}"
         raise ValueError(f"hidden, weight_shard: were of shapes {shapes}, must be [N, H] and [V_r, H]")
@@ -127,6 +132,17 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None,
         raise ValueError(f"bias_shard: was of shape {list(bias.shape)}, must be {list(weight.shape[:1])}, V_r")
     if chunk_columns < 1:
         raise ValueError(f"chunk_columns: was {chunk_columns}, must be at least 1")
+    if isinstance(outputs, str) or not set(outputs) <= set(EXTRAS):
+        raise ValueError(f"outputs: was {outputs!r}, must be a sequence of names from {EXTRAS}")
+
+
+def _check_targets(scored: Tensor, n_columns: int) -> None:
+    right = (scored >= 0) & (scored < n_columns)
+    if scored.is_cuda:
+        torch._assert_async(right.all(), f"targets: must be in [0, {n_columns}) or {IGNORE_INDEX}")
+    elif not bool(right.all()):
+        wrong = scored[~right][0].item()
+        raise ValueError(f"targets: was {wrong}, must be in [0, {n_columns}) or {IGNORE_INDEX} (not scored)")
 
 
 def _dtype(hidden: Tensor) -> torch.dtype:

@@ -27,7 +27,7 @@ class Precision:
     @classmethod
     def of(cls, args: TrainingArguments) -> Precision:
         """That of training with these arguments."""
-        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision)  # accelerate's launcher too
         return cls(args.device, dtype, dtype is not None and asks_for_fsdp(args))
 
     @contextmanager

@@ -77,7 +77,7 @@ def _cut_head(trainer: Any) -> None:
 
     Before accelerate cuts the rest, which would put the head and the last norm into one group and gather both for the
     norm. Left to that are tied heads, which the embedding gathers at each step anyway, those with a LoRA of their own,
-    and all where settings (offloading, loading by one process, meshes) ask for another cut.
+    and all where settings (offloading, loading by one process, modules left out, meshes, torch.compile) want it so.
     """
     plugin, model = trainer.accelerator.state.fsdp_plugin, trainer.model
     module = find_head(model).module
@@ -85,8 +85,9 @@ def _cut_head(trainer: Any) -> None:
         return
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy) or plugin.cpu_ram_efficient_loading or plugin.ignored_modules:
         return
-    if trainer.accelerator.torch_device_mesh is not None:
+    if trainer.accelerator.torch_device_mesh is not None or trainer.args.torch_compile:
         return
     if trainer.accelerator.mixed_precision != "no" and module.weight.requires_grad:
         module.float()  # what accelerate does with every weight that trains; later it could not
-    fully_shard(module, mp_policy=plugin.mixed_precision_policy)
+    # Not the policy of the others: with a reduce_dtype, accumulation would look for gradients of gathered weights.
+    fully_shard(module, mp_policy=MixedPrecisionPolicy())

@@ -16,12 +16,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdpo_kernels import ScoredRows, backends, linear_logps, logps_op, pair_op
+from sdpo_kernels import backends, linear_logps, logps_op
 from sdpo_kernels.backends.base import EXTRAS, KEEP_DIRECTION
 from sdpo_kernels.backends.triton import autotune, launch
 from sdpo_kernels.backends.triton import backend as walk
 from sdpo_kernels.backends.triton.tiles import INTERPRETED
-from sdpo_kernels.dpo import pair_output, sequence_logps
+from tests.backends.pair_cases import check_pair_epilogue, pair_cases
 from tests.reference import Case, check, error, random_case, scored_rows
 
 TRITON = backends.BACKENDS["triton"]
@@ -229,39 +229,9 @@ def test_opcheck(keep, outputs):
 
 
 @settings(max_examples=25)
-@given(
-    st.sampled_from([("sigmoid", {}), ("sigmoid", {"label_smoothing": 0.3}), ("robust", {"label_smoothing": 0.2}),
-                     ("hinge", {}), ("ipo", {})]),
-    st.integers(1, 6), st.floats(0.01, 2.0), st.sampled_from([1.0, 30.0]), st.booleans(), st.integers(0, 2**31),
-)  # fmt: skip
-def test_the_pair_epilogue_is_the_losses_own_arithmetic(loss, n_pairs, beta, spread, of_tokens, seed):
-    name, options = loss
-    generator = torch.Generator().manual_seed(seed)
-    counts = torch.randint(1, 30, (2 * n_pairs,), generator=generator)
-    rows = None
-    logps = spread * torch.randn(2 * n_pairs, generator=generator)
-    if of_tokens:
-        labels = torch.full((2 * n_pairs, 40), -100)
-        for sequence, count in enumerate(counts.tolist()):
-            labels[sequence, 5 : 5 + count] = 1
-        rows = ScoredRows.from_labels(labels)
-        logps = spread * torch.randn(labels.numel(), generator=generator)
-    ref = spread * torch.randn(2 * n_pairs, generator=generator)
-    policy, exact = logps.clone().requires_grad_(), logps.double().requires_grad_()
-    found, sums, metrics = pair_op.pair_epilogue(
-        policy, rows, ref, counts, backend="triton", loss_type=name, beta=beta,
-        smoothing=options.get("label_smoothing", 0.0),
-    )  # fmt: skip
-    summed = exact if rows is None else sequence_logps(exact, rows)
-    truth = pair_output(summed, ref.double(), counts, beta=beta, loss_type=name, **options)
-    (grad,) = torch.autograd.grad(found, policy)
-    (right,) = torch.autograd.grad(truth.loss, exact)
-    near = {"rtol": 8 * EPS, "atol": 8 * EPS * beta * spread * 30}
-    torch.testing.assert_close(found.double(), truth.loss, **near)
-    torch.testing.assert_close(sums.double(), torch.cat([truth.chosen_logps, truth.rejected_logps]), **near)
-    wanted = torch.stack([truth.chosen_rewards, truth.rejected_rewards, truth.margins, truth.accuracy])
-    torch.testing.assert_close(metrics.double(), wanted, **near)
-    torch.testing.assert_close(grad.double(), right, rtol=1e-4, atol=1e-9)
+@given(pair_cases(st.integers(1, 6)))
+def test_the_pair_epilogue(case):
+    check_pair_epilogue("triton", **case)
 
 
 def test_autotuning_takes_the_fastest_tile_once_and_the_answers_stay_right(monkeypatch):

@@ -287,6 +287,15 @@ def test_weight_of_an_adapted_head_is_base_plus_delta() -> None:
     assert float(gradient.abs().max()) > 0
 
 
+def test_the_delta_of_an_adapted_head_is_never_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_adapter(still("llama"), LORA["head"])
+    own = own_logps(model, INPUTS, TARGETS)
+    monkeypatch.delattr(type(model.get_base_model().lm_head), "get_delta_weight")
+    fused = fused_logps(model)
+    fused.sum().backward()
+    torch.testing.assert_close(fused.double(), own, rtol=0, atol=5e-6)
+
+
 def test_disabled_merged_and_several_adapters() -> None:
     model = with_adapter(still("llama"), LORA["head"])
     adapted = fused_logps(model).detach()

@@ -8,13 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from sdpo_kernels import linear_logps
 from sdpo_kernels.integrations import sharded_head
-from sdpo_kernels.integrations.sharded_head import sharded_linear_logps
+from sdpo_kernels.integrations.lm_head import LMHead
+from sdpo_kernels.integrations.sharded_head import sharded_head_logps, sharded_linear_logps
 
 pytestmark = pytest.mark.xdist_group("sharded head")
-H, SHARDS, ROWS = 16, (37, 28), ((0, 9), (9, 20))  # V = 65
+H, V = 16, 65
+LAYOUT = {"shards": (37, 28), "rows": ((0, 9), (9, 20))}  # what each process has of the head and of the batch
 EXTRAS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 CASES = {  # dtype, options, whether the head trains
     "plain": (torch.float32, {}, True),
@@ -24,20 +28,22 @@ CASES = {  # dtype, options, whether the head trains
     "frozen": (torch.float32, {}, False),
     "extras": (torch.float32, {"outputs": EXTRAS}, True),
     "bias": (torch.float32, {"bias": True}, True),
+    "nothing here": (torch.float32, {"bias": True, "shards": (V, 0), "rows": ((0, 0), (0, 20))}, True),
 }
+NOT_ARGUMENTS = ("bias", *LAYOUT)
 
 
 def problem(dtype: torch.dtype):
     generator = torch.Generator().manual_seed(3)
     hidden = torch.randn(20, H, generator=generator).to(dtype)
-    weight = torch.randn(sum(SHARDS), H, generator=generator).to(dtype)
-    targets = torch.randint(sum(SHARDS), (20,), generator=generator)
+    weight = torch.randn(V, H, generator=generator).to(dtype)
+    targets = torch.randint(V, (20,), generator=generator)
     targets[::4] = -100
     return hidden, weight, targets, torch.randn(20, generator=generator)
 
 
 def bias_of(options: dict, dtype: torch.dtype):
-    return torch.linspace(-2, 2, sum(SHARDS)).to(dtype) if options.get("bias") else None
+    return torch.linspace(-2, 2, V).to(dtype) if options.get("bias") else None
 
 
 def loss_of(out, coefficient):
@@ -55,23 +61,58 @@ def one_process(rank: int, folder: Path) -> None:
     sharded_head.dist.broadcast = lambda t, **kw: (sent.append(t.numel()), broadcast(t, **kw))[1]
     for name, (dtype, options, trains) in CASES.items():
         hidden, weight, targets, coefficient = problem(dtype)
-        own = slice(*ROWS[rank])
+        layout = LAYOUT | options
+        own = slice(*layout["rows"][rank])
         x = hidden[own].clone().requires_grad_()
-        shard = weight.split(SHARDS)[rank].clone().requires_grad_(trains)
+        shard = weight.split(layout["shards"])[rank].clone().requires_grad_(trains)
         bias = bias_of(options, dtype)
-        bias = None if bias is None else bias.split(SHARDS)[rank].clone().requires_grad_()
-        given = {key: value for key, value in options.items() if key != "bias"}
+        bias = None if bias is None else bias.split(layout["shards"])[rank].clone().requires_grad_()
+        given = {key: value for key, value in options.items() if key not in NOT_ARGUMENTS}
         out = sharded_linear_logps(x, shard, targets[own], bias_shard=bias, chunk_columns=10, **given)
         loss_of(out, coefficient[own]).backward()
         values = [value.detach() for value in out if value is not None]
         results[name] = (values, x.grad, shard.grad, None if bias is None else bias.grad)
-    try:
-        sharded_linear_logps(x, shard, torch.full_like(targets[own], 65), chunk_columns=10)
-    except ValueError as error:
-        results["error"] = str(error)
     results["largest"] = max(sent)
+    results["errors"] = [refusal(targets=torch.full((2,), 80)), refusal(outputs=("perplexity",))]
+    results["fsdp"] = of_fsdp(rank)
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+def refusal(**changes) -> str:
+    """What a call with these arguments says."""
+    given = {
+        "hidden": torch.zeros(2, H),
+        "weight_shard": torch.zeros(40, H),
+        "targets": torch.zeros(2).long(),
+    } | changes
+    given["targets"][0] = -100
+    try:
+        sharded_linear_logps(**given)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def of_fsdp(rank: int):
+    """The case "bias" with a head that FSDP2 has cut, in three shares of a step as accumulation takes them."""
+    hidden, weight, targets, coefficient = problem(torch.float32)
+    linear = nn.Linear(H, V)
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+        linear.bias.copy_(bias_of({"bias": True}, torch.float32))
+    fully_shard(linear)
+    head = LMHead(body=linear, module=linear)
+    assert head.is_cut
+    values, gradients = [], []
+    for own in torch.arange(*LAYOUT["rows"][rank]).tensor_split(3):
+        x = hidden[own].clone().requires_grad_()
+        out = sharded_head_logps(head, x, targets[own])
+        loss_of(out, coefficient[own]).backward()
+        values.append(out.logps.detach())
+        gradients.append(x.grad)
+    of_head = [parameter.grad.full_tensor() for parameter in (linear.weight, linear.bias)]
+    return torch.cat(values), torch.cat(gradients), *of_head
 
 
 @pytest.fixture(scope="module")
@@ -113,15 +154,17 @@ def whole_head(name: str, dtype: torch.dtype):
     x, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(trains)
     bias = bias_of(options, made_in)
     bias = None if bias is None else bias.to(dtype).requires_grad_()
-    whole = linear_logps(x, w, targets, backend="eager", **options | {"bias": bias})
-    sum(loss_of(part, coefficient[own]) for part, own in parts_of(whole)).backward()
+    given = {key: value for key, value in options.items() if key not in NOT_ARGUMENTS}
+    whole = linear_logps(x, w, targets, bias=bias, backend="eager", **given)
+    rows = (LAYOUT | options)["rows"]
+    sum(loss_of(part, coefficient[own]) for part, own in parts_of(whole, rows)).backward()
     values = [value.detach() for value in whole if value is not None]
     return values, x.grad, w.grad, None if bias is None else bias.grad
 
 
-def parts_of(whole):
+def parts_of(whole, rows):
     """What each process has of the whole's outputs."""
-    for first, last in ROWS:
+    for first, last in rows:
         own = slice(first, last)
         yield type(whole)(*(None if value is None else value[own] for value in whole)), own
 
@@ -130,5 +173,17 @@ def test_no_more_than_a_chunk_is_sent_at_a_time(results):
     assert [r["largest"] for r in results] == [10 * H, 10 * H]
 
 
-def test_a_target_past_the_whole_vocabulary_is_refused(results):
-    assert all("targets: held 65, must be in [0, 65)" in r["error"] for r in results)
+def test_what_does_not_fit_is_refused(results):
+    for target, output in (r["errors"] for r in results):
+        assert target.startswith("targets: was 80, must be in [0, 80)")
+        assert output.startswith("outputs: was ('perplexity',), must be a sequence of names from")
+
+
+def test_a_head_that_fsdp_has_cut_averages_its_gradients(results):
+    values, d_hidden, d_weight, d_bias = whole_head("bias", torch.float32)
+    near = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(torch.cat([r["fsdp"][0] for r in results]), values[0], **near)
+    torch.testing.assert_close(torch.cat([r["fsdp"][1] for r in results]), d_hidden, **near)
+    for r in results:
+        torch.testing.assert_close(2 * r["fsdp"][2], d_weight, **near)
+        torch.testing.assert_close(2 * r["fsdp"][3], d_bias, **near)

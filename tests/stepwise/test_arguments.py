@@ -32,9 +32,11 @@ def test_fields_of_the_person_and_of_the_driver(tmp_path, model, monkeypatch):
     assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / "board")
 
 
-def test_autocast_is_that_of_the_trainer(tmp_path, model):
+def test_autocast_is_that_of_the_trainer(tmp_path, model, monkeypatch):
     assert Precision.of(arguments(tmp_path, model)).dtype is None
     assert Precision.of(arguments(tmp_path, model, bf16=True)).dtype == torch.bfloat16
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as accelerate's launcher has it
+    assert Precision.of(arguments(tmp_path, model)).dtype == torch.bfloat16
 
 
 def test_weights_rounded_for_scoring_are_themselves_again():

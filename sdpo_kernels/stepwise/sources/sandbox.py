@@ -83,16 +83,20 @@ def run_limited(command: Sequence[str], stdin: str, limits: Limits, files: Mappi
     """Run `command` in a new temporary folder and remove that; whatever the program does becomes an Outcome.
 
     The folder is its working directory, HOME and TMPDIR. Of the environment only PATH is passed on. When this returns,
-    no process that the program started is left. May be called from any thread.
+    no process that the program started is left, with one exception: without namespaces a program that kills its own
+    watcher leaves those that have neither the environment nor the folder it was given. May be called from any thread.
     UserError where the command cannot be started at all, and on Windows.
     """
     if os.name != "posix":
         raise UserError("programs can be run within limits only on Linux (or another POSIX system), not on Windows")
     job = Job(command, stdin, files or {})
     with _temporary_folder() as folder:
-        answer = _watched(_request(job, limits, folder), limits.seconds + START_SECONDS)
-        if answer["reason"] == WATCHER_LOST:
-            _kill_processes_of(folder)
+        answer: dict[str, Any] = {"reason": WATCHER_LOST}
+        try:
+            answer = _watched(_request(job, limits, folder), limits.seconds + START_SECONDS)
+        finally:
+            if answer["reason"] == WATCHER_LOST:  # or failed
+                _kill_processes_of(folder)
     cannot_start = answer.pop("cannot_start")
     if cannot_start:
         raise UserError(f"cannot start {command[0]}: {cannot_start}")

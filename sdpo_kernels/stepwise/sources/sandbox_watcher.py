@@ -135,7 +135,7 @@ def set_read_only(path: bytes, on: bool) -> None:
     call("syscall", ctypes.c_long(SYS_MOUNT_SETATTR), AT_FDCWD, path, flags, attributes, size)
 
 
-def run_init(job: dict[str, Any], namespaces: bool, stdin: int, output: int, status: int) -> None:
+def run_init(job: dict[str, Any], watcher: int, namespaces: bool, stdin: int, output: int, status: int) -> None:
     """Start the program, reap whatever ends, and write to `status` how the program ended. Does not return."""
     os.setsid()
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
@@ -143,6 +143,8 @@ def run_init(job: dict[str, Any], namespaces: bool, stdin: int, output: int, sta
     become_subreaper()
     if LINUX:  # a watcher that was killed takes init with it
         call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != watcher and not namespaces:  # it is gone already; in a new namespace its number is 0
+            os._exit(1)
     if namespaces and new_mounts(job):
         os.write(status, b"isolated\n")
     program = os.fork()
@@ -369,11 +371,11 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     output_in, output_out = os.pipe()
     status_in, status_out = os.pipe()
     os.set_blocking(output_in, False)
-    start = time.monotonic()
+    start, watcher = time.monotonic(), os.getpid()
     init = os.fork()
     if init == 0:
         try:
-            run_init(job, namespaces, stdin, output_out, status_out)
+            run_init(job, watcher, namespaces, stdin, output_out, status_out)
         except OSError as error:
             os.write(status_out, f"cannot start {error}\n".encode())
         finally:

@@ -1,0 +1,69 @@
+"""A backend's pair epilogue against autograd through the losses in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from sdpo_kernels import pair_op
+from sdpo_kernels.dpo import pair_output, sequence_logps
+from sdpo_kernels.rows import ScoredRows
+
+EPS = torch.finfo(torch.float32).eps
+LOSSES: list[tuple[str, dict[str, float]]] = [
+    ("sigmoid", {}),
+    ("sigmoid", {"label_smoothing": 0.3}),
+    ("robust", {"label_smoothing": 0.2}),
+    ("hinge", {}),
+    ("ipo", {}),
+]
+LONGEST = 40  # scored tokens of a sequence
+
+
+def pair_cases(n_pairs: st.SearchStrategy[int]) -> st.SearchStrategy[dict[str, Any]]:
+    """Arguments of `check_pair_epilogue`: of sums a sequence, or of tokens that are yet to be summed."""
+    return st.fixed_dictionaries(
+        {
+            "loss": st.sampled_from(LOSSES),
+            "n_pairs": n_pairs,
+            "beta": st.floats(0.01, 2.0),
+            "spread": st.sampled_from([1.0, 30.0]),
+            "of_tokens": st.booleans(),
+            "seed": st.integers(0, 2**31),
+        }
+    )
+
+
+def check_pair_epilogue(
+    backend: str, *, loss: tuple[str, dict[str, float]], n_pairs: int, beta: float, spread: float, of_tokens: bool,
+    seed: int,
+) -> None:  # fmt: skip
+    """Loss, sums, metrics and the gradient."""
+    name, options = loss
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.randint(1, LONGEST, (2 * n_pairs,), generator=generator)
+    rows, logps = None, spread * torch.randn(2 * n_pairs, generator=generator)
+    if of_tokens:
+        labels = torch.full((2 * n_pairs, LONGEST + 5), -100)
+        for sequence, count in enumerate(counts.tolist()):
+            labels[sequence, 5 : 5 + count] = 1
+        rows = ScoredRows.from_labels(labels)
+        logps = spread * torch.randn(labels.numel(), generator=generator)
+    ref = spread * torch.randn(2 * n_pairs, generator=generator)
+    policy, exact = logps.clone().requires_grad_(), logps.double().requires_grad_()
+    found, sums, metrics = pair_op.pair_epilogue(
+        policy, rows, ref, counts, backend=backend, loss_type=name, beta=beta,
+        smoothing=options.get("label_smoothing", 0.0),
+    )  # fmt: skip
+    summed = exact if rows is None else sequence_logps(exact, rows)
+    truth = pair_output(summed, ref.double(), counts, beta=beta, loss_type=name, **options)
+    (grad,) = torch.autograd.grad(found, policy)
+    (right,) = torch.autograd.grad(truth.loss, exact)
+    near = {"rtol": 8 * EPS, "atol": 8 * EPS * beta * spread * LONGEST}
+    torch.testing.assert_close(found.double(), truth.loss, **near)
+    torch.testing.assert_close(sums.double(), torch.cat([truth.chosen_logps, truth.rejected_logps]), **near)
+    wanted = torch.stack([truth.chosen_rewards, truth.rejected_rewards, truth.margins, truth.accuracy])
+    torch.testing.assert_close(metrics.double(), wanted, **near)
+    torch.testing.assert_close(grad.double(), right, rtol=1e-4, atol=1e-9)
