@@ -28,7 +28,7 @@ METHODS = ("sft", "dpo", "sdpo")
 def main(arguments: list[str] | None = None) -> int:
     """Train and judge every method from every seed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stages", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13])
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/stages"))
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--json", type=Path, help="write the results here")
