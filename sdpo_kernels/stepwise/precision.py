@@ -27,7 +27,9 @@ class Precision:
     @classmethod
     def of(cls, args: TrainingArguments) -> Precision:
         """That of training with these arguments."""
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision)  # accelerate's launcher too
+        asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # of accelerate's launcher
+        asked = "bf16" if args.bf16 else "fp16" if args.fp16 else asked
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(asked)
         return cls(args.device, dtype, dtype is not None and asks_for_fsdp(args))
 
     @contextmanager
