@@ -133,3 +133,19 @@ def test_fsdp2_in_mixed_precision_starts_from_its_references(tmp_path, model, mo
     for record in json.loads((run / "manifest.json").read_text())["stages"]:
         first = next(row for row in runs.metrics(run) if row["stage/name"] == record["name"])
         assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_an_fsdp2_run_goes_on_in_another_number_of_processes(tmp_path, model):
+    settings = {"sizes": (13, 6), "trainer": {"save_steps": 2}}
+    whole = trained(tmp_path, model, 1, 6, **settings)
+    run = tmp_path / "run"
+    for count, (killed_at, codes) in ((2, (3, [-9, -9])), (3, (0, [0, 0, 0]))):
+        trainer = {"per_device_train_batch_size": 6 // count, "save_steps": 2, "fsdp": True}
+        yaml = runs.write_settings(tmp_path, model, sizes=(13, 6), trainer=trainer)
+        options = [f"output_dir={run}", "--quiet"]
+        ranks = Ranks(
+            tmp_path, "train", yaml, *options, count=count, fault=faults.fsdp_on_cpu, options=[killed_at, True]
+        )
+        assert ranks.wait() == codes, ranks.text
+    assert json.loads((run / "manifest.json").read_text())["stages"][0]["resumed_at_step"] == 2
+    assert deviation(whole, run) < NEAR
