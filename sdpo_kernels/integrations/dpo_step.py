@@ -44,6 +44,8 @@ def score_pairs(
     Raises:
         ValueError: naming the argument, what it was and what it should be.
     """
+    if without_adapter and not hasattr(model, "disable_adapter"):
+        raise ValueError(f"model: was a {type(model).__name__} with without_adapter, must be a PEFT model")
     base = model.disable_adapter() if without_adapter else nullcontext()  # type: ignore[operator]
     with evaluating(model), base:
         return _sums(model, input_ids, labels, attention_mask, None, ld_alpha)[0]

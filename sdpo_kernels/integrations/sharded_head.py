@@ -47,8 +47,8 @@ def sharded_linear_logps(
 
     Args:
         hidden: [N, H] this process's rows; N may differ between processes, and be 0.
-        weight_shard: [V_r, H] this process's rows of the head, in the order of the group's ranks; rounded to hidden's
-            dtype (under autocast both to autocast's), chunk by chunk; its gradient comes in its own dtype.
+        weight_shard: [V_r, H] this process's own rows of the head, no others, in the order of the group's ranks;
+            rounded to hidden's dtype (under autocast both to its dtype), chunk by chunk. Its gradient has its own.
         targets: [N] int64 in [0, V), V = Σ V_r, or −100.
         bias_shard: [V_r].
         group: the processes; None: all. Each calls this with the same options, and each or none wants each gradient.
@@ -66,6 +66,7 @@ def sharded_linear_logps(
     _check(hidden, weight_shard, targets, bias_shard, outputs, chunk_columns)
     if shard_rows is None:
         shard_rows = _ask_rows(weight_shard, group)
+    _check_rows(shard_rows, weight_shard, group)
     n_columns = sum(shard_rows)
     index = (targets != IGNORE_INDEX).nonzero().squeeze(1) if rows is None else rows.index
     scored = targets[index]
@@ -134,6 +135,15 @@ def _check(
         raise ValueError(f"chunk_columns: was {chunk_columns}, must be at least 1")
     if isinstance(outputs, str) or not set(outputs) <= set(EXTRAS):
         raise ValueError(f"outputs: was {outputs!r}, must be a sequence of names from {EXTRAS}")
+
+
+def _check_rows(shard_rows: Sequence[int], weight: Tensor, group: dist.ProcessGroup | None) -> None:
+    count, rank = dist.get_world_size(group), dist.get_rank(group)
+    if len(shard_rows) != count or shard_rows[rank] != weight.shape[0]:
+        raise ValueError(
+            f"shard_rows: was {list(shard_rows)}, must be a number of rows for each of {count} processes, "
+            f"{weight.shape[0]} for this one ({rank})"
+        )
 
 
 def _check_targets(scored: Tensor, n_columns: int) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 
+import torch
 from transformers import TrainingArguments
 
+from sdpo_kernels.stepwise import ranks
 from sdpo_kernels.stepwise.config import RunConfig, StageConfig
 from sdpo_kernels.stepwise.errors import UserError
 
 
 def training_arguments(config: RunConfig, stage: StageConfig, work: Path, tensorboard: Path) -> TrainingArguments:
     """The arguments of `stage`, whose Trainer works in the folder `work`. UserError where transformers refuses them."""
-    settings = config.stage_trainer(stage)
+    settings = copy.deepcopy(config.stage_trainer(stage))  # transformers writes into fsdp_config
+    if ranks.launched() > 1 and not torch.accelerator.is_available():
+        settings.setdefault("use_cpu", True)  # else accelerate would know of one process
     if "tensorboard" in settings.get("report_to", "none"):
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(tensorboard)  # Trainer's callback reads nothing else
     try:

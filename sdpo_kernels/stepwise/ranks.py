@@ -43,6 +43,7 @@ class SolitaryError(UserError):
 class _State:
     group: Any = None  # torch.distributed's; None before `joined` and in one process
     alone: bool = False  # in `on_first`: the others wait, so there is nobody to share with
+    joined: bool = False  # ever: errors before that are one process's own
     training: bool = False  # Trainer's own collectives are under way: nothing of ours can be waited for
     agreed: BaseException | None = None  # the error that all processes have heard of
 
@@ -52,10 +53,8 @@ _state = _State()
 
 def launched() -> int:
     """How many processes a launcher such as torchrun has started."""
-    try:
-        return int(os.environ.get("WORLD_SIZE", "1"))
-    except ValueError:
-        raise UserError(f"WORLD_SIZE: was {os.environ['WORLD_SIZE']!r}, must be a number") from None
+    count = os.environ.get("WORLD_SIZE", "1")
+    return int(count) if count.isdecimal() and int(count) > 0 else 1  # `joined` says what is wrong with others
 
 
 def world_size() -> int:
@@ -81,12 +80,13 @@ def launched_first() -> bool:
 @contextmanager
 def joined(start: Callable[[], object]) -> Iterator[None]:
     """Work as one of the launched processes; `start()` initialises torch.distributed. One's errors are everybody's."""
+    _check_launcher()
     if launched() == 1:
         yield
         return
-    _check_launcher()
     start()
     _state.group, _state.training, _state.agreed = dist.new_group(backend="gloo", timeout=LONGEST_WAIT), False, None
+    _state.joined = True
     try:
         with _losses_said():
             yield
@@ -118,6 +118,11 @@ def _losses_said() -> Iterator[None]:
 
 
 def _check_launcher() -> None:
+    count = os.environ.get("WORLD_SIZE", "1")
+    if str(launched()) != count:
+        raise UserError(f"WORLD_SIZE: was {count!r}, must be a number of processes, at least 1")
+    if launched() == 1:
+        return
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(
@@ -126,7 +131,12 @@ def _check_launcher() -> None:
 
 
 def says(error: BaseException) -> bool:
-    """Whether this process is the one to print `error`, at the end of a command; others give it the time to."""
+    """Whether this process is the one to print `error`, at the end of a command; others give it the time to.
+
+    Before the processes have joined, an error may be one node's own (a file that it has not): its first process speaks.
+    """
+    if not _state.joined and os.environ.get("LOCAL_RANK", "0") == "0":
+        return True
     if launched_first() or isinstance(error, SolitaryError):
         return True
     time.sleep(GRACE)

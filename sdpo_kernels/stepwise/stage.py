@@ -29,6 +29,7 @@ from sdpo_kernels.stepwise.manifest import Record, planned
 from sdpo_kernels.stepwise.model_card import model_card
 from sdpo_kernels.stepwise.models import ADAPTER, Loaded, add_adapter, merge_adapter, release_memory, weights_hash
 from sdpo_kernels.stepwise.multi_scoring import BASE_FILE, MultiReferences
+from sdpo_kernels.stepwise.precision import asks_for_fsdp
 from sdpo_kernels.stepwise.prepare import made_stage
 from sdpo_kernels.stepwise.progress import peak_memory_bytes, reset_peak_memory
 from sdpo_kernels.stepwise.reference import read_scores, write_scores
@@ -142,6 +143,8 @@ def _adopt(stage: Stage) -> None:
 def prepare_trainer(stage: Stage) -> tuple[StageTrainer, Tensor]:
     """The trainer at the stage's start, its references scored and its head checked."""
     config = stage.run.config
+    if asks_for_fsdp(stage.args) and ranks.launched() == 1:
+        raise UserError("trainer.fsdp: needs several processes; start them with torchrun (docs/distributed.md)")
     loaded, ref_logps, found = _references(stage)
     stage.use_cache = getattr(loaded.model.config, "use_cache", True)
     before = stage.record.get("reference_hash")

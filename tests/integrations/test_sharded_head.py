@@ -74,6 +74,7 @@ def one_process(rank: int, folder: Path) -> None:
         results[name] = (values, x.grad, shard.grad, None if bias is None else bias.grad)
     results["largest"] = max(sent)
     results["errors"] = [refusal(targets=torch.full((2,), 80)), refusal(outputs=("perplexity",))]
+    results["errors"].append(refusal(shard_rows=[60, 20]))
     results["fsdp"] = of_fsdp(rank)
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
@@ -174,7 +175,10 @@ def test_no_more_than_a_chunk_is_sent_at_a_time(results):
 
 
 def test_what_does_not_fit_is_refused(results):
-    for target, output in (r["errors"] for r in results):
+    for target, output, rows in (r["errors"] for r in results):
+        assert rows.startswith(
+            "shard_rows: was [60, 20], must be a number of rows for each of 2 processes, 40 for this"
+        )
         assert target.startswith("targets: was 80, must be in [0, 80)")
         assert output.startswith("outputs: was ('perplexity',), must be a sequence of names from")
 

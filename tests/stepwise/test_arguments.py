@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
+from sdpo_kernels.stepwise import arguments as arguments_module
 from sdpo_kernels.stepwise.arguments import training_arguments
 from sdpo_kernels.stepwise.errors import UserError
 from sdpo_kernels.stepwise.precision import Precision
@@ -37,6 +38,25 @@ def test_autocast_is_that_of_the_trainer(tmp_path, model, monkeypatch):
     assert Precision.of(arguments(tmp_path, model, bf16=True)).dtype == torch.bfloat16
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as accelerate's launcher has it
     assert Precision.of(arguments(tmp_path, model)).dtype == torch.bfloat16
+
+
+def test_several_processes_without_an_accelerator_work_on_the_cpu(tmp_path, model, monkeypatch):
+    """accelerate would know of one process only, each of them."""
+    config = runs.configured(tmp_path, model)
+    del config.trainer["use_cpu"]
+    made = []
+    monkeypatch.setattr(arguments_module, "TrainingArguments", lambda **given: made.append(given) or _made(given))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    for count, wanted in (("1", None), ("2", True)):
+        monkeypatch.setenv("WORLD_SIZE", count)
+        training_arguments(config, config.stages[0], tmp_path / "work", tmp_path / "tb")
+        assert made[-1].get("use_cpu") == wanted
+
+
+def _made(given: dict) -> TrainingArguments:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "1")
+        return TrainingArguments(**given | {"use_cpu": True})
 
 
 def test_weights_rounded_for_scoring_are_themselves_again():

@@ -250,6 +250,33 @@ def test_several_processes_without_a_launcher_are_an_error(tmp_path, model, monk
         runs.train(runs.configured(tmp_path, model))
 
 
+def _in_environment(names):
+    os.environ.update(names)
+
+
+@pytest.mark.parametrize("count", ["abc", "0", "-1", ""])
+def test_a_number_of_processes_that_is_none_is_one_line(tmp_path, model, count):
+    yaml = runs.write_settings(tmp_path, model)
+    child = runs.Child(tmp_path, "train", yaml, fault=_in_environment, options=({"WORLD_SIZE": count},))
+    assert child.wait() == 2, child.text
+    assert child.text.startswith(f"error: WORLD_SIZE: was {count!r}, must be a number of processes, at least 1")
+
+
+def test_what_one_node_alone_finds_wrong_is_said_by_its_first_process(tmp_path):
+    """Before the processes have joined nobody else can say it."""
+    names = {"WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    child = runs.Child(tmp_path, "train", tmp_path / "nope.yaml", fault=_in_environment, options=(names,))
+    assert child.wait() == 2
+    assert child.text.strip() == f"error: {tmp_path / 'nope.yaml'}: no such file"
+
+
+def test_fsdp_in_one_process_is_said_before_anything_is_scored(tmp_path, model):
+    config = runs.configured(tmp_path, model, trainer={"fsdp": True})
+    with pytest.raises(UserError, match=r"trainer.fsdp: needs several processes"):
+        runs.train(config)
+    assert not list((tmp_path / "run").glob("**/reference_logps.safetensors"))
+
+
 def test_a_folder_that_cannot_be_made_is_the_users_to_mend(tmp_path, model):
     (tmp_path / "file").write_text("x")
     config = runs.configured(tmp_path, model, output_dir=str(tmp_path / "file" / "run"))
