@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +124,11 @@ def measure_all(options: argparse.Namespace) -> dict[str, Any]:
                 measure.run_fresh("benchmarks.head", child_arguments(options, case, number == 0), options.threads)
             )
     report["shape"]["rows"] = next((a["rows"] for found in answers.values() for a in found if "rows" in a), None)
-    report["results"] = [{"case": case} | summary(found) for case, found in answers.items()]
+    report["results"] = [{"case": case} | measure.summary(found) for case, found in answers.items()]
     floor = next((r.get("median_s") for r in report["results"] if r["case"] == FLOOR), None)
     for result in report["results"]:
+        if "median_s" in result:
+            result["error_nat"] = answers[result["case"]][0].get("error_nat")
         if floor and "median_s" in result:
             result["ratio_to_floor"] = result["median_s"] / floor
     return report
@@ -138,22 +139,6 @@ def child_arguments(options: argparse.Namespace, case: str, with_error: bool) ->
     names = (*SHAPE, "repeats", "threads")
     arguments = [f"--{name}={getattr(options, name)}" for name in names]
     return [*arguments, f"--child={case}", *(["--with-error"] if with_error else [])]
-
-
-def summary(answers: list[dict[str, Any]]) -> dict[str, Any]:
-    """One result from a case's processes."""
-    if "skipped" in answers[-1]:
-        return {"skipped": answers[-1]["skipped"]}
-    times = [time for answer in answers for time in answer["times_s"]]
-    memories = [a["peak_extra_bytes"] for a in answers if a["peak_extra_bytes"] is not None]
-    return {
-        "median_s": statistics.median(times),
-        "min_s": min(times),
-        "max_s": max(times),
-        "times_s": times,
-        "peak_extra_bytes": statistics.median_high(memories) if memories else None,
-        "error_nat": answers[0].get("error_nat"),
-    }
 
 
 def show(report: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -62,6 +63,21 @@ def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int | Non
     peak = _status("VmHWM") - before
     del result
     return peak
+
+
+def summary(answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Median and spread of all rounds' `times_s`, and the memory; {"skipped": why} where the last round was."""
+    if "skipped" in answers[-1]:
+        return {"skipped": answers[-1]["skipped"]}
+    times = [time for answer in answers for time in answer["times_s"]]
+    memories = [a["peak_extra_bytes"] for a in answers if a["peak_extra_bytes"] is not None]
+    return {
+        "median_s": statistics.median(times),
+        "min_s": min(times),
+        "max_s": max(times),
+        "times_s": times,
+        "peak_extra_bytes": statistics.median_high(memories) if memories else None,
+    }
 
 
 def _synchronize(device: torch.device) -> None:

@@ -236,18 +236,10 @@ def measure_task(options: argparse.Namespace, task: str) -> dict[str, Any]:
 
 def summary(answers: list[dict[str, Any]], tokens: float | None) -> dict[str, Any]:
     """One side's figures from its rounds."""
-    if "skipped" in answers[-1]:
-        return answers[-1]
-    times = [time for answer in answers for time in answer["times_s"]]
-    memories = [a["peak_extra_bytes"] for a in answers if a["peak_extra_bytes"] is not None]
-    return {
-        "median_s": statistics.median(times),
-        "min_s": min(times),
-        "max_s": max(times),
-        "tokens_a_second": None if tokens is None else tokens / statistics.mean(times),
-        "peak_extra_bytes": statistics.median_high(memories) if memories else None,
-        "times_s": times,
-    }
+    found = measure.summary(answers)
+    if "times_s" in found:
+        found["tokens_a_second"] = None if tokens is None else tokens / statistics.mean(found["times_s"])
+    return found
 
 
 def show(report: dict[str, Any]) -> str:

@@ -185,9 +185,7 @@ def _check(
         if bool(outside.any()):
             wrong = rows.index[outside][0].item()
             raise ValueError(f"rows: its index held {wrong}, must be in [0, {n_rows}), the rows of hidden")
-    for name in [outputs] if isinstance(outputs, str) else outputs:
-        if isinstance(outputs, str) or name not in EXTRAS:
-            raise ValueError(f"outputs: was {outputs!r}, must be a sequence of names from {EXTRAS}")
+    check_outputs(outputs)
     if ref_hidden is not None and (ref_hidden.shape, ref_hidden.dtype) != (hidden.shape, hidden.dtype):
         raise ValueError(f"ref_hidden: was {_describe(ref_hidden)}, must be {_describe(hidden)} as hidden is")
     others = {
@@ -201,6 +199,12 @@ def _check(
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name}: was on {tensor.device}, must be on {hidden.device} as hidden is")
     return _check_dtypes(hidden, weight, bias)
+
+
+def check_outputs(outputs: Sequence[str]) -> None:
+    """ValueError for what is no sequence of EXTRAS' names."""
+    if isinstance(outputs, str) or not set(outputs) <= set(EXTRAS):
+        raise ValueError(f"outputs: was {outputs!r}, must be a sequence of names from {EXTRAS}")
 
 
 def _check_dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:

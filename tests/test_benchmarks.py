@@ -41,15 +41,21 @@ def test_the_problem_is_what_was_asked_for():
     assert 2.5 < (logits.hidden @ logits.weight.t()).std().item() < 3.5
 
 
-@pytest.mark.parametrize("name", [name for name in RIVALS if name != FLOOR])
-def test_every_rival_computes_the_same_loss_and_gradients(name):
-    given = problem()
+def autograds_step(given):
+    """Operands with their gradients, summed log-probs and the loss, all logits in float64."""
     hidden, weight = (t.detach().double().requires_grad_() for t in (given.hidden, given.weight))
     policy = target_logps(hidden @ weight.t(), given.labels).sum(1)
     ref = target_logps(given.ref_hidden.double() @ given.ref_weight.double().t(), given.labels).sum(1)
     chosen, rejected = (policy - ref).chunk(2)
     loss = -(0.1 * (chosen - rejected)).sigmoid().log().mean()
     loss.backward()
+    return hidden, weight, policy, loss
+
+
+@pytest.mark.parametrize("name", [name for name in RIVALS if name != FLOOR])
+def test_every_rival_computes_the_same_loss_and_gradients(name):
+    given = problem()
+    hidden, weight, policy, loss = autograds_step(given)
     try:
         found = RIVALS[name](given)()
     except CannotRun as reason:
@@ -71,12 +77,7 @@ def test_a_kernel_for_cuda_says_on_the_cpu_why_it_cannot_run(name):
 @pytest.mark.parametrize("kind", accuracy.SHIFTS)
 def test_the_truth_is_autograds_in_float64(kind):
     given = accuracy.with_raised_targets(problem(), accuracy.SHIFTS[kind] / 10)
-    hidden, weight = (t.detach().double().requires_grad_() for t in (given.hidden, given.weight))
-    policy = target_logps(hidden @ weight.t(), given.labels).sum(1)
-    ref = target_logps(given.ref_hidden.double() @ given.ref_weight.double().t(), given.labels).sum(1)
-    chosen, rejected = (policy - ref).chunk(2)
-    loss = -(0.1 * (chosen - rejected)).sigmoid().log().mean()
-    loss.backward()
+    hidden, weight, policy, loss = autograds_step(given)
     found = true_step(given)
     rights = (loss.detach(), policy.detach(), hidden.grad, weight.grad)
     for mine, right in zip(found, rights, strict=True):

@@ -24,7 +24,7 @@ from sdpo_kernels.backends.base import EXTRAS, KEEP_NOTHING, Saved
 from sdpo_kernels.backends.chunk_math import RunningSums, dlogits
 from sdpo_kernels.head import Head, product_dtype
 from sdpo_kernels.integrations.lm_head import LMHead
-from sdpo_kernels.logps import LinearLogps
+from sdpo_kernels.logps import LinearLogps, check_outputs
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
 
 
@@ -133,8 +133,7 @@ def _check(
         raise ValueError(f"bias_shard: was of shape {list(bias.shape)}, must be {list(weight.shape[:1])}, V_r")
     if chunk_columns < 1:
         raise ValueError(f"chunk_columns: was {chunk_columns}, must be at least 1")
-    if isinstance(outputs, str) or not set(outputs) <= set(EXTRAS):
-        raise ValueError(f"outputs: was {outputs!r}, must be a sequence of names from {EXTRAS}")
+    check_outputs(outputs)
 
 
 def _check_rows(shard_rows: Sequence[int], weight: Tensor, group: dist.ProcessGroup | None) -> None:
