@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One call on a machine with a CUDA device: builds the CUDA library where none was carried along, runs the tests marked
-# `gpu` and compute-sanitizer, then the head benchmark at the five shapes of the design and the accuracy at one. Works from a bare checkout
-# without network or hypothesis (hence --noconftest); everything lands in $OUT (default benchmarks/results/gpu). Under
+# `gpu` and compute-sanitizer, then the head benchmark at the five shapes of the design and the accuracy at one.
+# Works from a bare checkout without network or hypothesis (hence --noconftest); everything lands in $OUT (default benchmarks/results/gpu). Under
 # nine minutes.
 set -uo pipefail
 cd "$(dirname "$0")/.."

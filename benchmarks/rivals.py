@@ -8,7 +8,7 @@ tensors. To add a peer, write one function and enter it in RIVALS; raise `Cannot
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from benchmarks.problem import IGNORE_INDEX, CannotRun, Problem, Step
 from sdpo_kernels import fused_linear_dpo
+from sdpo_kernels.backends.base import EXTRAS
 from sdpo_kernels.integrations import trl as fused_trl
 
 Rival = Callable[[Problem], Callable[[], Step | None]]
@@ -68,14 +69,19 @@ def trl_fused_scored(problem: Problem) -> Callable[[], Step]:
     return _dpo_step(problem, _trl_logps(problem, scored_alone=True))
 
 
+def trl_fused_metrics(problem: Problem) -> Callable[[], Step]:
+    """`trl_fused` with the outputs that TRL's trainers log of the policy: entropy, log Σp², mean logit, top-1."""
+    return _dpo_step(problem, _trl_logps(problem, scored_alone=False, metrics=EXTRAS))
+
+
 def trl_patched(problem: Problem) -> Callable[[], Step]:
     """`trl_fused`, all rows as TRL ships it, under `integrations.trl.patch()`: what its trainers gain by one line."""
-    _imported("trl.kernels.chunked_logprob")
-    try:
-        with fused_trl.patch():
-            return _dpo_step(problem, _trl_logps(problem, scored_alone=False))
-    except RuntimeError as error:  # a TRL that it does not know
-        raise CannotRun(str(error)) from error
+    return _patched_step(problem, ())
+
+
+def trl_patched_metrics(problem: Problem) -> Callable[[], Step]:
+    """`trl_fused_metrics` under `integrations.trl.patch()`."""
+    return _patched_step(problem, EXTRAS)
 
 
 def liger_dpo(problem: Problem) -> Callable[[], Step]:
@@ -147,7 +153,9 @@ RIVALS: dict[str, Rival] = {
     "linear_cross_entropy_chunked": linear_cross_entropy_chunked,
     "trl_fused": trl_fused,
     "trl_fused_scored": trl_fused_scored,
+    "trl_fused_metrics": trl_fused_metrics,
     "trl_patched": trl_patched,
+    "trl_patched_metrics": trl_patched_metrics,
     "liger_dpo": liger_dpo,
     "liger_dpo_eager": liger_dpo_eager,
     "liger_sm90": liger_sm90,
@@ -215,7 +223,16 @@ def _imported(name: str) -> Any:
         raise CannotRun(f"{error} (make bench-env installs the rivals)") from error
 
 
-def _trl_logps(problem: Problem, scored_alone: bool) -> Callable[[Tensor, Tensor], Tensor]:
+def _patched_step(problem: Problem, metrics: Sequence[str]) -> Callable[[], Step]:
+    _imported("trl.kernels.chunked_logprob")
+    try:
+        with fused_trl.patch():
+            return _dpo_step(problem, _trl_logps(problem, scored_alone=False, metrics=metrics))
+    except RuntimeError as error:  # a TRL that it does not know
+        raise CannotRun(str(error)) from error
+
+
+def _trl_logps(problem: Problem, scored_alone: bool, metrics: Sequence[str] = ()) -> Callable[[Tensor, Tensor], Tensor]:
     apply = _imported("trl.kernels.chunked_logprob").ChunkedLogProbFunction.apply
     targets = problem.labels.reshape(-1)
     scored = (targets != IGNORE_INDEX).nonzero().squeeze(1)
@@ -228,7 +245,8 @@ def _trl_logps(problem: Problem, scored_alone: bool) -> Callable[[Tensor, Tensor
     def logps(hidden: Tensor, weight: Tensor) -> Tensor:
         rows = hidden.flatten(0, 1)
         rows = rows[index] if scored_alone else rows
-        found = apply(rows, weight, None, kept, 1.0, columns, None, 1.0, ())[0]
+        outputs = tuple(metrics) if torch.is_grad_enabled() else ()  # of the reference TRL asks none
+        found = apply(rows, weight, None, kept, 1.0, columns, None, 1.0, outputs)[0]
         return torch.zeros(len(problem.labels), device=rows.device).index_add(0, sequence, found * mask)
 
     return logps

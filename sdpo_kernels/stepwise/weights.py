@@ -1,4 +1,8 @@
-"""A trained model's weights as they lie with several processes: whole in each, or a shard in each (FSDP2)."""
+"""A trained model's weights as they lie with several processes: whole in each, or a shard in each (FSDP2).
+
+What is asked of them (finite, equal, gathered for saving), which ways of sharing a model are refused, and how FSDP2 is
+told to cut it.
+"""
 
 from __future__ import annotations
 

@@ -61,9 +61,8 @@ def test_pairs_that_the_model_makes(tmp_path, model):
     one, two = (trained(tmp_path, model, count, 2, stages=listed) for count in (1, 2))
     made = [[path.read_text() for path in sorted(run.glob("stage-*/pairs.jsonl"))] for run in (one, two)]
     assert made[0][0] == made[1][0]
-    assert len(made[0]) == len(made[1]) == 2
-    if made[0] == made[1]:  # else rounding has turned a sample of the second stage
-        assert deviation(one, two) < NEAR
+    assert len(made[0]) == len(made[1]) == 2  # of the second stage rounding may have turned a sample
+    assert deviation(one, two, "stage-1-*/model.safetensors") < NEAR
 
 
 def test_three_processes_with_uneven_shares(tmp_path, model):
