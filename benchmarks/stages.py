@@ -20,7 +20,7 @@ import torch
 from benchmarks import measure
 from examples.demo.setup import FULL, QUICK, Settings, set_up
 from examples.methods.compare import start_folder, summary, table, train_and_judge
-from sdpo_kernels.stepwise.progress import Reporter
+from sdpo_kernels.stepwise.common.progress import Reporter
 
 METHODS = ("sft", "dpo", "sdpo")
 

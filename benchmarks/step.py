@@ -126,10 +126,10 @@ def clock(trainer: Any) -> list[float]:
 
 def driver_round(task: Task, rows: list[dict[str, Any]], model: Path, folder: Path) -> Round:
     """Train one round with the driver's StageTrainer."""
-    from sdpo_kernels.stepwise.config import load_config
+    from sdpo_kernels.stepwise.common.progress import Reporter
     from sdpo_kernels.stepwise.prepare import prepare
-    from sdpo_kernels.stepwise.progress import Reporter
     from sdpo_kernels.stepwise.run import open_run
+    from sdpo_kernels.stepwise.settings.run_file import load_config
     from sdpo_kernels.stepwise.stage import Stage, prepare_trainer
 
     data = folder / "data.jsonl"

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from sdpo_kernels.stepwise.errors import Interrupted, UserError
+from sdpo_kernels.stepwise.common.errors import Interrupted, UserError
 from sdpo_kernels.version import __version__
 
 app = typer.Typer(
@@ -31,9 +31,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and war
 @app.command()
 def train(config: ConfigFile, overrides: Overrides = None, quiet: Quiet = False) -> None:
     """Train all stages; run it again after a crash and it goes on where it was."""
-    from sdpo_kernels.stepwise.config import load_config
-    from sdpo_kernels.stepwise.progress import Reporter
+    from sdpo_kernels.stepwise.common.progress import Reporter
     from sdpo_kernels.stepwise.run import run
+    from sdpo_kernels.stepwise.settings.run_file import load_config
 
     settings = load_config(config, overrides or [])
     try:
@@ -46,8 +46,8 @@ def train(config: ConfigFile, overrides: Overrides = None, quiet: Quiet = False)
 def check(config: ConfigFile, overrides: Overrides = None) -> None:
     """Read config, data and tokenizer; say what would happen; train nothing."""
     from sdpo_kernels.stepwise.check import check_run
-    from sdpo_kernels.stepwise.config import load_config
-    from sdpo_kernels.stepwise.progress import Reporter
+    from sdpo_kernels.stepwise.common.progress import Reporter
+    from sdpo_kernels.stepwise.settings.run_file import load_config
 
     check_run(load_config(config, overrides or []), Reporter())
 
@@ -61,8 +61,8 @@ def score(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Reward accuracy and margins on preference data: of the run's initial and finished models, or of --model."""
-    from sdpo_kernels.stepwise.config import load_config
     from sdpo_kernels.stepwise.score import score_run
+    from sdpo_kernels.stepwise.settings.run_file import load_config
 
     score_run(load_config(config, overrides or []), model or [], data or [], as_json=json_output)
 
@@ -70,7 +70,7 @@ def score(
 @app.command()
 def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The output_dir of a run.")]) -> None:
     """Rebuild a run's report.html and pictures."""
-    from sdpo_kernels.stepwise.report import write_report
+    from sdpo_kernels.stepwise.report.run_report import write_report
 
     for path in write_report(run_dir):
         typer.echo(path)
@@ -93,8 +93,8 @@ def expo(
     quiet: Quiet = False,
 ) -> None:
     """ExPO: the model θ1 + α(θ1 − θ0), further along the way from START to ALIGNED; nothing is trained."""
+    from sdpo_kernels.stepwise.common.progress import Reporter
     from sdpo_kernels.stepwise.post.command import expo_command
-    from sdpo_kernels.stepwise.progress import Reporter
 
     expo_command(
         start,
@@ -145,7 +145,7 @@ def main() -> None:
 
 def _end(error: BaseException, message: str, code: int) -> None:
     """Say `message` (of several processes the first alone does) and exit."""
-    from sdpo_kernels.stepwise import ranks
+    from sdpo_kernels.stepwise.common import ranks
 
     if ranks.launched() == 1:
         print(message, file=sys.stderr)

@@ -23,11 +23,11 @@ from examples.demo.results import Judged, difference_lines, gamma_table, result_
 from examples.demo.setup import QUICK, Settings, set_up
 from examples.demo.sft import NOT_SCORED, answer_tensors, warm_up
 from examples.demo.task import SOURCES, SPLITS, Problem, draw_words, split_of, warmup_corpus
-from sdpo_kernels.stepwise.config import load_config
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.pairs import read_pairs as driver_reads
-from sdpo_kernels.stepwise.progress import Reporter
-from sdpo_kernels.stepwise.tokenize import tokenize_pairs
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.progress import Reporter
+from sdpo_kernels.stepwise.data.pairs import read_pairs as driver_reads
+from sdpo_kernels.stepwise.data.tokenize import tokenize_pairs
+from sdpo_kernels.stepwise.settings.run_file import load_config
 
 words = st.text(ascii_lowercase, min_size=2, max_size=9)
 sources = st.sampled_from(SOURCES)

@@ -21,7 +21,7 @@ from examples.diffusion.results import clear_win, findings
 from examples.diffusion.run import train
 from examples.diffusion.train import Settings
 from sdpo_kernels import diffusion, diffusion_dpo, paired_noise, sample_mse
-from sdpo_kernels.stepwise.progress import Reporter
+from sdpo_kernels.stepwise.common.progress import Reporter
 from tests.reference import allocations
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,8 +10,8 @@ from examples.demo.setup import Settings
 from examples.methods.compare import METHODS, start_folder, summary, table, train_and_judge, write_results
 from examples.methods.judges import letters_in_place, share_in_place
 from examples.methods.prepare import prepare
-from sdpo_kernels.stepwise.config import load_config
-from sdpo_kernels.stepwise.progress import Reporter
+from sdpo_kernels.stepwise.common.progress import Reporter
+from sdpo_kernels.stepwise.settings.run_file import load_config
 
 pytestmark = pytest.mark.xdist_group("methods")
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "methods"

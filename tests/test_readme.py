@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from sdpo_kernels.stepwise.config import RunConfig, load_config
-from sdpo_kernels.stepwise.trainer_options import DEFAULT_TRAINER
+from sdpo_kernels.stepwise.settings.run_file import load_config
+from sdpo_kernels.stepwise.settings.run_settings import RunConfig
+from sdpo_kernels.stepwise.settings.trainer import DEFAULT_TRAINER
 from tests.stepwise.runs import make_model, make_rows, write_rows
 
 ROOT = Path(__file__).resolve().parents[1]

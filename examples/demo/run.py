@@ -27,10 +27,10 @@ from examples.demo.evaluate import pair_gammas
 from examples.demo.model import load
 from examples.demo.results import difference_lines, gamma_table, judge, result_rows, result_table, write_results
 from examples.demo.setup import FULL, QUICK, Settings, Start, set_up
-from sdpo_kernels.stepwise.config import load_config
-from sdpo_kernels.stepwise.errors import Interrupted, UserError
-from sdpo_kernels.stepwise.progress import Reporter
+from sdpo_kernels.stepwise.common.errors import Interrupted, UserError
+from sdpo_kernels.stepwise.common.progress import Reporter
 from sdpo_kernels.stepwise.run import run
+from sdpo_kernels.stepwise.settings.run_file import load_config
 
 NAMES = {"dpo": "DPO", "sdpo": "sDPO"}
 

@@ -22,9 +22,9 @@ from examples.demo.model import build_model, build_tokenizer, save
 from examples.demo.preferences import preference_pairs, read_pairs, write_pairs
 from examples.demo.sft import warm_up
 from examples.demo.task import SOURCES, Split, warmup_corpus
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.files import replace_file
-from sdpo_kernels.stepwise.progress import Reporter
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.files import replace_file
+from sdpo_kernels.stepwise.common.progress import Reporter
 
 TRAINING: Split = "preference"
 HELDOUT: Split = "heldout"

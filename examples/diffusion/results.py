@@ -20,8 +20,9 @@ from torch import Tensor
 
 from examples.diffusion.judge import judge
 from examples.diffusion.shapes import PREFERRED, SIDE
-from sdpo_kernels.stepwise.comparison import wilson_interval
-from sdpo_kernels.stepwise.drawing import (
+from sdpo_kernels.stepwise.common.files import replace_file
+from sdpo_kernels.stepwise.report.comparison import wilson_interval
+from sdpo_kernels.stepwise.report.drawing import (
     BLUE,
     GREY,
     HEIGHT,
@@ -31,7 +32,6 @@ from sdpo_kernels.stepwise.drawing import (
     percent_axis,
     render,
 )
-from sdpo_kernels.stepwise.files import replace_file
 
 TITLE = "Diffusion-DPO: a denoiser of circles and squares learns to prefer circles"
 ROWS, COLUMNS = 6, 8  # of samples shown from each model

@@ -25,8 +25,8 @@ from examples.diffusion.denoiser import Denoiser, build_denoiser, sample
 from examples.diffusion.judge import accuracy_on_drawings
 from examples.diffusion.results import clear_win, findings, result_table, write_picture
 from examples.diffusion.train import Settings, prefer, pretrain
-from sdpo_kernels.stepwise.files import write_json
-from sdpo_kernels.stepwise.progress import Reporter
+from sdpo_kernels.stepwise.common.files import write_json
+from sdpo_kernels.stepwise.common.progress import Reporter
 
 FULL = Settings(steps=1300, dpo_steps=100, samples=800)
 QUICK = Settings(steps=60, dpo_steps=10, samples=80)

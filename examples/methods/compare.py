@@ -28,9 +28,9 @@ from examples.demo.preferences import read_pairs
 from examples.demo.setup import FULL, HELDOUT, QUICK, Settings, pair_file
 from examples.demo.task import SOURCES, draw_words
 from examples.methods.prepare import DEV_PAIRS, FOLDER, prepare
-from sdpo_kernels.stepwise.config import load_config
-from sdpo_kernels.stepwise.progress import Reporter
+from sdpo_kernels.stepwise.common.progress import Reporter
 from sdpo_kernels.stepwise.run import run
+from sdpo_kernels.stepwise.settings.run_file import load_config
 
 HERE = Path(__file__).parent
 SEEDS = (7, 8, 9)

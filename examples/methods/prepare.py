@@ -23,8 +23,8 @@ from examples.demo.model import save
 from examples.demo.preferences import write_pairs
 from examples.demo.setup import FULL, QUICK, Settings, set_up, warmed_up
 from examples.demo.task import SOURCES, draw_words
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.progress import Reporter
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.progress import Reporter
 
 FOLDER = Path("runs/methods/start")
 PROMPTS = 640  # of each source

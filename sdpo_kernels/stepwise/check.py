@@ -8,17 +8,18 @@ from pathlib import Path
 
 from rich.table import Table
 
-from sdpo_kernels.stepwise.arguments import training_arguments
-from sdpo_kernels.stepwise.config import RunConfig, config_diff
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.files import read_json
-from sdpo_kernels.stepwise.manifest import started_otherwise
-from sdpo_kernels.stepwise.order import StageData, scored_counts
-from sdpo_kernels.stepwise.post.record import FOLDER
-from sdpo_kernels.stepwise.post.start import expo_settings
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.files import read_json
+from sdpo_kernels.stepwise.common.progress import Reporter
+from sdpo_kernels.stepwise.data.order import StageData, scored_counts
+from sdpo_kernels.stepwise.post.after_run import check_start
 from sdpo_kernels.stepwise.prepare import Prepared, prepare
-from sdpo_kernels.stepwise.progress import Reporter
-from sdpo_kernels.stepwise.reference_settings import EmaSettings
+from sdpo_kernels.stepwise.record.expo_record import FOLDER
+from sdpo_kernels.stepwise.record.manifest import started_otherwise
+from sdpo_kernels.stepwise.settings.reference import EmaSettings
+from sdpo_kernels.stepwise.settings.run_file import config_diff
+from sdpo_kernels.stepwise.settings.run_settings import RunConfig
+from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
 
 _ORDERS = {
     "given": "the order of the file",
@@ -30,6 +31,7 @@ _ORDERS = {
 
 def check_run(config: RunConfig, reporter: Reporter) -> None:
     """Print what `sdpo train` would do. UserError for whatever would stop it before training."""
+    check_start(config)
     prepared = prepare(config)
     with tempfile.TemporaryDirectory() as folder:  # transformers' own refusals; nothing is written there
         for stage in config.stages:
@@ -45,7 +47,7 @@ def check_run(config: RunConfig, reporter: Reporter) -> None:
     reporter.say(f"model      {config.model} ({model.model_type}, vocabulary {vocabulary})")
     reporter.say(f"order      {config.order}: {order}")
     reporter.say(f"reference  {config.reference}; policy starts from {config.policy}; loss {config.loss_sum.label}")
-    if expo := expo_settings(config):
+    if expo := config.expo:
         reporter.say(f"post       expo from {expo.start}, {expo.alpha_text}, into {config.output_dir}/{FOLDER}")
     _say_reference(prepared, reporter)
     reporter.say(_state(config))

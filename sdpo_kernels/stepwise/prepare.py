@@ -11,18 +11,17 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from sdpo_kernels.stepwise.config import RunConfig, StageConfig
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.fit import check_fit, check_positions, load_model_config
-from sdpo_kernels.stepwise.models import load_tokenizer
-from sdpo_kernels.stepwise.multi_scoring import check_multi
-from sdpo_kernels.stepwise.order import StageData
-from sdpo_kernels.stepwise.pairs import Pair, read_pairs, shared_pairs
-from sdpo_kernels.stepwise.post.start import check_start
-from sdpo_kernels.stepwise.progress import Reporter
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.progress import Reporter
+from sdpo_kernels.stepwise.data.fit import check_fit, check_positions, load_model_config
+from sdpo_kernels.stepwise.data.order import StageData
+from sdpo_kernels.stepwise.data.pairs import Pair, read_pairs, shared_pairs
+from sdpo_kernels.stepwise.data.prompts import read_prompts
+from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs, tokenize_pairs
+from sdpo_kernels.stepwise.models.load import load_tokenizer
+from sdpo_kernels.stepwise.references.multi import check_multi
+from sdpo_kernels.stepwise.settings.run_settings import RunConfig, StageConfig
 from sdpo_kernels.stepwise.sources.make import check_source
-from sdpo_kernels.stepwise.sources.prompts import read_prompts
-from sdpo_kernels.stepwise.tokenize import TokenizedPairs, tokenize_pairs
 
 
 @dataclass
@@ -47,7 +46,6 @@ class Prepared:
 
 def prepare(config: RunConfig) -> Prepared:
     """Read and tokenise all data of a run. UserError for whatever a person can mend."""
-    check_start(config)
     tokenizer = load_tokenizer(config)
     prepared = Prepared(config, tokenizer, load_model_config(config), [], None)
     named: dict[str, list[Pair]] = {}
@@ -79,10 +77,10 @@ def read_eval(config: RunConfig, sources: Sequence[str]) -> tuple[TokenizedPairs
     return tokens, prepared.warnings + prepared.skipped, prepared.tokenizer
 
 
-def made_stage(
+def generated_stage(
     config: RunConfig, stage: StageConfig, tokenizer: PreTrainedTokenizerBase, path: Path, reporter: Reporter
 ) -> StageData:
-    """A stage whose pairs have been made and lie in `path`; says what a person should know of them."""
+    """A stage whose generated pairs are in `path`; warns of what the user should know about them."""
     prepared = Prepared(config, tokenizer, load_model_config(config), [], None)
     pairs = _read(config, (str(path),), prepared)
     tokens = _tokenize(config, pairs, f"stage {stage.name}", prepared)

@@ -1,6 +1,6 @@
 """The loop over stages: `run(config)` trains whatever of a run is not done yet, and says so when nothing is left.
 
-from sdpo_kernels.stepwise.config import load_config
+from sdpo_kernels.stepwise.settings.run_file import load_config
 from sdpo_kernels.stepwise.run import run
 manifest = run(load_config("run.yaml"))
 """
@@ -17,23 +17,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdpo_kernels.stepwise import ranks
-from sdpo_kernels.stepwise.arguments import training_arguments
-from sdpo_kernels.stepwise.config import RunConfig, dump_config
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.files import read_json, remove_folder, replace_file
-from sdpo_kernels.stepwise.manifest import Manifest, MetricsFile, Record, host_environment
-from sdpo_kernels.stepwise.order import StageData, order_stages
-from sdpo_kernels.stepwise.post.after_run import post_done, run_post
-from sdpo_kernels.stepwise.post.record import expo_line
+from sdpo_kernels.stepwise.common import ranks
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.files import read_json, remove_folder, replace_file
+from sdpo_kernels.stepwise.common.progress import Mute, Reporter
+from sdpo_kernels.stepwise.data.order import StageData, order_stages
+from sdpo_kernels.stepwise.data.prompts import prompts_hash
+from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
+from sdpo_kernels.stepwise.post.after_run import check_start, post_done, run_post
 from sdpo_kernels.stepwise.prepare import Prepared, prepare
-from sdpo_kernels.stepwise.progress import Mute, Reporter
-from sdpo_kernels.stepwise.reference import Scorer, pad_token_id
-from sdpo_kernels.stepwise.report import stage_table, write_report
-from sdpo_kernels.stepwise.scores import EVAL_FILE, EvalData
-from sdpo_kernels.stepwise.sources.prompts import prompts_hash
-from sdpo_kernels.stepwise.stage import Run, Stage, train_stage
-from sdpo_kernels.stepwise.tokenize import TokenizedPairs
+from sdpo_kernels.stepwise.record.expo_record import expo_line
+from sdpo_kernels.stepwise.record.manifest import Manifest, MetricsFile, Record, host_environment
+from sdpo_kernels.stepwise.references.evaluation import EVAL_FILE, EvalData
+from sdpo_kernels.stepwise.references.scorer import Scorer, pad_token_id
+from sdpo_kernels.stepwise.report.run_report import stage_table, write_report
+from sdpo_kernels.stepwise.settings.run_file import dump_config
+from sdpo_kernels.stepwise.settings.run_settings import RunConfig
+from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
+from sdpo_kernels.stepwise.stage import train_stage
+from sdpo_kernels.stepwise.state import Run, Stage
 from sdpo_kernels.version import __version__
 
 LOCK = ".lock"
@@ -53,7 +55,7 @@ def run(config: RunConfig, reporter: Reporter | None = None) -> Record:
 
 
 def _run(config: RunConfig, folder: Path, reporter: Reporter) -> Record:
-    prepared = ranks.agree(lambda: prepare(config))
+    prepared = ranks.agree(lambda: _checked(config))
     prepared.say_warnings(reporter)
     with _locked(folder):
         ordered = order_stages(config, prepared.stages, _ranking(prepared, folder, reporter))
@@ -77,6 +79,12 @@ def _run(config: RunConfig, folder: Path, reporter: Reporter) -> Record:
         reporter.say(line)
     reporter.say(f"report: {folder / 'report.html'}")
     return state.manifest.data
+
+
+def _checked(config: RunConfig) -> Prepared:
+    """All input of the run, read; UserError for whatever would stop it later, its post-step included."""
+    check_start(config)
+    return prepare(config)
 
 
 def _as_begun(stages: list[StageData], folder: Path, reporter: Reporter) -> list[StageData]:
@@ -128,7 +136,7 @@ def open_run(prepared: Prepared, folder: Path, reporter: Reporter) -> Run:
     replace_file(folder / "config.yaml", dump_config(config).encode())
     eval_data = None
     if prepared.eval_tokens is not None:
-        eval_data = EvalData(prepared.eval_tokens, folder, config.beta)
+        eval_data = EvalData(prepared.eval_tokens, folder, config.beta, config.model)
     return Run(config, folder, prepared.tokenizer, manifest, MetricsFile(folder), reporter, eval_data)
 
 

@@ -9,17 +9,17 @@ from pathlib import Path
 
 from rich.table import Table
 
-from sdpo_kernels.stepwise.arguments import training_arguments
-from sdpo_kernels.stepwise.config import RunConfig
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.files import read_json
-from sdpo_kernels.stepwise.manifest import Record
-from sdpo_kernels.stepwise.order import scored_counts
-from sdpo_kernels.stepwise.post.record import expo_folder
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.files import read_json
+from sdpo_kernels.stepwise.common.progress import Reporter
+from sdpo_kernels.stepwise.data.order import scored_counts
 from sdpo_kernels.stepwise.prepare import read_eval
-from sdpo_kernels.stepwise.progress import Reporter
-from sdpo_kernels.stepwise.reference import Scorer, pad_token_id
-from sdpo_kernels.stepwise.scores import summarise
+from sdpo_kernels.stepwise.record.expo_record import expo_folder
+from sdpo_kernels.stepwise.record.manifest import Record
+from sdpo_kernels.stepwise.references.evaluation import summarise
+from sdpo_kernels.stepwise.references.scorer import Scorer, pad_token_id
+from sdpo_kernels.stepwise.settings.run_settings import RunConfig
+from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
 
 
 def score_run(config: RunConfig, models: Sequence[str], data: Sequence[str], *, as_json: bool) -> None:

@@ -7,14 +7,15 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from sdpo_kernels.stepwise.arguments import training_arguments
-from sdpo_kernels.stepwise.config import RunConfig
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.manifest import Manifest, MetricsFile, Record
-from sdpo_kernels.stepwise.order import StageData
-from sdpo_kernels.stepwise.progress import Reporter
-from sdpo_kernels.stepwise.reference import Scorer, pad_token_id
-from sdpo_kernels.stepwise.scores import EvalData
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.progress import Reporter
+from sdpo_kernels.stepwise.data.order import StageData
+from sdpo_kernels.stepwise.record.manifest import Manifest, MetricsFile, Record
+from sdpo_kernels.stepwise.references.evaluation import EvalData
+from sdpo_kernels.stepwise.references.scorer import Scorer, pad_token_id
+from sdpo_kernels.stepwise.references.stage_references import StageReferences
+from sdpo_kernels.stepwise.settings.run_settings import RunConfig
+from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
 
 
 @dataclass
@@ -61,6 +62,26 @@ class Stage:
             run.config, data.config, self.work, run.folder / "tensorboard" / self.folder.name
         )
         self.scorer = Scorer.of(run.config, self.args, pad_token_id(run.tokenizer), run.reporter)
+
+    @property
+    def label(self) -> str:
+        """Its name on progress bars."""
+        return f"stage {self.index} {self.name}"
+
+    @property
+    def references(self) -> StageReferences:
+        """What scores its references; made anew at each call, as generated pairs arrive after the stage has started."""
+        config = self.run.config
+        return StageReferences(
+            scorer=self.scorer,
+            tokens=self.data.tokens,
+            policy=self.model_before(config.policy),
+            reference=self.model_before(config.reference),
+            folder=self.work,
+            label=self.label,
+            check_weights=self.run.check_weights,
+            evaluation=self.run.eval_data if self.args.eval_strategy != "no" else None,
+        )
 
     @property
     def record(self) -> Record:

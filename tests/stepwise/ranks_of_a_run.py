@@ -19,9 +19,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from sdpo_kernels.integrations.lm_head import find_head
 from sdpo_kernels.stepwise import run as run_module
-from sdpo_kernels.stepwise import stage as stage_module
-from sdpo_kernels.stepwise.models import weights_hash
-from sdpo_kernels.stepwise.weights import is_sharded
+from sdpo_kernels.stepwise.models.load import weights_hash
+from sdpo_kernels.stepwise.models.sharded import is_sharded
+from sdpo_kernels.stepwise.training import publish
 from tests.stepwise.runs import Child
 
 
@@ -82,19 +82,19 @@ def _enter(rank: int, count: int, port: int, fault: Callable[..., None] | None, 
 
 def note_weights(rank: int, folder: Path) -> None:
     """Each process writes the hash of its weights after each stage."""
-    genuine = stage_module.gathered
+    genuine = publish.gathered
 
     def gathered(trainer: Any) -> Any:
         name = f"{trainer.stage}-{rank}"
         (folder / name).write_text(weights_hash(trainer.accelerator.unwrap_model(trainer.model)))
         return genuine(trainer)
 
-    stage_module.gathered = gathered
+    publish.gathered = gathered
 
 
 def die_at(rank: int, stage: str, step: int, victims: tuple[int, ...]) -> None:
     """kill -9 of the processes `victims` before optimiser step `step` (from 1)."""
-    from sdpo_kernels.stepwise.trainer import StageTrainer
+    from sdpo_kernels.stepwise.training.trainer import StageTrainer
 
     genuine = StageTrainer.training_step
 
@@ -108,7 +108,7 @@ def die_at(rank: int, stage: str, step: int, victims: tuple[int, ...]) -> None:
 
 def stale_in(rank: int, victim: int) -> None:
     """One process's reference log-probs are wrong: its own check fails, and no other's."""
-    from sdpo_kernels.stepwise import collate
+    from sdpo_kernels.stepwise.data import batches as collate
 
     genuine = collate.Batch.of.__func__
 
@@ -123,7 +123,7 @@ def fsdp_on_cpu(rank: int, killed_at: int = 0, head_is_cut: bool = True) -> None
     so is a head that was ever gathered, unless it is not expected to be cut."""
     if killed_at:
         die_at(rank, "s1", killed_at, (0, 1))
-    gathered = stage_module.gathered
+    gathered = publish.gathered
 
     def of_shards(trainer: Any) -> Any:
         assert is_sharded(trainer.model)
@@ -133,7 +133,7 @@ def fsdp_on_cpu(rank: int, killed_at: int = 0, head_is_cut: bool = True) -> None
             assert not hasattr(held, "_unsharded_param")
         return gathered(trainer)
 
-    stage_module.gathered = of_shards
+    publish.gathered = of_shards
     from accelerate import state
     from accelerate.utils import DistributedType
 

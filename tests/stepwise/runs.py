@@ -28,10 +28,11 @@ from transformers.models.llama import modeling_llama  # noqa: F401 - imported he
 from transformers.trainer import Trainer  # noqa: F401
 
 from sdpo_kernels.cli import main
-from sdpo_kernels.stepwise.config import RunConfig, load_config
-from sdpo_kernels.stepwise.progress import Reporter
+from sdpo_kernels.stepwise.common.progress import Reporter
 from sdpo_kernels.stepwise.run import run
-from sdpo_kernels.stepwise.trainer import StageTrainer
+from sdpo_kernels.stepwise.settings.run_file import load_config
+from sdpo_kernels.stepwise.settings.run_settings import RunConfig
+from sdpo_kernels.stepwise.training.trainer import StageTrainer
 
 GOOD = [f"good{i}" for i in range(12)]
 BAD = [f"bad{i}" for i in range(12)]

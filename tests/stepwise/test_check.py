@@ -7,9 +7,9 @@ import pytest
 from rich.console import Console
 
 from sdpo_kernels.stepwise.check import check_run
-from sdpo_kernels.stepwise.config import load_config
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.progress import Reporter
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.progress import Reporter
+from sdpo_kernels.stepwise.settings.run_file import load_config
 from tests.stepwise import runs
 
 

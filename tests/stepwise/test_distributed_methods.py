@@ -72,7 +72,7 @@ def test_three_processes_with_uneven_shares(tmp_path, model):
 
 def _asked_to_stop(rank: int, victim: int) -> None:
     """SIGTERM comes to one process in its second step."""
-    from sdpo_kernels.stepwise.trainer import StageTrainer
+    from sdpo_kernels.stepwise.training.trainer import StageTrainer
 
     genuine = StageTrainer.training_step
 

@@ -18,13 +18,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sdpo_kernels.stepwise import checkpoints, files, reference
 from sdpo_kernels.stepwise import run as run_module
-from sdpo_kernels.stepwise import stage as stage_module
-from sdpo_kernels.stepwise.collate import Batch
-from sdpo_kernels.stepwise.manifest import Manifest, MetricsFile
-from sdpo_kernels.stepwise.scores import EvalData
-from sdpo_kernels.stepwise.trainer import StageTrainer
+from sdpo_kernels.stepwise.common import files
+from sdpo_kernels.stepwise.data.batches import Batch
+from sdpo_kernels.stepwise.record.manifest import Manifest, MetricsFile
+from sdpo_kernels.stepwise.references import scorer as reference
+from sdpo_kernels.stepwise.references.evaluation import EvalData
+from sdpo_kernels.stepwise.training import checkpoints, publish
+from sdpo_kernels.stepwise.training.trainer import StageTrainer
 from tests.stepwise import runs
 from tests.stepwise.runs import Child, die
 
@@ -183,9 +184,9 @@ MOMENTS = {
     "inside the final save": lambda: _die_at(PreTrainedModel, "save_pretrained", 3, after=True),
     "the tokenizer's save": lambda: _die_at(PreTrainedTokenizerBase, "save_pretrained", 3),
     "evaluating the finished stage": lambda: _die_at(EvalData, "evaluate", 2),
-    "finished, not renamed": lambda: _die_at(stage_module, "publish_folder", 1),
+    "finished, not renamed": lambda: _die_at(publish, "publish_folder", 1),
     "renamed, before the manifest": _before_the_manifest_says_done,
-    "manifest written, working folder still there": lambda: _die_at(stage_module, "remove_folder", 2),
+    "manifest written, working folder still there": lambda: _die_at(publish, "remove_folder", 2),
     "before the report": lambda: _die_at(run_module, "write_report", 1),
 }
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.prepare import prepare, read_eval
 from tests.stepwise import runs
 

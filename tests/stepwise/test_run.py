@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sdpo_kernels.stepwise import order as order_module
 from sdpo_kernels.stepwise import run as run_module
-from sdpo_kernels.stepwise.config import load_config
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.report import read_run
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.data import order as order_module
+from sdpo_kernels.stepwise.report.run_report import read_run
 from sdpo_kernels.stepwise.run import run
+from sdpo_kernels.stepwise.settings.run_file import load_config
 from tests.stepwise import runs
 
 

@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM
 
 from sdpo_kernels import losses
 from sdpo_kernels.losses import PairLogps
-from sdpo_kernels.stepwise.arguments import training_arguments
-from sdpo_kernels.stepwise.collate import Batch, PairDataset, collate_packed, make_collate_padded
-from sdpo_kernels.stepwise.config import dump_config, load_config
+from sdpo_kernels.stepwise.common.progress import Reporter
+from sdpo_kernels.stepwise.data.batches import Batch, PairDataset, collate_packed, make_collate_padded
 from sdpo_kernels.stepwise.prepare import prepare
-from sdpo_kernels.stepwise.progress import Reporter
-from sdpo_kernels.stepwise.reference import Scorer, read_scores
+from sdpo_kernels.stepwise.references.scorer import Scorer, read_scores
+from sdpo_kernels.stepwise.settings.run_file import dump_config, load_config
+from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
 from sdpo_kernels.stepwise.stage import REFERENCE_FILE
 from tests.stepwise import runs
 

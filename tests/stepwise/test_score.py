@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.score import score_run
 from tests.stepwise import runs
 

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sdpo_kernels.stepwise import reference as reference_module
-from sdpo_kernels.stepwise.config import load_config
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.models import load_model, weights_hash
-from sdpo_kernels.stepwise.precision import Precision
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.models.load import load_model, weights_hash
+from sdpo_kernels.stepwise.models.precision import Precision
+from sdpo_kernels.stepwise.references import scorer as reference_module
+from sdpo_kernels.stepwise.settings.run_file import load_config
 from tests.stepwise import runs
 
 LN2 = math.log(2)

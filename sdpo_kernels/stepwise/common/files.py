@@ -11,8 +11,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from sdpo_kernels.stepwise import ranks
-from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.common import ranks
+from sdpo_kernels.stepwise.common.errors import UserError
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from sdpo_kernels.stepwise.errors import Interrupted, UserError
+from sdpo_kernels.stepwise.common.errors import Interrupted, UserError
 
 T = TypeVar("T")
 

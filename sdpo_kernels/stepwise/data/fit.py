@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sdpo_kernels.stepwise.config import RunConfig
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.tokenize import TokenizedPairs
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
+from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 
 
 def load_model_config(config: RunConfig) -> Any:

@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sdpo_kernels.stepwise.config import RunConfig, StageConfig
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.sources.prompts import PromptRow
-from sdpo_kernels.stepwise.tokenize import TokenizedPairs
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.data.prompts import PromptRow
+from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
+from sdpo_kernels.stepwise.settings.run_settings import RunConfig, StageConfig
 
 Score = Callable[[TokenizedPairs], Tensor]  # summed log-probs [n, 2] under the initial model
 

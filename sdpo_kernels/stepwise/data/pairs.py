@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sdpo_kernels.stepwise.data_files import Row, read_rows
-from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.data.raw_rows import Row, read_rows
 
 Message = dict[str, Any]
 Text = str | list[Message]

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from sdpo_kernels.stepwise.data_files import Row, read_rows
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.pairs import BadRow, check_text
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.data.pairs import BadRow, check_text
+from sdpo_kernels.stepwise.data.raw_rows import Row, read_rows
 
 
 @dataclass(frozen=True)

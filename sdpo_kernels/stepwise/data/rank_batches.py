@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
-from sdpo_kernels.stepwise import ranks
+from sdpo_kernels.stepwise.common import ranks
 
 
 class RankBatches(BatchSampler):

@@ -10,15 +10,13 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sdpo_kernels.stepwise.errors import UserError
-
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?::(?P<split>[\w.+\[\]%:-]+))?")
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.settings.types import DATA_SUFFIXES, data_suffix, is_file_source
 
 
 class Row(NamedTuple):
@@ -29,37 +27,23 @@ class Row(NamedTuple):
     problem: str | None = None
 
 
-def is_file_source(source: str) -> bool:
-    """Whether `source` is meant as a local file rather than as 'org/name' or 'org/name:split' on the hub."""
-    path = os.path.expanduser(source)
-    if os.path.exists(path) or _reader_of(path) or not _HUB_NAME.fullmatch(source):
-        return True
-    return os.path.isdir(
-        os.path.dirname(path)
-    )  # 'data/x.jsnol' beside an existing data/ is a mistyped file, not a hub name
-
-
 def read_rows(source: str, columns: list[str] | None) -> Iterator[Row]:
     """The rows of one source in order. `columns` are all that columnar files need to load; None: all there are."""
     if not is_file_source(source):
         yield from _hub_rows(source, columns)
         return
     path = os.path.expanduser(source)
-    reader = _reader_of(path)
+    suffix = data_suffix(path)
     if not os.path.exists(path):
         raise UserError(f"{source}: no such file")
     if os.path.isdir(path):
-        raise UserError(f"{source}: is a folder, must be a file ({', '.join(_READERS)})")
-    if reader is None:
-        raise UserError(f"{source}: unknown kind of file, must end in {', '.join(_READERS)}")
+        raise UserError(f"{source}: is a folder, must be a file ({', '.join(DATA_SUFFIXES)})")
+    if suffix is None:
+        raise UserError(f"{source}: unknown kind of file, must end in {', '.join(DATA_SUFFIXES)}")
     try:
-        yield from reader(Path(path), source, columns)
+        yield from _READERS[suffix](Path(path), source, columns)
     except OSError as error:
         raise UserError(f"{source}: cannot be read: {error.strerror or error}") from error
-
-
-def _reader_of(path: str) -> Callable[[Path, str, list[str] | None], Iterator[Row]] | None:
-    return next((reader for suffix, reader in _READERS.items() if path.lower().endswith(suffix)), None)
 
 
 def _json_lines(path: Path, source: str, columns: list[str] | None) -> Iterator[Row]:

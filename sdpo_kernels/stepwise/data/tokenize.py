@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.pairs import Pair
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.data.pairs import Pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

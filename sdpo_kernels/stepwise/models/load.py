@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from sdpo_kernels.integrations.causal_lm import attach_fused_head, disable_dropout
 from sdpo_kernels.integrations.packed_attention import use_packed_attention
-from sdpo_kernels.stepwise.config import LoraSettings, RunConfig
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.precision import Precision
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.models.precision import Precision
+from sdpo_kernels.stepwise.settings.run_settings import LoraSettings, RunConfig
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor
 
 from sdpo_kernels.integrations.lm_head import find_head
-from sdpo_kernels.stepwise import ranks
-from sdpo_kernels.stepwise.collate import collate_packed
-from sdpo_kernels.stepwise.precision import Precision, asks_for_fsdp
+from sdpo_kernels.stepwise.common import ranks
+from sdpo_kernels.stepwise.data.batches import collate_packed
+from sdpo_kernels.stepwise.models.precision import Precision, asks_for_fsdp
 
 
 def own(weight: Tensor) -> Tensor:

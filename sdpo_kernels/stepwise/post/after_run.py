@@ -9,29 +9,43 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from sdpo_kernels.stepwise.arguments import training_arguments
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.files import empty_folder, publish_folder, read_json, remove_folder, write_json
-from sdpo_kernels.stepwise.manifest import Record
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.files import empty_folder, publish_folder, read_json, remove_folder, write_json
 from sdpo_kernels.stepwise.post.expo import extrapolate
-from sdpo_kernels.stepwise.post.record import FOLDER, RECORD
 from sdpo_kernels.stepwise.post.search import Found, search, search_notes, search_table
-from sdpo_kernels.stepwise.post.settings import DEFAULT_METRIC, ExpoSettings
-from sdpo_kernels.stepwise.post.start import expo_settings
-from sdpo_kernels.stepwise.reference import Scorer, pad_token_id
-from sdpo_kernels.stepwise.scores import EvalData
-from sdpo_kernels.stepwise.stage import Run
+from sdpo_kernels.stepwise.post.weights import Weights
+from sdpo_kernels.stepwise.record.expo_record import FOLDER, RECORD
+from sdpo_kernels.stepwise.record.manifest import Record
+from sdpo_kernels.stepwise.references.evaluation import EvalData
+from sdpo_kernels.stepwise.references.scorer import Scorer, pad_token_id
+from sdpo_kernels.stepwise.settings.post import DEFAULT_METRIC, ExpoSettings
+from sdpo_kernels.stepwise.settings.run_settings import RunConfig
+from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
+from sdpo_kernels.stepwise.state import Run
+
+
+def check_start(config: RunConfig) -> None:
+    """UserError, before any training, where M_0 cannot be extrapolated from: a hub name, no safetensors, an adapter."""
+    settings = config.expo
+    if settings is None or (settings.start == "previous" and (config.tiers or len(config.stages)) > 1):
+        return
+    try:
+        weights = Weights(Path(config.model))
+    except UserError as error:
+        raise UserError(f"post.expo: it reads the model's own files: {error}") from error
+    if weights.is_adapter:
+        raise UserError(f"post.expo: {config.model} is a LoRA adapter; merge it into its base first")
 
 
 def post_done(run: Run) -> bool:
     """Whether nothing is left to do after the last stage."""
     made = run.manifest.data.get("post", {})
-    return expo_settings(run.config) is None or "expo" in made
+    return run.config.expo is None or "expo" in made
 
 
 def run_post(run: Run) -> None:
     """Make what the run asks for after its last stage, unless it is there."""
-    settings = expo_settings(run.config)
+    settings = run.config.expo
     if settings is None or post_done(run):
         return
     folder, work = run.folder / FOLDER, run.folder / f".{FOLDER}"

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from sdpo_kernels.stepwise.config import load_config
-from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.progress import Reporter
 from sdpo_kernels.stepwise.post.dev_score import CommandScore, PairScore
 from sdpo_kernels.stepwise.post.expo import extrapolate, require_free
 from sdpo_kernels.stepwise.post.search import Score, search, search_notes, search_table
-from sdpo_kernels.stepwise.post.settings import ALPHAS, DEFAULT_METRIC, Metric
-from sdpo_kernels.stepwise.progress import Reporter
+from sdpo_kernels.stepwise.settings.post import ALPHAS, DEFAULT_METRIC, Metric
+from sdpo_kernels.stepwise.settings.run_file import load_config
 
 
 def expo_command(

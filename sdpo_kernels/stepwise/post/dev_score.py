@@ -13,17 +13,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sdpo_kernels.stepwise.arguments import training_arguments
-from sdpo_kernels.stepwise.config import LoraSettings, RunConfig
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.models import ADAPTER
-from sdpo_kernels.stepwise.order import scored_counts
-from sdpo_kernels.stepwise.post.settings import Metric
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.progress import Reporter
+from sdpo_kernels.stepwise.data.order import scored_counts
+from sdpo_kernels.stepwise.models.load import ADAPTER
 from sdpo_kernels.stepwise.post.weights import Weights
 from sdpo_kernels.stepwise.prepare import read_eval
-from sdpo_kernels.stepwise.progress import Reporter
-from sdpo_kernels.stepwise.reference import Scorer, pad_token_id
-from sdpo_kernels.stepwise.scores import summarise
+from sdpo_kernels.stepwise.references.evaluation import summarise
+from sdpo_kernels.stepwise.references.scorer import Scorer, pad_token_id
+from sdpo_kernels.stepwise.settings.post import Metric
+from sdpo_kernels.stepwise.settings.run_settings import LoraSettings, RunConfig
+from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
 
 
 class PairScore:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.post.weights import Weights
 
 _HEAD = "lm_head.weight"

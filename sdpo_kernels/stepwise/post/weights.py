@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.files import read_json
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.files import read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

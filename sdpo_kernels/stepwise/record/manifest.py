@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdpo_kernels.stepwise import ranks
-from sdpo_kernels.stepwise.config import config_diff
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.files import read_json, replace_file, sync, write_json
+from sdpo_kernels.stepwise.common import ranks
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.files import read_json, replace_file, sync, write_json
+from sdpo_kernels.stepwise.settings.run_file import config_diff
 
 Record = dict[str, Any]
 

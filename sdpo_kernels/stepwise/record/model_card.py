@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from sdpo_kernels.stepwise.config import RunConfig
-from sdpo_kernels.stepwise.manifest import Record
+from sdpo_kernels.stepwise.record.manifest import Record
+from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 from sdpo_kernels.version import __version__
 
 

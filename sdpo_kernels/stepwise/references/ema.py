@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sdpo_kernels.stepwise.collate import Batch
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.reference_settings import EmaSettings
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.data.batches import Batch
+from sdpo_kernels.stepwise.settings.reference import EmaSettings
 
 EMA_FILE = "ema.safetensors"  # in a stage's folder: the averaged weights of what was trained
 EMA_STATE = "ema_state.safetensors"  # in a checkpoint: the average and, where it has moved, the reference

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdpo_kernels.stepwise.collate import PairDataset
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.manifest import Record
-from sdpo_kernels.stepwise.order import scored_counts
-from sdpo_kernels.stepwise.reference import Scorer, read_scores
-from sdpo_kernels.stepwise.tokenize import TokenizedPairs
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.data.batches import PairDataset
+from sdpo_kernels.stepwise.data.order import scored_counts
+from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
+from sdpo_kernels.stepwise.record.manifest import Record
+from sdpo_kernels.stepwise.references.scorer import Scorer, read_scores
 
 EVAL_FILE = "eval_logps.safetensors"
 
@@ -48,12 +48,17 @@ class EvalData:
     tokens: TokenizedPairs
     folder: Path
     beta: float
+    initial: str  # M_0, a folder or hub name
 
     def evaluate(self, model: str, folder: Path, scorer: Scorer) -> Record:
         """Scores of `model`, whose log-probs are kept in `folder`; rewards are against the initial model."""
         logps = scorer.score_path(model, self.tokens, "evaluation", folder / EVAL_FILE)
         reference = None if folder == self.folder else self.stored(self.folder)
         return summarise(logps, scored_counts(self.tokens), reference, self.beta)
+
+    def folder_of(self, model: str) -> Path:
+        """Where the log-probs of the initial model or of a finished stage's model are."""
+        return self.folder if model == self.initial else Path(model)
 
     def dataset(self, reference: Path | None) -> PairDataset:
         """The pairs with the log-probs that lie in the folder `reference`; zeros for no reference."""

@@ -19,14 +19,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sdpo_kernels.integrations.causal_lm import check_head
-from sdpo_kernels.stepwise.config import RunConfig
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.fit import check_fit, load_model_config
-from sdpo_kernels.stepwise.models import load_tokenizer, weights_hash
-from sdpo_kernels.stepwise.multi_reference import combine
-from sdpo_kernels.stepwise.reference import Scorer
-from sdpo_kernels.stepwise.reference_settings import MultiSettings
-from sdpo_kernels.stepwise.tokenize import TokenizedPairs
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.data.fit import check_fit, load_model_config
+from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
+from sdpo_kernels.stepwise.models.load import load_tokenizer, weights_hash
+from sdpo_kernels.stepwise.references.mixture import combine
+from sdpo_kernels.stepwise.references.scorer import Scorer
+from sdpo_kernels.stepwise.settings.reference import MultiSettings
+from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 
 BASE_FILE = "base.safetensors"
 

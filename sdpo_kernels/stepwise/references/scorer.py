@@ -23,15 +23,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from sdpo_kernels.integrations.causal_lm import unwrap
-from sdpo_kernels.stepwise import ranks
-from sdpo_kernels.stepwise.collate import Batch, Collator, PairDataset, collate_packed, make_collate_padded
-from sdpo_kernels.stepwise.config import RunConfig
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.files import replace_file
-from sdpo_kernels.stepwise.models import Loaded, load_model, weights_hash
-from sdpo_kernels.stepwise.precision import Precision
-from sdpo_kernels.stepwise.progress import Reporter
-from sdpo_kernels.stepwise.tokenize import TokenizedPairs
+from sdpo_kernels.stepwise.common import ranks
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.files import replace_file
+from sdpo_kernels.stepwise.common.progress import Reporter
+from sdpo_kernels.stepwise.data.batches import Batch, Collator, PairDataset, collate_packed, make_collate_padded
+from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
+from sdpo_kernels.stepwise.models.load import Loaded, load_model, weights_hash
+from sdpo_kernels.stepwise.models.precision import Precision
+from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 
 logger = logging.getLogger(__name__)
 

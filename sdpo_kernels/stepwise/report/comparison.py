@@ -26,7 +26,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from sdpo_kernels.stepwise.drawing import (
+from sdpo_kernels.stepwise.common.files import replace_file
+from sdpo_kernels.stepwise.report.drawing import (
     BLUE,
     GREEN,
     GREY,
@@ -43,8 +44,7 @@ from sdpo_kernels.stepwise.drawing import (
     render,
     stage_axis,
 )
-from sdpo_kernels.stepwise.files import replace_file
-from sdpo_kernels.stepwise.page import html_page, html_picture, html_table
+from sdpo_kernels.stepwise.report.page import html_page, html_picture, html_table
 
 Row = dict[str, Any]
 COLORS = (GREY, ORANGE, BLUE, GREEN, "#CC79A7", "#E69F00", "#56B4E9")

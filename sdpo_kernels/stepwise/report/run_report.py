@@ -20,13 +20,13 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from sdpo_kernels.stepwise.drawing import finite, model_name, number
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.files import replace_file
-from sdpo_kernels.stepwise.page import html_page, html_picture, html_table
-from sdpo_kernels.stepwise.pictures import run_pictures
-from sdpo_kernels.stepwise.post.record import expo_line
-from sdpo_kernels.stepwise.units import write_bytes, write_seconds
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.files import replace_file
+from sdpo_kernels.stepwise.common.units import write_bytes, write_seconds
+from sdpo_kernels.stepwise.record.expo_record import expo_line
+from sdpo_kernels.stepwise.report.drawing import finite, model_name, number
+from sdpo_kernels.stepwise.report.page import html_page, html_picture, html_table
+from sdpo_kernels.stepwise.report.pictures import run_pictures
 
 Record = dict[str, Any]
 NOTHING = "–"

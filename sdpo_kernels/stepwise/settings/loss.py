@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import PlainValidator
 
 from sdpo_kernels import losses
-from sdpo_kernels.stepwise.setting_errors import SettingErrors, show
+from sdpo_kernels.stepwise.settings.mistakes import SettingErrors, show
 
 
 def _read(value: Any) -> str | tuple[dict[str, Any], ...]:

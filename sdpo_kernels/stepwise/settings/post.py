@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
 
-from sdpo_kernels.stepwise.setting_errors import show
+from sdpo_kernels.stepwise.settings.mistakes import show
 
 ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5)  # what a search tries beside 0; the paper finds 0.3 to 0.5 for most models
 Metric = Literal["pair_accuracy", "pair_accuracy_per_token", "reward_accuracy", "reward_margin", "gamma"]

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from sdpo_kernels.stepwise.setting_errors import SettingErrors, show
-from sdpo_kernels.stepwise.setting_types import Integer, Number, Section, Text
+from sdpo_kernels.stepwise.settings.mistakes import SettingErrors, show
+from sdpo_kernels.stepwise.settings.types import Integer, Number, Section, Text
 
 PUBLISHED_SYNC_STEPS = 108  # of SAPO's code
 

@@ -1,50 +1,34 @@
-"""A run's settings: the schema of run.yaml, and reading, writing and comparing them.
+"""The schema of run.yaml: what a run and its stages may set, with defaults, and what contradicts what.
 
-    config = load_config("run.yaml", ["beta=0.05", "stages.0.epochs=2"])
     config.stage_beta(config.stages[0]); config.stage_trainer(config.stages[0])
 
-Strict: an unknown key, a value of the wrong type and settings that contradict each other are a UserError, one line each
-that names the file, the key, what it was and what it should be. Relative paths (output_dir, data files, and model where
-it is a folder) are taken from the current working directory, not from the YAML's folder, as shells and TRL do.
+Strict: an unknown key, a value of the wrong type and settings that contradict each other are errors. `run_file.py`
+reads the file and turns these errors into lines for the user.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     Field,
-    ValidationError,
     field_validator,
     model_validator,
 )
 
 from sdpo_kernels import losses
 from sdpo_kernels.losses import LossSum
-from sdpo_kernels.stepwise.data_files import is_file_source
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.loss_settings import Loss, loss_mistakes
-from sdpo_kernels.stepwise.post.settings import ExpoSettings, PostSettings, post_mistakes
-from sdpo_kernels.stepwise.reference_settings import EmaSettings, MultiSettings, reference_mistakes
-from sdpo_kernels.stepwise.setting_errors import SettingErrors, error_lines, show
-from sdpo_kernels.stepwise.setting_types import Integer, Number, Text
-from sdpo_kernels.stepwise.setting_types import Section as _Section
-from sdpo_kernels.stepwise.source_settings import SOURCES, RankedSource, Source
-from sdpo_kernels.stepwise.trainer_options import DEFAULT_TRAINER, check_trainer, trainer_fields
-from sdpo_kernels.stepwise.yaml_file import apply_override, read_settings, write_settings
+from sdpo_kernels.stepwise.settings.loss import Loss, loss_mistakes
+from sdpo_kernels.stepwise.settings.mistakes import SettingErrors, show
+from sdpo_kernels.stepwise.settings.post import ExpoSettings, PostSettings, post_mistakes
+from sdpo_kernels.stepwise.settings.reference import EmaSettings, MultiSettings, reference_mistakes
+from sdpo_kernels.stepwise.settings.source import Source
+from sdpo_kernels.stepwise.settings.trainer import DEFAULT_TRAINER, check_trainer
+from sdpo_kernels.stepwise.settings.types import Integer, Number, Section, Sources, Text
 
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
 
 
 def _empty_as_dict(value: Any) -> Any:
@@ -52,11 +36,10 @@ def _empty_as_dict(value: Any) -> Any:
     return {} if value is None else value
 
 
-Sources = Annotated[tuple[Text, ...], Field(min_length=1), BeforeValidator(_as_list)]
 Options = Annotated[dict[str, Any], BeforeValidator(_empty_as_dict)]
 
 
-class LoraSettings(_Section):
+class LoraSettings(Section):
     """Train a low-rank adapter; at a stage's end it is merged and full weights are saved."""
 
     r: Annotated[Integer, Field(ge=1)] = 16
@@ -83,7 +66,7 @@ class LoraSettings(_Section):
         return value
 
 
-class StageConfig(_Section):
+class StageConfig(Section):
     """One stage: its data, or prompts and how pairs are made of them, and what it sets otherwise than the run."""
 
     name: str
@@ -121,7 +104,7 @@ class StageConfig(_Section):
         return self
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """All settings of a run. `trainer` holds DEFAULT_TRAINER with the run's own values over it."""
 
     model: Text
@@ -176,6 +159,11 @@ class RunConfig(_Section):
     def loss_sum(self) -> LossSum:
         """The loss with its options, one or a weighted sum."""
         return losses.loss_sum(self.loss, self.loss_options)
+
+    @property
+    def expo(self) -> ExpoSettings | None:
+        """ExPO's settings, if the run asks for it after its last stage."""
+        return None if self.post is None else self.post.expo
 
     def stage_beta(self, stage: StageConfig) -> float:
         """β of a stage."""
@@ -252,105 +240,3 @@ def _source_mistakes(config: RunConfig) -> list[tuple[str, str]]:
             text = f"was {config.reference!r}, must be initial (or ema, multi): active starts anew from the reference"
             mistakes.append(("reference", text))
     return mistakes
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read, override ('key=value', dots go down, values are YAML), check, make paths absolute; UserError otherwise."""
-    settings = read_settings(path)
-    for override in overrides:
-        apply_override(settings, override)
-    try:
-        config = RunConfig.model_validate(settings)
-    except ValidationError as error:
-        sections: dict[str, type[BaseModel]] = {
-            "": RunConfig,
-            "stages": StageConfig,
-            "lora": LoraSettings,
-            "multi": MultiSettings,
-            "ema": EmaSettings,
-        }
-        sections |= {f"source.{kind}": section for kind, section in SOURCES.items()}
-        sections |= {"post": PostSettings, "post.expo": ExpoSettings}
-        raise UserError("\n".join(error_lines(error, str(path), overrides, sections, trainer_fields()))) from None
-    return _resolve_paths(config, str(path))
-
-
-def dump_config(config: RunConfig) -> str:
-    """The resolved YAML of a config; `load_config` reads it back equal."""
-    return write_settings(config.model_dump())
-
-
-def config_diff(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """One line a setting that differs, 'stages.0.beta: 0.1 -> 0.05'; a key that one side lacks is 'absent' there."""
-    before, after = _flatten(old), _flatten(new)
-    return [
-        f"{key}: {_plain(before.get(key, _ABSENT))} -> {_plain(after.get(key, _ABSENT))}"
-        for key in before | after
-        if before.get(key, _ABSENT) != after.get(key, _ABSENT)
-    ]
-
-
-_ABSENT = object()
-
-
-def _plain(value: Any) -> str:
-    return "absent" if value is _ABSENT else value if isinstance(value, str) else json.dumps(value)
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys with plain values; a list that holds nothing counts as a value, a tuple as a list."""
-    if not isinstance(value, (dict, list, tuple)):
-        return {prefix: value}
-    if not value and prefix:
-        return {prefix: {} if isinstance(value, dict) else []}
-    flat: dict[str, Any] = {}
-    for key, below in value.items() if isinstance(value, dict) else enumerate(value):
-        flat |= _flatten(below, f"{prefix}.{key}" if prefix else str(key))
-    return flat
-
-
-def _resolve_paths(config: RunConfig, file: str) -> RunConfig:
-    output = _absolute(config.output_dir)
-    if os.path.exists(output) and not os.path.isdir(output):
-        raise UserError(f"{file}: output_dir: was {config.output_dir!r}, which is a file, must be a folder")
-    stages = tuple(_absolute_stage(stage) for stage in config.stages)
-    return config.model_copy(
-        update={
-            "model": _absolute_model(config.model, f"{file}: model"),
-            "multi": _absolute_models(config.multi, file),
-            "output_dir": output,
-            "stages": stages,
-            "eval_data": _absolute_files(config.eval_data),
-        }
-    )
-
-
-def _absolute_model(model: str, at: str) -> str:
-    if os.path.isdir(os.path.expanduser(model)):
-        return _absolute(model)
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise UserError(f"{at}: was {model!r}, which is neither a folder nor the name of a hub model")
-    return model
-
-
-def _absolute_models(multi: MultiSettings | None, file: str) -> MultiSettings | None:
-    if multi is None:
-        return None
-    models = tuple(_absolute_model(model, f"{file}: multi.models.{i}") for i, model in enumerate(multi.models))
-    return multi.model_copy(update={"models": models})
-
-
-def _absolute(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path))
-
-
-def _absolute_stage(stage: StageConfig) -> StageConfig:
-    source = stage.source
-    if isinstance(source, RankedSource) and source.reward_model and os.path.isdir(_absolute(source.reward_model)):
-        source = source.model_copy(update={"reward_model": _absolute(source.reward_model)})
-    files = {"data": _absolute_files(stage.data), "prompts": _absolute_files(stage.prompts)}
-    return stage.model_copy(update={**files, "source": source})
-
-
-def _absolute_files(sources: tuple[str, ...] | None) -> tuple[str, ...] | None:
-    return sources and tuple(_absolute(source) if is_file_source(source) else source for source in sources)

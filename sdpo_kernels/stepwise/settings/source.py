@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from sdpo_kernels.stepwise.setting_errors import SettingErrors, show
+from sdpo_kernels.stepwise.settings.mistakes import SettingErrors, show
 
 
 def _no_bool(value: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from sdpo_kernels.stepwise.setting_errors import SettingErrors, did_you_mean, show
+from sdpo_kernels.stepwise.settings.mistakes import SettingErrors, did_you_mean, show
 
 DEFAULT_TRAINER: dict[str, Any] = {
     "learning_rate": 5e-7,

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from sdpo_kernels.stepwise import ranks
-from sdpo_kernels.stepwise.config import RunConfig, StageConfig
-from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.common import ranks
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.settings.run_settings import RunConfig, StageConfig
 
 
 def training_arguments(config: RunConfig, stage: StageConfig, work: Path, tensorboard: Path) -> TrainingArguments:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from sdpo_kernels.stepwise.setting_errors import show
+from sdpo_kernels.stepwise.settings.mistakes import show
+
+DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")  # of data files, in any case
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?::(?P<split>[\w.+\[\]%:-]+))?")
 
 
 def _no_bool(value: Any) -> Any:
@@ -15,12 +20,32 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 Text = Annotated[str, Field(min_length=1)]
 Integer = Annotated[int, BeforeValidator(_no_bool)]
 Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_no_bool)]
+Sources = Annotated[tuple[Text, ...], Field(min_length=1), BeforeValidator(_as_list)]  # files or hub datasets
 
 
 class Section(BaseModel):
     """A section of run.yaml: an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def data_suffix(path: str) -> str | None:
+    """Which of DATA_SUFFIXES `path` ends in; None for none of them."""
+    return next((suffix for suffix in DATA_SUFFIXES if path.lower().endswith(suffix)), None)
+
+
+def is_file_source(source: str) -> bool:
+    """Whether `source` means a local file rather than 'org/name' or 'org/name:split' on the hub."""
+    path = os.path.expanduser(source)
+    if os.path.exists(path) or data_suffix(path) or not _HUB_NAME.fullmatch(source):
+        return True
+
+    # 'data/x.jsnol' next to an existing folder data/ is a mistyped file, not a hub name
+    return os.path.isdir(os.path.dirname(path))

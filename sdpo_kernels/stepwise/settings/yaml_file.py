@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.common.errors import UserError
 
 _NULL = re.compile(r"~|null|Null|NULL|")
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")

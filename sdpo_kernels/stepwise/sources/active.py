@@ -17,13 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sdpo_kernels.stepwise.pairs import Pair
-from sdpo_kernels.stepwise.source_settings import ActiveSource
+from sdpo_kernels.stepwise.data.pairs import Pair
+from sdpo_kernels.stepwise.data.prompts import PromptRow
+from sdpo_kernels.stepwise.data.tokenize import tokenize_pairs
+from sdpo_kernels.stepwise.settings.source import ActiveSource
 from sdpo_kernels.stepwise.sources.context import PairRow, SourceContext, read_json_rows, write_rows
 from sdpo_kernels.stepwise.sources.generation import sample
 from sdpo_kernels.stepwise.sources.judges import VERDICTS, function_judge, function_version, remembering
-from sdpo_kernels.stepwise.sources.prompts import PromptRow
-from sdpo_kernels.stepwise.tokenize import tokenize_pairs
 
 LABELS, ASKED = "labels.jsonl", "asked.jsonl"
 

@@ -11,11 +11,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from sdpo_kernels.stepwise.files import replace_file
-from sdpo_kernels.stepwise.progress import Reporter
-from sdpo_kernels.stepwise.reference import Scorer
-from sdpo_kernels.stepwise.source_settings import Sampling
-from sdpo_kernels.stepwise.sources.prompts import PromptRow
+from sdpo_kernels.stepwise.common.files import replace_file
+from sdpo_kernels.stepwise.common.progress import Reporter
+from sdpo_kernels.stepwise.data.prompts import PromptRow
+from sdpo_kernels.stepwise.references.scorer import Scorer
+from sdpo_kernels.stepwise.settings.source import Sampling
 
 PairRow = dict[str, Any]  # prompt, chosen, rejected, in TRL's schema
 

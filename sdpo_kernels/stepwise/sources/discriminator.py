@@ -18,15 +18,15 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification
 
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.files import empty_folder, publish_folder, remove_folder
-from sdpo_kernels.stepwise.models import release_memory
-from sdpo_kernels.stepwise.source_settings import DiscriminatorSource
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.files import empty_folder, publish_folder, remove_folder
+from sdpo_kernels.stepwise.data.prompts import PromptRow
+from sdpo_kernels.stepwise.models.load import release_memory
+from sdpo_kernels.stepwise.settings.source import DiscriminatorSource
 from sdpo_kernels.stepwise.sources.active import Question, annotate
 from sdpo_kernels.stepwise.sources.context import PairRow, SourceContext, read_json_rows, write_rows
 from sdpo_kernels.stepwise.sources.generation import sample
 from sdpo_kernels.stepwise.sources.judges import best_and_worst, classify, encode
-from sdpo_kernels.stepwise.sources.prompts import PromptRow
 
 GOLD, SCORER = "gold.jsonl", "scorer"
 

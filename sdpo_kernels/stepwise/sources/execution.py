@@ -18,12 +18,12 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.source_settings import ExecutionSource
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.data.prompts import PromptRow
+from sdpo_kernels.stepwise.settings.source import ExecutionSource
 from sdpo_kernels.stepwise.sources.context import PairRow, SourceContext
 from sdpo_kernels.stepwise.sources.generation import sample
 from sdpo_kernels.stepwise.sources.judges import VERDICTS, code_version, judge_groups, remembering
-from sdpo_kernels.stepwise.sources.prompts import PromptRow
 from sdpo_kernels.stepwise.sources.sandbox import Job, Limits, Outcome, run_limited, run_many
 
 AT_ONCE = 64  # prompts judged between two steps of the progress bar

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.models import release_memory
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.data.prompts import PromptRow
+from sdpo_kernels.stepwise.models.load import release_memory
 from sdpo_kernels.stepwise.sources.context import read_json_rows
-from sdpo_kernels.stepwise.sources.prompts import PromptRow
 
 VERDICTS_AT_ONCE = 256  # what a kill costs at most
 VERDICTS = "verdicts.jsonl"

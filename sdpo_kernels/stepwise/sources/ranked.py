@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sdpo_kernels.stepwise.source_settings import RankedSource
+from sdpo_kernels.stepwise.settings.source import RankedSource
 from sdpo_kernels.stepwise.sources.context import PairRow, SourceContext
 from sdpo_kernels.stepwise.sources.generation import sample
 from sdpo_kernels.stepwise.sources.judges import (

@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.common.errors import UserError
 
 WATCHER = Path(__file__).with_name("sandbox_watcher.py")
 KILL_SECONDS = 10.0  # for processes to go after SIGKILL

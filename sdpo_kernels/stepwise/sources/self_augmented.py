@@ -11,11 +11,11 @@ from __future__ import annotations
 import random
 from typing import Any, NamedTuple
 
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.source_settings import SelfAugmentedSource
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.data.prompts import PromptRow
+from sdpo_kernels.stepwise.settings.source import SelfAugmentedSource
 from sdpo_kernels.stepwise.sources.context import PairRow, SourceContext, read_json_rows, write_rows
 from sdpo_kernels.stepwise.sources.generation import generate, text_after
-from sdpo_kernels.stepwise.sources.prompts import PromptRow
 
 BUFFER = "buffer.jsonl"
 

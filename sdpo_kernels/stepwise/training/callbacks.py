@@ -12,11 +12,11 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sdpo_kernels.stepwise import ranks
-from sdpo_kernels.stepwise.manifest import MetricsFile
-from sdpo_kernels.stepwise.progress import Task, peak_memory_bytes
-from sdpo_kernels.stepwise.trainer import StageTrainer
-from sdpo_kernels.stepwise.units import write_bytes
+from sdpo_kernels.stepwise.common import ranks
+from sdpo_kernels.stepwise.common.progress import Task, peak_memory_bytes
+from sdpo_kernels.stepwise.common.units import write_bytes
+from sdpo_kernels.stepwise.record.manifest import MetricsFile
+from sdpo_kernels.stepwise.training.trainer import StageTrainer
 
 
 class MetricsWriter(TrainerCallback):

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from sdpo_kernels.stepwise import ranks
-from sdpo_kernels.stepwise.files import empty_folder, publish_folder, remove_folder
+from sdpo_kernels.stepwise.common import ranks
+from sdpo_kernels.stepwise.common.files import empty_folder, publish_folder, remove_folder
 
 SAVING = ".saving"
 LISTING = "complete.json"  # sizes of a checkpoint's files, written last

@@ -15,14 +15,14 @@ from transformers import PrinterCallback, Trainer
 
 from sdpo_kernels.dpo import DPOOutput, pair_output
 from sdpo_kernels.losses import LossSum
-from sdpo_kernels.stepwise import ranks
-from sdpo_kernels.stepwise.checkpoints import AtomicCheckpoints
-from sdpo_kernels.stepwise.checks import StartGuard
-from sdpo_kernels.stepwise.collate import Batch
-from sdpo_kernels.stepwise.ema_reference import EmaReference
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.rank_batches import share_batches
-from sdpo_kernels.stepwise.weights import not_finite
+from sdpo_kernels.stepwise.common import ranks
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.data.batches import Batch
+from sdpo_kernels.stepwise.data.rank_batches import share_batches
+from sdpo_kernels.stepwise.models.sharded import not_finite
+from sdpo_kernels.stepwise.references.ema import EmaReference
+from sdpo_kernels.stepwise.training.checkpoints import AtomicCheckpoints
+from sdpo_kernels.stepwise.training.start_guard import StartGuard
 
 PENDING = "pending_metrics.safetensors"  # in a checkpoint: what was collected since the last log
 

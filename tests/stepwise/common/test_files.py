@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from sdpo_kernels.stepwise import files
-from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.common import files
+from sdpo_kernels.stepwise.common.errors import UserError
 
 
 def test_replace_file_leaves_the_new_content_and_nothing_else(tmp_path):

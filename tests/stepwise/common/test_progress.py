@@ -5,8 +5,8 @@ import io
 import torch
 from rich.console import Console
 
-from sdpo_kernels.stepwise import progress
-from sdpo_kernels.stepwise.progress import Reporter, peak_memory_bytes
+from sdpo_kernels.stepwise.common import progress
+from sdpo_kernels.stepwise.common.progress import Reporter, peak_memory_bytes
 
 
 def reporter(quiet=False, terminal=False):

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from sdpo_kernels.dpo import pair_output
 from sdpo_kernels.integrations.causal_lm import attach_fused_head
 from sdpo_kernels.integrations.packed_attention import use_packed_attention
-from sdpo_kernels.stepwise.collate import Batch, PairDataset, collate_packed, make_collate_padded
-from sdpo_kernels.stepwise.pairs import Pair
-from sdpo_kernels.stepwise.tokenize import TokenizedPair, TokenizedPairs, TokenizedSequence, tokenize_pairs
+from sdpo_kernels.stepwise.data.batches import Batch, PairDataset, collate_packed, make_collate_padded
+from sdpo_kernels.stepwise.data.pairs import Pair
+from sdpo_kernels.stepwise.data.tokenize import TokenizedPair, TokenizedPairs, TokenizedSequence, tokenize_pairs
 from tests.integrations.tiny_models import VOCAB, tiny_model
 from tests.stepwise import runs
 

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdpo_kernels.stepwise.config import RunConfig, StageConfig
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.order import StageData, margins, order_stages, scored_counts
-from sdpo_kernels.stepwise.tokenize import TokenizedPairs
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.data.order import StageData, margins, order_stages, scored_counts
+from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
+from sdpo_kernels.stepwise.settings.run_settings import RunConfig, StageConfig
 
 
 def pairs(answers: list[tuple[int, int]], mark: int) -> TokenizedPairs:

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.pairs import Pair, PairData, read_pairs, shared_pairs
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.data.pairs import Pair, PairData, read_pairs, shared_pairs
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
 
 PLAIN = {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}
 USER = {"role": "user", "content": "Sky?"}
@@ -152,7 +152,7 @@ ENDS = st.text("ab ", min_size=1, max_size=5)
 )
 def test_implicit_prompt_is_trls(start, chosen, rejected):
     data_utils = pytest.importorskip("trl.data_utils")
-    from sdpo_kernels.stepwise.pairs import _split_prompt
+    from sdpo_kernels.stepwise.data.pairs import _split_prompt
 
     chosen, rejected = start + chosen, start + rejected
     if chosen == rejected or chosen[0] != rejected[0]:

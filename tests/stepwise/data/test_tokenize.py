@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.pairs import Pair, read_pairs
-from sdpo_kernels.stepwise.tokenize import TokenizedPairs, tokenize_pairs
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.data.pairs import Pair, read_pairs
+from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs, tokenize_pairs
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
 TOKENIZERS = ["tokenizers/gpt2", "tokenizers/dolma2-100k", "tokenizers/minimind-6k"]
 CHARACTERS = "abcdefghij <>/\n"
 EOS = len(CHARACTERS)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Lfm2Config
 
-from sdpo_kernels.stepwise.config import LoraSettings
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.models import add_adapter, load_model, load_tokenizer, merge_adapter, weights_hash
-from sdpo_kernels.stepwise.precision import Precision
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.models.load import add_adapter, load_model, load_tokenizer, merge_adapter, weights_hash
+from sdpo_kernels.stepwise.models.precision import Precision
+from sdpo_kernels.stepwise.settings.run_settings import LoraSettings
 from tests.stepwise import runs
 
 CPU = torch.device("cpu")

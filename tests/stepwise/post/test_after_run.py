@@ -13,16 +13,16 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from sdpo_kernels.stepwise.check import check_run
-from sdpo_kernels.stepwise.config import dump_config, load_config
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.manifest import Manifest
-from sdpo_kernels.stepwise.models import merge_adapter
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.progress import Reporter
+from sdpo_kernels.stepwise.models.load import merge_adapter
 from sdpo_kernels.stepwise.post import after_run
-from sdpo_kernels.stepwise.post.record import expo_line
-from sdpo_kernels.stepwise.post.settings import ALPHAS
-from sdpo_kernels.stepwise.progress import Reporter
+from sdpo_kernels.stepwise.record.expo_record import expo_line
+from sdpo_kernels.stepwise.record.manifest import Manifest
 from sdpo_kernels.stepwise.run import run
 from sdpo_kernels.stepwise.score import score_run
+from sdpo_kernels.stepwise.settings.post import ALPHAS
+from sdpo_kernels.stepwise.settings.run_file import dump_config, load_config
 from tests.stepwise import runs
 from tests.stepwise.runs import Child, die
 
@@ -97,7 +97,7 @@ def test_a_hub_model_is_refused_before_training(tmp_path, model, monkeypatch):
 def test_the_example_loads(tmp_path, monkeypatch):
     (tmp_path / "runs/methods/start/start").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    config = load_config(Path(__file__).resolve().parents[2] / "examples/methods/expo.yaml")
+    config = load_config(Path(__file__).resolve().parents[3] / "examples/methods/expo.yaml")
     assert (config.post.expo.alphas, config.post.expo.metric) == (ALPHAS, "pair_accuracy")
     assert len(config.stages) == 3
 

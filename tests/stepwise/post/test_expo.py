@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sdpo_kernels.stepwise import files
-from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.common import files
+from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.post import expo, weights
 from sdpo_kernels.stepwise.post.expo import extrapolate
 from tests.stepwise import runs

@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sdpo_kernels import cli
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.models import release_memory
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.progress import Reporter
+from sdpo_kernels.stepwise.models.load import release_memory
 from sdpo_kernels.stepwise.post import search as search_module
 from sdpo_kernels.stepwise.post.dev_score import CommandScore, PairScore
 from sdpo_kernels.stepwise.post.search import Found, Trial, search, search_notes, search_table
-from sdpo_kernels.stepwise.progress import Reporter
 from tests.stepwise import runs
-from tests.stepwise.test_expo import save
+from tests.stepwise.post.test_expo import save
 
 ALPHAS = (0.5, 0.1, 0.3)
 

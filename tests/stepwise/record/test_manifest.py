@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.manifest import Manifest, MetricsFile, host_environment
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.record.manifest import Manifest, MetricsFile, host_environment
 
 HEADER = {"version": "0", "config": {"beta": 0.1, "stages": [{"name": "a"}, {"name": "b"}]}, "eval_data_hash": None}
 

@@ -2,8 +2,8 @@
 
 import yaml
 
-from sdpo_kernels.stepwise.config import RunConfig
-from sdpo_kernels.stepwise.model_card import model_card
+from sdpo_kernels.stepwise.record.model_card import model_card
+from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 
 STAGE = {
     "index": 2, "name": "hard", "loss": "sigmoid", "beta": 0.05, "reference": "previous", "pairs": 1200, "steps": 300,

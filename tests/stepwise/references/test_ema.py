@@ -9,14 +9,14 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from sdpo_kernels.stepwise import checkpoints
-from sdpo_kernels.stepwise.collate import Batch
-from sdpo_kernels.stepwise.ema_reference import EMA_FILE, EMA_STATE, EmaReference, load_ema_into, swapped, trained
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.models import load_model
-from sdpo_kernels.stepwise.precision import Precision
-from sdpo_kernels.stepwise.reference_settings import EmaSettings
-from sdpo_kernels.stepwise.trainer import StageTrainer
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.data.batches import Batch
+from sdpo_kernels.stepwise.models.load import load_model
+from sdpo_kernels.stepwise.models.precision import Precision
+from sdpo_kernels.stepwise.references.ema import EMA_FILE, EMA_STATE, EmaReference, load_ema_into, swapped, trained
+from sdpo_kernels.stepwise.settings.reference import EmaSettings
+from sdpo_kernels.stepwise.training import checkpoints
+from sdpo_kernels.stepwise.training.trainer import StageTrainer
 from tests.stepwise import runs
 from tests.stepwise.test_kill import quick
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.pairs import Pair
-from sdpo_kernels.stepwise.reference import write_scores
-from sdpo_kernels.stepwise.scores import EVAL_FILE, EvalData, summarise
-from sdpo_kernels.stepwise.tokenize import tokenize_pairs
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.data.pairs import Pair
+from sdpo_kernels.stepwise.data.tokenize import tokenize_pairs
+from sdpo_kernels.stepwise.references.evaluation import EVAL_FILE, EvalData, summarise
+from sdpo_kernels.stepwise.references.scorer import write_scores
 from tests.stepwise import runs
 
 LOGPS = torch.tensor([[-4.0, -6.0], [-9.0, -8.0], [-5.0, -5.0], [-2.0, -3.0]])
@@ -37,7 +37,7 @@ def test_no_rewards_without_a_reference_and_none_against_oneself():
 def test_stored_log_probs_must_be_there_and_fit(tmp_path):
     pairs = [Pair(**row, where=f"d:{i}") for i, row in enumerate(runs.make_rows(3))]
     tokens = tokenize_pairs(pairs, runs.make_tokenizer(), max_length=64, truncation="keep_start")
-    data = EvalData(tokens, tmp_path, 0.1)
+    data = EvalData(tokens, tmp_path, 0.1, "initial")
     assert torch.equal(data.dataset(None).ref_logps, torch.zeros(3, 2))
     with pytest.raises(UserError, match=rf"{EVAL_FILE}: is missing"):
         data.dataset(tmp_path)

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.multi_reference import adaptive_weights, clip_to_base, combine
+from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.prepare import prepare
-from sdpo_kernels.stepwise.reference import Scorer, read_scores
+from sdpo_kernels.stepwise.references.mixture import adaptive_weights, clip_to_base, combine
+from sdpo_kernels.stepwise.references.scorer import Scorer, read_scores
 from tests.stepwise import runs
 
 LN2 = math.log(2)

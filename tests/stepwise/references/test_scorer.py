@@ -8,13 +8,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sdpo_kernels.integrations.causal_lm import unwrap
-from sdpo_kernels.stepwise import reference
-from sdpo_kernels.stepwise.arguments import training_arguments
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.models import weights_hash
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.progress import Reporter
+from sdpo_kernels.stepwise.models.load import weights_hash
 from sdpo_kernels.stepwise.prepare import prepare
-from sdpo_kernels.stepwise.progress import Reporter
-from sdpo_kernels.stepwise.reference import Scorer, cached_scores, pad_token_id, read_scores, write_scores
+from sdpo_kernels.stepwise.references import scorer as reference
+from sdpo_kernels.stepwise.references.scorer import Scorer, cached_scores, pad_token_id, read_scores, write_scores
+from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
 from tests.stepwise import runs
 
 SCORES = torch.tensor([[-1.0, -2.0], [-3.0, -4.0], [-5.0, -6.5]])

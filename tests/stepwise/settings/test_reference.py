@@ -7,12 +7,12 @@ import pytest
 from rich.console import Console
 
 from sdpo_kernels.stepwise.check import check_run
-from sdpo_kernels.stepwise.config import dump_config, load_config
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.progress import Reporter
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.progress import Reporter
+from sdpo_kernels.stepwise.settings.run_file import dump_config, load_config
 from tests.stepwise import runs
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "methods"
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "methods"
 SMALL = "model: org/model\noutput_dir: runs/x\nstages:\n  - {name: easy, data: a.jsonl}\n"
 
 

@@ -9,9 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import TrainingArguments
 
-from sdpo_kernels.stepwise import trainer_options
-from sdpo_kernels.stepwise.config import LoraSettings, RunConfig, config_diff, dump_config, load_config
-from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.settings import trainer as trainer_options
+from sdpo_kernels.stepwise.settings.run_file import config_diff, dump_config, load_config
+from sdpo_kernels.stepwise.settings.run_settings import LoraSettings, RunConfig
 
 SMALL = "model: org/model\noutput_dir: runs/x\nstages:\n  - {name: easy, data: a.jsonl}\n"
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from sdpo_kernels.stepwise import arguments as arguments_module
-from sdpo_kernels.stepwise.arguments import training_arguments
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.precision import Precision
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.models.precision import Precision
+from sdpo_kernels.stepwise.settings import trainer_arguments as arguments_module
+from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
 from tests.stepwise import runs
 
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from sdpo_kernels.stepwise.errors import UserError
-from sdpo_kernels.stepwise.yaml_file import read_settings, write_settings
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.settings.yaml_file import read_settings, write_settings
 
 
 @pytest.fixture(autouse=True)

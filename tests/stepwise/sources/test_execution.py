@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.sources.execution import ExecutionJudge, pairs_from_passes
 from sdpo_kernels.stepwise.sources.sandbox import Limits
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdpo_kernels.stepwise.config import RunConfig
-from sdpo_kernels.stepwise.precision import Precision
-from sdpo_kernels.stepwise.progress import Reporter
-from sdpo_kernels.stepwise.reference import Scorer
-from sdpo_kernels.stepwise.source_settings import RankedSource
+from sdpo_kernels.stepwise.common.progress import Reporter
+from sdpo_kernels.stepwise.data.prompts import PromptRow
+from sdpo_kernels.stepwise.models.precision import Precision
+from sdpo_kernels.stepwise.references.scorer import Scorer
+from sdpo_kernels.stepwise.settings.run_settings import RunConfig
+from sdpo_kernels.stepwise.settings.source import RankedSource
 from sdpo_kernels.stepwise.sources import generation
 from sdpo_kernels.stepwise.sources.context import SourceContext
-from sdpo_kernels.stepwise.sources.prompts import PromptRow
 from tests.stepwise.runs import configured, make_model, make_tokenizer
 
 JUDGE = "tests.stepwise.sources.judges:good_words"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.sources import sandbox
 from sdpo_kernels.stepwise.sources.sandbox import Job, Limits, run_limited, run_many
 

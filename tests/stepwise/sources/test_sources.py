@@ -12,15 +12,15 @@ import pytest
 import torch
 from transformers import AutoConfig, LlamaForSequenceClassification
 
-from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.progress import Reporter
+from sdpo_kernels.stepwise.data.prompts import PromptRow, read_prompts
 from sdpo_kernels.stepwise.prepare import prepare
-from sdpo_kernels.stepwise.progress import Reporter
 from sdpo_kernels.stepwise.run import run
 from sdpo_kernels.stepwise.sources import active, discriminator, generation, judges, ranked, self_augmented
 from sdpo_kernels.stepwise.sources.context import read_json_rows
 from sdpo_kernels.stepwise.sources.context import write_rows as write_json_rows
 from sdpo_kernels.stepwise.sources.judges import best_and_worst, function_judge, reward_model_judge
-from sdpo_kernels.stepwise.sources.prompts import PromptRow, read_prompts
 from tests.stepwise.runs import PLAIN, configured, digest, make_model, make_rows, make_tokenizer, write_rows
 from tests.stepwise.sources.judges import good_words
 from tests.stepwise.sources.test_generation import JUDGE, context

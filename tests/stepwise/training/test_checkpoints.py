@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from sdpo_kernels.stepwise.checkpoints import LISTING, SAVING, is_complete, latest_checkpoint, write_listing
+from sdpo_kernels.stepwise.training.checkpoints import LISTING, SAVING, is_complete, latest_checkpoint, write_listing
 
 FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sdpo_kernels.stepwise import models
 from sdpo_kernels.stepwise import stage as stage_module
-from sdpo_kernels.stepwise.checks import LN2, StartGuard, cache_tolerance
-from sdpo_kernels.stepwise.errors import UserError
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.models import load as models
 from sdpo_kernels.stepwise.prepare import prepare
-from sdpo_kernels.stepwise.reference import Scorer, read_scores, write_scores
+from sdpo_kernels.stepwise.references.scorer import Scorer, read_scores, write_scores
+from sdpo_kernels.stepwise.training.start_guard import LN2, StartGuard, cache_tolerance
 from tests.stepwise import runs
 
 SUMS = torch.tensor([-10.0, -20.0, -0.5, -40.0])  # two pairs: chosen, chosen, rejected, rejected

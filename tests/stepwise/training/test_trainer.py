@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
-from sdpo_kernels.stepwise.arguments import training_arguments
-from sdpo_kernels.stepwise.callbacks import MetricsWriter, ProgressShower, StopOnSignal
-from sdpo_kernels.stepwise.manifest import MetricsFile
+from sdpo_kernels.stepwise.common.progress import Reporter
 from sdpo_kernels.stepwise.prepare import prepare
-from sdpo_kernels.stepwise.progress import Reporter
-from sdpo_kernels.stepwise.reference import Scorer
-from sdpo_kernels.stepwise.trainer import StageTrainer
+from sdpo_kernels.stepwise.record.manifest import MetricsFile
+from sdpo_kernels.stepwise.references.scorer import Scorer
+from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
+from sdpo_kernels.stepwise.training.callbacks import MetricsWriter, ProgressShower, StopOnSignal
+from sdpo_kernels.stepwise.training.trainer import StageTrainer
 from tests.stepwise import runs
 
 

@@ -1,0 +1,1 @@
+"""What every other room uses: errors, whole-or-absent files, progress, units, ranks."""

@@ -1,0 +1,1 @@
+"""From data files to batches: raw rows, pairs, tokens, order, batches."""

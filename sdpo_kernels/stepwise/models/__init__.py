@@ -1,0 +1,1 @@
+"""The one resident model: loaded, in its precision, whole or sharded."""

@@ -1,0 +1,1 @@
+"""What a run keeps of itself: manifest.json, metrics.jsonl, model cards."""

@@ -1,0 +1,135 @@
+"""The references of one stage, scored once before it trains, so that only one model is ever resident.
+
+start = stage.references.score()
+start.loaded.model, start.ref_logps      # the policy as the stage starts, and the reference's log-probs [n, 2]
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sdpo_kernels.stepwise.common import ranks
+from sdpo_kernels.stepwise.data.batches import PairDataset
+from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
+from sdpo_kernels.stepwise.models.load import Loaded, release_memory, weights_hash
+from sdpo_kernels.stepwise.record.manifest import Record
+from sdpo_kernels.stepwise.references.evaluation import EVAL_FILE, EvalData
+from sdpo_kernels.stepwise.references.multi import BASE_FILE, MultiReferences
+from sdpo_kernels.stepwise.references.scorer import Scorer, read_scores, write_scores
+from sdpo_kernels.stepwise.settings.reference import MultiSettings
+
+REFERENCE_FILE = "reference_logps.safetensors"  # in a stage's folder
+MULTI = "references"  # in a stage's working folder: the log-probs of each of several references
+
+
+@dataclass(frozen=True)
+class StageStart:
+    """What a stage starts from."""
+
+    loaded: Loaded  # the policy
+    ref_logps: Tensor  # [n, 2] summed log-probs of the reference (chosen, rejected), float32, CPU
+    record: Record  # what the manifest keeps of the scoring
+
+
+@dataclass(frozen=True)
+class StageReferences:
+    """Scores a stage's pairs under its reference, whichever mode that is."""
+
+    scorer: Scorer
+    tokens: TokenizedPairs
+    policy: str  # the model the stage starts from, a folder or hub name
+    reference: str  # the model it is compared with; with `multi` the base, with `none` unused
+    folder: Path  # the stage's working folder
+    label: str  # of progress bars
+    check_weights: Callable[[str, str], None]  # UserError if the weights in a folder have changed during the run
+    evaluation: EvalData | None  # the evaluation pairs, if the stage is evaluated while it trains
+
+    def score(self) -> StageStart:
+        """Score the reference, or read its cache, and return it with the policy's starting model.
+
+        1. With `none` nothing is scored; with `multi` every reference is scored and their log-probs are mixed.
+        2. Otherwise the one reference is loaded and scored.
+        3. It is the policy's starting model too, unless `policy` names another one, which is then loaded in its place.
+
+        UserError where a model cannot be loaded, or its weights have changed since the run started.
+        """
+        config = self.scorer.config
+        if config.reference == "none":
+            none: Record = {"reference_hash": None, "gamma_reference": None, "score_seconds": 0.0}
+            return StageStart(self._load(self.policy)[0], torch.zeros(len(self.tokens), 2), none)
+        if config.multi is not None:
+            return self._score_multi(config.multi)
+
+        loaded, reference_hash = self._load(self.reference)
+        started = time.monotonic()
+        scores = self.scorer.cached(
+            loaded, reference_hash, self.tokens, f"{self.label}: references", self.folder / REFERENCE_FILE
+        )
+        record = _record(reference_hash, scores, started)
+
+        if self.policy != self.reference:
+            # two models at a time would not fit where one does
+            del loaded
+            release_memory()
+            loaded = self._load(self.policy)[0]
+        return StageStart(loaded, scores, record)
+
+    def policy_start_logps(self) -> Tensor | None:
+        """[n, 2] log-probs of the policy's start where the reference's differ from the start (`multi`); else None."""
+        if self.scorer.config.reference != "multi":
+            return None
+        return read_scores(self.folder / MULTI / BASE_FILE, None, len(self.tokens))[0]
+
+    def eval_dataset(self) -> PairDataset | None:
+        """The evaluation pairs with this reference's log-probs; None if the stage is not evaluated while it trains."""
+        if self.evaluation is None:
+            return None
+        reference = self.scorer.config.reference
+        if reference == "none":
+            return self.evaluation.dataset(None)
+        folder = self.folder / MULTI if reference == "multi" else self.evaluation.folder_of(self.reference)
+        return self.evaluation.dataset(folder)
+
+    def _score_multi(self, settings: MultiSettings) -> StageStart:
+        """`multi`: the further references first, each released again, then the base, which becomes the policy."""
+        started = time.monotonic()
+        references = MultiReferences(settings, self.scorer, self.folder / MULTI, self.check_weights)
+        parts = {"pairs": self.tokens}
+        if self.evaluation is not None:
+            parts["eval"] = self.evaluation.tokens
+        references.score_others(parts, self.label)
+
+        loaded, base_hash = self._load(self.reference)
+        base = self.scorer.cached(loaded, base_hash, self.tokens, f"{self.label}: base", references.folder / BASE_FILE)
+
+        # the mixture is stored like any other reference, under a key of all its parts
+        key, scores = references.combined_hash(base_hash), references.combine("pairs", base)
+        write_scores(self.folder / REFERENCE_FILE, scores, key)
+        if self.evaluation is not None:
+            stored = self.evaluation.stored(self.evaluation.folder_of(self.reference))
+            write_scores(references.folder / EVAL_FILE, references.combine("eval", stored), key)
+        ranks.wait()
+
+        record = _record(key, scores, started) | {"reference_hashes": references.named_hashes(base_hash)}
+        return StageStart(loaded, scores, record)
+
+    def _load(self, path: str) -> tuple[Loaded, str]:
+        """The model in `path` and the hash of its weights, which must be the one this run has seen there before."""
+        loaded = self.scorer.load(path)
+        digest = weights_hash(loaded.model)
+        self.check_weights(path, digest)
+        return loaded, digest
+
+
+def _record(reference_hash: str, scores: Tensor, started: float) -> Record:
+    return {
+        "reference_hash": reference_hash,
+        "gamma_reference": float((scores[:, 0] - scores[:, 1]).double().mean()),
+        "score_seconds": round(time.monotonic() - started, 3),
+    }

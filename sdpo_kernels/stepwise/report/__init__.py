@@ -1,0 +1,1 @@
+"""A run's report: pictures and a page."""

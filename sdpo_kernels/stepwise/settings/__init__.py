@@ -1,0 +1,1 @@
+"""The schema of run.yaml: reading, checking and comparing a run's settings."""

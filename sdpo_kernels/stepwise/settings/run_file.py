@@ -1,0 +1,131 @@
+"""run.yaml: read and checked, its paths made absolute, written back, compared with an earlier one.
+
+    config = load_config("run.yaml", ["beta=0.05", "stages.0.epochs=2"])
+    config_diff(manifest["config"], config.model_dump(mode="json"))
+
+A mistake is a UserError with one line each that names the file, the key, what it was and what it should be. Relative
+paths (output_dir, data files, and model if it is a folder) start at the current working directory, not at the YAML's
+folder, as in shells and in TRL.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.settings.mistakes import error_lines
+from sdpo_kernels.stepwise.settings.post import ExpoSettings, PostSettings
+from sdpo_kernels.stepwise.settings.reference import EmaSettings, MultiSettings
+from sdpo_kernels.stepwise.settings.run_settings import LoraSettings, RunConfig, StageConfig
+from sdpo_kernels.stepwise.settings.source import SOURCES, RankedSource
+from sdpo_kernels.stepwise.settings.trainer import trainer_fields
+from sdpo_kernels.stepwise.settings.types import is_file_source
+from sdpo_kernels.stepwise.settings.yaml_file import apply_override, read_settings, write_settings
+
+SECTIONS: dict[str, type[BaseModel]] = {
+    "": RunConfig,
+    "stages": StageConfig,
+    "lora": LoraSettings,
+    "multi": MultiSettings,
+    "ema": EmaSettings,
+    "post": PostSettings,
+    "post.expo": ExpoSettings,
+    **{f"source.{kind}": section for kind, section in SOURCES.items()},
+}
+_ABSENT = object()
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read, override ('key=value', dots go down, values are YAML), check, make paths absolute; UserError otherwise."""
+    settings = read_settings(path)
+    for override in overrides:
+        apply_override(settings, override)
+    try:
+        config = RunConfig.model_validate(settings)
+    except ValidationError as error:
+        raise UserError("\n".join(error_lines(error, str(path), overrides, SECTIONS, trainer_fields()))) from None
+    return _resolve_paths(config, str(path))
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved YAML of a config; `load_config` reads it back equal."""
+    return write_settings(config.model_dump())
+
+
+def config_diff(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """One line a setting that differs, 'stages.0.beta: 0.1 -> 0.05'; a key that one side lacks is 'absent' there."""
+    before, after = _flatten(old), _flatten(new)
+    return [
+        f"{key}: {_plain(before.get(key, _ABSENT))} -> {_plain(after.get(key, _ABSENT))}"
+        for key in before | after
+        if before.get(key, _ABSENT) != after.get(key, _ABSENT)
+    ]
+
+
+def _plain(value: Any) -> str:
+    return "absent" if value is _ABSENT else value if isinstance(value, str) else json.dumps(value)
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys with plain values; a list that holds nothing counts as a value, a tuple as a list."""
+    if not isinstance(value, (dict, list, tuple)):
+        return {prefix: value}
+    if not value and prefix:
+        return {prefix: {} if isinstance(value, dict) else []}
+    flat: dict[str, Any] = {}
+    for key, below in value.items() if isinstance(value, dict) else enumerate(value):
+        flat |= _flatten(below, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _resolve_paths(config: RunConfig, file: str) -> RunConfig:
+    output = _absolute(config.output_dir)
+    if os.path.exists(output) and not os.path.isdir(output):
+        raise UserError(f"{file}: output_dir: was {config.output_dir!r}, which is a file, must be a folder")
+    stages = tuple(_absolute_stage(stage) for stage in config.stages)
+    return config.model_copy(
+        update={
+            "model": _absolute_model(config.model, f"{file}: model"),
+            "multi": _absolute_models(config.multi, file),
+            "output_dir": output,
+            "stages": stages,
+            "eval_data": _absolute_files(config.eval_data),
+        }
+    )
+
+
+def _absolute_model(model: str, at: str) -> str:
+    if os.path.isdir(os.path.expanduser(model)):
+        return _absolute(model)
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise UserError(f"{at}: was {model!r}, which is neither a folder nor the name of a hub model")
+    return model
+
+
+def _absolute_models(multi: MultiSettings | None, file: str) -> MultiSettings | None:
+    if multi is None:
+        return None
+    models = tuple(_absolute_model(model, f"{file}: multi.models.{i}") for i, model in enumerate(multi.models))
+    return multi.model_copy(update={"models": models})
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def _absolute_stage(stage: StageConfig) -> StageConfig:
+    source = stage.source
+    if isinstance(source, RankedSource) and source.reward_model and os.path.isdir(_absolute(source.reward_model)):
+        source = source.model_copy(update={"reward_model": _absolute(source.reward_model)})
+    files = {"data": _absolute_files(stage.data), "prompts": _absolute_files(stage.prompts)}
+    return stage.model_copy(update={**files, "source": source})
+
+
+def _absolute_files(sources: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    return sources and tuple(_absolute(source) if is_file_source(source) else source for source in sources)

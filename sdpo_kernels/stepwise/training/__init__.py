@@ -1,0 +1,1 @@
+"""One stage's Trainer: callbacks, checkpoints, checks at its start."""

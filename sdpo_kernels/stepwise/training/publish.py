@@ -1,0 +1,93 @@
+"""A trained stage becomes its finished folder: saved out of sight, evaluated, then published in one rename.
+
+A kill at any moment leaves either no folder or a complete one, which holds its own record for the manifest.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sdpo_kernels.stepwise.common import ranks
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.files import empty_folder, publish_folder, read_json, remove_folder, replace_file
+from sdpo_kernels.stepwise.models.load import ADAPTER, merge_adapter
+from sdpo_kernels.stepwise.models.sharded import gathered, require_same
+from sdpo_kernels.stepwise.record.manifest import Record, planned
+from sdpo_kernels.stepwise.record.model_card import model_card
+from sdpo_kernels.stepwise.references.scorer import write_scores
+from sdpo_kernels.stepwise.references.stage_references import REFERENCE_FILE
+from sdpo_kernels.stepwise.sources.make import PAIRS_FILE, SOURCE_FOLDER
+from sdpo_kernels.stepwise.state import Stage
+from sdpo_kernels.stepwise.training.trainer import StageTrainer
+
+RECORD = "stage.json"  # a finished stage's record, inside its folder
+
+
+def is_published(stage: Stage) -> bool:
+    """Whether the stage's folder is there, though the manifest does not say so: killed between the two writes."""
+    return ranks.on_first((stage.folder / RECORD).exists)
+
+
+def record_published(stage: Stage) -> None:
+    """Record in the manifest a stage folder that was published just before a crash."""
+    record = read_json(stage.folder / RECORD)
+    if planned(record) != planned(stage.record):
+        raise UserError(f"{stage.folder} was left by another run; move it away or choose another output_dir")
+    stage.update(record)
+    remove_folder(stage.work)
+
+
+def save(stage: Stage, trainer: StageTrainer, ref_logps: Tensor) -> Path:
+    """Save everything a finished stage holds but its card and its record, into a hidden folder; return that folder.
+
+    On several ranks: sharded weights are gathered on rank 0, which alone writes.
+    """
+    trainer.require_finite_weights()
+    require_same(trainer.model)
+    weights = gathered(trainer)
+    return ranks.on_first(lambda: _write(stage, trainer, weights, ref_logps))
+
+
+def publish(stage: Stage, staging: Path, record: Record) -> None:
+    """Evaluate what was saved, publish the folder, and record it in the manifest."""
+    # the saved weights are what is evaluated, so saving itself is tried too
+    if stage.run.eval_data is not None:
+        record["eval"] = stage.run.eval_data.evaluate(str(staging), staging, stage.scorer)
+    replace_file(staging / "README.md", model_card(stage.run.config, record).encode())
+    replace_file(staging / RECORD, (json.dumps(record, indent=2) + "\n").encode())
+
+    remove_folder(stage.folder)
+    publish_folder(staging, stage.folder)
+    stage.update(record)
+    remove_folder(stage.work)
+    ranks.wait()
+
+
+def _write(stage: Stage, trainer: StageTrainer, weights: dict[str, Tensor] | None, ref_logps: Tensor) -> Path:
+    staging = empty_folder(stage.work / "finished")
+
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    if stage.run.config.lora is not None:
+        model.save_pretrained(staging / ADAPTER, state_dict=weights)
+        model, weights = merge_adapter(staging / ADAPTER, stage.run.config), None
+    else:
+        model.config.use_cache = stage.use_cache  # Trainer switched it off, and generation wants it
+    model.save_pretrained(staging, state_dict=weights)
+    stage.run.tokenizer.save_pretrained(staging)
+
+    if stage.data.config.source is not None:
+        shutil.copyfile(stage.work / PAIRS_FILE, staging / PAIRS_FILE)
+        shutil.copytree(stage.work / SOURCE_FOLDER, staging / SOURCE_FOLDER)
+    if trainer.following is not None:
+        trainer.following.save_average(staging)
+
+    if stage.run.config.reference == "none":
+        write_scores(staging / REFERENCE_FILE, ref_logps, key="reference: none")
+    else:
+        shutil.copyfile(stage.work / REFERENCE_FILE, staging / REFERENCE_FILE)
+    return staging
