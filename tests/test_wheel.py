@@ -97,7 +97,7 @@ def test_the_description_has_no_relative_link(metadata):
     assert re.sub(unlinked, "", description).strip() == re.sub(unlinked, "", readme).strip()  # the text itself is kept
 
 
-def test_the_source_distribution_has_all_that_builds_and_tests_it(wheel, tmp_path):
+def test_the_source_distribution_has_all_that_builds_and_tests_it(tmp_path):
     build = ["setup.py", "-q", "sdist", "-d", str(tmp_path)]
     subprocess.run([sys.executable, *build], cwd=ROOT, check=True, capture_output=True)
     (found,) = tmp_path.glob("*.tar.gz")
