@@ -114,7 +114,14 @@ def test_examples_load(path, monkeypatch):
 
 
 def test_links_lead_somewhere():
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        for link, anchor in re.findall(r"\]\(([^)#]+)(#[^)]+)?\)", page.read_text(encoding="utf-8")):
             if "://" not in link:
                 assert (page.parent / link).exists(), f"{page.name}: {link}"
+                assert not anchor or anchor in anchors_of(page.parent / link), f"{page.name}: {link}{anchor}"
+
+
+def anchors_of(page: Path) -> set[str]:
+    """As GitHub makes them of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {"#" + re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
