@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
@@ -28,6 +27,7 @@ from transformers.models.llama import modeling_llama  # noqa: F401 - imported he
 from transformers.trainer import Trainer  # noqa: F401
 
 from sdpo_kernels.cli import main
+from sdpo_kernels.stepwise import yaml_file
 from sdpo_kernels.stepwise.config import RunConfig, load_config
 from sdpo_kernels.stepwise.progress import Reporter
 from sdpo_kernels.stepwise.run import run
@@ -110,7 +110,7 @@ def write_settings(folder: Path, model: Path, sizes: Sequence[int] = (12, 8), **
     settings = {"model": str(model), "output_dir": str(folder / "run"), "stages": stages, **settings}
     settings["trainer"] = trainer | settings.get("trainer", {})
     path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(settings))
+    path.write_text(yaml_file.write_settings(settings))
     return path
 
 

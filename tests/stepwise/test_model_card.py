@@ -1,6 +1,6 @@
 """A finished stage's README: YAML that the hub reads, numbers of the record."""
 
-import yaml
+import yaml  # what the hub itself reads a card with; huggingface_hub requires it
 
 from sdpo_kernels.stepwise.config import RunConfig
 from sdpo_kernels.stepwise.model_card import model_card
