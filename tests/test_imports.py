@@ -33,8 +33,8 @@ ROOM_OF = {
     "token_weights": "dpo",
 }  # files that live in another's room
 EXTRAS = {
-    "accelerate", "cut_cross_entropy", "datasets", "liger_kernel", "matplotlib", "peft", "pydantic", "rich", "ruamel",
-    "safetensors", "tensorboard", "transformers", "trl", "typer",
+    "accelerate", "cut_cross_entropy", "datasets", "huggingface_hub", "liger_kernel", "matplotlib", "peft", "pydantic",
+    "rich", "ruamel", "safetensors", "tensorboard", "transformers", "trl", "typer",
 }  # fmt: skip
 
 
