@@ -31,8 +31,8 @@ BLOCK = re.compile(HEADING + r"^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.M 
 # TO BE REMOVED with `in_present_names` after merging wt-kernels and the move of stepwise/: target → present name
 PRESENT = {
     "sdpo_kernels/stepwise/settings/source.py": "sdpo_kernels/stepwise/source_settings.py",
-    "sdpo_kernels.stepwise.settings.source": "sdpo_kernels.stepwise.source_settings",
-    "sdpo_kernels.stepwise.data.prompts": "sdpo_kernels.stepwise.sources.prompts",
+    "sdpo_kernels.stepwise.settings.source": "sdpo_kernels.stepwise.settings.source",
+    "sdpo_kernels.stepwise.data.prompts": "sdpo_kernels.stepwise.data.prompts",
 }
 PRESENT_KEEP = {
     "EXTRAS, Gradients, HeadCall, HeadForward, Keep, Needs, Request, Saved": (

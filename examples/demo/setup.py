@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from examples.demo.model import build_model, build_tokenizer, save
@@ -25,6 +24,7 @@ from examples.demo.task import SOURCES, Split, warmup_corpus
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.files import replace_file
 from sdpo_kernels.stepwise.common.progress import Reporter
+from sdpo_kernels.stepwise.settings.yaml_file import write_settings
 
 TRAINING: Split = "preference"
 HELDOUT: Split = "heldout"
@@ -136,4 +136,4 @@ def write_run_file(folder: Path, name: str, stages: dict[str, Sequence[Path]], s
         },
     }
     text = f"# Written by examples/demo; to train again: sdpo train {folder / name}.yaml output_dir=<another folder>\n"
-    (folder / f"{name}.yaml").write_text(text + yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    (folder / f"{name}.yaml").write_text(text + write_settings(config), encoding="utf-8")

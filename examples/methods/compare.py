@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from examples.demo.evaluate import exactly_right, pair_gammas
 from examples.demo.model import load
@@ -31,6 +30,7 @@ from examples.methods.prepare import DEV_PAIRS, FOLDER, prepare
 from sdpo_kernels.stepwise.common.progress import Reporter
 from sdpo_kernels.stepwise.run import run
 from sdpo_kernels.stepwise.settings.run_file import load_config
+from sdpo_kernels.stepwise.settings.yaml_file import read_settings, write_settings
 
 HERE = Path(__file__).parent
 SEEDS = (7, 8, 9)
@@ -50,7 +50,9 @@ def write_run_file(output: Path, seed: int, method: str) -> Path:
     """The method's YAML for one seed: other paths and seeds, no evaluation on the way, all else as it is."""
     start = start_folder(output, seed)
     source = start / f"{method}.yaml" if method in ("dpo", "sdpo") else HERE / f"{method}.yaml"
-    settings = yaml.safe_load(source.read_text(encoding="utf-8").replace(str(FOLDER), str(start)))
+    path = output / f"seed-{seed}" / f"{method}.yaml"
+    path.write_text(source.read_text(encoding="utf-8").replace(str(FOLDER), str(start)), encoding="utf-8")
+    settings = read_settings(path)
     settings["output_dir"] = str(output / f"seed-{seed}" / method)
     settings["trainer"]["seed"] = seed
     if "post" not in settings:
@@ -58,8 +60,7 @@ def write_run_file(output: Path, seed: int, method: str) -> Path:
     for stage in settings["stages"]:
         if "source" in stage:
             stage["source"]["sample_seed"] = seed
-    path = output / f"seed-{seed}" / f"{method}.yaml"
-    path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    path.write_text(write_settings(settings), encoding="utf-8")
     return path
 
 

@@ -30,7 +30,7 @@ from sdpo_kernels.stepwise.record.expo_record import expo_line
 from sdpo_kernels.stepwise.record.manifest import Manifest, MetricsFile, Record, host_environment
 from sdpo_kernels.stepwise.references.evaluation import EVAL_FILE, EvalData
 from sdpo_kernels.stepwise.references.scorer import Scorer, pad_token_id
-from sdpo_kernels.stepwise.report.run_report import stage_table, write_report
+from sdpo_kernels.stepwise.report.run_report.run_report import stage_table, write_report
 from sdpo_kernels.stepwise.settings.run_file import dump_config
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
@@ -217,8 +217,10 @@ def _lock(folder: Path, held: ExitStack) -> str:
     stream = held.enter_context((folder / LOCK).open("a"))
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise UserError(f"{folder}: another process is working on this run") from None
+    except OSError as error:  # a file system without locks
+        raise UserError(f"output_dir: {folder} cannot be locked: {error.strerror or error}") from error
     stream.truncate(0)
     stream.write(token := uuid.uuid4().hex)
     stream.flush()

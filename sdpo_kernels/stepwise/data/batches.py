@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from sdpo_kernels.dpo import sequence_logps
@@ -124,19 +125,15 @@ def make_collate_padded(pad_token_id: int) -> Collator:
 
 
 def _pad(sequences: list[TokenizedSequence], pad_token_id: int) -> dict[str, np.ndarray]:
-    width = max(len(s.ids) for s in sequences) - 1
-    shape = (len(sequences), width)
-    group = {
-        "input_ids": np.full(shape, pad_token_id),
-        "attention_mask": np.zeros(shape, dtype=np.int64),
-        "logp_targets": np.full(shape, IGNORE_INDEX),
+    def padded(rows: list[np.ndarray], value: int) -> np.ndarray:
+        return pad_sequence([_tensor(row) for row in rows], batch_first=True, padding_value=value).numpy()
+
+    inputs = [s.ids[:-1] for s in sequences]
+    return {
+        "input_ids": padded(inputs, pad_token_id),
+        "attention_mask": padded([np.ones_like(ids) for ids in inputs], 0),
+        "logp_targets": padded([_targets(s) for s in sequences], IGNORE_INDEX),
     }
-    for row, sequence in enumerate(sequences):
-        length = len(sequence.ids) - 1
-        group["input_ids"][row, :length] = sequence.ids[:-1]
-        group["attention_mask"][row, :length] = 1
-        group["logp_targets"][row, :length] = _targets(sequence)
-    return group
 
 
 def _sequences(examples: Sequence[dict[str, Any]]) -> list[TokenizedSequence]:

@@ -90,21 +90,12 @@ def bars(
 
     `beside` are the values of other bars of the panel, which are written to that place too, and leave less room.
     """
-    ax.bar(x, values, width, color=color, zorder=2)
+    drawn = ax.bar(x, values, width, color=color, zorder=2)
     greatest = max(abs(value) for value in [*values, *beside])
     decimals = max(0, 2 - math.floor(math.log10(greatest))) if greatest else 0
-    for place, value in zip(x, values, strict=True):
-        text = f"{value:,.{decimals}f}" if 1e-4 <= greatest < 1e6 else number(value)
-        offset, anchor = ((0, -4), "top") if value < 0 else ((0, 4), "bottom")
-        ax.annotate(
-            text.replace("-", "−"),
-            (place, value),
-            offset,
-            textcoords="offset points",
-            ha="center",
-            va=anchor,
-            fontsize=9 if len(x) <= 12 and not beside else 7,
-        )
+    texts = [f"{value:,.{decimals}f}" if 1e-4 <= greatest < 1e6 else number(value) for value in values]
+    fontsize = 9 if len(x) <= 12 and not beside else 7
+    ax.bar_label(drawn, [text.replace("-", "−") for text in texts], padding=4, fontsize=fontsize)
     ax.axhline(0, color=GREY, linewidth=0.9, zorder=2.5)
     ax.spines["bottom"].set_visible(False)
     ax.tick_params(axis="x", length=0)

@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import TrainingArguments
@@ -13,6 +12,7 @@ from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.settings import trainer as trainer_options
 from sdpo_kernels.stepwise.settings.run_file import config_diff, dump_config, load_config
 from sdpo_kernels.stepwise.settings.run_settings import LoraSettings, RunConfig
+from sdpo_kernels.stepwise.settings.yaml_file import read_settings
 
 SMALL = "model: org/model\noutput_dir: runs/x\nstages:\n  - {name: easy, data: a.jsonl}\n"
 
@@ -366,7 +366,7 @@ def test_the_difference_of_two_configs(write):
     new = load_config(
         write(SMALL.replace("a.jsonl}", "[a.jsonl, b.jsonl], beta: 1.0}") + "beta: 0.05\ntrainer: {tf32: true}\n")
     )
-    stored = yaml.safe_load(dump_config(old))  # what a run's config.yaml holds: lists where the config has tuples
+    stored = read_settings(write(dump_config(old)))  # what a run's config.yaml holds: lists where the config has tuples
     assert config_diff(stored, old.model_dump()) == []
     lines = config_diff(stored, new.model_dump())
     assert "beta: 0.1 -> 0.05" in lines
