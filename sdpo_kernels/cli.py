@@ -70,7 +70,7 @@ def score(
 @app.command()
 def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The output_dir of a run.")]) -> None:
     """Rebuild a run's report.html and pictures."""
-    from sdpo_kernels.stepwise.report.run_report.run_report import write_report
+    from sdpo_kernels.stepwise.report.run_report import write_report
 
     for path in write_report(run_dir):
         typer.echo(path)

@@ -16,8 +16,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
-from sdpo_kernels.stepwise.report.run_report.comparison import wilson_interval
-from sdpo_kernels.stepwise.report.run_report.drawing import (
+from torch import Tensor
+
+from examples.diffusion.judge import judge
+from examples.diffusion.shapes import PREFERRED, SIDE
+from sdpo_kernels.stepwise.common.files import replace_file
+from sdpo_kernels.stepwise.report.comparison import wilson_interval
+from sdpo_kernels.stepwise.report.drawing import (
     BLUE,
     GREY,
     HEIGHT,
@@ -27,11 +32,6 @@ from sdpo_kernels.stepwise.report.run_report.drawing import (
     percent_axis,
     render,
 )
-from torch import Tensor
-
-from examples.diffusion.judge import judge
-from examples.diffusion.shapes import PREFERRED, SIDE
-from sdpo_kernels.stepwise.common.files import replace_file
 
 TITLE = "Diffusion-DPO: a denoiser of circles and squares learns to prefer circles"
 ROWS, COLUMNS = 6, 8  # of samples shown from each model

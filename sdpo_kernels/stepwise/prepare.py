@@ -18,7 +18,7 @@ from sdpo_kernels.stepwise.data.order import StageData
 from sdpo_kernels.stepwise.data.pairs import Pair, read_pairs, shared_pairs
 from sdpo_kernels.stepwise.data.prompts import read_prompts
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs, tokenize_pairs
-from sdpo_kernels.stepwise.models.load.load import load_tokenizer
+from sdpo_kernels.stepwise.models.load import load_tokenizer
 from sdpo_kernels.stepwise.references.multi import check_multi
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig, StageConfig
 from sdpo_kernels.stepwise.sources.make import check_source

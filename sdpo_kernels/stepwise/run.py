@@ -30,7 +30,7 @@ from sdpo_kernels.stepwise.record.expo_record import expo_line
 from sdpo_kernels.stepwise.record.manifest import Manifest, MetricsFile, Record, host_environment
 from sdpo_kernels.stepwise.references.evaluation import EVAL_FILE, EvalData
 from sdpo_kernels.stepwise.references.scorer import Scorer, pad_token_id
-from sdpo_kernels.stepwise.report.run_report.run_report import stage_table, write_report
+from sdpo_kernels.stepwise.report.run_report import stage_table, write_report
 from sdpo_kernels.stepwise.settings.run_file import dump_config
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments

@@ -15,8 +15,8 @@ from transformers import set_seed
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import Interrupted, UserError
 from sdpo_kernels.stepwise.common.progress import peak_memory_bytes, reset_peak_memory
-from sdpo_kernels.stepwise.models.load.load import add_adapter, release_memory
-from sdpo_kernels.stepwise.models.load.precision import asks_for_fsdp
+from sdpo_kernels.stepwise.models.load import add_adapter, release_memory
+from sdpo_kernels.stepwise.models.precision import asks_for_fsdp
 from sdpo_kernels.stepwise.prepare import generated_stage
 from sdpo_kernels.stepwise.record.manifest import Record
 from sdpo_kernels.stepwise.references.stage_references import REFERENCE_FILE

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sdpo_kernels.stepwise.models.load.load import weights_hash
-from sdpo_kernels.stepwise.models.load.sharded import is_sharded
 from torch.distributed.fsdp import fully_shard
 from transformers.utils.logging import disable_progress_bar
 
 from sdpo_kernels.integrations.lm_head import find_head
 from sdpo_kernels.stepwise import run as run_module
+from sdpo_kernels.stepwise.models.load import weights_hash
+from sdpo_kernels.stepwise.models.sharded import is_sharded
 from sdpo_kernels.stepwise.training import publish
 from tests.stepwise.runs import Child
 

@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
-from sdpo_kernels.stepwise.report.run_report.run_report import read_run
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sdpo_kernels.stepwise import run as run_module
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.data import order as order_module
+from sdpo_kernels.stepwise.report.run_report import read_run
 from sdpo_kernels.stepwise.run import run
 from sdpo_kernels.stepwise.settings.run_file import load_config
 from tests.stepwise import runs

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sdpo_kernels.stepwise.models.load.load import load_model, weights_hash
-from sdpo_kernels.stepwise.models.load.precision import Precision
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.models.load import load_model, weights_hash
+from sdpo_kernels.stepwise.models.precision import Precision
 from sdpo_kernels.stepwise.references import scorer as reference_module
 from sdpo_kernels.stepwise.settings.run_file import load_config
 from tests.stepwise import runs

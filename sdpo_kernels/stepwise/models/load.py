@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from sdpo_kernels.integrations.causal_lm import attach_fused_head, disable_dropout
 from sdpo_kernels.integrations.packed_attention import use_packed_attention
 from sdpo_kernels.stepwise.common.errors import UserError
-from sdpo_kernels.stepwise.models.load.precision import Precision
+from sdpo_kernels.stepwise.models.precision import Precision
 from sdpo_kernels.stepwise.settings.run_settings import LoraSettings, RunConfig
 
 logger = logging.getLogger(__name__)

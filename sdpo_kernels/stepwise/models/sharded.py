@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from sdpo_kernels.integrations.lm_head import find_head
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.data.batches import collate_packed
-from sdpo_kernels.stepwise.models.load.precision import Precision, asks_for_fsdp
+from sdpo_kernels.stepwise.models.precision import Precision, asks_for_fsdp
 
 
 def own(weight: Tensor) -> Tensor:

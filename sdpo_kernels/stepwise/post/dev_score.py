@@ -16,7 +16,7 @@ from torch import Tensor
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.progress import Reporter
 from sdpo_kernels.stepwise.data.order import scored_counts
-from sdpo_kernels.stepwise.models.load.load import ADAPTER
+from sdpo_kernels.stepwise.models.load import ADAPTER
 from sdpo_kernels.stepwise.post.weights import Weights
 from sdpo_kernels.stepwise.prepare import read_eval
 from sdpo_kernels.stepwise.references.evaluation import summarise

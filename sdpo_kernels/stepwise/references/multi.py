@@ -22,7 +22,7 @@ from sdpo_kernels.integrations.causal_lm import check_head
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.data.fit import check_fit, load_model_config
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
-from sdpo_kernels.stepwise.models.load.load import load_tokenizer, weights_hash
+from sdpo_kernels.stepwise.models.load import load_tokenizer, weights_hash
 from sdpo_kernels.stepwise.references.mixture import combine
 from sdpo_kernels.stepwise.references.scorer import Scorer
 from sdpo_kernels.stepwise.settings.reference import MultiSettings

@@ -29,8 +29,8 @@ from sdpo_kernels.stepwise.common.files import replace_file
 from sdpo_kernels.stepwise.common.progress import Reporter
 from sdpo_kernels.stepwise.data.batches import Batch, Collator, PairDataset, collate_packed, make_collate_padded
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
-from sdpo_kernels.stepwise.models.load.load import Loaded, load_model, weights_hash
-from sdpo_kernels.stepwise.models.load.precision import Precision
+from sdpo_kernels.stepwise.models.load import Loaded, load_model, weights_hash
+from sdpo_kernels.stepwise.models.precision import Precision
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from torch import Tensor
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.data.batches import PairDataset
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
-from sdpo_kernels.stepwise.models.load.load import Loaded, release_memory, weights_hash
+from sdpo_kernels.stepwise.models.load import Loaded, release_memory, weights_hash
 from sdpo_kernels.stepwise.record.manifest import Record
 from sdpo_kernels.stepwise.references.evaluation import EVAL_FILE, EvalData
 from sdpo_kernels.stepwise.references.multi import BASE_FILE, MultiReferences

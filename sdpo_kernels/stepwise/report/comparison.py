@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from sdpo_kernels.stepwise.common.files import replace_file
-from sdpo_kernels.stepwise.report.run_report.drawing import (
+from sdpo_kernels.stepwise.report.drawing import (
     BLUE,
     GREEN,
     GREY,
@@ -44,7 +44,7 @@ from sdpo_kernels.stepwise.report.run_report.drawing import (
     render,
     stage_axis,
 )
-from sdpo_kernels.stepwise.report.run_report.page import html_page, html_picture, html_table
+from sdpo_kernels.stepwise.report.page import html_page, html_picture, html_table
 
 Row = dict[str, Any]
 COLORS = (GREY, ORANGE, BLUE, GREEN, "#CC79A7", "#E69F00", "#56B4E9")

@@ -17,7 +17,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from sdpo_kernels.losses import starts_at_ln2
-from sdpo_kernels.stepwise.report.run_report.drawing import (
+from sdpo_kernels.stepwise.report.drawing import (
     BAND,
     BLUE,
     GREY,

@@ -24,9 +24,9 @@ from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.files import replace_file
 from sdpo_kernels.stepwise.common.units import write_bytes, write_seconds
 from sdpo_kernels.stepwise.record.expo_record import expo_line
-from sdpo_kernels.stepwise.report.run_report.drawing import finite, model_name, number
-from sdpo_kernels.stepwise.report.run_report.page import html_page, html_picture, html_table
-from sdpo_kernels.stepwise.report.run_report.pictures import run_pictures
+from sdpo_kernels.stepwise.report.drawing import finite, model_name, number
+from sdpo_kernels.stepwise.report.page import html_page, html_picture, html_table
+from sdpo_kernels.stepwise.report.pictures import run_pictures
 
 Record = dict[str, Any]
 NOTHING = "–"

@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.files import empty_folder, publish_folder, remove_folder
 from sdpo_kernels.stepwise.data.prompts import PromptRow
-from sdpo_kernels.stepwise.models.load.load import release_memory
+from sdpo_kernels.stepwise.models.load import release_memory
 from sdpo_kernels.stepwise.settings.source import DiscriminatorSource
 from sdpo_kernels.stepwise.sources.active import Question, annotate
 from sdpo_kernels.stepwise.sources.context import PairRow, SourceContext, read_json_rows, write_rows

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from sdpo_kernels.stepwise.models.load.load import load_generator, weights_hash
+from sdpo_kernels.stepwise.models.load import load_generator, weights_hash
 from sdpo_kernels.stepwise.references.ema import load_ema_into
 from sdpo_kernels.stepwise.sources.context import SourceContext
 

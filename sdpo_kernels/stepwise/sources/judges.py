@@ -25,7 +25,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.data.prompts import PromptRow
-from sdpo_kernels.stepwise.models.load.load import release_memory
+from sdpo_kernels.stepwise.models.load import release_memory
 from sdpo_kernels.stepwise.sources.context import read_json_rows
 
 VERDICTS_AT_ONCE = 256  # what a kill costs at most

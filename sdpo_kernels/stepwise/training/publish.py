@@ -15,8 +15,8 @@ from torch import Tensor
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.files import empty_folder, publish_folder, read_json, remove_folder, replace_file
-from sdpo_kernels.stepwise.models.load.load import ADAPTER, merge_adapter
-from sdpo_kernels.stepwise.models.load.sharded import gathered, require_same
+from sdpo_kernels.stepwise.models.load import ADAPTER, merge_adapter
+from sdpo_kernels.stepwise.models.sharded import gathered, require_same
 from sdpo_kernels.stepwise.record.manifest import Record, planned
 from sdpo_kernels.stepwise.record.model_card import model_card
 from sdpo_kernels.stepwise.references.scorer import write_scores

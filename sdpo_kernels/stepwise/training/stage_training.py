@@ -14,8 +14,8 @@ from sdpo_kernels.integrations.causal_lm import check_head
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import Interrupted, UserError
 from sdpo_kernels.stepwise.data.batches import PairDataset
-from sdpo_kernels.stepwise.models.load.load import Loaded
-from sdpo_kernels.stepwise.models.load.sharded import check_way, prepare_fsdp
+from sdpo_kernels.stepwise.models.load import Loaded
+from sdpo_kernels.stepwise.models.sharded import check_way, prepare_fsdp
 from sdpo_kernels.stepwise.references.ema import EmaReference
 from sdpo_kernels.stepwise.references.stage_references import StageStart
 from sdpo_kernels.stepwise.settings.reference import EmaSettings

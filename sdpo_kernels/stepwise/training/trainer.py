@@ -19,7 +19,7 @@ from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.data.batches import Batch
 from sdpo_kernels.stepwise.data.rank_batches import share_batches
-from sdpo_kernels.stepwise.models.load.sharded import not_finite
+from sdpo_kernels.stepwise.models.sharded import not_finite
 from sdpo_kernels.stepwise.references.ema import EmaReference
 from sdpo_kernels.stepwise.training.checkpoints import AtomicCheckpoints
 from sdpo_kernels.stepwise.training.start_guard import StartGuard

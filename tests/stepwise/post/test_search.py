@@ -13,12 +13,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file
-from sdpo_kernels.stepwise.models.load.load import release_memory
 from transformers import AutoModelForCausalLM
 
 from sdpo_kernels import cli
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.progress import Reporter
+from sdpo_kernels.stepwise.models.load import release_memory
 from sdpo_kernels.stepwise.post import search as search_module
 from sdpo_kernels.stepwise.post.dev_score import CommandScore, PairScore
 from sdpo_kernels.stepwise.post.search import Found, Trial, search, search_notes, search_table

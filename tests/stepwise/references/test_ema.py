@@ -6,13 +6,13 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
-from sdpo_kernels.stepwise.models.load.load import load_model
-from sdpo_kernels.stepwise.models.load.precision import Precision
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.data.batches import Batch
+from sdpo_kernels.stepwise.models.load import load_model
+from sdpo_kernels.stepwise.models.precision import Precision
 from sdpo_kernels.stepwise.references.ema import EMA_FILE, EMA_STATE, EmaReference, load_ema_into, swapped, trained
 from sdpo_kernels.stepwise.settings.reference import EmaSettings
 from sdpo_kernels.stepwise.training import checkpoints

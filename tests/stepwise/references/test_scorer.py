@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from sdpo_kernels.stepwise.models.load.load import weights_hash
 
 from sdpo_kernels.integrations.causal_lm import unwrap
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.progress import Reporter
+from sdpo_kernels.stepwise.models.load import weights_hash
 from sdpo_kernels.stepwise.prepare import prepare
 from sdpo_kernels.stepwise.references import scorer as reference
 from sdpo_kernels.stepwise.references.scorer import Scorer, cached_scores, pad_token_id, read_scores, write_scores

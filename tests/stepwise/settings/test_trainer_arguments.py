@@ -4,11 +4,11 @@ import os
 
 import pytest
 import torch
-from sdpo_kernels.stepwise.models.load.precision import Precision
 from torch import nn
 from transformers import TrainingArguments
 
 from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.models.precision import Precision
 from sdpo_kernels.stepwise.settings import trainer_arguments as arguments_module
 from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
 from tests.stepwise import runs

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from sdpo_kernels.stepwise.models.load.precision import Precision
 
 from sdpo_kernels.stepwise.common.progress import Reporter
 from sdpo_kernels.stepwise.data.prompts import PromptRow
+from sdpo_kernels.stepwise.models.precision import Precision
 from sdpo_kernels.stepwise.references.scorer import Scorer
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 from sdpo_kernels.stepwise.settings.source import RankedSource

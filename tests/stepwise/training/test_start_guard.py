@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from sdpo_kernels.stepwise import stage as stage_module
 from sdpo_kernels.stepwise.common.errors import UserError
-from sdpo_kernels.stepwise.models.load import load as models
+from sdpo_kernels.stepwise.models import load as models
 from sdpo_kernels.stepwise.prepare import prepare
 from sdpo_kernels.stepwise.references.scorer import Scorer, read_scores, write_scores
 from sdpo_kernels.stepwise.training.start_guard import LN2, StartGuard, cache_tolerance
