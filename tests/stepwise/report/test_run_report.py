@@ -16,8 +16,9 @@ import pytest
 from rich.console import Console
 
 from sdpo_kernels.stepwise.common.errors import UserError
-from sdpo_kernels.stepwise.report import drawing, pictures, read_run, stage_table, write_report
+from sdpo_kernels.stepwise.report import drawing, pictures
 from sdpo_kernels.stepwise.report.comparison import comparison_html, comparison_picture, wilson_interval
+from sdpo_kernels.stepwise.report.run_report import read_run, stage_table, write_report
 
 CURVES = ["loss.png", "reward_margin.png", "reward_accuracy.png"]
 BY_STAGE = ["gamma_reference.png", "time.png", "memory.png"]
