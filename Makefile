@@ -41,10 +41,10 @@ sanitize: $(VENV)/.installed
 		ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -q -p no:cacheprovider -m "not slow" \
 		tests/backends/test_native.py tests/test_logits.py tests/test_logps_extremes.py
 
-# torch first: it is pinned, and the rest is built and resolved against the installed one
+# torch first: it is pinned, and everything after it is built and resolved against what is installed
 $(VENV)/.installed: pyproject.toml constraints.txt setup.py $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
-		{ echo "cannot create a virtual environment; on Debian: apt-get install python3-venv" >&2; rm -rf $(VENV); exit 1; }
+		{ echo "cannot make a virtual environment; on Debian: apt-get install python3-venv" >&2; rm -rf $(VENV); exit 1; }
 	$(BIN)/python -m pip install -q --upgrade pip "setuptools>=77" wheel
 	$(BIN)/python -m pip install -q -c constraints.txt torch ninja
 	$(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt -e ".[train,dev]"
