@@ -1,4 +1,4 @@
-# Two commands need nothing but Python >= 3.10, git and a compiler: `make demo` and `make test`.
+# `make demo` and `make test` need only Python >= 3.10, git and a compiler.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
