@@ -222,7 +222,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--jobs", type=int, default=2, help="processes, with one thread each")
-    parser.add_argument("--quick", action="store_true", help="small data and a short warm-up: a check that all runs work")
+    parser.add_argument("--quick", action="store_true", help="small data, short warm-up: checks that all runs work")
     options = parser.parse_args()
 
     reporter = Reporter()
