@@ -99,7 +99,7 @@ def measure_problem(options: argparse.Namespace) -> dict[str, Any]:
     shape = (options.pairs, options.length, options.hidden, vocab)
     problem = with_raised_targets(Problem.random(*shape, 1.0, DTYPES[dtype], options.device), SHIFTS[kind])
     truth = true_step(problem)
-    return {"cases": {case: judged(case, problem, truth) for case in options.cases}}
+    return {"cases": {case: case_errors(case, problem, truth) for case in options.cases}}
 
 
 def with_raised_targets(problem: Problem, by: float) -> Problem:
@@ -117,7 +117,7 @@ def with_raised_targets(problem: Problem, by: float) -> Problem:
     return replace(problem, hidden=hidden, ref_hidden=(problem.ref_hidden.float() + directions).to(dtype))
 
 
-def judged(case: str, problem: Problem, truth: Truth) -> dict[str, Any]:
+def case_errors(case: str, problem: Problem, truth: Truth) -> dict[str, Any]:
     """A case's errors on a problem, or the reason why it has none."""
     problem.zero_grad()
     try:

@@ -167,6 +167,8 @@ def show(report: dict[str, Any]) -> str:
         if "skipped" in result:
             skipped.append(f"{result['case']}: not measured, {result['skipped']}")
             continue
+
+        # a value that was not measured leaves its cell empty
         memory, error, ratio = result["peak_extra_bytes"], result["error_nat"], result.get("ratio_to_floor")
         lines.append([
             result["case"],

@@ -149,6 +149,8 @@ def accuracy_section(report: Report) -> list[str]:
     for dtype, vocab in dict.fromkeys((r["dtype"], r["vocab"]) for r in ran):
         of = {(r["case"], r["input"]): r for r in ran if (r["dtype"], r["vocab"]) == (dtype, vocab)}
         inputs = list(dict.fromkeys(kind for _, kind in of))
+
+        # a row per case; three errors per input side by side
         lines = [
             [f"`{case}`", *(errors(of.get((case, kind)), key) for kind in inputs for key in ("nats", "dx", "dw"))]
             for case in dict.fromkeys(case for case, _ in of)
@@ -187,6 +189,8 @@ def scaling_section(report: Report) -> list[str]:
 def step_section(report: Report) -> list[str]:
     """Time, speed and memory of the driver and of TRL."""
     lines, skipped = [], {}
+
+    # the ratio is in the row of the driver's side
     for result in report["results"]:
         for side, found in result["sides"].items():
             if "skipped" in found:

@@ -50,7 +50,7 @@ class Problem:
     ) -> Problem:
         """Normal hidden states, logits with standard deviation 3; `scored` as in `scored_positions`.
 
-        Time at the head depends on the values only in a backward that skips small gradients, which none does here.
+        Time at the head depends on the values only in a backward that skips small gradients, which no case here does.
         """
         generator = torch.Generator().manual_seed(0)
 

@@ -29,6 +29,8 @@ def gemms(problem: Problem) -> Callable[[], None]:
     index = (problem.labels.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)
     weight, ref_weight = problem.weight.detach(), problem.ref_weight
     x, ref_x = (t.detach().flatten(0, 1)[index] for t in (problem.hidden, problem.ref_hidden))
+
+    # random: the time of a product does not depend on its values
     grad = torch.randn(index.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
 
     def step() -> None:
@@ -62,17 +64,17 @@ def linear_cross_entropy_chunked(problem: Problem) -> Callable[[], Step]:
 
 def trl_fused(problem: Problem) -> Callable[[], Step]:
     """TRL ≥ 1.15's `ChunkedLogProbFunction` on all rows, as TRL calls it; see also `trl_fused_scored`."""
-    return _dpo_step(problem, _trl_logps(problem, scored_alone=False))
+    return _dpo_step(problem, _trl_logps(problem, scored_only=False))
 
 
 def trl_fused_scored(problem: Problem) -> Callable[[], Step]:
     """The same on the scored rows only: TRL with our row compaction."""
-    return _dpo_step(problem, _trl_logps(problem, scored_alone=True))
+    return _dpo_step(problem, _trl_logps(problem, scored_only=True))
 
 
 def trl_fused_metrics(problem: Problem) -> Callable[[], Step]:
     """`trl_fused` with the policy's outputs that TRL's trainers log: entropy, log Σp², mean logit, top-1."""
-    return _dpo_step(problem, _trl_logps(problem, scored_alone=False, metrics=EXTRAS))
+    return _dpo_step(problem, _trl_logps(problem, scored_only=False, metrics=EXTRAS))
 
 
 def trl_patched(problem: Problem) -> Callable[[], Step]:
@@ -228,18 +230,18 @@ def _patched_step(problem: Problem, metrics: Sequence[str]) -> Callable[[], Step
     _imported("trl.kernels.chunked_logprob")
     try:
         with fused_trl.patch():
-            return _dpo_step(problem, _trl_logps(problem, scored_alone=False, metrics=metrics))
+            return _dpo_step(problem, _trl_logps(problem, scored_only=False, metrics=metrics))
     except RuntimeError as error:  # an unknown version of TRL
         raise CannotRun(str(error)) from error
 
 
-def _trl_logps(problem: Problem, scored_alone: bool, metrics: Sequence[str] = ()) -> Callable[[Tensor, Tensor], Tensor]:
+def _trl_logps(problem: Problem, scored_only: bool, metrics: Sequence[str] = ()) -> Callable[[Tensor, Tensor], Tensor]:
     apply = _imported("trl.kernels.chunked_logprob").ChunkedLogProbFunction.apply
 
     # everything that depends on the labels only is prepared here and not timed
     targets = problem.labels.reshape(-1)
     scored = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-    index = scored if scored_alone else torch.arange(len(targets), device=targets.device)
+    index = scored if scored_only else torch.arange(len(targets), device=targets.device)
     kept = targets[index].clamp(min=0)
     mask = (targets[index] != IGNORE_INDEX).float()
     sequence = index // problem.labels.shape[1]
@@ -247,7 +249,7 @@ def _trl_logps(problem: Problem, scored_alone: bool, metrics: Sequence[str] = ()
 
     def logps(hidden: Tensor, weight: Tensor) -> Tensor:
         rows = hidden.flatten(0, 1)
-        rows = rows[index] if scored_alone else rows
+        rows = rows[index] if scored_only else rows
         outputs = tuple(metrics) if torch.is_grad_enabled() else ()  # TRL requests none of the reference
         found = apply(rows, weight, None, kept, 1.0, columns, None, 1.0, outputs)[0]
         return torch.zeros(len(problem.labels), device=rows.device).index_add(0, sequence, found * mask)

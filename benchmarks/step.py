@@ -180,6 +180,7 @@ def trl_round(task: Task, rows: list[dict[str, Any]], model: Path, folder: Path)
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
     from trl import DPOConfig, DPOTrainer
 
+    # the same settings as in driver_round, and what the driver does not have switched off
     args = DPOConfig(
         output_dir=str(folder),
         per_device_train_batch_size=BATCH,

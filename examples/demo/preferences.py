@@ -40,6 +40,7 @@ def preference_pairs(
     used: frozenset[str] = frozenset()
 
     for number in range(ROUNDS):
+        # a seed of its own for every round of every seed
         problems = draw_words(source, split, count, seed=seed * ROUNDS + number, but=used)
         used |= {problem.word for problem in problems}
 

@@ -94,6 +94,7 @@ def _make(run: Run, settings: ExpoSettings, work: Path) -> Record:
         found = search(start, aligned, settings.alphas, lambda made: _evaluate(run, made, scorer)[metric], work / "try")
         run.reporter.say(search_table(found, metric))
 
+    # the search keeps only one model on the disk, so its best one is written again
     alpha = found.best.alpha if found is not None else float(settings.alpha)
     extrapolate(start, aligned, work / "finished", alpha, search_notes(found, metric) if found is not None else ())
 

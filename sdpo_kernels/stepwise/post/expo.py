@@ -56,6 +56,8 @@ def extrapolate(start: Path, aligned: Path, output: Path, alpha: float, notes: S
 
     output = output.absolute()
     require_free(output)
+
+    # next to the output, so that the rename stays on one disk
     staging = output.with_name(f".{output.name}.expo")
 
     try:

@@ -22,7 +22,7 @@ PairRow = dict[str, Any]  # prompt, chosen, rejected, in TRL's schema
 
 @dataclass(frozen=True)
 class SourceContext:
-    """One stage's prompts, the models at hand, and the folders for what the source keeps."""
+    """One stage's prompts, the models it may use, and the folders for what the source keeps."""
 
     name: str  # of the stage
     settings: Sampling
