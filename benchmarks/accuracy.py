@@ -62,18 +62,24 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=(__doc__ or "").splitlines()[0])
+    # the problems
     parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--length", type=int, default=512, help="tokens per sequence, all of them scored")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--vocabs", type=int, nargs="+", default=[32000, 151936])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
     parser.add_argument("--inputs", nargs="+", choices=SHIFTS, default=list(SHIFTS))
+
+    # the measurement
     parser.add_argument("--cases", nargs="+", choices=RIVALS, default=CASES, metavar="CASE")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--quick", action="store_true", help=f"a tiny run: {QUICK}")
+
+    # for the processes that it starts itself
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+
     options = parser.parse_args(arguments)
     if options.quick:
         vars(options).update(QUICK)

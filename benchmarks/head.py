@@ -44,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.head", description=(__doc__ or "").splitlines()[0])
+    # the problem
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--length", type=int, default=256, help="positions per sequence")
     parser.add_argument("--hidden", type=int, default=1024)
@@ -55,6 +56,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+
+    # the measurement
     parser.add_argument("--rounds", type=int, default=3, help="fresh processes per case")
     parser.add_argument(
         "--repeats", type=int, default=3, help=f"timed calls per process; none starts after {PATIENCE:.0f} s"
@@ -62,8 +65,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", choices=RIVALS, default=list(RIVALS), metavar="CASE")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--quick", action="store_true", help=f"a tiny run: {QUICK}")
+
+    # for the processes that it starts itself
     parser.add_argument("--child", choices=RIVALS, help=argparse.SUPPRESS)
     parser.add_argument("--with-error", action="store_true", help=argparse.SUPPRESS)
+
     options = parser.parse_args(arguments)
     if options.quick:
         vars(options).update(QUICK)

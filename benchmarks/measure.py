@@ -73,6 +73,7 @@ def summary(answers: list[dict[str, Any]]) -> dict[str, Any]:
     if "skipped" in answers[-1]:
         return {"skipped": answers[-1]["skipped"]}
 
+    # every call counts alike; of the memory peaks, one per process, the median is a measured one
     times = [time for answer in answers for time in answer["times_s"]]
     memories = [a["peak_extra_bytes"] for a in answers if a["peak_extra_bytes"] is not None]
     return {

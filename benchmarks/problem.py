@@ -129,6 +129,7 @@ def real_lengths(pairs_a_stage: int = 64) -> list[tuple[int, tuple[int, int]]]:
     def tokens(messages: list[dict[str, Any]]) -> int:
         return len(tokenizer.encode("\n".join(message["content"] for message in messages)).ids)
 
+    # the stages in their order, whatever the file system's
     found = []
     for path in sorted((DATA / "full").glob("stage*.jsonl.gz")):
         with gzip.open(path, "rt", encoding="utf-8") as lines:

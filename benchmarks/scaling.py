@@ -83,6 +83,8 @@ def show(report: dict[str, Any]) -> str:
     for point in report["results"]:
         found = {result["case"]: result for result in point["results"]}
         skipped |= {case: result["skipped"] for case, result in found.items() if "skipped" in result}
+
+        # a case that cannot run keeps its column, with dashes
         cells = [cell(found[case]) for case in cases]
         lines.append([f"{point['factor']} {point['value']}", str(point["shape"]["rows"]), *cells])
 

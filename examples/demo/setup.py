@@ -128,6 +128,7 @@ def warmed_up(settings: Settings, label: str, reporter: Reporter) -> tuple[Llama
 
 def write_run_file(folder: Path, name: str, stages: dict[str, Sequence[Path]], settings: Settings) -> None:
     """Write <name>.yaml; the run files for DPO and sDPO differ only in stages and output_dir."""
+    # everything but the stages is the same for both, as the comparison is about the stages
     config: dict[str, Any] = {
         "model": str(folder / "start"),
         "output_dir": str(folder / name),

@@ -156,6 +156,7 @@ def grid_panel(ax: Axes, each: Findings) -> None:
 
 def share_panel(ax: Axes, found: Sequence[Findings]) -> None:
     """Circles among valid shapes and valid shapes among all, one bar per model."""
+    # two groups of bars, one bar per model in each
     groups = [[each.circles for each in found], [each.valid for each in found]]
     for group, shares in enumerate(groups):
         for place, (share, color) in enumerate(zip(shares, (GREY, BLUE), strict=True)):

@@ -82,6 +82,8 @@ def _make(run: Run, settings: ExpoSettings, work: Path) -> Record:
     3. Extrapolate, and evaluate the result.
     """
     started = time.monotonic()
+
+    # a run with a single stage has no previous stage but the initial model
     last = len(run.manifest.stages)
     aligned = run.stage_folder(last)
     start = run.stage_folder(last - 1) if settings.start == "previous" and last > 1 else Path(run.config.model)

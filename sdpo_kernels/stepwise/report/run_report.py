@@ -122,6 +122,7 @@ def check_manifest(manifest: object, where: str) -> None:
     if not isinstance(manifest, dict) or not isinstance(manifest.get("stages"), list):
         raise UserError(f'{where}: must be a JSON object with a list "stages"')
 
+    # only what the table and the pictures read: other keys may have any form
     for place, stage in enumerate(manifest["stages"]):
         here = f"{where}: stages[{place}]"
         if not isinstance(stage, dict):
