@@ -137,7 +137,7 @@ def test_check_and_score_and_report(main, tmp_path, model, pictures):
     assert str(tmp_path / "run" / "report.html") in out.splitlines()
     code, out, err = main("report", tmp_path)
     assert (code, out) == (2, "")
-    assert "no manifest.json there" in err
+    assert "has no manifest.json" in err
 
 
 def test_a_stop_outside_of_training_says_how_to_go_on(main, tmp_path, model, monkeypatch):
