@@ -1,7 +1,7 @@
 """Atomic file operations: whatever kills the process, a file is either complete or absent.
 
-Content is written to a temporary name, fsynced, then renamed into place. In a distributed run only rank 0 writes; on the
-other ranks these functions do nothing.
+Content is written to a temporary name, fsynced, then renamed into place. In a distributed run only rank 0 writes; on
+the other ranks these functions do nothing.
 """
 
 from __future__ import annotations
