@@ -1,4 +1,4 @@
-"""Real models, tokenizers and preference data, from ../shared/data, through the whole driver."""
+"""Whole runs on real models, tokenizers and preference data from ../shared/data."""
 
 import gzip
 import json
@@ -31,8 +31,8 @@ def stages_start_at_ln_2(manifest) -> None:
         assert stage["first_loss"] == pytest.approx(LN2, abs=1e-3)
 
 
-def test_two_epochs_on_700_grammar_pairs_lift_accuracy_on_others(tmp_path, data_dir):
-    """Measured: .542 before, .738 after with this seed; .682 the lowest of two seeds and two batch sizes."""
+def test_two_epochs_on_700_grammar_pairs_raise_held_out_accuracy(tmp_path, data_dir):
+    """Measured: .542 before, .738 after with this seed; .682 was the lowest of two seeds and two batch sizes."""
     pack = data_dir / "compact" / "stage1_grammar.jsonl"
     train = runs.write_rows(tmp_path / "train.jsonl", rows_of(pack, 0, 700))
     held_out = runs.write_rows(tmp_path / "held_out.jsonl", rows_of(pack, 700, 1200))
@@ -50,8 +50,8 @@ def test_two_epochs_on_700_grammar_pairs_lift_accuracy_on_others(tmp_path, data_
     assert after["reward_accuracy"] > 0.6
 
 
-def test_three_sources_of_rising_difficulty(tmp_path, data_dir):
-    """Grammar, commonsense, arithmetic: every stage starts at its reference, the next one from where it ended."""
+def test_three_stages_of_rising_difficulty(tmp_path, data_dir):
+    """Grammar, commonsense, arithmetic: every stage starts from its reference, the previous stage's model."""
     pack = data_dir / "compact"
     sizes = {"stage1_grammar": 320, "stage2_commonsense": 200, "stage3_reasoning": 120}
     stages = []
@@ -75,7 +75,7 @@ def test_three_sources_of_rising_difficulty(tmp_path, data_dir):
 
 
 def test_a_chat_stage_with_a_large_vocabulary(tmp_path, data_dir):
-    """Conversations with system messages, GPT-2's tokenizer with a template of its own, logits never built."""
+    """Conversations with system messages and GPT-2's tokenizer with our own template; logits are never built."""
     folder = runs.make_model(
         tmp_path / "model", spread=0.05, vocab_size=50257, hidden_size=32, max_position_embeddings=512,
         bos_token_id=50256, eos_token_id=50256, pad_token_id=50256,
@@ -105,4 +105,4 @@ def test_a_chat_stage_with_a_large_vocabulary(tmp_path, data_dir):
     assert stage["pairs"] + stage["dropped"] == 24
     assert stage["steps"] == 3 * math.ceil(stage["pairs"] / 4)
     losses = [line["loss"] for line in runs.metrics(tmp_path / "run")]
-    assert sum(losses[-6:]) / 6 < LN2 - 0.1  # the third time it sees them
+    assert sum(losses[-6:]) / 6 < LN2 - 0.1  # the third epoch
