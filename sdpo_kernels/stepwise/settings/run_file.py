@@ -96,6 +96,7 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _resolve_paths(config: RunConfig, file: str) -> RunConfig:
+    """The config with absolute paths, so that it means the same from any working directory."""
     output = _absolute(config.output_dir)
     if os.path.exists(output) and not os.path.isdir(output):
         raise UserError(f"{file}: output_dir: was {config.output_dir!r}, which is a file, must be a folder")
@@ -113,6 +114,7 @@ def _resolve_paths(config: RunConfig, file: str) -> RunConfig:
 
 
 def _absolute_model(model: str, at: str) -> str:
+    """A model folder as an absolute path; a Hub name as it is. Raises UserError for what can be neither."""
     if os.path.isdir(os.path.expanduser(model)):
         return _absolute(model)
     if model.startswith((".", "/", "~")) or model.count("/") > 1:

@@ -63,11 +63,14 @@ def test_publish_folder_syncs_every_file_before_the_rename(tmp_path, monkeypatch
     (staging / "sub").mkdir(parents=True)
     (staging / "a").write_text("a")
     (staging / "sub" / "b").write_text("b")
+
     order = []
     sync, rename = files.sync, os.rename
     monkeypatch.setattr(files, "sync", lambda p: (order.append(p.name), sync(p))[1])
     monkeypatch.setattr(os, "rename", lambda *a: (order.append("rename"), rename(*a))[1])
     files.publish_folder(staging, tmp_path / "final")
+
+    # the rename must not survive a crash that the content does not
     assert sorted(order[: order.index("rename")]) == [".staging", "a", "b", "sub"]
     assert order[order.index("rename") + 1 :] == [tmp_path.name]
     assert (tmp_path / "final" / "sub" / "b").read_text() == "b"
@@ -95,6 +98,7 @@ def test_remove_folder_renames_before_it_deletes(tmp_path, monkeypatch):
         patch.setattr(files.shutil, "rmtree", dies)
         with pytest.raises(KeyboardInterrupt):
             files.remove_folder(folder)
+
     assert not folder.exists()
     assert len(os.listdir(tmp_path)) == 1
     files.remove_folder(folder)  # a second call removes what the first one left

@@ -35,12 +35,15 @@ def test_packed_by_hand():
     assert next(iter(batch)) == "pair_index"  # accelerate takes the batch size from the first tensor
     assert batch["pair_index"].tolist() == [7, 3]
     assert batch["ref_logps"].tolist() == [-1.0, -3.0, -2.0, -4.0]
+
     (row,) = batch["groups"]
     # chosen 7, chosen 3, rejected 7, rejected 3, each without its last token
     assert row["input_ids"].tolist() == [[5, 6, 7, 4, 5, 6, 4, 6]]
     assert row["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1, 0, 1]]
     assert row["logp_targets"].tolist() == [[-100, 7, 8, 5, -100, 9, 6, 7]]
     assert set(row) == {"input_ids", "position_ids", "logp_targets"}
+
+    # rows with a target, counted along the row above
     assert batch["rows_index"].tolist() == [1, 2, 3, 5, 6, 7]
     assert batch["rows_segment"].tolist() == [0, 0, 1, 2, 3, 3]
     assert batch["rows_counts"].tolist() == [2, 1, 1, 2]
@@ -56,6 +59,7 @@ def test_padded_by_hand():
     assert next(iter(batch)) == "pair_index"
     assert batch["pair_index"].tolist() == [7, 3, 4]
     assert batch["ref_logps"].tolist() == [-1.0, -3.0, -5.0, -2.0, -4.0, -6.0]
+
     short, long = batch["groups"]
     assert short["input_ids"].tolist() == [[4, 0, 0], [5, 6, 0], [4, 6, 0], [5, 6, 7]]
     assert short["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 0], [1, 1, 1]]
@@ -64,6 +68,8 @@ def test_padded_by_hand():
     assert long["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     assert long["logp_targets"].tolist() == [[-100, -100, 10, 11, -100], [-100, -100, 12, 13, 14]]
     assert set(short) == {"input_ids", "attention_mask", "logp_targets"}
+
+    # the rows of `long` are counted on from the 12 of `short`
     assert batch["rows_index"].tolist() == [0, 4, 6, 7, 10, 11, 14, 15, 19, 20, 21]
     assert batch["rows_segment"].tolist() == [1, 3, 4, 4, 0, 0, 2, 2, 5, 5, 5]
     assert batch["rows_counts"].tolist() == [2, 1, 2, 1, 2, 3]
@@ -150,6 +156,7 @@ def test_packed_and_padded_give_the_same_loss_and_gradients(llama, lengths, seed
         out = pair_output(sums, batch.ref_logps, batch.rows.counts, beta=0.1)
         out.loss.backward()
         results.append((sums.detach(), out.loss.detach(), [p.grad.clone() for p in model.parameters()]))
+
     (sums, loss, grads), (sums_padded, loss_padded, grads_padded) = results
     eps = torch.finfo(torch.float32).eps
     assert torch.allclose(sums, sums_padded, rtol=32 * eps, atol=32 * eps)
@@ -166,6 +173,8 @@ def test_packed_sequences_score_the_same_as_alone(llama):
         together = Batch.of(collate_packed(examples)).logps(model)
         alone = torch.cat([Batch.of(collate_packed([one])).logps(model).view(2, 1) for one in examples], 1)
     assert torch.allclose(together, alone.reshape(-1), rtol=1e-6, atol=1e-6)
+
+    # in another order, so that each sequence has other neighbours
     neighbours = [*examples[1:], examples[0]]
     with torch.no_grad():
         moved = Batch.of(collate_packed(neighbours)).logps(model).view(2, 3)

@@ -122,8 +122,11 @@ def test_random_deals_all_pairs_out_by_the_seed():
     assert [len(s.tokens) for s in first] == [20, 12]
     assert Counter(identities(first)) == Counter(identities(sources))
     assert {mark for mark, _ in identities(first[:1])} == {0, 1}
+
+    # the same seed deals the same pairs
     assert identities(dealt(1)) == identities(first)
     assert identities(dealt(2)) != identities(first)
+
     for s in first:  # each pair keeps its location
         names = [f"{'ab'[m]}:{i}" for m, i in identities([s])]
         assert s.where == names

@@ -356,9 +356,12 @@ def test_shared_pairs():
         "the reference of the later stage was trained on them"
     ]
     assert len(shared_pairs({"a": pairs("1"), "b": pairs("1"), "c": pairs("1")})) == 3
+
     assert shared_pairs({"a": pairs("1"), "eval_data": pairs("1", "2")}) == [
         "1 of eval_data's 2 distinct pairs are also trained on in stage 'a': scores on eval_data will be too high"
     ]
+
+    # the order of a message's keys does not matter
     chat = Pair([USER], [BLUE], [RED], "x:1")
     reordered = Pair([dict(reversed(USER.items()))], [BLUE], [RED], "y:7")
     assert len(shared_pairs({"a": [chat], "b": [reordered]})) == 1

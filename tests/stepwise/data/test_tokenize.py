@@ -112,6 +112,7 @@ def test_tools_and_template_options_of_a_row_are_passed_to_the_template(characte
     assert (
         len(tools.chosen.ids) == len(plain.chosen.ids) + 2
     )  # the template writes the number of tools after each message
+
     # with the hint the prompt ends in 'ccc', of which only the first c is in 'c\n' and none in 'de\n'
     assert hint.chosen.prompt_length == plain.chosen.prompt_length
     assert hint.chosen.ids.tolist() == plain.chosen.ids.tolist()
@@ -195,12 +196,17 @@ def test_real_pairs_equal_trls_own_code(name, source, every, max_length, truncat
     dataset = datasets.Dataset.from_list(
         [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected, "at": at} for at, p in enumerate(pairs)]
     )
+
+    # TRL's own methods, without building a trainer, which would need a model
     trainer = types.SimpleNamespace(_tokenizer=tokenizer)
     theirs = dpo_trainer.DPOTrainer._prepare_dataset(trainer, dataset, tokenizer, arguments, "train")
     collate = dpo_trainer.DataCollatorForPreference(pad_token_id=0, max_length=max_length, truncation_mode=truncation)
     assert len(theirs) > 5
+
+    # `kept` also shows that both drop the same pairs
     ours = tokenize(pairs, tokenizer, max_length, truncation)
     assert ours.kept.tolist() == theirs["at"]
+
     for tokens, row in zip(ours, theirs, strict=True):
         batch = collate([row])
         for half, sequence in enumerate(tokens):
@@ -273,11 +279,13 @@ def test_any_pairs_are_truncated_or_dropped_by_the_rule(characters, texts, max_l
             expected.append((*cut[0], *cut[1]))
         else:
             dropped += 1
+
     pairs = [pair(*text) for text in texts]
     if not expected:
         with pytest.raises(UserError, match="leaves none"):
             tokenize(pairs, characters, max_length, truncation)
         return
+
     tokens = tokenize(pairs, characters, max_length, truncation)
     assert rows(tokens) == expected
     assert len(tokens.dropped) == dropped

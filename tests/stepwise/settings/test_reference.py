@@ -154,6 +154,8 @@ def other_tokenizer(folder, swap):
         words[10], words[11] = words[11], words[10]
     else:
         words[10] = "strange"
+
+    # make_model's tokenizer is replaced, its weights stay
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}

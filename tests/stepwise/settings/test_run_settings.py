@@ -57,6 +57,7 @@ def test_paths_are_relative_to_the_working_directory_not_the_file(write, tmp_pat
         "stages: [{name: a, data: [x.jsonl, org/hub:test]}]\n"
     )
     (tmp_path / "elsewhere" / "run.yaml").write_text(text)
+
     monkeypatch.chdir(tmp_path)
     config = load_config("elsewhere/run.yaml")
     assert config.model == str(tmp_path / "models/m")
@@ -366,8 +367,10 @@ def test_the_difference_between_two_configs(write):
     new = load_config(
         write(SMALL.replace("a.jsonl}", "[a.jsonl, b.jsonl], beta: 1.0}") + "beta: 0.05\ntrainer: {tf32: true}\n")
     )
+
     stored = yaml.safe_load(dump_config(old))  # as in a run's config.yaml: lists where the config has tuples
     assert config_diff(stored, old.model_dump()) == []
+
     lines = config_diff(stored, new.model_dump())
     assert "beta: 0.1 -> 0.05" in lines
     assert "stages.0.beta: null -> 1.0" in lines
