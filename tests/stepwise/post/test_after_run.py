@@ -57,7 +57,7 @@ def test_settings_and_their_defaults(tmp_path, model):
 NUMBERS = "must be a number above 0 or a list of such numbers"
 MISTAKES = [
     ({"alhpa": 1}, {}, "post.expo.alhpa: unknown key; did you mean 'alpha'?"),
-    ({"start": "initial"}, {}, "post.expo.start: unknown key; known are: alpha, from, metric"),
+    ({"start": "initial"}, {}, "post.expo.start: unknown key; must be one of alpha, from, metric"),
     ({"from": "first"}, {}, "post.expo.from: was 'first', must be 'initial' or 'previous'"),
     ({"alpha": 0}, {}, f"post.expo.alpha: was 0, {NUMBERS}"),
     ({"alpha": [0.1, -1]}, {}, f"post.expo.alpha: was [0.1, -1], {NUMBERS}"),
@@ -65,9 +65,9 @@ MISTAKES = [
     ({"alpha": True}, {}, f"post.expo.alpha: was true, {NUMBERS}"),
     ({"alpha": "0.3"}, {}, f"post.expo.alpha: was '0.3', {NUMBERS}"),
     ({"alpha": [0.1], "metric": "loss"}, {}, "post.expo.metric: was 'loss', must be 'pair_accuracy', "),
-    ({"alpha": 0.1, "metric": "gamma"}, {}, "post.expo.metric: was 'gamma', but only a list in post.expo.alpha uses"),
+    ({"alpha": 0.1, "metric": "gamma"}, {}, "post.expo.metric: was 'gamma', but is used only with a list in post.expo"),
     ({"alpha": [0.1]}, {"without_eval": True}, "eval_data: is required with a list in post.expo.alpha"),
-    ({"from": "previous"}, {"policy": "initial"}, "post.expo.from: was 'previous', must be initial: that is where"),
+    ({"from": "previous"}, {"policy": "initial"}, "post.expo.from: was 'previous', must be initial: with policy:"),
     ({"from": "previous"}, {"lora": {}, "dtype": "bfloat16"}, "post.expo.from: was 'previous', must be initial with"),
 ]
 
@@ -83,7 +83,7 @@ def test_mistakes_are_reported_in_one_line(tmp_path, model, expo, settings, mess
 def test_an_unknown_post_step(tmp_path, model):
     with pytest.raises(UserError, match=r"post.exp: unknown key; did you mean 'expo'\?"):
         runs.configured(tmp_path, model, post={"exp": {}})
-    with pytest.raises(UserError, match=r"post: was 3, must be keys with values"):
+    with pytest.raises(UserError, match=r"post: was 3, must be a mapping"):
         runs.configured(tmp_path, model, post=3)
 
 
