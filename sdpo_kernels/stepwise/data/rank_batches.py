@@ -27,8 +27,8 @@ class RankBatches(BatchSampler):
         self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        whole = BatchSampler(self.sampler, self.batch_size * self.world_size, self.drop_last)
-        for batch in whole:
+        global_batches = BatchSampler(self.sampler, self.batch_size * self.world_size, self.drop_last)
+        for batch in global_batches:
             share = [int(index) for index in np.array_split(batch, self.world_size)[self.rank]]
             yield share or [~int(batch[0])]
 

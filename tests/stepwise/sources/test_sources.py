@@ -306,7 +306,7 @@ def test_prompts_that_are_also_in_eval_data_give_a_warning(tmp_path, model):
         ({"kind": "ranked", "reward_model": "/nonexistent/model"}, {}, "reward_model: /nonexistent/model"),
         ({"kind": "ranked", "judge": JUDGE, "samplez": 3}, {}, "samplez: unknown key; did you mean 'samples'"),
         ({"kind": "self_augmented", "pairs": 3, "segment_tokens": 9, "max_new_tokens": 3}, {}, "must be at least"),
-        ({"kind": "active", "judge": JUDGE, "acquire": 3}, {}, "set policy: initial"),
+        ({"kind": "active", "judge": JUDGE, "acquire": 3}, {}, "must be with policy: initial"),
         ({"kind": "active", "judge": JUDGE, "acquire": 3}, {"policy": "initial"}, "reference: was 'previous'"),
         ({"kind": "execution", "command": ["python3"]}, {}, "must contain {completion}"),
         ({"kind": "ranked", "judge": JUDGE}, {"order": "random"}, "order: was 'random', must be given"),
