@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,15 @@ from setuptools.command.bdist_wheel import bdist_wheel
 ROOT = Path(__file__).resolve().parent
 STABLE_ABI = "0x020a000000000000"  # torch 2.10
 
+# The one place that has the repository's address; CITATION.cff repeats it, and a test compares them.
+REPOSITORY = "https://github.com/sdpo-kernels/sdpo_kernels"
+URLS = {
+    "Homepage": REPOSITORY,
+    "Documentation": f"{REPOSITORY}/tree/main/docs",
+    "Source": REPOSITORY,
+    "Changelog": f"{REPOSITORY}/blob/main/CHANGELOG.md",
+    "Issues": f"{REPOSITORY}/issues",
+}
 
 CUDA_LIBRARY = "sdpo_kernels/_cuda.so"
 CUDA_ARCHITECTURES = ("80", "90a", "100", "120")  # binaries; PTX of the first and last serves what is none of these
@@ -40,6 +50,19 @@ def source_digest(cuda: bool) -> str:
     module: ModuleType = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return str(module.source_digest(ROOT / "csrc", cuda))
+
+
+def long_description() -> str:
+    """README.md for PyPI, where relative links lead nowhere: links and pictures become addresses in the repository."""
+
+    def absolute(link: re.Match[str]) -> str:
+        mark, text, target = link.groups()
+        if "://" in target or target.startswith(("#", "mailto:")):
+            return link.group()
+        view = "raw" if mark else "tree" if (ROOT / target).is_dir() else "blob"  # a picture's bytes, not its page
+        return f"{mark}[{text}]({REPOSITORY}/{view}/main/{target})"
+
+    return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", absolute, (ROOT / "README.md").read_text(encoding="utf-8"))
 
 
 def say(message: str) -> None:
@@ -166,4 +189,10 @@ class WheelForEveryPython(bdist_wheel):
 
 
 extensions, commands = native_extension()
-setup(ext_modules=extensions, cmdclass=commands)
+setup(
+    ext_modules=extensions,
+    cmdclass=commands,
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
+    project_urls=URLS,
+)

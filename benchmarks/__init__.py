@@ -1,1 +1,1 @@
-"""Benchmarks: one script a question (`python -m benchmarks.head`), peers behind one signature in `rivals.py`."""
+"""Benchmarks: one script per question (`python -m benchmarks.head`), peers behind one signature in `rivals.py`."""

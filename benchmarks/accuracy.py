@@ -1,13 +1,14 @@
-"""How exact are log-probs and gradients? `python -m benchmarks.accuracy [--json results.json]`
+"""How accurate are log-probs and gradients? `python -m benchmarks.accuracy [--json results.json]`
 
 One DPO step of each peer against float64 on the same (rounded) inputs, over dtypes, vocabularies and three inputs:
 
-    plain        logits of standard deviation 3, targets drawn at random
-    confident    every target's logit raised by 30: p → 1, where 1 − p is what the gradient is made of
-    improbable   every target's logit lowered by 40: log-probs of about −55 a token
+    plain        logits with standard deviation 3, random targets
+    confident    every target's logit raised by 30: p → 1, and the gradient consists of 1 − p
+    improbable   every target's logit lowered by 40: log-probs of about −55 per token
 
-Nats: the largest error of a sequence's summed log-prob. dX, dW: the norm of the gradient's error over the gradient's.
-A fresh process a problem, all peers in it: neither time nor memory is measured here.
+Nats: the largest error of a sequence's summed log-prob. dX, dW: the norm of the gradient's error over the gradient's
+norm. The case gemms, the bare-GEMM baseline ("floor") of the other benchmarks, computes no log-probs and is left out.
+One fresh process per problem runs all peers: neither time nor memory is measured here.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from benchmarks.problem import IGNORE_INDEX, CannotRun, Problem, Step, Truth, tr
 from benchmarks.rivals import RIVALS
 
 SHIFTS = {"plain": 0.0, "confident": 30.0, "improbable": -40.0}
-# the same arithmetic as another case, or slower only: left out unless asked for
+# cases with the same arithmetic as another one run only if asked for
 CASES = [
     "naive", "linear_cross_entropy", "trl_fused_scored", "liger_dpo_eager", "liger_sm90", "cce", "quack", "ours",
     "ours_without_stash", "ours_eager", "ours_native",
@@ -37,11 +38,12 @@ ERRORS = ("nats", "dx", "dw")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure all problems, or, as a child process, one of them."""
+    """Measure all problems; as a child process, one of them."""
     options = parse(arguments)
     if options.child:
         print(json.dumps(measure_problem(options)))
         return 0
+
     report = measure.report("accuracy", arguments, options.threads, torch.device(options.device))
     report["shape"] = {name: getattr(options, name) for name in ("pairs", "length", "hidden", "device")}
     report["results"] = [
@@ -51,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         for kind in options.inputs
         for result in one_problem(options, dtype, vocab, kind)
     ]
+
     print(show(report))
     measure.write_json(options.json, report)
     return 0
@@ -59,18 +62,24 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=(__doc__ or "").splitlines()[0])
+    # the problems
     parser.add_argument("--pairs", type=int, default=1)
-    parser.add_argument("--length", type=int, default=512, help="tokens a sequence, all of them scored")
+    parser.add_argument("--length", type=int, default=512, help="tokens per sequence, all of them scored")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--vocabs", type=int, nargs="+", default=[32000, 151936])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
     parser.add_argument("--inputs", nargs="+", choices=SHIFTS, default=list(SHIFTS))
+
+    # the measurement
     parser.add_argument("--cases", nargs="+", choices=RIVALS, default=CASES, metavar="CASE")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--quick", action="store_true", help=f"a tiny run: {QUICK}")
+
+    # for the processes that it starts itself
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+
     options = parser.parse_args(arguments)
     if options.quick:
         vars(options).update(QUICK)
@@ -78,52 +87,56 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def one_problem(options: argparse.Namespace, dtype: str, vocab: int, kind: str) -> list[dict[str, Any]]:
-    """All cases on one problem, from a fresh process."""
+    """All cases on one problem, measured in a fresh process."""
     numbers = [f"--{name}={getattr(options, name)}" for name in ("pairs", "length", "hidden", "device", "threads")]
     chosen = ["--vocabs", str(vocab), "--dtypes", dtype, "--inputs", kind, "--cases", *options.cases]
     answer = measure.run_fresh("benchmarks.accuracy", ["--child", *numbers, *chosen], options.threads)
-    found = answer.get("cases", dict.fromkeys(options.cases, answer))  # a process that failed says why for all
+
+    # a process that failed gives its reason for all cases
+    found = answer.get("cases", dict.fromkeys(options.cases, answer))
     about = {"dtype": dtype, "vocab": vocab, "input": kind}
     return [about | {"case": case} | errors for case, errors in found.items()]
 
 
 def measure_problem(options: argparse.Namespace) -> dict[str, Any]:
-    """In a fresh process: the truth once, then each case against it."""
+    """In a fresh process: the ground truth once, then each case against it."""
     torch.set_num_threads(options.threads)
     (dtype,), (vocab,), (kind,) = options.dtypes, options.vocabs, options.inputs
     shape = (options.pairs, options.length, options.hidden, vocab)
     problem = with_raised_targets(Problem.random(*shape, 1.0, DTYPES[dtype], options.device), SHIFTS[kind])
     truth = true_step(problem)
-    return {"cases": {case: judged(case, problem, truth) for case in options.cases}}
+    return {"cases": {case: case_errors(case, problem, truth) for case in options.cases}}
 
 
 def with_raised_targets(problem: Problem, by: float) -> Problem:
-    """The problem with every scored target's logit raised by `by` through the hidden states, the reference's likewise.
+    """`problem` with every scored target's logit raised by `by`, for policy and reference.
 
-    Along a target's row of the weight, which is nearly at right angles to all other rows.
+    The hidden states are moved along the target's row of the weight, which is nearly orthogonal to all other rows.
     """
     directions = problem.weight.detach()[problem.labels.clamp(min=0)].float()
     directions *= by / directions.square().sum(-1, keepdim=True)
     directions[problem.labels == IGNORE_INDEX] = 0
+
+    # in float32, and rounded once
     dtype = problem.hidden.dtype
     hidden = (problem.hidden.detach().float() + directions).to(dtype).requires_grad_()
     return replace(problem, hidden=hidden, ref_hidden=(problem.ref_hidden.float() + directions).to(dtype))
 
 
-def judged(case: str, problem: Problem, truth: Truth) -> dict[str, Any]:
-    """A case's errors on a problem, or why it has none."""
-    problem.forget_gradients()
+def case_errors(case: str, problem: Problem, truth: Truth) -> dict[str, Any]:
+    """A case's errors on a problem, or the reason why it has none."""
+    problem.zero_grad()
     try:
         found = RIVALS[case](problem)()
     except CannotRun as reason:
         return {"skipped": str(reason)}
     if found is None:
-        return {"skipped": "it computes no log-probs"}
+        return {"skipped": "computes no log-probs"}
     return errors_of(found, problem, truth)
 
 
 def errors_of(found: Step, problem: Problem, truth: Truth) -> dict[str, float]:
-    """Nats, and relative errors of both gradients."""
+    """The error in nats, and the relative errors of both gradients."""
     assert problem.hidden.grad is not None
     assert problem.weight.grad is not None
     return {
@@ -139,7 +152,7 @@ def relative(found: Tensor, right: Tensor) -> float:
 
 
 def show(report: dict[str, Any]) -> str:
-    """The report as a table; a case that cannot run is named once."""
+    """The report as a table; cases that cannot run are listed once, below it."""
     lines, skipped = [], {}
     for result in report["results"]:
         if "skipped" in result:
@@ -147,6 +160,7 @@ def show(report: dict[str, Any]) -> str:
             continue
         problem = f"{result['dtype']} {result['vocab']} {result['input']}"
         lines.append([problem, result["case"], *(f"{result[error]:.1e}" for error in ERRORS)])
+
     table = measure.table(["problem", "case", "nats", "dX", "dW"], lines)
     reasons = [f"{case}: not measured, {why}" for case, why in skipped.items()]
     return "\n".join([measure.heading(report), "", table, *reasons])

@@ -1,8 +1,9 @@
-"""How far above (or below) torch's bare GEMMs is a DPO step at the head? `python -m benchmarks.floor [--json out.json]`
+"""How close to bare GEMMs is a DPO step at the head? `python -m benchmarks.floor [--json out.json]`
 
-In one process, in turn, round after round: torch's four matrix products on the scored rows (the floor of `head.py`),
-and our reference forward with policy forward and backward, in one call. Medians; shapes and dtypes around the reference
-problem (816 scored rows, H 1024, V 32000). `--profile` shows instead where the time of one step goes.
+The bare-GEMM baseline ("floor", the case gemms) is torch's four matrix products on the scored rows. It and our step,
+one call with reference forward, policy forward and backward, run in one process and take turns, round after round.
+Medians, for shapes and dtypes around the reference problem (816 scored rows, H 1024, V 32000). With `--profile`, the
+time of one step by operator instead.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from benchmarks.problem import Problem
 from benchmarks.rivals import gemms, ours, ours_without_stash
 from sdpo_kernels.backends import BACKENDS
 
-# pairs, length, hidden, vocab at 40 % scored: N = 816, 64 and 4096 rows
+# pairs, length, hidden, vocab; 40 % of the positions are scored: N = 816, 64 and 4096 rows
 SHAPES = {
     "reference problem": (4, 256, 1024, 32000),
     "H 256": (4, 256, 256, 32000),
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtypes", nargs="+", choices=("bf16", "fp32"), default=["bf16", "fp32"])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="SHAPE")
     parser.add_argument(
-        "--chip", choices=("avx512bf16", "avx512", "avx2", "base"), help="the native kernels of another chip"
+        "--chip", choices=("avx512bf16", "avx512", "avx2", "base"), help="run the native kernels for another chip"
     )
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--quick", action="store_true", help=f"a tiny run: {QUICK}")
@@ -49,12 +50,14 @@ def main(arguments: list[str] | None = None) -> int:
         "--profile", action="store_true", help="torch's profiler over one step of the reference problem"
     )
     options = parser.parse_args(arguments)
+
     torch.set_num_threads(options.threads)
     if options.chip:
         use_chip(options.chip)
     if options.profile:
         print(profile(options.dtypes[0]))
         return 0
+
     device = torch.device("cpu")
     report: dict[str, Any] = measure.report("floor", arguments, options.threads, device) | {"chip": options.chip}
     report["results"] = [
@@ -62,13 +65,14 @@ def main(arguments: list[str] | None = None) -> int:
         for dtype in options.dtypes
         for name, shape in (QUICK if options.quick else {name: SHAPES[name] for name in options.shapes}).items()
     ]
+
     print(show(report))
     measure.write_json(options.json, report)
     return 0
 
 
 def use_chip(name: str) -> None:
-    """Run the native backend as on a lesser chip than this machine's."""
+    """Make the native backend run as on a chip with fewer instructions than this machine's."""
     native = BACKENDS["native"]
     torch.ops.sdpo_native.use_cpu_chip(name)
     native.bf16_products = name == "avx512bf16"  # type: ignore[attr-defined]
@@ -77,16 +81,19 @@ def use_chip(name: str) -> None:
 def measured(
     name: str, shape: tuple[int, int, int, int], dtype: str, rounds: int, device: torch.device
 ) -> dict[str, Any]:
-    """Medians in seconds of every case on one problem, measured in turn."""
+    """Medians in seconds of every case on one problem; the cases take turns."""
     problem = Problem.random(*shape, 0.4, DTYPES[dtype], str(device))
     steps: dict[str, Callable[[], Any]] = {case: prepare(problem) for case, prepare in CASES.items()}
     times: dict[str, list[float]] = {case: [] for case in steps}
+
+    # in turn, so that other load on the machine affects all cases alike
     for number in range(rounds + 1):
         for case, step in steps.items():
-            problem.forget_gradients()
+            problem.zero_grad()
             seconds = measure.seconds(step, device)
             if number:  # the first round warms up
                 times[case].append(seconds)
+
     medians = {case: statistics.median(found) for case, found in times.items()}
     rows = int((problem.labels != -100).sum())
     return {"shape": name, "rows": rows, "hidden": shape[2], "vocab": shape[3], "dtype": dtype, "median_s": medians} | {
@@ -96,10 +103,11 @@ def measured(
 
 
 def profile(dtype: str) -> str:
-    """Where one step's time goes, by operator."""
+    """The time of one step by operator."""
     problem = Problem.random(*SHAPES["reference problem"], 0.4, DTYPES[dtype], "cpu")
     step = ours(problem)
     step()
+
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
         step()
     return found.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=45)
@@ -113,7 +121,8 @@ def show(report: dict[str, Any]) -> str:
         ratios = [f"{result['ratio'][case]:.2f}" for case in CASES if case != "gemms"]
         lines.append([f"{result['dtype']} {result['shape']}", str(result["rows"]), *times, *ratios])
     headings = ["", "rows", "gemms ms", "ours ms", "no stash ms", "ours ÷ gemms", "no stash ÷ gemms"]
-    return measure.heading(report) + "\n\n" + measure.table(headings, lines)
+    legend = 'gemms: the bare-GEMM baseline ("floor")'
+    return "\n".join([measure.heading(report), legend, "", measure.table(headings, lines)])
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""How far from bare GEMMs is one DPO step at the head? `python -m benchmarks.head [--json results.json]`
+"""How close to bare GEMMs is one DPO step at the head? `python -m benchmarks.head [--json results.json]`
 
 Every case does the same work on the same tensors: reference forward, policy forward and backward into hidden states
-and weight (see `rivals.py`). Each is measured in fresh processes, in turn round after round (A B C A B C), so that what
-the machine does meanwhile falls on all. The floor, "gemms", is the four matrix products on the scored rows alone.
-Columns: median, least and largest time; ratio of the medians to the floor; peak extra memory (see `measure.py`); the
-largest error of a sequence's summed log-prob against float64.
+and weight (see `rivals.py`). Each is measured in fresh processes, and the cases take turns (A B C A B C), so that other
+load on the machine affects all of them. The bare-GEMM baseline ("floor", the case gemms) is the four matrix products on
+the scored rows and nothing else. Columns: median, minimum and maximum time; ratio of the medians to the floor; peak
+extra memory (see `measure.py`); the largest error of a sequence's summed log-prob against float64.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from benchmarks.problem import DATA, IGNORE_INDEX, CannotRun, Problem, has_real_
 from benchmarks.rivals import FLOOR, RIVALS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-PATIENCE = 10.0  # seconds of timed calls in one process after which no further one is begun
-SCORED = 0.4  # share of the positions where no real masks are at hand
+PATIENCE = 10.0  # seconds of timed calls in one process, after which no new call starts
+SCORED = 0.4  # share of the positions, if there are no real masks
 QUICK = {"pairs": 1, "length": 16, "hidden": 32, "vocab": 200, "scored": SCORED, "repeats": 1, "rounds": 1}
 SHAPE = ("pairs", "length", "hidden", "vocab", "scored", "dtype", "device")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure all cases, or, as a child process, one of them once."""
+    """Measure all cases; as a child process, one of them once."""
     options = parse(arguments)
     if options.child:
         print(json.dumps(measure_case(options)))
         return 0
+
     start = measure.report("head", arguments, options.threads, torch.device(options.device))
     report = start | measure_all(options)
     print(show(report))
@@ -43,26 +44,32 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.head", description=(__doc__ or "").splitlines()[0])
+    # the problem
     parser.add_argument("--pairs", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256, help="positions a sequence")
+    parser.add_argument("--length", type=int, default=256, help="positions per sequence")
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument(
         "--scored", type=scored, default="real" if has_real_masks() else SCORED,
-        help="share of the positions that are scored, or `real` (the default where there is real data): its masks",
+        help="share of scored positions, or `real` (the default if the real data is there): masks of real pairs",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=3, help="fresh processes a case")
+
+    # the measurement
+    parser.add_argument("--rounds", type=int, default=3, help="fresh processes per case")
     parser.add_argument(
-        "--repeats", type=int, default=3, help=f"timed calls a process; none is begun after {PATIENCE:.0f} s"
+        "--repeats", type=int, default=3, help=f"timed calls per process; none starts after {PATIENCE:.0f} s"
     )
     parser.add_argument("--cases", nargs="+", choices=RIVALS, default=list(RIVALS), metavar="CASE")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--quick", action="store_true", help=f"a tiny run: {QUICK}")
+
+    # for the processes that it starts itself
     parser.add_argument("--child", choices=RIVALS, help=argparse.SUPPRESS)
     parser.add_argument("--with-error", action="store_true", help=argparse.SUPPRESS)
+
     options = parser.parse_args(arguments)
     if options.quick:
         vars(options).update(QUICK)
@@ -70,52 +77,66 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def scored(text: str) -> float | str:
-    """--scored's value."""
+    """Parse the value of --scored."""
     if text != "real":
         return float(text)
     if not has_real_masks():
-        raise argparse.ArgumentTypeError(f"{DATA} or the package tokenizers is not there")
+        raise argparse.ArgumentTypeError(f"{DATA} or the package tokenizers is missing")
     return text
 
 
 def problem_of(options: argparse.Namespace) -> Problem:
-    """The tensors of the shape asked for."""
+    """The problem of the shape in `options`."""
     shape = (options.pairs, options.length, options.hidden, options.vocab, options.scored)
     return Problem.random(*shape, DTYPES[options.dtype], options.device)
 
 
 def measure_case(options: argparse.Namespace) -> dict[str, Any]:
-    """In a fresh process: memory on the first call, then times, then the error."""
+    """Measure one case; runs in a fresh process.
+
+    1. Run a tiny problem, which loads the libraries.
+    2. Measure peak memory on the first call of full size; it also warms up.
+    3. Time calls, until there are enough or they took too long.
+    4. With --with-error, compare the log-probs with float64.
+    """
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     device = torch.device(options.device)
     rival = RIVALS[options.child]
+
     try:
-        rival(Problem.random(1, 8, 64, 128, 0.5, DTYPES[options.dtype], options.device))()  # loads the libraries
+        rival(Problem.random(1, 8, 64, 128, 0.5, DTYPES[options.dtype], options.device))()
         problem = problem_of(options)
         step = rival(problem)
     except CannotRun as reason:
         return {"skipped": str(reason)}
+
     memory = measure.peak_extra_bytes(step, device)
     times: list[float] = []
     while len(times) < options.repeats and sum(times) < PATIENCE:
-        problem.forget_gradients()
+        problem.zero_grad()
         times.append(measure.seconds(step, device))
+
     rows = int((problem.labels != IGNORE_INDEX).sum())
     answer: dict[str, Any] = {"times_s": times, "peak_extra_bytes": memory, "rows": rows}
+
+    # last, so that float64 disturbs neither memory nor time
     if options.with_error and options.child != FLOOR:
-        problem.forget_gradients()
+        problem.zero_grad()
         found = step()
         assert found is not None
         truth = true_logps(problem.hidden, problem.weight, problem.labels)
         answer["error_nat"] = (found.policy_logps.double() - truth).abs().max().item()
+
     return answer
 
 
 def measure_all(options: argparse.Namespace) -> dict[str, Any]:
-    """Rounds of fresh processes: shape and results of the report."""
+    """Measure all cases in rounds of fresh processes; returns the report's shape and results."""
     report: dict[str, Any] = {"shape": {name: getattr(options, name) for name in SHAPE}}
     answers: dict[str, list[dict[str, Any]]] = {case: [] for case in options.cases}
+
+    # a case that cannot run is tried once; the error is the same in every round
     for number in range(options.rounds):
         for case, found in answers.items():
             if found and "skipped" in found[-1]:
@@ -123,31 +144,37 @@ def measure_all(options: argparse.Namespace) -> dict[str, Any]:
             found.append(
                 measure.run_fresh("benchmarks.head", child_arguments(options, case, number == 0), options.threads)
             )
+
     report["shape"]["rows"] = next((a["rows"] for found in answers.values() for a in found if "rows" in a), None)
     report["results"] = [{"case": case} | measure.summary(found) for case, found in answers.items()]
+
+    # no ratio if the floor was not measured
     floor = next((r.get("median_s") for r in report["results"] if r["case"] == FLOOR), None)
     for result in report["results"]:
         if "median_s" in result:
             result["error_nat"] = answers[result["case"]][0].get("error_nat")
         if floor and "median_s" in result:
             result["ratio_to_floor"] = result["median_s"] / floor
+
     return report
 
 
 def child_arguments(options: argparse.Namespace, case: str, with_error: bool) -> list[str]:
-    """The command line of a case's process."""
+    """The arguments of a case's process."""
     names = (*SHAPE, "repeats", "threads")
     arguments = [f"--{name}={getattr(options, name)}" for name in names]
     return [*arguments, f"--child={case}", *(["--with-error"] if with_error else [])]
 
 
 def show(report: dict[str, Any]) -> str:
-    """The report as a table with what it was measured on."""
+    """The report as a table, with machine and shape above it."""
     lines, skipped = [], []
     for result in report["results"]:
         if "skipped" in result:
             skipped.append(f"{result['case']}: not measured, {result['skipped']}")
             continue
+
+        # a value that was not measured leaves its cell empty
         memory, error, ratio = result["peak_extra_bytes"], result["error_nat"], result.get("ratio_to_floor")
         lines.append([
             result["case"],
@@ -158,9 +185,11 @@ def show(report: dict[str, Any]) -> str:
             "" if memory is None else f"{memory / 2**20:.0f}",
             "" if error is None else f"{error:.1e}",
         ])  # fmt: skip
+
     headings = ["case", "median ms", "min ms", "max ms", "× floor", "extra MiB", "error nat"]
     shape = ", ".join(f"{name} {value}" for name, value in report["shape"].items())
-    return "\n".join([measure.heading(report), shape, "", measure.table(headings, lines), *skipped])
+    legend = '× floor: ratio to gemms, the bare-GEMM baseline ("floor")'
+    return "\n".join([measure.heading(report), shape, legend, "", measure.table(headings, lines), *skipped])
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""How the benchmarks measure: time, peak extra memory, the machine, one fresh process a case.
+"""How the benchmarks measure: time, peak extra memory, the machine, and one fresh process per case.
 
-**Time** is wall-clock of one call, the device synchronised before and after, after a warm-up at full size.
+**Time** is the wall-clock time of one call after a warm-up at full size; the device is synchronised before and after.
 
-**Peak extra memory** is the highest memory during a call above the level just before it, inputs made, so it counts
-all that the call allocates: temporaries, what is kept for the backward, and the gradients it leaves. On CPU it is the
-process's peak resident memory (VmHWM, reset through /proc/self/clear_refs) less its resident memory before, taken on
-the process's first call of full size (afterwards the allocator holds freed memory back) when a tiny call has already
-loaded libraries and started threads. On CUDA it is `torch.cuda.max_memory_allocated` likewise.
+**Peak extra memory** is the highest memory during a call minus the memory just before it, when the inputs exist. It
+counts everything the call allocates: temporaries, tensors saved for the backward, and gradients. On the CPU it is the
+process's peak resident memory (VmHWM, reset through /proc/self/clear_refs) minus its resident memory before the call. A
+tiny call loads libraries and starts threads first; then the first call of full size is measured, because later the
+allocator reuses freed memory. On CUDA it is `torch.cuda.max_memory_allocated` minus the memory before the call.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
-    """The most memory `call` holds above what is held before it; None where the system does not tell."""
+    """The peak memory during `call` minus the memory before it; None if the system does not report it."""
     if device.type == "cuda":
         _synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -54,10 +54,13 @@ def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int | Non
         call()
         _synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+
     _give_back_free_memory()
     if not _reset_peak():
         call()
         return None
+
+    # the result is kept until the peak is read
     before = _status("VmRSS")
     result = call()
     peak = _status("VmHWM") - before
@@ -66,9 +69,11 @@ def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int | Non
 
 
 def summary(answers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Median and spread of all rounds' `times_s`, and the memory; {"skipped": why} where the last round was."""
+    """Median and spread of all rounds' `times_s`, and the memory; {"skipped": why} if the last round was skipped."""
     if "skipped" in answers[-1]:
         return {"skipped": answers[-1]["skipped"]}
+
+    # every call counts alike; of the memory peaks, one per process, the median is a measured one
     times = [time for answer in answers for time in answer["times_s"]]
     memories = [a["peak_extra_bytes"] for a in answers if a["peak_extra_bytes"] is not None]
     return {
@@ -86,13 +91,13 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _give_back_free_memory() -> None:
-    """What was freed before lies in the process still, and what `call` takes of it would count for nothing (glibc)."""
+    """Return freed memory to the system: memory that `call` reuses would not be counted (glibc)."""
     with suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _reset_peak() -> bool:
-    """Set VmHWM back to VmRSS; False where there is no Linux /proc that allows it."""
+    """Reset VmHWM to VmRSS; False if the system has no Linux /proc that allows it."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -101,7 +106,7 @@ def _reset_peak() -> bool:
 
 
 def _status(key: str) -> int:
-    """A line of /proc/self/status in bytes."""
+    """The value of `key` in /proc/self/status, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
@@ -109,10 +114,10 @@ def _status(key: str) -> int:
 
 
 def run_fresh(module: str, arguments: list[str], threads: int) -> dict[str, Any]:
-    """Run `python -m module arguments…` in a new process; its last line of output is its answer, in JSON.
+    """Run `python -m module arguments…` in a new process; the last line of its output is its answer, in JSON.
 
-    A process that fails answers {"skipped": the last line of its complaint}: a rival that cannot run is listed with
-    why, and the others go on.
+    If the process fails, the answer is {"skipped": the last line of its error output}: a rival that cannot run is
+    listed with the reason, and the others continue.
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(
@@ -121,29 +126,31 @@ def run_fresh(module: str, arguments: list[str], threads: int) -> dict[str, Any]
     if done.returncode == 0:
         answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return answer
+
     complaint = done.stderr.strip().splitlines() or ["no message"]
     return {"skipped": f"exit status {done.returncode}: {complaint[-1]}"}
 
 
 def report(benchmark: str, arguments: list[str] | None, threads: int, device: torch.device) -> dict[str, Any]:
-    """How every benchmark's JSON begins: its name, the command that made it (less --json) and its surroundings."""
+    """The head of every benchmark's JSON: its name, its command (without --json), and the surroundings."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if "--json" in given:
         place = given.index("--json")
         del given[place : place + 2]
+
     words = [f"python -m benchmarks.{benchmark}", *(shlex.quote(a) for a in given if not a.startswith("--json="))]
     return {"benchmark": benchmark, "command": " ".join(words)} | surroundings(threads, device)
 
 
 def write_json(path: Path | None, found: dict[str, Any]) -> None:
-    """Write a report where one is asked for."""
+    """Write the report to `path`, if there is one."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def heading(found: dict[str, Any]) -> str:
-    """One line above a printed table: on what it was measured."""
+    """The line above a printed table: machine, versions, commit and load."""
     machine = found["machine"]
     return (
         f"{machine['processor']}, {machine['threads']} threads, {machine['device']}, "
@@ -152,7 +159,7 @@ def heading(found: dict[str, Any]) -> str:
 
 
 def surroundings(threads: int, device: torch.device) -> dict[str, Any]:
-    """What a number means nothing without: date, machine, versions, commit."""
+    """Everything needed to interpret a number: date, machine, versions, commit."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": {
@@ -189,7 +196,7 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """The checkout's commit, with "+changes" where files that git tracks differ from it."""
+    """The checkout's commit, with "+changes" if tracked files differ from it."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
@@ -200,7 +207,7 @@ def _commit() -> str:
 
 
 def table(headings: list[str], lines: list[list[str]]) -> str:
-    """A plain table: first column left, the others right."""
+    """A plain text table: first column aligned left, the others right."""
     widths = [max(len(line[i]) for line in [headings, *lines]) for i in range(len(headings))]
 
     def row(cells: list[str]) -> str:

@@ -1,7 +1,7 @@
-"""The page of results, made and never typed: `python -m benchmarks.page`.
+"""The page of results, generated and never typed by hand: `python -m benchmarks.page`.
 
-Reads benchmarks/results/**/*.json and writes docs/benchmarks.md and docs/benchmarks-*.png. Each table names the
-command, machine, versions, commit and date of its JSON. A question without a result is listed as not measured yet.
+Reads benchmarks/results/**/*.json and writes docs/benchmarks.md and docs/benchmarks-*.png. Each table names command,
+machine, versions, commit and date of its JSON. Benchmarks without a result are listed as not measured yet.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from benchmarks.measure import ROOT
 Report = dict[str, Any]
 TITLES = {
     "head": "One DPO step at the head",
-    "floor": "Ours against bare GEMMs, over shapes",
+    "floor": "Ours against the bare-GEMM baseline, over shapes",
     "accuracy": "Log-probs and gradients against float64",
-    "scaling": "Growth of time and memory",
+    "scaling": "How time and memory scale",
     "step": "A whole training step against TRL's DPOTrainer",
     "stages": "SFT, DPO and stepwise DPO over seeds",
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Make the page."""
+    """Write the page and its pictures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.page", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     options = parser.parse_args(arguments)
+
     reports = read_reports(options.results)
     for name, report in reports.items():
         pictures.draw(report, options.docs / f"benchmarks-{name}.png")
@@ -40,32 +41,36 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def read_reports(folder: Path) -> dict[str, Report]:
-    """All reports by the name of their file, in alphabetical order; JSON that is no report is passed over."""
+    """All reports by the name of their file, sorted; other JSON files are ignored."""
     found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("*.json"))}
     return {name: report for name, report in found.items() if report.get("benchmark") in TITLES}
 
 
 def page(reports: dict[str, Report]) -> str:
-    """The whole page."""
+    """The text of the page: one section per benchmark, with all of its reports."""
     parts = ["<!-- made by python -m benchmarks.page from benchmarks/results; do not edit -->", "# Benchmarks"]
     parts.append(
-        "How each is measured stands at the head of its script in [benchmarks](../benchmarks); what was expected "
-        "before the runs, in the [notes](../benchmarks/results/notes.md)."
+        "Each script in [benchmarks](../benchmarks) describes at its top how it measures. The "
+        "[notes](../benchmarks/results/notes.md) record what was expected before the runs. `gemms`, the bare-GEMM "
+        'baseline ("floor"), is only the four matrix products of a step on the scored rows.'
     )
+
     for kind, title in TITLES.items():
         parts.append(f"## {title}")
         of_kind = {name: report for name, report in reports.items() if report["benchmark"] == kind}
         if not of_kind:
             parts.append(f"Not measured yet: `python -m benchmarks.{kind}`.")
+
         for name, report in of_kind.items():
             parts += [source(report), *SECTIONS[kind](report)]
             if kind in pictures.DRAWN:
                 parts.append(f"![{title}](benchmarks-{name}.png)")
+
     return "\n\n".join(parts) + "\n"
 
 
 def source(report: Report) -> str:
-    """What a number means nothing without."""
+    """Where the numbers of a report come from: command, machine, versions, commit, date."""
     machine = report["machine"]
     command = report.get("command", f"python -m benchmarks.{report['benchmark']}")
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
@@ -77,13 +82,13 @@ def source(report: Report) -> str:
 
 
 def markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table."""
+    """A table in Markdown."""
     rule = ["---"] * len(headings)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, rule, *lines))
 
 
 def not_run(skipped: dict[str, str]) -> list[str]:
-    """The cases that could not run, with why."""
+    """The cases that could not run, with the reason."""
     return ["Not run:\n\n" + "\n".join(f"- `{case}`: {why}" for case, why in skipped.items())] if skipped else []
 
 
@@ -98,7 +103,7 @@ def described(shape: dict[str, Any]) -> str:
 
 
 def head_section(report: Report) -> list[str]:
-    """Times over the floor, memory, error."""
+    """Times, ratios to the floor, memory and error of each case."""
     lines, skipped = [], {}
     for result in report["results"]:
         if "skipped" in result:
@@ -109,17 +114,19 @@ def head_section(report: Report) -> list[str]:
         cells = [f"{1e3 * result['median_s']:.1f}", spread, "–" if ratio is None else f"{ratio:.2f}"]
         cells += [mebibytes(result["peak_extra_bytes"]), "–" if error is None else f"{error:.1e}"]
         lines.append([f"`{result['case']}`", *cells])
-    headings = ["case", "median ms", "least … largest", "× floor", "extra MiB", "error (nat)"]
+
+    headings = ["case", "median ms", "min … max", "× floor", "extra MiB", "error (nat)"]
     return [f"Shape: {described(report['shape'])}.", markdown(headings, lines), *not_run(skipped)]
 
 
 def floor_section(report: Report) -> list[str]:
-    """Medians and ratios."""
+    """Medians of each case, and their ratios to the floor."""
     lines = [
         [f"{r['dtype']} {r['shape']}", str(r["rows"]), *(f"{1e3 * s:.1f}" for s in r["median_s"].values())]
         + [f"{ratio:.2f}" for ratio in r["ratio"].values()]
         for r in report["results"]
     ]
+
     first = report["results"][0]
     headings = [
         "",
@@ -131,26 +138,31 @@ def floor_section(report: Report) -> list[str]:
 
 
 def accuracy_section(report: Report) -> list[str]:
-    """One table a dtype and vocabulary: nats, dX and dW of each case on each input."""
+    """One table per dtype and vocabulary: nats, dX and dW of each case on each input."""
     skipped = {r["case"]: r["skipped"] for r in report["results"] if "skipped" in r}
     parts = [
-        f"Shape: {described(report['shape'])}. Nats of a sequence's summed log-prob; relative errors of dX and dW."
+        f"Shape: {described(report['shape'])}. nats: the largest error of a sequence's summed log-prob; dX, dW: "
+        "relative errors of the gradients."
     ]
+
     ran = [r for r in report["results"] if "skipped" not in r]
     for dtype, vocab in dict.fromkeys((r["dtype"], r["vocab"]) for r in ran):
         of = {(r["case"], r["input"]): r for r in ran if (r["dtype"], r["vocab"]) == (dtype, vocab)}
         inputs = list(dict.fromkeys(kind for _, kind in of))
+
+        # a row per case; three errors per input side by side
         lines = [
             [f"`{case}`", *(errors(of.get((case, kind)), key) for kind in inputs for key in ("nats", "dx", "dw"))]
             for case in dict.fromkeys(case for case, _ in of)
         ]
         headings = [f"{dtype}, V {vocab}", *(f"{kind} {key}" for kind in inputs for key in ("nats", "dX", "dW"))]
         parts.append(markdown(headings, lines))
+
     return parts + not_run(skipped)
 
 
 def errors(result: dict[str, Any] | None, key: str) -> str:
-    """One cell."""
+    """A cell: the error `key`, or a dash if the case did not run."""
     return "–" if result is None else f"{result[key]:.1e}"
 
 
@@ -159,6 +171,7 @@ def scaling_section(report: Report) -> list[str]:
     skipped: dict[str, str] = {}
     cases = [result["case"] for result in report["results"][0]["results"]]
     lines = []
+
     for point in report["results"]:
         cells = []
         for result in point["results"]:
@@ -168,13 +181,16 @@ def scaling_section(report: Report) -> list[str]:
             else:
                 cells.append(f"{1e3 * result['median_s']:.1f} / {mebibytes(result['peak_extra_bytes'])}")
         lines.append([f"{point['factor']} {point['value']}", str(point["shape"]["rows"]), *cells])
+
     above = f"Base: {described(report['base'])}. Each cell: median ms / extra MiB."
     return [above, markdown(["point", "scored rows", *(f"`{case}`" for case in cases)], lines), *not_run(skipped)]
 
 
 def step_section(report: Report) -> list[str]:
-    """Time, speed and memory of both sides."""
+    """Time, speed and memory of the driver and of TRL."""
     lines, skipped = [], {}
+
+    # the ratio is in the row of the driver's side
     for result in report["results"]:
         for side, found in result["sides"].items():
             if "skipped" in found:
@@ -185,12 +201,13 @@ def step_section(report: Report) -> list[str]:
             cells = [f"{1e3 * found['median_s']:.1f}", spread, "–" if speed is None else f"{speed:.0f}"]
             ratio = f"{result['trl_over_ours']:.2f}" if side == "ours" and "trl_over_ours" in result else ""
             lines.append([result["task"], side, *cells, mebibytes(found["peak_extra_bytes"]), ratio])
-    headings = ["task", "side", "median ms", "least … largest", "tokens/s", "extra MiB", "TRL ÷ ours (time)"]
+
+    headings = ["task", "side", "median ms", "min … max", "tokens/s", "extra MiB", "TRL ÷ ours (time)"]
     return [markdown(headings, lines), *not_run(skipped)]
 
 
 def stages_section(report: Report) -> list[str]:
-    """Means over seeds, and sDPO less DPO seed by seed."""
+    """Means over seeds, and sDPO minus DPO seed by seed."""
 
     def shown(value: dict[str, float] | None, sign: str = "") -> str:
         if value is None:
@@ -208,9 +225,10 @@ def stages_section(report: Report) -> list[str]:
         ]
         for r in report["results"]
     ]
+
     headings = ["method", "seeds", "exactly right %", "gain over DPO (points)", "pairs ranked right %"]
     apart = ", ".join(f"{100 * difference:+.1f}" for difference in report["sdpo_minus_dpo"])
-    return [markdown(headings, lines), f"sDPO less DPO, exactly right, points, seed by seed: {apart}."]
+    return [markdown(headings, lines), f"sDPO minus DPO in exactly right answers (points), seed by seed: {apart}."]
 
 
 SECTIONS: dict[str, Callable[[Report], list[str]]] = {

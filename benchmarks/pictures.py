@@ -1,4 +1,4 @@
-"""Pictures of the page of results (`page.py`); the same report gives the same file."""
+"""Pictures for the page of results (`page.py`); the same report always gives the same file."""
 
 from __future__ import annotations
 
@@ -11,33 +11,39 @@ OURS, OTHERS, FLOOR = "#cc6677", "#4477aa", "#999999"
 
 
 def draw(report: Report, path: Path) -> None:
-    """The report's picture at `path`, if its kind has one."""
+    """Write the report's picture to `path`, if its kind has one."""
     if report["benchmark"] not in DRAWN:
         return
+
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure = DRAWN[report["benchmark"]](report, pyplot)
+    # without the version of matplotlib, so that the file changes only with the results
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
 
 
 def colour(case: str) -> str:
-    """Ours, the floor, or a peer."""
+    """The colour of our cases, of the floor (the bare-GEMM baseline), or of a peer."""
     return OURS if case.startswith("ours") else FLOOR if case == "gemms" else OTHERS
 
 
 def head(report: Report, pyplot: Any) -> Any:
-    """Bars of time and of extra memory, the floor as a line."""
+    """Bars of time and extra memory, with a line at the floor, the bare-GEMM baseline."""
+    # bars are drawn from the bottom up
     found = [result for result in report["results"] if "skipped" not in result][::-1]
     figure, both = pyplot.subplots(1, 2, figsize=(9, 0.3 * len(found) + 1.2), sharey=True, layout="constrained")
+
+    # at least 1 MiB: a logarithmic axis has no place for 0
     measures = {
         "median ms (log)": [1e3 * result["median_s"] for result in found],
         "extra MiB (log)": [max(result["peak_extra_bytes"] or 0, 2**20) / 2**20 for result in found],
     }
     names = [result["case"] for result in found]
+
     for axes, (label, values) in zip(both, measures.items(), strict=True):
         axes.barh(names, values, color=[colour(name) for name in names], height=0.7)
         if "gemms" in names:
@@ -49,7 +55,7 @@ def head(report: Report, pyplot: Any) -> Any:
 
 
 def accuracy(report: Report, pyplot: Any) -> Any:
-    """Dots: nats of each case, one panel an input."""
+    """Dots at the error in nats of each case, one panel per input."""
     found = [result for result in report["results"] if "skipped" not in result]
     inputs = list(dict.fromkeys(result["input"] for result in found))
     cases = list(dict.fromkeys(result["case"] for result in found))[::-1]
@@ -57,6 +63,8 @@ def accuracy(report: Report, pyplot: Any) -> Any:
         1, len(inputs), figsize=(3.2 * len(inputs) + 1, 0.3 * len(cases) + 1.6), sharey=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
+
+    # one marker per dtype and vocabulary
     problems = list(dict.fromkeys((result["dtype"], result["vocab"]) for result in found))
     for axes, kind in zip(panels[0], inputs, strict=True):
         for marker, problem in zip("os^vDP*X", problems, strict=False):
@@ -64,22 +72,26 @@ def accuracy(report: Report, pyplot: Any) -> Any:
             places = [cases.index(r["case"]) for r in of]
             values = [max(r["nats"], 1e-12) for r in of]
             axes.scatter(values, places, marker=marker, s=18, c=[colour(r["case"]) for r in of])
+            # an empty series with a neutral colour for the legend
             axes.scatter([], [], marker=marker, c="#222222", s=18, label=f"{problem[0]}, V {problem[1]}")
+
         axes.set_yticks(range(len(cases)), cases)
         axes.set_xscale("log")
         axes.set_xlabel(f"{kind}: error (nat)")
         axes.grid(axis="x", linewidth=0.4, alpha=0.6)
+
     panels[0][-1].legend(fontsize=7, frameon=False)
     return figure
 
 
 def scaling(report: Report, pyplot: Any) -> Any:
-    """Curves of time above, of extra memory below, one column a factor."""
+    """Curves of time in the upper row and of extra memory in the lower one, one column per factor."""
     factors = list(dict.fromkeys(point["factor"] for point in report["results"]))
     cases = [result["case"] for result in report["results"][0]["results"]]
     figure, grid = pyplot.subplots(
         2, len(factors), figsize=(2.6 * len(factors) + 1.6, 5), squeeze=False, layout="constrained", sharex="col"
     )
+
     for column, factor in enumerate(factors):
         points = [point for point in report["results"] if point["factor"] == factor]
         for case in cases:
@@ -87,13 +99,16 @@ def scaling(report: Report, pyplot: Any) -> Any:
             values = [value for value, _ in found]
             width = 2 if case == "ours" else 1
             grid[0][column].plot(values, [1e3 * r["median_s"] for _, r in found], "o-", ms=3, lw=width, label=case)
+            # at least 1 MiB, as in `head`
             memory = [max(r["peak_extra_bytes"] or 0, 2**20) / 2**20 for _, r in found]
             grid[1][column].plot(values, memory, "o-", ms=3, lw=width)
+
         for row, label in enumerate(("median ms", "extra MiB")):
             grid[row][column].set_xscale("log", base=2)
             grid[row][column].set_yscale("log")
             grid[row][0].set_ylabel(label)
         grid[1][column].set_xlabel(factor)
+
     grid[0][0].legend(fontsize=7, frameon=False)
     return figure
 

@@ -1,8 +1,9 @@
-"""Every peer behind one signature: `rival(problem)` prepares what may be prepared and returns a step.
+"""Every peer behind one signature: `rival(problem)` does the preparation that is not timed and returns a step.
 
 A step does one DPO step's work at the head: log-probs of the reference without gradient, log-probs of the policy, the
-loss, and the backward into `problem.hidden.grad` and `problem.weight.grad`; it returns a `Step`. All are given the same
-tensors. To add a peer, write one function and enter it in RIVALS; raise `CannotRun` with the reason where it cannot.
+loss, and the backward into `problem.hidden.grad` and `problem.weight.grad`; it returns a `Step`. All get the same
+tensors. The case gemms is the bare-GEMM baseline ("floor"). To add a peer, write one function and add it to RIVALS;
+raise `CannotRun` with the reason if it cannot run.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ Rival = Callable[[Problem], Callable[[], Step | None]]
 
 
 def gemms(problem: Problem) -> Callable[[], None]:
-    """The floor: the four bare GEMMs on the scored rows (logits of the reference; logits, dX and dW of the policy)."""
+    """The floor: four bare GEMMs on the scored rows (logits of the reference; logits, dX and dW of the policy)."""
     index = (problem.labels.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)
     weight, ref_weight = problem.weight.detach(), problem.ref_weight
     x, ref_x = (t.detach().flatten(0, 1)[index] for t in (problem.hidden, problem.ref_hidden))
+
+    # random: the time of a product does not depend on its values
     grad = torch.randn(index.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
 
     def step() -> None:
@@ -40,17 +43,17 @@ def gemms(problem: Problem) -> Callable[[], None]:
 
 
 def naive(problem: Problem) -> Callable[[], Step]:
-    """Logits of every row in the model's dtype, log_softmax in float32, autograd: what trainers did at first."""
+    """Logits of every row in the model's dtype, log_softmax in float32, autograd: as trainers used to do it."""
     return _dpo_step(problem, _naive_logps(problem))
 
 
 def naive_compiled(problem: Problem) -> Callable[[], Step]:
-    """`torch.compile` of the naive log-probs, shapes fixed."""
+    """`torch.compile` of the naive log-probs, with static shapes."""
     return _dpo_step(problem, torch.compile(_naive_logps(problem), dynamic=False))
 
 
 def linear_cross_entropy(problem: Problem) -> Callable[[], Step]:
-    """`F.linear_cross_entropy` of torch ≥ 2.13 as it comes: reduction "none", all rows, ignore_index."""
+    """`F.linear_cross_entropy` of torch ≥ 2.13 with its defaults: reduction "none", all rows, ignore_index."""
     return _torch_step(problem, chunked=False)
 
 
@@ -60,22 +63,22 @@ def linear_cross_entropy_chunked(problem: Problem) -> Callable[[], Step]:
 
 
 def trl_fused(problem: Problem) -> Callable[[], Step]:
-    """TRL ≥ 1.15's `ChunkedLogProbFunction`, fed all rows as TRL does; on the scored rows alone: `trl_fused_scored`."""
-    return _dpo_step(problem, _trl_logps(problem, scored_alone=False))
+    """TRL ≥ 1.15's `ChunkedLogProbFunction` on all rows, as TRL calls it; see also `trl_fused_scored`."""
+    return _dpo_step(problem, _trl_logps(problem, scored_only=False))
 
 
 def trl_fused_scored(problem: Problem) -> Callable[[], Step]:
-    """The same on compacted rows: what TRL would be with our row compaction."""
-    return _dpo_step(problem, _trl_logps(problem, scored_alone=True))
+    """The same on the scored rows only: TRL with our row compaction."""
+    return _dpo_step(problem, _trl_logps(problem, scored_only=True))
 
 
 def trl_fused_metrics(problem: Problem) -> Callable[[], Step]:
-    """`trl_fused` with the outputs that TRL's trainers log of the policy: entropy, log Σp², mean logit, top-1."""
-    return _dpo_step(problem, _trl_logps(problem, scored_alone=False, metrics=EXTRAS))
+    """`trl_fused` with the policy's outputs that TRL's trainers log: entropy, log Σp², mean logit, top-1."""
+    return _dpo_step(problem, _trl_logps(problem, scored_only=False, metrics=EXTRAS))
 
 
 def trl_patched(problem: Problem) -> Callable[[], Step]:
-    """`trl_fused`, all rows as TRL ships it, under `integrations.trl.patch()`: what its trainers gain by one line."""
+    """`trl_fused` under `integrations.trl.patch()`: what TRL's trainers gain by one line."""
     return _patched_step(problem, ())
 
 
@@ -85,7 +88,7 @@ def trl_patched_metrics(problem: Problem) -> Callable[[], Step]:
 
 
 def liger_dpo(problem: Problem) -> Callable[[], Step]:
-    """`LigerFusedLinearDPOLoss` as it comes, which compiles its chunk."""
+    """`LigerFusedLinearDPOLoss` with its defaults, which compile its chunk."""
     return _liger_step(problem, compiled=True)
 
 
@@ -95,24 +98,24 @@ def liger_dpo_eager(problem: Problem) -> Callable[[], Step]:
 
 
 def cce(problem: Problem) -> Callable[[], Step]:
-    """Apple's cut cross-entropy composed to DPO, its filter of small gradients off, as ours has none."""
+    """DPO composed from Apple's cut cross-entropy, without its filter of small gradients, as ours has none."""
     if problem.hidden.device.type != "cuda":
-        raise CannotRun("its kernels are Triton, for CUDA alone")
+        raise CannotRun("its Triton kernels need CUDA")
     function = _imported("cut_cross_entropy").linear_cross_entropy
     return _nll_step(problem, lambda x, w, y: function(x, w, y, reduction="none", filter_eps=None))
 
 
 def liger_sm90(problem: Problem) -> Callable[[], Step]:
-    """Liger's CuTe kernel of each token's NLL for Hopper, composed to DPO (elsewhere Liger takes chunks in torch)."""
+    """DPO composed from Liger's CuTe kernel for Hopper, the NLL of each token (elsewhere Liger uses torch chunks)."""
     _needs_hopper(problem, "liger-kernel")
     function = _imported("liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90")
     return _nll_step(problem, function.LigerFusedScaledCrossEntropySM90Function.apply)
 
 
 def quack(problem: Problem) -> Callable[[], Step]:
-    """QuACK's linear cross-entropy of each token, composed to DPO.
+    """DPO composed from QuACK's linear cross-entropy of each token.
 
-    Its chunked function gives one sum over all tokens, which is no use here; this one keeps the logits in bf16.
+    Its chunked function returns only the sum over all tokens, so this one is used, which keeps the logits in bf16.
     """
     _needs_hopper(problem, "quack-kernels")
     function = _imported("quack.linear_cross_entropy").linear_cross_entropy_func
@@ -124,7 +127,7 @@ def quack(problem: Problem) -> Callable[[], Step]:
 
 
 def ours(problem: Problem) -> Callable[[], Step]:
-    """`fused_linear_dpo` as it comes; it finds the scored rows itself."""
+    """`fused_linear_dpo` with its defaults; it finds the scored rows itself."""
     return _our_step(problem, "auto")
 
 
@@ -134,14 +137,14 @@ def ours_without_stash(problem: Problem) -> Callable[[], Step]:
 
 
 def ours_eager(problem: Problem) -> Callable[[], Step]:
-    """`fused_linear_dpo(backend="eager")`: plain torch, the twin of the compiled backends."""
+    """`fused_linear_dpo(backend="eager")`: plain torch, the reference implementation of the compiled backends."""
     return _our_step(problem, "auto", "eager")
 
 
 def ours_native(problem: Problem) -> Callable[[], Step]:
-    """`fused_linear_dpo(backend="native")`: on CUDA the C++/CUDA kernels in place of Triton's."""
+    """`fused_linear_dpo(backend="native")`: on CUDA the C++/CUDA kernels instead of Triton."""
     if problem.hidden.device.type == "cpu":
-        raise CannotRun("on the CPU it is what `ours` takes")
+        raise CannotRun("on the CPU it is the same as `ours`")
     return _our_step(problem, "auto", "native")
 
 
@@ -196,12 +199,12 @@ def _naive_logps(problem: Problem) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _needs_hopper(problem: Problem, package: str) -> None:
-    """CannotRun where CuTe kernels for compute capability 9.0 and bf16 cannot serve."""
+    """Raise CannotRun unless CuTe kernels for compute capability 9.0 and bf16 can run."""
     if problem.hidden.device.type != "cuda":
-        raise CannotRun(f"{package}: its kernels are CuTe, for CUDA alone")
+        raise CannotRun(f"{package}: its CuTe kernels need CUDA")
     found = torch.cuda.get_device_capability(problem.hidden.device)
     if found < (9, 0):
-        raise CannotRun(f"{package}: its kernels need a Hopper chip, this one has compute capability {found}")
+        raise CannotRun(f"{package}: its kernels need a Hopper GPU, this one has compute capability {found}")
     if problem.hidden.dtype != torch.bfloat16:
         raise CannotRun(f"{package}: its kernels are for bfloat16, not {problem.hidden.dtype}")
 
@@ -227,25 +230,27 @@ def _patched_step(problem: Problem, metrics: Sequence[str]) -> Callable[[], Step
     _imported("trl.kernels.chunked_logprob")
     try:
         with fused_trl.patch():
-            return _dpo_step(problem, _trl_logps(problem, scored_alone=False, metrics=metrics))
-    except RuntimeError as error:  # a TRL that it does not know
+            return _dpo_step(problem, _trl_logps(problem, scored_only=False, metrics=metrics))
+    except RuntimeError as error:  # an unknown version of TRL
         raise CannotRun(str(error)) from error
 
 
-def _trl_logps(problem: Problem, scored_alone: bool, metrics: Sequence[str] = ()) -> Callable[[Tensor, Tensor], Tensor]:
+def _trl_logps(problem: Problem, scored_only: bool, metrics: Sequence[str] = ()) -> Callable[[Tensor, Tensor], Tensor]:
     apply = _imported("trl.kernels.chunked_logprob").ChunkedLogProbFunction.apply
+
+    # everything that depends on the labels only is prepared here and not timed
     targets = problem.labels.reshape(-1)
     scored = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-    index = scored if scored_alone else torch.arange(len(targets), device=targets.device)
+    index = scored if scored_only else torch.arange(len(targets), device=targets.device)
     kept = targets[index].clamp(min=0)
     mask = (targets[index] != IGNORE_INDEX).float()
     sequence = index // problem.labels.shape[1]
-    columns = 32768  # its trainers' chunk
+    columns = 32768  # the chunk of TRL's trainers
 
     def logps(hidden: Tensor, weight: Tensor) -> Tensor:
         rows = hidden.flatten(0, 1)
-        rows = rows[index] if scored_alone else rows
-        outputs = tuple(metrics) if torch.is_grad_enabled() else ()  # of the reference TRL asks none
+        rows = rows[index] if scored_only else rows
+        outputs = tuple(metrics) if torch.is_grad_enabled() else ()  # TRL requests none of the reference
         found = apply(rows, weight, None, kept, 1.0, columns, None, 1.0, outputs)[0]
         return torch.zeros(len(problem.labels), device=rows.device).index_add(0, sequence, found * mask)
 
@@ -258,7 +263,7 @@ def _liger_step(problem: Problem, compiled: bool) -> Callable[[], Step]:
     )
 
     def step() -> Step:
-        # its first answers: the loss, then the chosen and the rejected sums
+        # it returns the loss, and a tuple that starts with the sums of chosen and rejected
         value, found = loss(
             problem.weight, problem.hidden, problem.labels, None, problem.ref_hidden, problem.ref_weight, None
         )

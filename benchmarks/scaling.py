@@ -1,7 +1,8 @@
-"""How do time and memory grow? `python -m benchmarks.scaling [--factors vocab …] [--json results.json]`
+"""How do time and memory scale? `python -m benchmarks.scaling [--factors vocab …] [--json results.json]`
 
-The head benchmark (`head.py`: fresh processes, in turn) from one base shape, one factor changed at a time: N (pairs of
-a fixed length), T (length at a fixed number of pairs), H and V. All positions' work is counted as in `head.py`.
+The head benchmark (`head.py`: fresh processes that take turns) from one base shape, with one factor changed at a time:
+N (pairs of a fixed length), T (length at a fixed number of pairs), H and V. The case gemms is the bare-GEMM baseline
+("floor"), as in `head.py`.
 """
 
 from __future__ import annotations
@@ -28,13 +29,16 @@ QUICK_FACTORS = {"vocab": [200, 400]}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure every point."""
+    """Measure every point of every factor."""
     options = parse(arguments)
+
     base, factors = (QUICK_BASE, QUICK_FACTORS) if options.quick else (BASE, FACTORS)
     if not options.quick:
         factors = {name: FACTORS[name] for name in options.factors}
+
     report = measure.report("scaling", arguments, options.threads, torch.device(options.device))
-    measured: dict[tuple[int, ...], dict[str, Any]] = {}  # the base is a point of every factor, measured once
+    # the base shape is a point of every factor, and is measured once
+    measured: dict[tuple[int, ...], dict[str, Any]] = {}
     report |= {"base": base, "results": []}
     for factor, values in factors.items():
         for value in values:
@@ -43,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
             if key not in measured:
                 measured[key] = head.measure_all(head.parse(head_arguments(options, shape)))
             report["results"].append({"factor": factor, "value": value} | measured[key])
+
     print(show(report))
     measure.write_json(options.json, report)
     return 0
@@ -56,15 +61,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=head.DTYPES, default="bf16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=1, help="fresh processes a case and point")
-    parser.add_argument("--repeats", type=int, default=5, help="timed calls a process")
+    parser.add_argument("--rounds", type=int, default=1, help="fresh processes per case and point")
+    parser.add_argument("--repeats", type=int, default=5, help="timed calls per process")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--quick", action="store_true", help=f"a tiny run: {QUICK_FACTORS}")
     return parser.parse_args(arguments)
 
 
 def head_arguments(options: argparse.Namespace, shape: dict[str, int]) -> list[str]:
-    """The head benchmark's command line for one point."""
+    """The head benchmark's arguments for one point."""
     names = ("dtype", "device", "threads", "rounds", "repeats")
     given = [f"--{name}={getattr(options, name)}" for name in names]
     given += [f"--{name}={value}" for name, value in shape.items()]
@@ -78,11 +83,15 @@ def show(report: dict[str, Any]) -> str:
     for point in report["results"]:
         found = {result["case"]: result for result in point["results"]}
         skipped |= {case: result["skipped"] for case, result in found.items() if "skipped" in result}
+
+        # a case that cannot run keeps its column, with dashes
         cells = [cell(found[case]) for case in cases]
         lines.append([f"{point['factor']} {point['value']}", str(point["shape"]["rows"]), *cells])
+
     table = measure.table(["point", "rows", *cases], lines)
     reasons = [f"{case}: not measured, {why}" for case, why in skipped.items()]
-    return "\n".join([measure.heading(report), "median ms / extra MiB", "", table, *reasons])
+    legend = 'median ms / extra MiB; gemms: the bare-GEMM baseline ("floor")'
+    return "\n".join([measure.heading(report), legend, "", table, *reasons])
 
 
 def cell(result: dict[str, Any]) -> str:

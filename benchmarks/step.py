@@ -2,12 +2,13 @@
 
     python -m benchmarks.step [--tasks grammar …] [--threads 1] [--json PATH]     # TRL from `make bench-env`
 
-Tasks: stories260K (260,032 parameters, fp32) on slices of the three compact stages, and `llama10m`, a Llama of ten
-million random parameters with GPT-2's vocabulary of 50,257 on conversations of the full pack. Batches of 4 pairs, the
-reference's log-probs computed beforehand, TRL's gradient checkpointing off. Each round of a side is a fresh process,
-sides in turn. A step is the time between the ends of two optimiser steps, so collation, logging and Trainer's own work
-count; the first of a round is left out. Tokens: of both sequences of a pair, prompts too. Memory: the most the
-process held above what it held when the libraries were loaded: model, reference scoring, optimiser and training.
+Tasks: stories260K (260,032 parameters, fp32) on slices of the three compact stages, and `llama10m`, a Llama with ten
+million random parameters and GPT-2's vocabulary of 50,257 on conversations of the full pack. Batches have 4 pairs, the
+reference's log-probs are computed beforehand, and TRL's gradient checkpointing is off. Each round of a side is a fresh
+process, and the sides take turns. Step time is the time between the ends of two optimiser steps, so it includes
+collation, logging and Trainer's own work; the first step of a round is left out. Tokens are those of both sequences of
+a pair, with prompts. Memory is the process's peak minus its memory after the libraries were loaded: model, reference
+scoring, optimiser and training.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained on what; sequences over `max_length` are cut alike by both."""
+    """Model and data of a task; both sides truncate sequences over `max_length` in the same way."""
 
     data: str  # under DATA
     pairs: int
@@ -62,13 +63,15 @@ TASKS = {
 
 
 def model_folder(task: Task, folder: Path) -> Path:
-    """The task's model and tokenizer: one of the pack's, or the Llama of ten million parameters, made in `folder`."""
+    """The folder of the task's model and tokenizer: in the pack, or the ten-million Llama, written to `folder`."""
     if task.model != "llama10m":
         return DATA / task.model
+
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(DATA / "tokenizers/gpt2")
     tokenizer.chat_template = TEMPLATE
+
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=160,
@@ -82,6 +85,8 @@ def model_folder(task: Task, folder: Path) -> Path:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+    # random weights: time does not depend on them
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -99,19 +104,19 @@ def task_rows(task: Task, pairs: int) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Round:
-    """What one round tells."""
+    """The measurements of one round."""
 
-    times: list[float]  # of each step but the first
-    tokens_a_step: float | None = None  # the driver counts; TRL makes the same tokens
+    times: list[float]  # of each step except the first
+    tokens_a_step: float | None = None  # counted by the driver; TRL has the same tokens
 
 
 def step_seconds(ends: list[float]) -> list[float]:
-    """From the ends of all steps."""
+    """The duration of each step except the first, from the ends of all steps."""
     return [b - a for a, b in itertools.pairwise(ends)]
 
 
 def clock(trainer: Any) -> list[float]:
-    """Let a transformers Trainer write down when each optimiser step ends."""
+    """The times at which each optimiser step of `trainer` ends; the list fills as it trains."""
     from transformers import TrainerCallback
 
     ends: list[float] = []
@@ -125,7 +130,12 @@ def clock(trainer: Any) -> list[float]:
 
 
 def driver_round(task: Task, rows: list[dict[str, Any]], model: Path, folder: Path) -> Round:
-    """Train one round with the driver's StageTrainer."""
+    """Train one round with the driver's StageTrainer.
+
+    1. Write data and run file, as a user would.
+    2. Prepare the run and its stage, which scores the reference.
+    3. Train, with a clock on the optimiser steps.
+    """
     from sdpo_kernels.stepwise.common.progress import Reporter
     from sdpo_kernels.stepwise.prepare import prepare
     from sdpo_kernels.stepwise.run import open_run
@@ -147,15 +157,19 @@ def driver_round(task: Task, rows: list[dict[str, Any]], model: Path, folder: Pa
             "logging_steps": 1000,
         },
     }
-    (folder / "run.yaml").write_text(json.dumps(settings))  # JSON is YAML
+
+    # JSON is YAML
+    (folder / "run.yaml").write_text(json.dumps(settings))
     (folder / "run").mkdir()
     prepared = prepare(load_config(folder / "run.yaml"))
     run = open_run(prepared, folder / "run", Reporter(quiet=True))
     stage = Stage(run, 1, prepared.stages[0])
     stage.work.mkdir()
+
     trainer, _ = prepare_trainer(stage)
     ends = clock(trainer)
     trainer.train()
+
     tokens = prepared.stages[0].tokens
     return Round(step_seconds(ends), len(tokens.ids) / len(tokens) * BATCH)
 
@@ -166,6 +180,7 @@ def trl_round(task: Task, rows: list[dict[str, Any]], model: Path, folder: Path)
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
     from trl import DPOConfig, DPOTrainer
 
+    # the same settings as in driver_round, and what the driver does not have switched off
     args = DPOConfig(
         output_dir=str(folder),
         per_device_train_batch_size=BATCH,
@@ -181,6 +196,7 @@ def trl_round(task: Task, rows: list[dict[str, Any]], model: Path, folder: Path)
         report_to="none",
         disable_tqdm=True,
     )
+
     trainer = DPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         args=args,
@@ -188,6 +204,7 @@ def trl_round(task: Task, rows: list[dict[str, Any]], model: Path, folder: Path)
         processing_class=AutoTokenizer.from_pretrained(model),
     )
     trainer.remove_callback(PrinterCallback)
+
     ends = clock(trainer)
     trainer.train()
     return Round(step_seconds(ends))
@@ -197,16 +214,21 @@ SIDES: dict[str, Callable[[Task, list[dict[str, Any]], Path, Path], Round]] = {"
 
 
 def measure_side(options: argparse.Namespace) -> dict[str, Any]:
-    """In a fresh process: one round of one side."""
+    """One round of one side; runs in a fresh process."""
     torch.set_num_threads(options.threads)
     logging.disable(logging.WARNING)
+
+    # imported before memory is measured
     try:
         for library in LIBRARIES[options.child]:
             importlib.import_module(library)
     except ImportError as error:
         return {"skipped": f"{error} (make bench-env installs the rivals)"}
+
     task = TASKS[options.tasks[0]]
     rows = task_rows(task, options.pairs or task.pairs)
+
+    # the list takes the result out of the call that measures memory
     rounds: list[Round] = []
     with tempfile.TemporaryDirectory() as made, tempfile.TemporaryDirectory() as folder:
         model = model_folder(task, Path(made))
@@ -214,28 +236,35 @@ def measure_side(options: argparse.Namespace) -> dict[str, Any]:
         memory = measure.peak_extra_bytes(
             lambda: rounds.append(side(task, rows, model, Path(folder))), torch.device("cpu")
         )
+
     return {"times_s": rounds[0].times, "tokens_a_step": rounds[0].tokens_a_step, "peak_extra_bytes": memory}
 
 
 def measure_task(options: argparse.Namespace, task: str) -> dict[str, Any]:
-    """Rounds of fresh processes, sides in turn."""
+    """Measure one task in rounds of fresh processes; the sides take turns."""
     answers: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+
+    # a side that cannot run is tried once
     given = [f"--tasks={task}", f"--threads={options.threads}", f"--pairs={options.pairs}"]
     for _ in range(options.rounds):
         for side, found in answers.items():
             if not (found and "skipped" in found[-1]):
                 found.append(measure.run_fresh("benchmarks.step", [f"--child={side}", *given], options.threads))
+
+    # only the driver counts tokens; TRL's speed is computed from the same number
     tokens = next((a["tokens_a_step"] for a in answers["ours"] if "times_s" in a), None)
     sides = {side: summary(found, tokens) for side, found in answers.items()}
+
     result: dict[str, Any] = {"task": task, "pairs": options.pairs or TASKS[task].pairs, "tokens_a_step": tokens}
     result |= {"max_length": TASKS[task].max_length, "sides": sides}
     if all("median_s" in found for found in sides.values()):
         result["trl_over_ours"] = sides["trl"]["median_s"] / sides["ours"]["median_s"]
+
     return result
 
 
 def summary(answers: list[dict[str, Any]], tokens: float | None) -> dict[str, Any]:
-    """One side's figures from its rounds."""
+    """One side's results over its rounds."""
     found = measure.summary(answers)
     if "times_s" in found:
         found["tokens_a_second"] = None if tokens is None else tokens / statistics.mean(found["times_s"])
@@ -256,25 +285,29 @@ def show(report: dict[str, Any]) -> str:
             lines.append([f"{result['task']} {side}", *times, *cells])
         if "trl_over_ours" in result:
             lines.append([f"{result['task']} TRL/ours", f"{result['trl_over_ours']:.2f}", "", "", "", ""])
+
     table = measure.table(["", "median ms", "min ms", "max ms", "tokens/s", "extra MiB"], lines)
     return "\n".join([measure.heading(report), "", table, *(f"{s}: not measured, {w}" for s, w in skipped.items())])
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure all tasks, or, as a child process, one round of one side."""
+    """Measure all tasks; as a child process, one round of one side."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--pairs", type=int, default=0, help="pairs a task, if not its own number")
-    parser.add_argument("--rounds", type=int, default=3, help="fresh processes a side")
+    parser.add_argument("--pairs", type=int, default=0, help="pairs per task, in place of its own number")
+    parser.add_argument("--rounds", type=int, default=3, help="fresh processes per side")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+
+    # nothing is downloaded, and output holds results only
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     if options.child:
         print(json.dumps(measure_side(options)))
         return 0
+
     report = measure.report("step", arguments, options.threads, torch.device("cpu")) | {"batch": BATCH}
     report["results"] = [measure_task(options, task) for task in options.tasks]
     print(show(report))

@@ -1,4 +1,4 @@
-"""The page of results is made from JSON alone; the committed page is what the command makes of the committed JSON."""
+"""The page of results is generated from JSON alone; the committed page is that of the committed JSON."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ REPORTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def made(tmp_path: Path) -> Path:
-    """A folder with the page of every kind of report but one."""
+    """A folder with a page of every kind of report but one."""
     for kind, rest in REPORTS.items():
         report = {"benchmark": kind, "command": f"python -m benchmarks.{kind} --quick"} | ABOUT | rest
         (tmp_path / f"{kind}-cpu.json").write_text(json.dumps(report))
@@ -44,7 +44,7 @@ def made(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_page_shows_every_report_and_where_it_is_from(made):
+def test_the_page_shows_every_report_and_its_origin(made):
     text = (made / "benchmarks.md").read_text()
     for kind in REPORTS:
         assert f"`python -m benchmarks.{kind} --quick` on a chip, 2 threads, load 0.5" in text
@@ -58,7 +58,7 @@ def test_the_page_shows_every_report_and_where_it_is_from(made):
     assert "Not measured yet: `python -m benchmarks.floor`." in text
 
 
-def test_pictures_are_drawn_the_same_each_time(made, tmp_path):
+def test_pictures_are_reproducible(made, tmp_path):
     for kind in pictures.DRAWN:
         picture = (made / f"benchmarks-{kind}-cpu.png").read_bytes()
         assert picture.startswith(b"\x89PNG")
@@ -66,7 +66,7 @@ def test_pictures_are_drawn_the_same_each_time(made, tmp_path):
         assert (tmp_path / "again.png").read_bytes() == picture
 
 
-def test_the_committed_page_is_made_from_the_committed_results():
+def test_the_committed_page_is_that_of_the_committed_results():
     reports = page.read_reports(ROOT / "benchmarks/results")
     made = page.page(reports)
     assert (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8") == made, "run python -m benchmarks.page"

@@ -1,4 +1,4 @@
-"""The head benchmark: every rival does the same right work, memory is measured truly, the command writes its report."""
+"""The benchmarks: every rival computes the same correct step, memory is measured right, commands write reports."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def problem(dtype: torch.dtype = torch.float32) -> Problem:
     return Problem.random(2, 12, 16, 90, 0.4, dtype, "cpu")
 
 
-def test_the_problem_is_what_was_asked_for():
+def test_the_problem_has_the_requested_shape():
     ours = problem()
     assert ours.hidden.shape == ours.ref_hidden.shape == (4, 12, 16)
     assert ours.weight.shape == ours.ref_weight.shape == (90, 16)
@@ -69,13 +69,13 @@ def test_every_rival_computes_the_same_loss_and_gradients(name):
 
 
 @pytest.mark.parametrize("name", ["liger_sm90", "cce", "quack"])
-def test_a_kernel_for_cuda_says_on_the_cpu_why_it_cannot_run(name):
-    with pytest.raises(CannotRun, match="CUDA alone"):
+def test_a_cuda_kernel_gives_the_reason_why_it_cannot_run_on_the_cpu(name):
+    with pytest.raises(CannotRun, match="kernels need CUDA"):
         RIVALS[name](problem())
 
 
 @pytest.mark.parametrize("kind", accuracy.SHIFTS)
-def test_the_truth_is_autograds_in_float64(kind):
+def test_the_ground_truth_is_that_of_autograd_in_float64(kind):
     given = accuracy.with_raised_targets(problem(), accuracy.SHIFTS[kind] / 10)
     hidden, weight, policy, loss = autograds_step(given)
     found = true_step(given)
@@ -95,7 +95,7 @@ def test_raised_targets_are_raised():
 
 
 @pytest.mark.parametrize("kind", accuracy.SHIFTS)
-def test_ours_is_a_hundred_times_as_exact_as_bf16_logits(kind):
+def test_ours_is_a_hundred_times_more_accurate_than_bf16_logits(kind):
     options = ["--quick", "--child", "--vocabs=300", "--dtypes=bf16", f"--inputs={kind}", "--cases", "naive", "ours"]
     found = accuracy.measure_problem(accuracy.parse(options))["cases"]
     assert 100 * found["ours"]["nats"] < found["naive"]["nats"]
@@ -103,18 +103,18 @@ def test_ours_is_a_hundred_times_as_exact_as_bf16_logits(kind):
     assert found["ours"]["dw"] < found["naive"]["dw"]
 
 
-def test_the_accuracy_command_names_what_it_measured_and_what_not(tmp_path, capsys):
+def test_the_accuracy_command_lists_measured_and_skipped_cases(tmp_path, capsys):
     path = tmp_path / "accuracy.json"
     assert accuracy.main(["--quick", "--inputs", "plain", "--cases", "ours", "cce", f"--json={path}"]) == 0
     report = json.loads(path.read_text())
     assert report["command"] == "python -m benchmarks.accuracy --quick --inputs plain --cases ours cce"
     ours, cce = report["results"]
     assert ours["nats"] < 1e-3
-    assert "CUDA alone" in cce["skipped"]
+    assert "kernels need CUDA" in cce["skipped"]
     assert "cce: not measured" in capsys.readouterr().out
 
 
-def test_real_masks_are_runs_of_completion():
+def test_real_masks_are_runs_of_completion_tokens():
     if not has_real_masks():
         pytest.skip("no real data")
     runs = real_runs(4, 256)
@@ -143,7 +143,7 @@ def test_scaling_measures_each_point_once(monkeypatch, tmp_path, capsys):
     assert "1000.0 / 1" in capsys.readouterr().out
 
 
-def test_stages_takes_differences_seed_by_seed():
+def test_stages_pairs_differences_by_seed():
     right = {("dpo", 7): 0.5, ("dpo", 8): 0.75, ("sdpo", 7): 0.75, ("sdpo", 8): 0.5}
     rows = [{"method": method, "seed": seed, "exactly_right": value} for (method, seed), value in right.items()]
     assert stages.differences(rows, "sdpo", "dpo") == [0.25, -0.25]
@@ -165,16 +165,16 @@ print(measure.peak_extra_bytes(call, torch.device("cpu")))
 
 
 def test_peak_memory_is_that_of_a_known_allocation():
-    """In a fresh process, as it is meant: here an allocator may hold freed memory back."""
+    """In a fresh process, as in use: in this one the allocator may reuse freed memory."""
     done = subprocess.run(
         [sys.executable, "-c", ALLOCATION], cwd=measure.ROOT, capture_output=True, text=True, check=True
     )
     if done.stdout.strip() == "None":
-        pytest.skip("this system does not tell a process its peak memory")
+        pytest.skip("this system does not report a process's peak memory")
     assert 0.95 * 2**26 < int(done.stdout) < 1.1 * 2**26
 
 
-def test_a_case_that_fails_is_answered_with_why(monkeypatch):
+def test_a_failing_case_is_answered_with_the_reason(monkeypatch):
     answer = measure.run_fresh("benchmarks.head", ["--child=naive", "--device=nonsense"], 1)
     assert answer["skipped"].startswith("exit status 1: ")
     assert "nonsense" in answer["skipped"]
@@ -186,7 +186,7 @@ def test_a_case_that_fails_is_answered_with_why(monkeypatch):
     assert head.measure_case(head.parse(["--child=naive", "--quick"])) == {"skipped": "it is not installed"}
 
 
-def test_the_command_measures_in_turn_and_writes_its_report(tmp_path, capsys):
+def test_the_head_command_measures_and_writes_its_report(tmp_path, capsys):
     path = tmp_path / "results" / "head.json"
     assert head.main(["--quick", "--cases", "gemms", "ours", "--threads=1", f"--json={path}"]) == 0
     shown = capsys.readouterr().out
@@ -203,10 +203,10 @@ def test_the_command_measures_in_turn_and_writes_its_report(tmp_path, capsys):
     assert ours["ratio_to_floor"] == ours["median_s"] / floor["median_s"]
     assert ours["error_nat"] < 1e-4
     assert "gemms" in shown
-    assert "× floor" in shown
+    assert '× floor: ratio to gemms, the bare-GEMM baseline ("floor")' in shown
 
 
-def test_rounds_are_taken_in_turn_and_a_case_that_cannot_run_is_not_asked_again(monkeypatch, capsys):
+def test_cases_take_turns_and_one_that_cannot_run_is_tried_once(monkeypatch, capsys):
     asked = []
 
     def answer(module, arguments, threads):

@@ -40,7 +40,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def novice(tokenizer):
-    """A model after a few steps of warm-up: it writes words that end, nearly all of them wrong."""
+    """A model after a few steps of warm-up: its answers are words that end, and nearly all of them are wrong."""
     model = build_model(tokenizer, seed=0)
     warm_up(model, tokenizer, warmup_corpus(64 * 60, seed=0), batch_size=64, learning_rate=3e-3)
     return model
@@ -50,7 +50,7 @@ def novice(tokenizer):
 
 
 @given(words)
-def test_the_answer_has_the_same_letters_in_rising_order(word: str) -> None:
+def test_the_answer_has_the_same_letters_in_alphabetical_order(word: str) -> None:
     answer = Problem(word).answer
     assert Counter(answer) == Counter(word)
     assert all(before <= after for before, after in itertools.pairwise(answer))
@@ -66,7 +66,7 @@ def test_only_the_answer_is_right(word: str) -> None:
 
 
 @given(words)
-def test_the_careless_answer_is_right_exactly_where_the_last_letter_is_the_greatest(word: str) -> None:
+def test_the_careless_answer_is_right_only_if_the_last_letter_is_the_greatest(word: str) -> None:
     problem = Problem(word)
     assert problem.careless[-1] == word[-1]
     assert Counter(problem.careless) == Counter(word)
@@ -74,7 +74,7 @@ def test_the_careless_answer_is_right_exactly_where_the_last_letter_is_the_great
 
 
 @given(sources, st.sampled_from(SPLITS), st.integers(0, 40), st.integers(0, 10_000))
-def test_drawn_words_are_different_belong_to_the_split_and_are_drawn_again_alike(source, split, count, seed) -> None:
+def test_drawn_words_differ_belong_to_the_split_and_are_reproducible(source, split, count, seed) -> None:
     problems = draw_words(source, split, count, seed)
     assert len({problem.word for problem in problems}) == count
     assert all(len(problem.word) == source.letters and split_of(problem.word) == split for problem in problems)
@@ -104,7 +104,7 @@ def test_held_out_words_are_in_no_corpus_and_no_preference_pair() -> None:
     assert not corpus & (drawn["heldout"] | drawn["preference"])
 
 
-def test_the_corpus_is_the_work_of_two_authors_in_the_stated_shares() -> None:
+def test_the_corpus_is_by_two_authors_in_the_stated_shares() -> None:
     rows = warmup_corpus(9000, seed=1)
     assert rows == warmup_corpus(9000, seed=1)
     assert rows != warmup_corpus(9000, seed=2)
@@ -120,7 +120,7 @@ def test_the_corpus_is_the_work_of_two_authors_in_the_stated_shares() -> None:
 
 
 @given(word=words)
-def test_the_tokenizer_gives_a_prompt_back_and_has_a_token_a_letter(tokenizer, word: str) -> None:
+def test_the_tokenizer_restores_a_prompt_and_has_one_token_per_letter(tokenizer, word: str) -> None:
     text = Problem(word).prompt
     ids = tokenizer(text)["input_ids"]
     assert len(ids) == len(word) + 2
@@ -128,7 +128,7 @@ def test_the_tokenizer_gives_a_prompt_back_and_has_a_token_a_letter(tokenizer, w
     assert tokenizer.decode(ids) == text
 
 
-def test_a_saved_model_comes_back_with_the_same_weights_and_tokens(tokenizer, tmp_path: Path) -> None:
+def test_a_saved_model_loads_with_the_same_weights_and_tokens(tokenizer, tmp_path: Path) -> None:
     model = build_model(tokenizer, seed=5)
     save(model, tokenizer, tmp_path)
     again, tokenizer_again = load(tmp_path)
@@ -149,7 +149,7 @@ def test_the_model_depends_on_the_seed_and_leaves_the_global_random_state_alone(
 # ---- warm-up ----
 
 
-def test_only_the_answer_and_its_end_are_scored(tokenizer) -> None:
+def test_only_the_answer_and_its_end_token_are_scored(tokenizer) -> None:
     rows = [("sort ba:", "ab"), ("sort dcba:", "abcd")]
     ids, labels = answer_tensors(tokenizer, rows)
     for row, (_, answer) in enumerate(rows):
@@ -158,7 +158,7 @@ def test_only_the_answer_and_its_end_are_scored(tokenizer) -> None:
         assert torch.equal(labels[row][scored], ids[row][scored])
 
 
-def test_the_warm_up_learns_and_is_the_same_each_time(tokenizer) -> None:
+def test_the_warm_up_learns_and_is_reproducible(tokenizer) -> None:
     def train() -> tuple[list[float], torch.Tensor]:
         model = build_model(tokenizer, seed=0)
         losses = warm_up(model, tokenizer, warmup_corpus(32 * 40 + 5, seed=0), batch_size=32, learning_rate=3e-3)
@@ -175,7 +175,7 @@ def test_the_warm_up_learns_and_is_the_same_each_time(tokenizer) -> None:
 # ---- answers ----
 
 
-def test_answers_do_not_depend_on_the_prompts_beside_them(tokenizer, novice) -> None:
+def test_answers_do_not_depend_on_the_other_prompts_of_the_batch(tokenizer, novice) -> None:
     prompts = [problem.prompt for source in SOURCES for problem in draw_words(source, "heldout", 8, seed=0)]
     together = write_answers(novice, tokenizer, prompts)
     assert together == [write_answers(novice, tokenizer, [prompt])[0] for prompt in prompts]
@@ -206,7 +206,7 @@ def test_samples_repeat_with_the_seed_and_leave_the_global_random_state_alone(to
 # ---- preference pairs ----
 
 
-def test_pairs_are_rows_that_the_driver_takes(tokenizer, novice, tmp_path: Path) -> None:
+def test_the_driver_reads_the_pairs(tokenizer, novice, tmp_path: Path) -> None:
     pairs = preference_pairs(novice, tokenizer, SOURCES[0], "preference", 30, seed=1)
     assert pairs == preference_pairs(novice, tokenizer, SOURCES[0], "preference", 30, seed=1)
     path = tmp_path / "pairs.jsonl"
@@ -248,7 +248,7 @@ def test_a_model_that_is_never_wrong_is_an_error(tokenizer, novice, monkeypatch:
 # ---- evaluation ----
 
 
-def test_answer_logps_are_those_of_one_sequence_alone(tokenizer, novice) -> None:
+def test_answer_logps_are_those_of_each_sequence_alone(tokenizer, novice) -> None:
     rows = [("sort ba:", "ab"), ("sort dcbafe:", "abcdef"), ("sort dcba:", "bacd")]
     together = answer_logps(novice, tokenizer, rows, batch_size=2)
     for row, (prompt, answer) in enumerate(rows):
@@ -260,7 +260,7 @@ def test_answer_logps_are_those_of_one_sequence_alone(tokenizer, novice) -> None
         assert together[row].item() == pytest.approx(alone, abs=1e-4)
 
 
-def test_gammas_change_sign_when_the_sides_are_exchanged(tokenizer, novice) -> None:
+def test_gammas_change_sign_when_the_answers_are_swapped(tokenizer, novice) -> None:
     pair = {"prompt": "sort dcba:", "chosen": "abcd", "rejected": "abdc"}
     exchanged = {"prompt": "sort dcba:", "chosen": "abdc", "rejected": "abcd"}
     one, other = pair_gammas(novice, tokenizer, [pair, exchanged])
@@ -277,7 +277,7 @@ def test_exactly_right_counts_the_right_answers(tokenizer, novice, monkeypatch: 
     assert exactly_right(novice, tokenizer, problems).tolist() == [True, False, False, True]
 
 
-def test_the_difference_is_judged_prompt_by_prompt() -> None:
+def test_the_difference_is_paired_by_prompt() -> None:
     right = torch.tensor([True] * 60 + [False] * 40)
     assert difference(right, right) == (0.0, 0.0)
     mean, reach = difference(right, ~right)
@@ -307,7 +307,7 @@ def test_both_run_files_hold_the_same_pairs_rates_and_start(tiny_start) -> None:
     assert Path(dpo.model) == (folder / "start").resolve()
 
 
-def test_held_out_pairs_share_no_prompt_with_those_of_training(tiny_start) -> None:
+def test_held_out_pairs_share_no_prompt_with_training_pairs(tiny_start) -> None:
     _, start = tiny_start
     training = {pair["prompt"] for pairs in start.pairs.values() for pair in pairs}
     heldout = {pair["prompt"] for pairs in start.heldout.values() for pair in pairs}
@@ -315,7 +315,7 @@ def test_held_out_pairs_share_no_prompt_with_those_of_training(tiny_start) -> No
     assert not training & heldout
 
 
-def test_a_second_call_reads_the_start_back_and_leaves_its_files(tiny_start) -> None:
+def test_a_second_call_reads_the_start_and_writes_nothing(tiny_start) -> None:
     folder, start = tiny_start
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     assert set_up(folder, TINY, Reporter(quiet=True)) == start
@@ -324,11 +324,11 @@ def test_a_second_call_reads_the_start_back_and_leaves_its_files(tiny_start) -> 
 
 def test_other_settings_in_the_same_folder_are_an_error(tiny_start) -> None:
     folder, _ = tiny_start
-    with pytest.raises(UserError, match="was made with other settings"):
+    with pytest.raises(UserError, match="contains a demo with different settings"):
         set_up(folder, QUICK, Reporter(quiet=True))
 
 
-def test_a_start_made_again_elsewhere_is_the_same(tiny_start, tmp_path: Path) -> None:
+def test_a_start_in_another_folder_is_the_same(tiny_start, tmp_path: Path) -> None:
     folder, start = tiny_start
     again = set_up(tmp_path, TINY, Reporter(quiet=True))
     assert (again.pairs, again.heldout) == (start.pairs, start.heldout)
@@ -378,14 +378,14 @@ def test_tables_show_the_numbers_within_80_columns(judged: list[Judged]) -> None
     assert stages.split()[-3:] == ["0.50", "1.25", "2.75"]
 
 
-def test_a_difference_within_its_interval_is_said_to_be_none(judged: list[Judged]) -> None:
+def test_a_difference_within_its_interval_is_reported_as_none(judged: list[Judged]) -> None:
     lines = difference_lines(judged)
     assert lines[0].startswith("DPO - SFT: +65.0 ± ")
     assert lines[0].endswith("points")
     assert lines[2] == "sDPO - DPO: +0.0 ± 0.0 points: no difference that this run shows"
 
 
-def test_results_are_written_as_they_are(judged: list[Judged], tmp_path: Path) -> None:
+def test_results_are_written_unchanged(judged: list[Judged], tmp_path: Path) -> None:
     rows = result_rows(judged, GAMMAS)
     page = write_results(tmp_path, judged, rows, TINY)
     assert json.loads((tmp_path / "results.json").read_text())["rows"] == rows

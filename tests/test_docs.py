@@ -1,4 +1,4 @@
-"""Every example in a docstring of the kernels runs and gives what it says."""
+"""Every example in a docstring of the kernels runs and gives the output it shows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MODULES = [
 @pytest.mark.parametrize("name", MODULES)
 def test_examples(name):
     result = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
-    assert result.failed == 0  # doctest prints what it got
+    assert result.failed == 0  # doctest prints the actual output
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The run files of examples/methods: each has the loss it is named after, and trains from start to end."""
+"""The run files of examples/methods: each has the loss it is named after, and trains to the end."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TINY = Settings(warmup_steps=130, pairs=24, heldout_pairs=8, heldout_prompts=8)
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_run_file(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # paths are taken from here; the model is made by another command
+    monkeypatch.chdir(tmp_path)  # paths are relative to it; the model comes from another command
     (tmp_path / "runs/methods/start/start").mkdir(parents=True)
     path = FOLDER / f"{name}.yaml"
     config = load_config(path)
@@ -41,7 +41,7 @@ def test_run_file(name, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
-    """Where a small start has been made."""
+    """A folder with a small warm start."""
     folder = tmp_path_factory.mktemp("methods")
     prepare(start_folder(folder, TINY.seed), TINY, Reporter(quiet=True))
     return folder
@@ -49,15 +49,15 @@ def output(tmp_path_factory):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_is_judged(method, output, monkeypatch):
-    monkeypatch.chdir(FOLDER.parents[1])  # where the checker of execution.yaml is found
+    monkeypatch.chdir(FOLDER.parents[1])  # the checker in execution.yaml has a relative path
     row = train_and_judge(output, TINY.seed, method, TINY)
     assert 0 <= row["exactly_right"] <= 1
     assert row["prompts"] == 24
     assert (row["pairs"] > 0) == (method != "sft")
-    assert train_and_judge(output, TINY.seed, method, TINY) == row  # kept, not made again
+    assert train_and_judge(output, TINY.seed, method, TINY) == row  # kept, not repeated
 
 
-def test_the_comparison_has_a_line_a_method_and_gains_over_dpo_of_the_same_seed(tmp_path):
+def test_the_comparison_has_a_line_per_method_with_gains_over_dpo_of_the_same_seed(tmp_path):
     rows = [
         {"method": method, "seed": seed, "exactly_right": right, "ranked_right": 0.5, "pairs": 10, "seconds": 1.0}
         | {"prompts": 24}

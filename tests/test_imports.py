@@ -47,8 +47,8 @@ ROOM_OF = {
     "token_weights": "dpo",
 }  # files that live in another's room
 EXTRAS = {
-    "accelerate", "cut_cross_entropy", "datasets", "liger_kernel", "matplotlib", "peft", "pydantic", "rich",
-    "safetensors", "tensorboard", "transformers", "trl", "typer", "yaml",
+    "accelerate", "cut_cross_entropy", "datasets", "huggingface_hub", "liger_kernel", "matplotlib", "peft", "pydantic",
+    "rich", "ruamel", "safetensors", "tensorboard", "transformers", "trl", "typer",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Every command and every block of README.md runs; the docs name every setting; the examples' YAML loads."""
+"""Every command and block of README.md runs; the docs name every setting, room and page; the examples' YAML loads."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from sdpo_kernels.stepwise.settings.run_file import load_config
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 from sdpo_kernels.stepwise.settings.trainer import DEFAULT_TRAINER
 from tests.stepwise.runs import make_model, make_rows, write_rows
+from tests.test_imports import FLOORS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"```(python|yaml)\n(.*?)```", README, re.S))
 COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if line.startswith("    ") and line.strip()]
 
-# installing is what `make` itself does before every one of these tests
+# `make` itself installs before any of these tests runs
 INSTALLS = {"make test", "make bench-env", "pip install sdpo-kernels", "pip install sdpo-kernels[train]"}
-# what a make target runs, cut short
+# what a make target runs, shortened
 TARGETS = {
     "make demo": ["-m", "examples.demo.run"],
     "make bench": ["-m", "benchmarks.head", "--quick"],
     "python -m benchmarks.floor": ["-m", "benchmarks.floor", "--quick", "--rounds", "1"],
 }
-# run, cut short, by tests/test_benchmarks.py, tests/test_benchmark_page.py or below
+# run, shortened, by tests/test_benchmarks.py, tests/test_benchmark_page.py or below
 BENCHMARKS = {f"python -m benchmarks.{name}" for name in ("accuracy", "scaling", "step", "stages", "page")}
 
 
@@ -58,7 +59,7 @@ def test_sdpo_commands_run_on_the_yaml_block(tmp_path):
     (tmp_path / "run.yaml").write_text(BLOCKS["yaml"])
     commands = [command for command in COMMANDS if command.startswith("sdpo ")]
     for command in commands:
-        if "beta=" in command:  # another config than the run's: for a run of its own
+        if "beta=" in command:  # different settings need their own run
             command += " output_dir=runs/other"
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         program = [sys.executable, "-m", "sdpo_kernels", *command.split()[1:]]
@@ -104,6 +105,23 @@ def test_settings_page_names_every_key(name):
     assert f"`{name}" in (ROOT / "docs/settings.md").read_text(encoding="utf-8")
 
 
+def test_the_index_links_every_page():
+    index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert pages <= set(re.findall(r"\]\(([^)#]+)\)", index))
+
+
+def test_architecture_names_every_room_and_only_files_that_exist():
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    rooms = {name.removeprefix("stepwise.") for floor in FLOORS for name in floor if name.startswith("stepwise.")}
+    assert not {name for name in rooms if f"`{name}/`" not in page and f"`{name}.py`" not in page}
+    files = {
+        f"/{path.relative_to(ROOT)}" for folder in ("sdpo_kernels", "tests") for path in (ROOT / folder).rglob("*.py")
+    }
+    for name in re.findall(r"`([\w/]+\.py)`", page):
+        assert any(file.endswith(f"/{name}") for file in files), f"docs/architecture.md: {name} is not there"
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
 def test_examples_load(path, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -114,7 +132,14 @@ def test_examples_load(path, monkeypatch):
 
 
 def test_links_lead_somewhere():
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        for link, anchor in re.findall(r"\]\(([^)#]+)(#[^)]+)?\)", page.read_text(encoding="utf-8")):
             if "://" not in link:
                 assert (page.parent / link).exists(), f"{page.name}: {link}"
+                assert not anchor or anchor in anchors_of(page.parent / link), f"{page.name}: {link}{anchor}"
+
+
+def anchors_of(page: Path) -> set[str]:
+    """As GitHub makes them of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {"#" + re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -1,1 +1,1 @@
-"""The demo: preferences teach a small model which of two authors to follow; run.py runs it and says what it does."""
+"""The demo: preferences teach a small model which of two authors to follow; run.py runs and explains it."""

@@ -1,9 +1,9 @@
-"""How good a model is on held-out words: answers that are exactly right, and pairs that it ranks right.
+"""Evaluate a model on held-out words: how many answers are exactly right, and how many pairs it ranks right.
 
     right = exactly_right(model, tokenizer, draw_words(SOURCES[0], "heldout", 500, seed=0))       # bool [500]
     gammas = pair_gammas(model, tokenizer, pairs)                                               # float32 [pairs]
 
-This is plain transformers code, padded and with whole logits: it shares nothing with the driver whose work it judges.
+This is plain transformers code with padding and full logits: it shares nothing with the driver it evaluates.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from examples.demo.task import Problem
 def exactly_right(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem]
 ) -> torch.Tensor:
-    """Bool [problems]: whether the greedy answer is the right one, letter by letter."""
+    """Bool [problems]: whether the greedy answer is exactly the right one."""
     answers = write_answers(model, tokenizer, [problem.prompt for problem in problems])
     return torch.tensor([answer == problem.answer for answer, problem in zip(answers, problems, strict=True)])
 
@@ -46,15 +46,20 @@ def answer_logps(
     sums = []
     for start in range(0, len(rows), batch_size):
         ids, labels = answer_tensors(tokenizer, rows[start : start + batch_size])
+
+        # logits at position t predict the token at t + 1
         logps = model(input_ids=ids, use_cache=False).logits[:, :-1].log_softmax(-1)
         targets = labels[:, 1:]
+
+        # -100 is no index: gather any token there, and drop it from the sum
         scored = targets != NOT_SCORED
         taken = logps.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
         sums.append((taken * scored).sum(1))
+
     return torch.cat(sums)
 
 
 def difference(right: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
-    """(mean, half of its 95 % interval) of `right` minus `other`, bool [n] each, judged prompt by prompt."""
+    """(mean, half the width of its 95 % interval) of `right` minus `other`, bool [n] each, paired by prompt."""
     gains = right.double() - other.double()
     return gains.mean().item(), 1.96 * gains.std().item() / math.sqrt(len(gains))

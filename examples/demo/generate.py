@@ -1,4 +1,4 @@
-"""What a model answers: greedy or sampled, many prompts at a time.
+"""A model's answers, greedy or sampled, many prompts at a time.
 
 write_answers(model, tokenizer, ["sort kdab:"])                              # ["abdk"]
 write_answers(model, tokenizer, ["sort kdab:"], temperature=1.0, seed=7)
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-MAX_NEW_TOKENS = 12  # the longest right answer has eight letters and an end
+MAX_NEW_TOKENS = 12  # the longest right answer has eight letters and an end token
 BATCH = 512
 
 
@@ -24,16 +24,18 @@ def write_answers(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> list[str | None]:
-    """One answer a prompt, without its end token; None where the model did not end within MAX_NEW_TOKENS.
+    """One answer per prompt, without its end token; None if the model did not end within MAX_NEW_TOKENS.
 
-    temperature: 0 takes the likeliest token each time, 1 samples from the model as it is. The same arguments (and
-    number of threads) give the same answers; the global random state is left as it was.
+    temperature: 0 is greedy decoding, 1 samples from the unmodified distribution. The same arguments (and number of
+    threads) give the same answers; the global random state does not change.
     """
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     answers: list[str | None] = []
+
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for start in range(0, len(prompts), BATCH):
+            # padding on the left, so that all answers start in the same column
             batch = tokenizer(
                 list(prompts[start : start + BATCH]), padding=True, padding_side="left", return_tensors="pt"
             )
@@ -44,12 +46,14 @@ def write_answers(
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
             )
+
             answers += [answer_text(tokenizer, row) for row in tokens[:, batch["input_ids"].shape[1] :].tolist()]
+
     return answers
 
 
 def answer_text(tokenizer: PreTrainedTokenizerFast, tokens: list[int]) -> str | None:
-    """The text before the end token, None without one."""
+    """The text before the end token; None without one."""
     if tokenizer.eos_token_id not in tokens:
         return None
     return tokenizer.decode(tokens[: tokens.index(tokenizer.eos_token_id)])

@@ -1,4 +1,4 @@
-"""The demo's model and tokenizer: a Llama of 0.3 million parameters that reads letters, in a Hugging Face folder.
+"""The demo's model and tokenizer: a Llama with 0.3 million parameters and a token per letter, in a Hugging Face folder.
 
 tokenizer = build_tokenizer(); model = build_model(tokenizer, seed=0)
 save(model, tokenizer, Path("runs/demo/start")); model, tokenizer = load(Path("runs/demo/start"))
@@ -17,16 +17,19 @@ from tokenizers.pre_tokenizers import Split
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
-INSTRUCTION = "sort "  # one token, as a word would be in a larger tokenizer
+INSTRUCTION = "sort "  # one token, like a word in a larger tokenizer
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token each for a letter, the colon and "sort "; decoding gives the text back without added spaces."""
+    """One token each for a letter, the colon and "sort "; decoding restores the text without added spaces."""
     vocabulary = [PAD, EOS, UNKNOWN, INSTRUCTION, ":", *ascii_lowercase]
     words = WordLevel({token: number for number, token in enumerate(vocabulary)}, unk_token=UNKNOWN)
+
+    # split into single characters, except for the instruction
     tokenizer = Tokenizer(words)
     tokenizer.pre_tokenizer = Split(Regex(f"{INSTRUCTION}|."), "isolated")
     tokenizer.decoder = Fuse()
+
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
@@ -39,7 +42,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A Llama with random weights (three layers, width 96, tied head, float32), the same for the same seed."""
+    """A Llama with random weights: three layers, width 96, tied head, float32; a seed always gives the same one."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=96,
@@ -53,18 +56,20 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+    # the seed must not change the caller's random state
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Writes config.json, model.safetensors and the tokenizer's files."""
+    """Write config.json, model.safetensors and the tokenizer's files."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def load(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """The model (evaluation mode, float32) and tokenizer of a folder, be it `save`'s or a stage's of a run."""
+    """The model (evaluation mode, float32) and tokenizer in a folder from `save` or from a stage of a run."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), tokenizer

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-NOT_SCORED = -100  # what cross_entropy passes over
-RISE = 50  # steps until the learning rate is at its height
-LAST_RATE = 0.1  # of the height, at the last step
+NOT_SCORED = -100  # cross_entropy ignores it
+RISE = 50  # warm-up steps of the learning rate
+LAST_RATE = 0.1  # of the peak rate, at the last step
 
 
 def warm_up(
@@ -24,33 +24,39 @@ def warm_up(
     learning_rate: float,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> list[float]:
-    """Trains `model` in place on (prompt, answer) rows, each seen once and in their order; returns the losses.
+    """Train `model` in place on (prompt, answer) rows, each once and in order; returns the losses.
 
-    The loss is on the answer and its end token. AdamW, a linear rise and fall of the learning rate, clipping at 1;
-    rows that do not fill a last batch are left out. `on_step` is called with the step, from 1, and its loss.
+    The loss is on the answer and its end token. AdamW, gradients clipped at norm 1, linear warm-up and decay of the
+    learning rate; an incomplete last batch is dropped. `on_step` is called with the step, from 1, and its loss.
     """
     ids, labels = answer_tensors(tokenizer, rows)
     steps = len(rows) // batch_size
+
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / RISE) * (1 - (1 - LAST_RATE) * step / steps)
     )
+
     losses = []
     model.train()
     for step in range(steps):
         batch = slice(step * batch_size, (step + 1) * batch_size)
-        # Padding is on the right, where a causal model's other tokens do not see it: no mask is needed.
+
+        # padding is on the right, where a causal model's other tokens do not see it: no mask is needed
         logits = model(input_ids=ids[batch], use_cache=False).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), labels[batch, 1:].flatten(), ignore_index=NOT_SCORED
         )
+
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+
         losses.append(loss.item())
         on_step(step + 1, losses[-1])
+
     model.eval()
     return losses
 
@@ -58,7 +64,7 @@ def warm_up(
 def answer_tensors(
     tokenizer: PreTrainedTokenizerFast, rows: Sequence[tuple[str, str]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [rows, T] int64 of prompt + answer + end, padded on the right, and labels for the answer alone."""
+    """Token ids [rows, T] int64 of prompt + answer + end, padded on the right, and labels for the answer only."""
     texts = [prompt + answer + tokenizer.eos_token for prompt, answer in rows]
     whole = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
     prompts = tokenizer([prompt for prompt, _ in rows])["input_ids"]

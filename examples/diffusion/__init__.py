@@ -1,1 +1,1 @@
-"""Diffusion-DPO on a small real denoiser: preferences teach it which shape to draw; run.py runs it."""
+"""Diffusion-DPO on a small denoiser: preferences teach it which shape to draw; run.py runs it."""

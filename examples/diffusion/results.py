@@ -1,4 +1,4 @@
-"""The results: what the judge says of both models' samples, as a table, a picture and results.json.
+"""The results: the judge's verdicts on both models' samples, as a table, a picture and results.json.
 
 found = [findings("before", images), findings("after", preferred)]
 console.print(result_table(found)); write_picture(Path("diffusion.png"), found)
@@ -21,16 +21,16 @@ from torch import Tensor
 from examples.diffusion.judge import judge
 from examples.diffusion.shapes import PREFERRED, SIDE
 from sdpo_kernels.stepwise.common.files import replace_file
-from sdpo_kernels.stepwise.report.comparison import wilson_interval
+from sdpo_kernels.stepwise.report.comparison import share_bar, wilson_interval
 from sdpo_kernels.stepwise.report.drawing import (
     BLUE,
     GREY,
     HEIGHT,
     INK,
-    SOFT_INK,
-    house_style,
     percent_axis,
+    picture_style,
     render,
+    write_headline,
 )
 
 TITLE = "Diffusion-DPO: a denoiser of circles and squares learns to prefer circles"
@@ -47,12 +47,12 @@ class Share:
 
     @property
     def value(self) -> float:
-        """The share; 0 where there were no trials."""
+        """The share; 0 without trials."""
         return self.hits / max(1, self.count)
 
     @property
     def interval(self) -> tuple[float, float]:
-        """(low, high); anything from 0 to 1 where there were no trials."""
+        """(low, high); (0, 1) without trials."""
         return wilson_interval(self.value, self.count) if self.count else (0.0, 1.0)
 
     def record(self) -> dict[str, Any]:
@@ -63,13 +63,13 @@ class Share:
 
 @dataclass(frozen=True)
 class Findings:
-    """What the judge found in a model's samples [N, 1, 16, 16]."""
+    """The judge's verdicts on a model's samples [N, 1, 16, 16], counted."""
 
     name: str
     images: Tensor
-    circles: Share  # among the valid ones
+    circles: Share  # among the valid shapes
     valid: Share  # among all
-    spread: float  # standard deviation of the valid shapes' places, pixels; it would fall with the variety
+    spread: float  # standard deviation of the valid shapes' positions, in pixels: a measure of variety
 
     def record(self) -> dict[str, Any]:
         """For results.json."""
@@ -82,7 +82,7 @@ class Findings:
 
 
 def findings(name: str, images: Tensor) -> Findings:
-    """The judge's findings on `images`."""
+    """Judge `images`, and count the verdicts."""
     verdict = judge(images)
     n_valid = int(verdict.valid.sum())
     circles = Share(int((verdict.circle & verdict.valid).sum()), n_valid)
@@ -92,12 +92,12 @@ def findings(name: str, images: Tensor) -> Findings:
 
 
 def clear_win(before: Findings, after: Findings) -> bool:
-    """Whether the interval of the share of circles lies wholly above the interval it had before."""
+    """Whether the interval of the share of circles is entirely above the one before."""
     return after.circles.interval[0] > before.circles.interval[1]
 
 
 def result_table(found: Sequence[Findings]) -> Table:
-    """Shares with their 95 % intervals, a column a model."""
+    """Shares with their 95 % intervals, one column per model."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, header_style="bold")
     table.add_column(f"{found[0].valid.count:,} samples each, same noise", no_wrap=True)
     for each in found:
@@ -109,7 +109,7 @@ def result_table(found: Sequence[Findings]) -> Table:
 
 
 def with_interval(share: Share) -> str:
-    """54.0% (49.1–58.8); a dash where there were no trials."""
+    """54.0% (49.1–58.8); a dash without trials."""
     if not share.count:
         return "–"
     low, high = share.interval
@@ -117,23 +117,24 @@ def with_interval(share: Share) -> str:
 
 
 def write_picture(path: Path, found: Sequence[Findings]) -> Path:
-    """Writes a PNG: samples of each model in a grid, from the same noise, and the shares as bars."""
-    with house_style():
+    """Write a PNG: samples of each model in a grid, from the same noise, and the shares as bars."""
+    with picture_style():
         figure = Figure(figsize=(FIGURE_WIDTH, HEIGHT))
-        left = 0.12 / FIGURE_WIDTH
-        figure.text(left, 1 - 0.10 / HEIGHT, TITLE, fontsize=12, fontweight="bold", va="top")
-        figure.text(left, 1 - 0.34 / HEIGHT, subtitle(found), fontsize=9, color=SOFT_INK, va="top")
+        write_headline(figure, TITLE, subtitle(found))
+
+        # fixed places: both grids keep their size, whatever the space that labels need
         places = [(0.0125, 0.02, 0.345, 0.78), (0.3725, 0.02, 0.345, 0.78), (0.78, 0.15, 0.21, 0.58)]
         panels = [figure.add_axes(place) for place in places]
         for ax, each in zip(panels, found, strict=False):
             grid_panel(ax, each)
         share_panel(panels[-1], found)
+
         replace_file(path, render(figure))
     return path
 
 
 def subtitle(found: Sequence[Findings]) -> str:
-    """What the picture rests on."""
+    """The number of samples, and what the thin lines are."""
     return (
         f"{found[0].valid.count:,} samples of each model from the same noise, {ROWS * COLUMNS} shown · "
         "thin lines: 95% intervals"
@@ -141,11 +142,12 @@ def subtitle(found: Sequence[Findings]) -> str:
 
 
 def grid_panel(ax: Axes, each: Findings) -> None:
-    """The first samples side by side, one pixel apart."""
+    """The first samples in a grid, one pixel apart."""
     shown = torch.ones(ROWS * (SIDE + 1) - 1, COLUMNS * (SIDE + 1) - 1)
     for number, image in enumerate(each.images[: ROWS * COLUMNS, 0]):
         top, left = (SIDE + 1) * (number // COLUMNS), (SIDE + 1) * (number % COLUMNS)
         shown[top : top + SIDE, left : left + SIDE] = (image.clamp(-1, 1) + 1) / 2
+
     ax.imshow(shown.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     ax.set_title(each.name, loc="left", fontsize=10, color=INK, pad=5)
     ax.set_axis_off()
@@ -153,15 +155,15 @@ def grid_panel(ax: Axes, each: Findings) -> None:
 
 
 def share_panel(ax: Axes, found: Sequence[Findings]) -> None:
-    """Circles among valid shapes and valid shapes among all, a bar a model."""
+    """Circles among valid shapes and valid shapes among all, one bar per model."""
+    # two groups of bars, one bar per model in each
     groups = [[each.circles for each in found], [each.valid for each in found]]
     for group, shares in enumerate(groups):
         for place, (share, color) in enumerate(zip(shares, (GREY, BLUE), strict=True)):
             x = group + 0.4 * (place - 0.5)
-            ax.bar(x, share.value, 0.38, color=color, zorder=2, label=found[place].name if group == 0 else None)
-            low, high = share.interval
-            ax.vlines(x, low, high, colors=INK, linewidth=1.0, zorder=3)
-            ax.annotate(f"{share.value:.0%}", (x, high), (0, 3), textcoords="offset points", ha="center", fontsize=9)
+            name = found[place].name if group == 0 else None  # one entry per model in the legend
+            share_bar(ax, x, share.value, share.interval, f"{share.value:.0%}", 0.38, color, label=name)
+
     ax.set_xticks([0, 1], [f"{PREFERRED}s among\nvalid shapes", "valid shapes\namong all"])
     ax.tick_params(axis="x", length=0, labelcolor=INK)
     ax.set_ylim(0, 1.09)

@@ -1,1 +1,1 @@
-"""A run file for every method, what they start from (prepare.py), and all of them compared (compare.py)."""
+"""A run file per method, the preparation of their warm start (prepare.py), and their comparison (compare.py)."""

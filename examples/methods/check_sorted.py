@@ -1,4 +1,4 @@
-"""A checker for execution.yaml: exit code 0 where the completion is the right answer. Uses the standard library alone.
+"""A checker for execution.yaml: exit code 0 if the completion is the right answer. Uses only the standard library.
 
 python check_sorted.py completion.txt prompt.json
 """

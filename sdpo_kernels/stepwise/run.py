@@ -217,8 +217,10 @@ def _lock(folder: Path, held: ExitStack) -> str:
     stream = held.enter_context((folder / LOCK).open("a"))
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise UserError(f"{folder}: another process is working on this run") from None
+    except OSError as error:  # a file system without locks
+        raise UserError(f"output_dir: {folder} cannot be locked: {error.strerror or error}") from error
     stream.truncate(0)
     stream.write(token := uuid.uuid4().hex)
     stream.flush()

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
@@ -30,6 +29,7 @@ from transformers.trainer import Trainer  # noqa: F401
 from sdpo_kernels.cli import main
 from sdpo_kernels.stepwise.common.progress import Reporter
 from sdpo_kernels.stepwise.run import run
+from sdpo_kernels.stepwise.settings import yaml_file
 from sdpo_kernels.stepwise.settings.run_file import load_config
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 from sdpo_kernels.stepwise.training.trainer import StageTrainer
@@ -111,7 +111,7 @@ def write_settings(folder: Path, model: Path, sizes: Sequence[int] = (12, 8), **
     settings = {"model": str(model), "output_dir": str(folder / "run"), "stages": stages, **settings}
     settings["trainer"] = trainer | settings.get("trainer", {})
     path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(settings))
+    path.write_text(yaml_file.write_settings(settings))
     return path
 
 

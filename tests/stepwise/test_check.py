@@ -88,7 +88,7 @@ def test_orders_are_explained(tmp_path, model, settings, text):
 def test_a_tokenizer_of_another_model_is_found_out(tmp_path):
     folder = runs.make_model(tmp_path / "small", vocab_size=20)
     for command in (checked, runs.train):
-        with pytest.raises(UserError, match=r"makes token \d+, the model's vocabulary ends at 19"):
+        with pytest.raises(UserError, match=r"produces token \d+, the model's vocabulary ends at 19"):
             command(runs.configured(tmp_path, folder))
 
 

@@ -69,7 +69,7 @@ def test_warnings_are_heard_with_quiet_too(main, tmp_path, model):
     runs.write_rows(tmp_path / "data2.jsonl", rows)
     code, out, err = main("train", runs.write_settings(tmp_path, model), "-q", "trainer.max_steps=1")
     assert (code, out) == (0, "")
-    assert err.startswith("warning: stages 's1' and 's2' share 4 of their 4 and 4 different pairs")
+    assert err.startswith("warning: stages 's1' and 's2' share 4 of their 4 and 4 distinct pairs")
     assert err.count("\n") == 1
 
 
@@ -137,7 +137,7 @@ def test_check_and_score_and_report(main, tmp_path, model, pictures):
     assert str(tmp_path / "run" / "report.html") in out.splitlines()
     code, out, err = main("report", tmp_path)
     assert (code, out) == (2, "")
-    assert "no manifest.json there" in err
+    assert "has no manifest.json" in err
 
 
 def test_a_stop_outside_of_training_says_how_to_go_on(main, tmp_path, model, monkeypatch):

@@ -60,7 +60,7 @@ def test_pairs_that_stages_share_are_counted_and_warned_of(tmp_path, model):
     prepared = prepare(runs.configured(tmp_path, model, eval_data=str(evaluation)))
     assert len(prepared.warnings) == 2
     assert "'s1' and 's2' share 2 of their 6 and 6" in prepared.warnings[0]
-    assert "1 of eval_data's 1 different pairs are trained on in stage 's2'" in prepared.warnings[1]
+    assert "1 of eval_data's 1 distinct pairs are also trained on in stage 's2'" in prepared.warnings[1]
 
 
 def test_a_file_without_a_usable_row_is_an_error(tmp_path, model):

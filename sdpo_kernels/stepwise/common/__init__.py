@@ -1,1 +1,1 @@
-"""What every other room uses: errors, whole-or-absent files, progress, units, ranks."""
+"""Used by every other room: exceptions, atomic file writes, progress output, units, ranks of a distributed run."""

@@ -1,9 +1,9 @@
-"""The driver's two exceptions that are meant for a person; `sdpo` shows them as one line, without a traceback."""
+"""The two exceptions that the driver raises for the user; `sdpo` prints them as one line, without a traceback."""
 
 
 class UserError(Exception):
-    """A wrong input or setting; the message says what it was and what it should be."""
+    """A wrong input or setting; the message says what it was and what it must be."""
 
 
 class Interrupted(Exception):
-    """The run was stopped by a signal and has saved; the message says how to go on."""
+    """A signal stopped the run after its state was saved; the message says how to resume."""

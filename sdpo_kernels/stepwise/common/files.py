@@ -1,6 +1,7 @@
-"""Files that are either whole or absent, whatever kills the process: written beside, fsynced, renamed into place.
+"""Atomic file operations: whatever kills the process, a file is either complete or absent.
 
-Of several processes only the first writes; the others pass through here without doing anything.
+Content is written to a temporary name, fsynced, then renamed into place. In a distributed run only rank 0 writes; on
+the other ranks these functions do nothing.
 """
 
 from __future__ import annotations
@@ -16,15 +17,26 @@ from sdpo_kernels.stepwise.common.errors import UserError
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write `content` to `path`: a reader sees the old file or the new one. UserError where it cannot be written."""
+    """Write `content` to `path` atomically: a reader sees either the old file or the new one.
+
+    1. Write and fsync a temporary file in the same folder.
+    2. Rename it to `path`.
+    3. fsync the folder, so that the rename survives a crash too.
+
+    Raises UserError if the file cannot be written; the old file then stays as it was.
+    """
     if not ranks.is_first():
         return
+
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as stream:
             stream.write(content)
+
+            # without this a crash could leave the new name on an empty file
             stream.flush()
             os.fsync(stream.fileno())
+
         os.replace(temporary, path)
         sync(path.parent)
     except OSError as error:
@@ -39,7 +51,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON in `path`; UserError where it cannot be read."""
+    """The parsed JSON file. Raises UserError if it cannot be read or parsed."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -47,7 +59,7 @@ def read_json(path: Path) -> Any:
 
 
 def publish_folder(staging: Path, final: Path) -> None:
-    """Make the finished folder `staging` appear as `final`, which must not exist, in one step that survives a crash."""
+    """Rename the finished folder `staging` to `final`, which must not exist, in one step that survives a crash."""
     if not ranks.is_first():
         return
     for path in [*staging.rglob("*"), staging]:
@@ -57,7 +69,7 @@ def publish_folder(staging: Path, final: Path) -> None:
 
 
 def empty_folder(path: Path) -> Path:
-    """A new empty folder at `path`; what was there is removed."""
+    """Create an empty folder at `path`, removing whatever was there."""
     remove_folder(path)
     if ranks.is_first():
         path.mkdir(parents=True)
@@ -65,11 +77,11 @@ def empty_folder(path: Path) -> Path:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder and what is in it; renamed out of sight first, so that a kill leaves no half of it in place."""
+    """Remove a folder and its content; it is hidden under another name first, so a kill never leaves half of it."""
     if not ranks.is_first():
         return
     doomed = path.with_name(f".{path.name.lstrip('.')}.removing")
-    if doomed.exists():  # a kill left it
+    if doomed.exists():  # left by a kill
         shutil.rmtree(doomed)
     if path.exists():
         os.rename(path, doomed)

@@ -1,4 +1,4 @@
-"""What a person sees while a run works: a progress bar in a terminal, plain lines elsewhere, nothing with --quiet."""
+"""Console output of a run: progress bars in a terminal, plain lines elsewhere, only warnings with --quiet."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-LINE_SECONDS = 10.0  # between plain lines of one task
+LINE_SECONDS = 10.0  # least time between two plain lines of one task
 
 
 class Task(Protocol):
-    """One bar or one series of lines."""
+    """Progress of one piece of work, shown as a bar or as a series of lines."""
 
     def update(self, done: int, note: str = "") -> None:
-        """`done` of the total are done."""
+        """Show that `done` units of the total are done."""
 
 
 class Reporter:
-    """Messages and progress on one console."""
+    """Prints messages and progress to one console."""
 
     def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
         self.quiet = quiet
         self.console = console or Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 
     def say(self, message: Any) -> None:
-        """A line (plain text) or a rich renderable."""
+        """Print a message: plain text or a rich renderable."""
         if not self.quiet:
             self.console.print(message, markup=False)
 
     def warn(self, message: str) -> None:
-        """A warning; shown on stderr with --quiet too."""
+        """Print a warning; with --quiet it still goes to stderr."""
         if self.quiet:
             print(f"warning: {message}", file=sys.stderr)
         else:
@@ -44,10 +44,12 @@ class Reporter:
 
     @contextmanager
     def task(self, name: str, total: int) -> Iterator[Task]:
-        """Progress over `total` units of work."""
+        """Show progress over `total` units of work."""
         if self.quiet:
             yield _Silent()
+
         elif self.console.is_terminal:
+            # names contain user input, so a "[" in them must not be read as markup
             columns = (
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
@@ -57,18 +59,20 @@ class Reporter:
             )
             with Progress(*columns, console=self.console) as bars:
                 yield _Bar(bars, bars.add_task(name, total=total, note=""))
+
         else:
+            # a log file keeps every frame of a bar, so it gets a line now and then instead
             yield _Lines(self, name, total)
 
 
 class Mute(Reporter):
-    """Says nothing at all: what the processes of a run other than its first have."""
+    """Prints nothing, not even warnings: the reporter of every rank but 0."""
 
     def __init__(self) -> None:
         super().__init__(quiet=True)
 
     def warn(self, message: str) -> None:
-        """Left to the first process."""
+        """Rank 0 prints the warning."""
 
 
 class _Silent:
@@ -86,7 +90,7 @@ class _Bar:
 
 
 class _Lines:
-    """A line every few seconds and at the end."""
+    """A line every LINE_SECONDS and one at the end."""
 
     def __init__(self, reporter: Reporter, name: str, total: int) -> None:
         self.reporter, self.name, self.total = reporter, name, total
@@ -101,14 +105,14 @@ class _Lines:
 
 
 def peak_memory_bytes() -> int:
-    """Peak of the CUDA allocator since its last reset, or of this process's resident memory where there is no CUDA."""
+    """Peak memory: allocated on the GPU since the last reset or, without CUDA, resident memory of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB, macOS in bytes
 
 
 def reset_peak_memory() -> None:
-    """Start a new peak, where the device can (the peak of resident memory only ever grows)."""
+    """Reset the peak of the GPU; the peak of resident memory cannot be reset."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

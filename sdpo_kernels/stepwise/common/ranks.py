@@ -1,13 +1,14 @@
-"""The processes of a run: who writes, what all of them agree on, and how an error of one ends all. One process: no-ops.
+"""Coordination of the ranks of a distributed run: who writes, what all agree on, how one rank's error ends all.
 
-    with ranks.joined(start):                 # `start()` has torch.distributed ready; nothing to do in one process
-        found = ranks.on_first(read)          # what `read` gives in the first process, in all; an error there too
-        parts = ranks.exchange(mine)          # every process's value, by rank
-        ranks.agree(lambda: check(mine))      # an error in any process is raised in all
-        ranks.wait()                          # nobody goes on before all are here
+    with ranks.joined(start):                 # `start()` initialises torch.distributed
+        found = ranks.on_first(read)          # run `read` on rank 0, return its result on all ranks
+        parts = ranks.exchange(mine)          # every rank's value, as a list in rank order
+        ranks.agree(lambda: check(mine))      # an error on any rank is raised on all
+        ranks.wait()                          # barrier
 
-Only the first process writes files: `files.py` and `manifest.py` do nothing in the others. What is said here goes over
-a group of its own (gloo, on the CPU), beside the one of gradients, and may wait as long as the first process works.
+With a single process all of these are no-ops. Only rank 0 writes files: `files.py` and `manifest.py` do nothing on the
+other ranks. These calls use a process group of their own (gloo, on the CPU) next to the one for gradients, so they may
+wait for as long as rank 0 works.
 """
 
 from __future__ import annotations
@@ -27,25 +28,25 @@ from sdpo_kernels.stepwise.common.errors import Interrupted, UserError
 
 T = TypeVar("T")
 
-LONGEST_WAIT = timedelta(days=30)  # a process that dies is noticed by its closed connections, whatever this is
-GRACE = 10.0  # seconds that the others leave the first process to say what was wrong; a launcher ends them sooner
+LONGEST_WAIT = timedelta(days=30)  # only an upper limit: a rank that dies is noticed by its closed connections
+GRACE = 10.0  # seconds the other ranks give rank 0 to print an error before they exit; a launcher kills them sooner
 
 
 class LostProcess(UserError):
-    """Another process of the run has ended; its own message says why."""
+    """Another rank of the run has ended; its own message says why."""
 
 
-class SolitaryError(UserError):
-    """An error of one process while the others wait for its gradients: it ends, and they lose it."""
+class SingleRankError(UserError):
+    """An error on one rank while the others wait for its gradients: this rank exits, which ends the others."""
 
 
 @dataclass
 class _State:
-    group: Any = None  # torch.distributed's; None before `joined` and in one process
-    alone: bool = False  # in `on_first`: the others wait, so there is nobody to share with
-    joined: bool = False  # ever: errors before that are one process's own
-    training: bool = False  # Trainer's own collectives are under way: nothing of ours can be waited for
-    agreed: BaseException | None = None  # the error that all processes have heard of
+    group: Any = None  # the process group; None outside `joined` and with a single process
+    alone: bool = False  # inside `on_first`: the other ranks wait, so there is nobody to talk to
+    joined: bool = False  # set for good by `joined`: an earlier error concerns only one process
+    training: bool = False  # Trainer's own collectives are running, so ours would deadlock
+    agreed: BaseException | None = None  # the error that has been raised on all ranks
 
 
 _state = _State()
@@ -54,57 +55,71 @@ _state = _State()
 def launched() -> int:
     """How many processes a launcher such as torchrun has started."""
     count = os.environ.get("WORLD_SIZE", "1")
-    return int(count) if count.isdecimal() and int(count) > 0 else 1  # `joined` says what is wrong with others
+    return int(count) if count.isdecimal() and int(count) > 0 else 1  # `joined` reports any other value
 
 
 def world_size() -> int:
-    """How many processes share the work at hand."""
+    """How many ranks share the current work: 1 inside `on_first`."""
     return 1 if _state.group is None or _state.alone else dist.get_world_size()
 
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """The rank of this process, from 0."""
     return 0 if world_size() == 1 else dist.get_rank()
 
 
 def is_first() -> bool:
-    """Whether this process writes files and speaks."""
+    """Whether this is rank 0, which alone writes files and prints."""
     return rank() == 0
 
 
 def launched_first() -> bool:
-    """As `is_first`, before anything is joined and after it ended."""
+    """Like `is_first`, but also valid before and after `joined`."""
     return launched() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def joined(start: Callable[[], object]) -> Iterator[None]:
-    """Work as one of the launched processes; `start()` initialises torch.distributed. One's errors are everybody's."""
+    """Run a block as one of the launched processes; with a single process nothing is set up.
+
+    1. Check the launcher's environment variables.
+    2. `start()` initialises torch.distributed; the driver's own gloo group is created.
+    3. Run the block, then wait until all ranks have finished it.
+
+    A UserError or Interrupted on one rank is raised on all of them. An error on one rank during training becomes a
+    SingleRankError there. A rank whose connection to another one breaks raises LostProcess.
+    """
     _check_launcher()
     if launched() == 1:
         yield
         return
+
     start()
     _state.group, _state.training, _state.agreed = dist.new_group(backend="gloo", timeout=LONGEST_WAIT), False, None
     _state.joined = True
+
     try:
-        with _losses_said():
+        with _lost_connections():
             yield
             wait()
     except (UserError, Interrupted) as error:
+        # an error that is already known everywhere needs no further exchange
         if error is not _state.agreed and not isinstance(error, LostProcess):
+            # the others are inside Trainer's collectives and would never answer
             if _state.training:
-                raise SolitaryError(f"process {dist.get_rank()}: {error}") from error
-            with _losses_said():
-                _settle(_gather((error, None)))  # meets whatever the others are about to exchange
+                raise SingleRankError(f"rank {dist.get_rank()}: {error}") from error
+
+            # pairs up with whichever exchange the other ranks reach next
+            with _lost_connections():
+                _raise_or_values(_gather((error, None)))
         raise
     finally:
         _state.group = None
 
 
 @contextmanager
-def _losses_said() -> Iterator[None]:
-    """LostProcess in place of the many errors by which torch says that a connection broke."""
+def _lost_connections() -> Iterator[None]:
+    """Turn the many errors with which torch reports a broken connection into LostProcess."""
     try:
         yield
     except RuntimeError as error:
@@ -112,8 +127,8 @@ def _losses_said() -> Iterator[None]:
         if not isinstance(error, dist.DistError) and not any(part in str(error) for part in known):
             raise
         raise LostProcess(
-            "another process of this run has ended, and its own message says why; "
-            "the same command goes on from the last complete checkpoint"
+            "another process of this run has ended, see its own message; "
+            "run the same command again to resume from the last complete checkpoint"
         ) from error
 
 
@@ -123,6 +138,7 @@ def _check_launcher() -> None:
         raise UserError(f"WORLD_SIZE: was {count!r}, must be a number of processes, at least 1")
     if launched() == 1:
         return
+
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(
@@ -131,53 +147,57 @@ def _check_launcher() -> None:
 
 
 def says(error: BaseException) -> bool:
-    """Whether this process is the one to print `error`, at the end of a command; others give it the time to.
+    """Whether this process prints `error` at the end of a command; if not, wait first until rank 0 has printed it.
 
-    Before the processes have joined, an error may be one node's own (a file that it has not): its first process speaks.
+    Before the ranks have joined, an error may concern one node only (a file that is missing there), so the first
+    process of every node prints it.
     """
     if not _state.joined and os.environ.get("LOCAL_RANK", "0") == "0":
         return True
-    if launched_first() or isinstance(error, SolitaryError):
+    if launched_first() or isinstance(error, SingleRankError):
         return True
     time.sleep(GRACE)
     return False
 
 
 def exchange(value: T) -> list[T]:
-    """`value` of every process, by rank. Raises the error that one of them came with instead."""
-    return [value] if world_size() == 1 else _settle(_gather((None, value)))
+    """`value` of every rank, in rank order. Raises the error of a rank that failed before it got here."""
+    return [value] if world_size() == 1 else _raise_or_values(_gather((None, value)))
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Wait until all ranks are here."""
     exchange(None)
 
 
 def agree(check: Callable[[], T]) -> T:
-    """`check()`; where it raises in any process, that error (the lowest rank's) is raised in all."""
+    """`check()`; if it raises on any rank, the error of the lowest such rank is raised on all."""
     if world_size() == 1:
         return check()
     error, value = _attempt(check)
-    _settle(_gather((error, None)))
+    _raise_or_values(_gather((error, None)))
     return value  # type: ignore[return-value]
 
 
 def on_first(make: Callable[[], T]) -> T:
-    """What `make` gives in the first process, in all of them; they wait for it, and an error there is everybody's."""
+    """Run `make` on rank 0 while the others wait; its result, or its error, is that of all ranks."""
     if world_size() == 1:
         return make()
+
     answer: tuple[BaseException | None, Any] = (None, None)
     if is_first():
+        # `make` may call functions of this module: with the others waiting here, they must not communicate
         _state.alone = True
         try:
             answer = _attempt(make)
         finally:
             _state.alone = False
-    return _settle(_gather(answer))[0]
+
+    return _raise_or_values(_gather(answer))[0]
 
 
 def total(number: int) -> int:
-    """The sum of every process's `number`; cheaper than `exchange`, for each step."""
+    """The sum of `number` over all ranks; cheap enough to call at every step, unlike `exchange`."""
     if world_size() == 1:
         return number
     tensor = torch.tensor([number])
@@ -187,10 +207,10 @@ def total(number: int) -> int:
 
 @contextmanager
 def training() -> Iterator[None]:
-    """While Trainer trains: an error in one process ends it at once, as the others wait for its gradients."""
+    """Marks that Trainer trains: an error on one rank then ends it at once, as the others wait for its gradients."""
     _state.training = True
     yield
-    _state.training = False  # stays set where the block raises: `joined` looks at it
+    _state.training = False  # not reset if the block raises: `joined` needs to know
 
 
 def _attempt(make: Callable[[], T]) -> tuple[BaseException | None, T | None]:
@@ -201,7 +221,7 @@ def _attempt(make: Callable[[], T]) -> tuple[BaseException | None, T | None]:
 
 
 def _gather(answer: tuple[BaseException | None, Any]) -> list[tuple[str | None, str, Any]]:
-    """(kind of error or None, its message, value) of every process; errors travel as text."""
+    """(kind of error or None, its message, value) of every rank; errors are sent as text."""
     error, value = answer
     kind = None if error is None else "Interrupted" if isinstance(error, Interrupted) else "UserError"
     answers: list[Any] = [None] * dist.get_world_size()
@@ -209,7 +229,8 @@ def _gather(answer: tuple[BaseException | None, Any]) -> list[tuple[str | None, 
     return answers
 
 
-def _settle(answers: list[tuple[str | None, str, Any]]) -> list[Any]:
+def _raise_or_values(answers: list[tuple[str | None, str, Any]]) -> list[Any]:
+    """The values of all ranks. Raises the first error among `answers` and remembers that every rank knows it."""
     for kind, message, _ in answers:
         if kind is not None:
             _state.agreed = Interrupted(message) if kind == "Interrupted" else UserError(message)

@@ -1,10 +1,10 @@
-"""Times and sizes as people read them."""
+"""Durations and sizes in human-readable form."""
 
 from __future__ import annotations
 
 
 def write_seconds(seconds: float) -> str:
-    """A span of time as people say it: 4.2s, 3m05s, 2h07m."""
+    """A duration such as 4.2s, 3m05s or 2h07m."""
     if seconds < 60:
         return f"{seconds:.1f}s"
     whole = round(seconds)
@@ -14,5 +14,5 @@ def write_seconds(seconds: float) -> str:
 
 
 def write_bytes(size: float) -> str:
-    """A size of memory in MiB or GiB."""
+    """A memory size in MiB or GiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

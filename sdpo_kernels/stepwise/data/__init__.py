@@ -1,1 +1,1 @@
-"""From data files to batches: raw rows, pairs, tokens, order, batches."""
+"""From data files to batches: raw rows, pairs, tokens, order of the stages, batches."""

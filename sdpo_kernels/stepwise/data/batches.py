@@ -1,8 +1,9 @@
-"""Batches of preference pairs: packed end to end without padding, or padded where a model cannot keep them apart.
+"""Batches of preference pairs: packed end to end without padding, or padded for models that need it.
 
-Both collators make the same keys; `Batch` reads them. A sequence of T tokens gives T − 1 rows: its last token predicts
-nothing, so it is left out of the input. All chosen sequences come first, then the rejected ones in the same order; in a
-padded batch sequences of like length are run together, in groups, which spares most of the padding.
+Both collators return the same keys, which `Batch` reads. A sequence of T tokens gives T - 1 rows: its last token
+predicts nothing, so it is not part of the input. All chosen sequences come first, then the rejected ones in the same
+order. In a padded batch, sequences of similar length go through the model together, in groups, which avoids most of the
+padding.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from sdpo_kernels.dpo import sequence_logps
@@ -24,11 +26,11 @@ from sdpo_kernels.token_weights import agreement_weights, length_weights
 
 Collator = Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
 
-PADDED_GROUP = 4  # sequences run together in a padded batch
+PADDED_GROUP = 4  # sequences per forward of a padded batch
 
 
 class PairDataset(Dataset):
-    """Tokenised pairs with the reference's summed log-probs [n, 2] (chosen, rejected) beside them."""
+    """Tokenised pairs, each with its summed reference log-probs, [n, 2] (chosen, rejected)."""
 
     def __init__(self, tokens: TokenizedPairs, ref_logps: Tensor) -> None:
         if ref_logps.shape != (len(tokens), 2):
@@ -40,7 +42,7 @@ class PairDataset(Dataset):
         return len(self.tokens)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        place = ~index if index < 0 else index  # below 0: a filler, see rank_batches.py
+        place = ~index if index < 0 else index  # a negative index is a filler, see rank_batches.py
         pair = self.tokens[place]
         refs = self.ref_logps[place]
         return {"index": index, "chosen": pair.chosen, "rejected": pair.rejected, "ref_logps": refs}
@@ -48,36 +50,38 @@ class PairDataset(Dataset):
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch of B pairs as a model and a loss want it."""
+    """One batch of B pairs, in the form that the model and the loss need."""
 
-    pair_index: Tensor  # [B] places in the data set
+    pair_index: Tensor  # [B] indices of the pairs in the dataset
     ref_logps: Tensor  # [2B]
-    rows: ScoredRows  # of the groups' flattened rows, one group after the other
-    groups: list[dict[str, Tensor]]  # what the model is called with, once a group
-    pairs: int  # B, or 0 of a filler
+    rows: ScoredRows  # of the rows of all groups, flattened and concatenated
+    groups: list[dict[str, Tensor]]  # arguments of the model, which is called once per group
+    pairs: int  # B, or 0 for a filler
 
     @classmethod
     def of(cls, inputs: dict[str, Any]) -> Batch:
-        """Read what a collator made, after Trainer has moved it to the device."""
+        """Read a collator's output, after Trainer has moved it to the device."""
         rows = ScoredRows(inputs["rows_index"], inputs["rows_segment"], inputs["rows_counts"])
         return cls(inputs["pair_index"], inputs["ref_logps"], rows, inputs["groups"], inputs["pairs"])
 
     @property
     def n_rows(self) -> int:
-        """Rows that go through the model's body, padding included."""
+        """Rows that go through the model, padding included."""
         return sum(group["input_ids"].numel() for group in self.groups)
 
     def logps(self, model: torch.nn.Module, ld_alpha: float | None = None) -> Tensor:
-        """Summed log-probs [2B] under `model`, which has its fused head attached.
+        """Summed log-probs [2B] under `model`, which must have its fused head attached.
 
-        Tokens beyond the pair's shorter length weigh `ld_alpha` where it is given.
+        If `ld_alpha` is given, tokens beyond the shorter length of a pair are weighted by it.
         """
         return self._sums(self._outputs(model)["logps"], ld_alpha)
 
     def logps_for(self, model: torch.nn.Module, loss: LossSum) -> tuple[Tensor, Tensor | None]:
-        """What `loss` is made of: the sums [2B], weighted as it wants them, and the pairs' weights [B] or None."""
+        """The inputs of `loss`: summed log-probs [2B], weighted as it asks, and weights of the pairs [B] or None."""
         if not loss.weighs_pairs:
             return self.logps(model, loss.ld_alpha), None
+
+        # the weights come from the same forward as the log-probs
         found = self._outputs(model, "log_sum_sq_probs")
         weights = agreement_weights(found["logps"], found["log_sum_sq_probs"], self.rows)
         return self._sums(found["logps"], loss.ld_alpha), weights
@@ -87,56 +91,61 @@ class Batch:
         return sequence_logps(logps, self.rows, weights)
 
     def _outputs(self, model: torch.nn.Module, *extras: str) -> dict[str, Tensor]:
-        """Log-probs and `extras` [N] of the groups' rows, one group after the other."""
-        rows = self.rows if len(self.groups) == 1 else None  # of several groups each finds its own
+        """Log-probs and `extras` [N] of the rows of all groups, concatenated."""
+        rows = self.rows if len(self.groups) == 1 else None  # with several groups, the head finds the rows of each
         options: dict[str, Any] = {"logp_outputs": extras} if extras else {}
+
+        # each group is a forward of its own; the caller sees one concatenated result, as with a packed batch
         parts = [model(**group, logp_rows=rows, use_cache=False, **options) for group in self.groups]
         return {name: torch.cat([part[name] for part in parts]) for name in ("logps", *extras)}
 
 
 def collate_packed(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One row [1, N] that holds all 2B sequences; `position_ids` restart with each; no attention mask."""
+    """All 2B sequences in one row [1, N]; `position_ids` restart at each sequence, and there is no attention mask."""
     sequences = _sequences(examples)
     lengths = np.array([len(s.ids) - 1 for s in sequences])
     ids = np.concatenate([s.ids[:-1] for s in sequences])
     targets = np.concatenate([_targets(s) for s in sequences])
+
+    # restarting positions are how the attention tells the sequences apart
     starts = np.cumsum(lengths) - lengths
     positions = np.arange(len(ids)) - np.repeat(starts, lengths)
+
     group = {"input_ids": ids[None], "position_ids": positions[None], "logp_targets": targets[None]}
     segment = np.repeat(np.arange(len(sequences)), lengths)
     return _batch(examples, [group], segment)
 
 
 def make_collate_padded(pad_token_id: int) -> Collator:
-    """Groups [g, T] of sequences of like length, padded on the right, with an attention mask."""
+    """A collator for groups [g, T] of sequences of similar length, padded on the right, with an attention mask."""
 
     def collate(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         sequences = _sequences(examples)
         by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids))
+
+        # a row's segment is the number of its sequence before sorting, so sums come out in the order of the batch
         groups, segments = [], []
         for first in range(0, len(by_length), PADDED_GROUP):
             members = by_length[first : first + PADDED_GROUP]
             groups.append(_pad([sequences[i] for i in members], pad_token_id))
             segments.append(np.repeat(members, groups[-1]["input_ids"].shape[1]))
+
         return _batch(examples, groups, np.concatenate(segments))
 
     return collate
 
 
 def _pad(sequences: list[TokenizedSequence], pad_token_id: int) -> dict[str, np.ndarray]:
-    width = max(len(s.ids) for s in sequences) - 1
-    shape = (len(sequences), width)
-    group = {
-        "input_ids": np.full(shape, pad_token_id),
-        "attention_mask": np.zeros(shape, dtype=np.int64),
-        "logp_targets": np.full(shape, IGNORE_INDEX),
+    def padded(rows: list[np.ndarray], value: int) -> np.ndarray:
+        return pad_sequence([_tensor(row) for row in rows], batch_first=True, padding_value=value).numpy()
+
+    inputs = [s.ids[:-1] for s in sequences]
+    return {
+        "input_ids": padded(inputs, pad_token_id),
+        "attention_mask": padded([np.ones_like(ids) for ids in inputs], 0),
+        # IGNORE_INDEX and not the padding token, which may also occur in a text
+        "logp_targets": padded([_targets(s) for s in sequences], IGNORE_INDEX),
     }
-    for row, sequence in enumerate(sequences):
-        length = len(sequence.ids) - 1
-        group["input_ids"][row, :length] = sequence.ids[:-1]
-        group["attention_mask"][row, :length] = 1
-        group["logp_targets"][row, :length] = _targets(sequence)
-    return group
 
 
 def _sequences(examples: Sequence[dict[str, Any]]) -> list[TokenizedSequence]:
@@ -144,7 +153,7 @@ def _sequences(examples: Sequence[dict[str, Any]]) -> list[TokenizedSequence]:
 
 
 def _targets(sequence: TokenizedSequence) -> np.ndarray:
-    """[T − 1]: the next token where that is part of the completion, else −100."""
+    """[T - 1]: the next token if it is part of the completion, else -100."""
     targets = sequence.ids[1:].astype(np.int64)
     targets[: max(0, sequence.prompt_length - 1)] = IGNORE_INDEX
     return targets
@@ -153,12 +162,15 @@ def _targets(sequence: TokenizedSequence) -> np.ndarray:
 def _batch(
     examples: Sequence[dict[str, Any]], groups: list[dict[str, np.ndarray]], segment: np.ndarray
 ) -> dict[str, Any]:
-    """The batch of `groups`; `segment` is the sequence of each of their rows, one group after the other."""
+    """A collator's output for `groups`; `segment` is the sequence of each row of all groups, concatenated."""
+    # only rows with a target reach the head
     index = np.flatnonzero(np.concatenate([group["logp_targets"].ravel() for group in groups]) != IGNORE_INDEX)
     refs = torch.stack([example["ref_logps"] for example in examples])  # [B, 2]
+
+    # a filler has a negative index; accelerate takes the batch size from the first tensor, so pair_index comes first
     places = [example["index"] for example in examples]
     return {
-        "pair_index": torch.tensor([max(i, ~i) for i in places]),  # first: its length is the batch size
+        "pair_index": torch.tensor([max(i, ~i) for i in places]),
         "pairs": sum(i >= 0 for i in places),
         "ref_logps": refs.T.reshape(-1),
         "rows_index": _tensor(index),

@@ -1,4 +1,4 @@
-"""Do model and tokens belong together? Looked at before any weight is loaded."""
+"""Checks that the model fits the tokens, from its config alone, before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 
 
 def load_model_config(config: RunConfig) -> Any:
-    """The config that lies with the run's model; UserError where there is none."""
+    """The config in the folder of the run's model. Raises UserError if it cannot be loaded."""
     try:
         return AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -24,38 +24,48 @@ def load_model_config(config: RunConfig) -> Any:
 
 
 def check_fit(config: RunConfig, model_config: Any, parts: Sequence[TokenizedPairs]) -> None:
-    """UserError where a token is past the model's vocabulary, or a sequence longer than its table of positions."""
+    """Raises UserError if a token is outside the model's vocabulary, or a sequence longer than its position table."""
     if not parts:
         return
+
     vocabulary = getattr(model_config.get_text_config(), "vocab_size", None)
     highest = max(int(tokens.ids.max()) for tokens in parts)
     if vocabulary is not None and highest >= vocabulary:
         raise UserError(
-            f"model: the tokenizer makes token {highest}, the model's vocabulary ends at {vocabulary - 1}; "
-            "they do not belong together"
+            f"model: the tokenizer produces token {highest}, the model's vocabulary ends at {vocabulary - 1}; "
+            "tokenizer and model do not match"
         )
+
     check_positions(config, model_config, max(int(tokens.lengths.max()) for tokens in parts))
 
 
 def check_positions(config: RunConfig, model_config: Any, longest: int, what: str = "max_length") -> None:
-    """UserError where a sequence of `longest` tokens, or a prompt and what is written after it, has no positions."""
+    """Raises UserError if the model has fewer than `longest` positions.
+
+    `what` names the cause in the message: 'max_length' for pairs, or a stage whose `longest` is its longest prompt plus
+    max_new_tokens.
+    """
     positions = _learned_positions(config, model_config)
     if positions is None or longest <= positions:
         return
+
     if what == "max_length":
         was = f"max_length: was {config.max_length}, and the longest sequence has {longest} tokens"
     else:
-        was = f"{what}: its longest prompt and max_new_tokens make {longest} tokens"
-    raise UserError(f"{was}, must be at most {positions}: the model has learned no more positions")
+        was = f"{what}: its longest prompt plus max_new_tokens is {longest} tokens"
+    raise UserError(f"{was}, must be at most {positions}: the model has no embeddings for more positions")
 
 
 def _learned_positions(config: RunConfig, model_config: Any) -> int | None:
-    """How many positions the model has an embedding for; None where positions are computed (rotary, ALiBi)."""
+    """How many positions the model has embeddings for; None if positions are computed (rotary, ALiBi)."""
+    # on the meta device the modules have no weights, so even a large model is built at once
     try:
-        with torch.device("meta"):  # modules without weights
+        with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
     except (ValueError, KeyError, ImportError):
-        return None  # loading it will say what is wrong
+        return None  # loading the model will report what is wrong
+
+    # configs name the number of positions differently, and rotary models set it too; only a table is a hard limit
     tables = [
         module.num_embeddings
         for name, module in model.named_modules()

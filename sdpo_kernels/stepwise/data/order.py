@@ -1,8 +1,9 @@
-"""How pairs are divided into stages and which stage comes first.
+"""How pairs are divided into stages, and the order of the stages.
 
-The paper (arXiv 2403.19270, section 3) makes one stage of each data source and sorts the sources by the share of pairs
-that the initial model already ranks right, easiest first. The implicit reward cannot rank there: with model = reference
-it is 0 everywhere. So pairs are ranked by log-probs (summed or per token) or by an external score column.
+The paper (arXiv 2403.19270, section 3) makes each data source a stage and sorts the stages by the fraction of pairs
+that the initial model already ranks right, easiest first. The implicit reward cannot be used for that: while model and
+reference are the same, it is 0 everywhere. So pairs are ranked by log-probs (summed or per token) or by an external
+score.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ Score = Callable[[TokenizedPairs], Tensor]  # summed log-probs [n, 2] under the 
 
 @dataclass(frozen=True)
 class StageData:
-    """One stage's pairs before or after ordering."""
+    """The pairs of one stage, before or after ordering."""
 
     config: StageConfig
     tokens: TokenizedPairs
     where: list[str]  # 'file:line' of each pair
     scores: NDArray[np.float64] | None = None  # external score of each pair, chosen minus rejected
-    accuracy: float | None = None  # share that the ranking finds right, where it was computed
-    prompts: list[PromptRow] | None = None  # of a stage that makes its pairs: it has none before it begins
+    accuracy: float | None = None  # fraction of pairs ranked right, if it was computed
+    prompts: list[PromptRow] | None = None  # of a stage with generated pairs, which has none before it starts
 
 
 def order_stages(config: RunConfig, stages: Sequence[StageData], score: Score) -> list[StageData]:
-    """The stages in the order of training; `score` is called only where the order needs log-probs."""
+    """The stages in training order; `score` is called only if the order needs log-probs."""
     if config.order == "reward_accuracy":
         return _by_accuracy(config, stages, score)
     if config.order == "margin":
@@ -47,13 +48,13 @@ def order_stages(config: RunConfig, stages: Sequence[StageData], score: Score) -
 
 
 def scored_counts(tokens: TokenizedPairs) -> Tensor:
-    """Scored tokens [n, 2] of each sequence; a first token is never scored."""
+    """Number of scored tokens of each sequence, [n, 2]; the first token of a sequence is never scored."""
     prompts = np.maximum(tokens.prompt_lengths, 1).reshape(-1, 2)
     return torch.from_numpy(tokens.lengths - prompts)
 
 
 def margins(config: RunConfig, tokens: TokenizedPairs, score: Score) -> NDArray[np.float64]:
-    """log-prob of chosen minus rejected [n] under the initial model, summed or per token as `order_score` says."""
+    """Log-prob of chosen minus rejected, [n], under the initial model, summed or per token (`order_score`)."""
     logps = score(tokens).double()
     if config.order_score == "mean":
         logps = logps / scored_counts(tokens)
@@ -63,39 +64,48 @@ def margins(config: RunConfig, tokens: TokenizedPairs, score: Score) -> NDArray[
 def _by_accuracy(config: RunConfig, stages: Sequence[StageData], score: Score) -> list[StageData]:
     ranked = []
     for stage in stages:
+        # a tie counts as ranked wrong
         margin = stage.scores if stage.scores is not None else margins(config, stage.tokens, score)
         accuracy = float((margin > 0).mean())
         ranked.append(StageData(stage.config, stage.tokens, stage.where, stage.scores, accuracy))
-    return sorted(ranked, key=lambda stage: -(stage.accuracy or 0.0))  # stable: ties stay as given
+    return sorted(ranked, key=lambda stage: -(stage.accuracy or 0.0))  # stable: ties keep their given order
 
 
 def _tiers(config: RunConfig, stage: StageData, score: Score) -> list[StageData]:
+    """The pairs of one stage split into `config.tiers` stages of equal size, by falling margin."""
     assert config.tiers is not None
     if config.tiers > len(stage.tokens):
-        raise UserError(f"tiers: was {config.tiers}, must be at most {len(stage.tokens)}, the pairs there are")
+        raise UserError(f"tiers: was {config.tiers}, must be at most {len(stage.tokens)}, the number of pairs")
+
     margin = margins(config, stage.tokens, score)
     easiest_first = np.argsort(-margin, kind="stable")
     tiers = []
     for number, members in enumerate(np.array_split(easiest_first, config.tiers), 1):
         named = stage.config.model_copy(update={"name": f"{stage.config.name}-{number}"})
-        # inside a tier the pairs keep the order they were given in
+
+        # within a tier the pairs keep their given order
         chosen = np.sort(members)
         accuracy = float((margin[chosen] > 0).mean())
-        dropped = stage.tokens.dropped if number == 1 else []  # before there were tiers: entered once, with the first
+
+        # pairs dropped before the split belong to no tier; the first one counts them, once
+        dropped = stage.tokens.dropped if number == 1 else []
         tiers.append(StageData(named, *_take(stage, chosen, dropped), accuracy=accuracy))
     return tiers
 
 
 def _shuffled(stages: Sequence[StageData], seed: int) -> list[StageData]:
-    """All pairs dealt anew, at random, to stages of the sizes they had."""
+    """All pairs dealt out to the stages at random; every stage keeps its size."""
     pool = StageData(
         stages[0].config,
         TokenizedPairs.concatenate([stage.tokens for stage in stages]),
         [where for stage in stages for where in stage.where],
     )
+
+    # the seed of the run decides, so that a resumed run deals the same pairs
     dealt = np.random.default_rng(seed).permutation(len(pool.tokens))
     borders = np.cumsum([len(stage.tokens) for stage in stages])[:-1]
     hands = np.split(dealt, borders)
+
     return [
         StageData(stage.config, *_take(pool, hand, stage.tokens.dropped))
         for stage, hand in zip(stages, hands, strict=True)

@@ -1,11 +1,12 @@
-"""Preference pairs out of data sources, validated: TRL's schema, one line for every row that is not right.
+"""Reads preference pairs from data sources and validates them: TRL's schema, one error line per bad row.
 
     data = read_pairs(["data/a.jsonl", "org/name:train"], on_bad_row="error")
     data.pairs[0].prompt, data.pairs[0].chosen, data.pairs[0].where          # ..., 'data/a.jsonl:1'
 
-`prompt`, `chosen` and `rejected` are all strings or all lists of {role, content} messages. Without `prompt` it is the
-common start of chosen and rejected. `tools` and `chat_template_kwargs` of a row go to the chat template, as in TRL;
-every other column is passed over. A pair whose answers are equal is a bad row: it teaches nothing.
+`prompt`, `chosen` and `rejected` are all strings or all lists of {role, content} messages. If `prompt` is missing, it
+is the common prefix of chosen and rejected. `tools` and `chat_template_kwargs` of a row are passed to the chat
+template, as in TRL; all other columns are ignored. A pair whose answers are equal is a bad row, because it teaches
+nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _COLUMNS = ["prompt", "chosen", "rejected", "tools", "chat_template_kwargs"]
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One preference pair; `score` is chosen minus rejected of the score column, where one was asked for."""
+    """One preference pair with its location `where`; `score` is chosen minus rejected of a score column."""
 
     prompt: Text
     chosen: Text
@@ -47,24 +48,30 @@ class Pair:
 
 @dataclass(frozen=True)
 class PairData:
-    """The pairs of some sources in order, and one 'file:line: what is wrong' for each row that was skipped."""
+    """The pairs of all sources in order, and 'file:line: what is wrong' for each skipped row."""
 
     pairs: list[Pair]
     skipped: list[str]
 
 
 class BadRow(Exception):
-    """What is wrong with one row."""
+    """A row that cannot be used; the message says what is wrong with it."""
 
 
 def read_pairs(
     sources: Sequence[str], *, on_bad_row: Literal["error", "skip"], score_column: str | None = None
 ) -> PairData:
-    """Read and validate every source (see data_files.py for the kinds).
+    """Read and validate all sources.
 
-    `score_column` names '<name>_chosen' and '<name>_rejected', or one column '<name>' that holds their difference.
-    A bad row is a UserError that shows the first and counts the others, or is skipped and listed. A source that is
-    missing, unreadable or without a row, and a source whose rows are all bad, is a UserError with either setting.
+    Args:
+        sources: Data files or Hub datasets, see raw_rows.py.
+        on_bad_row: 'error' raises if any row is bad, with the first bad row and the number of others in the message.
+            'skip' leaves bad rows out and lists them.
+        score_column: Reads a score for each pair from the columns '<name>_chosen' and '<name>_rejected', or from a
+            column '<name>' that contains their difference.
+
+    Raises UserError for bad rows as described and, with either setting, if a source cannot be read, has no rows, or has
+    only bad rows.
     """
     scores = [score_column, f"{score_column}_chosen", f"{score_column}_rejected"] if score_column else []
     pairs: list[Pair] = []
@@ -76,35 +83,46 @@ def read_pairs(
                 pairs.append(_pair_of(row, score_column))
             except BadRow as problem:
                 bad.append(f"{row.where}: {problem}")
+
+        # a whole source without a pair is a mistake in the settings rather than in a few rows
         new_bad = len(bad) - bad_before
         if len(pairs) == good_before and not new_bad:
             raise UserError(f"{source}: has no rows")
         if len(pairs) == good_before and on_bad_row == "skip":
             raise UserError(f"{source}: none of its {new_bad} rows can be used; the first: {bad[bad_before]}")
-    if bad and on_bad_row == "error":
-        more = f" (and {len(bad) - 1} more bad rows)" if len(bad) > 1 else ""
-        raise UserError(f"{bad[0]}{more}; on_bad_row: skip leaves bad rows out")
+
+    if on_bad_row == "error":
+        refuse_bad_rows(bad)
     return PairData(pairs, bad)
 
 
-def shared_pairs(named: dict[str, list[Pair]]) -> list[str]:
-    """One warning for every two sources that have the same pair (prompt, chosen and rejected alike), with counts.
+def refuse_bad_rows(bad: Sequence[str]) -> None:
+    """Raises UserError if there are bad rows, with the first of them and the number of others in the message."""
+    if bad:
+        more = f" (and {len(bad) - 1} more bad rows)" if len(bad) > 1 else ""
+        raise UserError(f"{bad[0]}{more}; set on_bad_row: skip to leave bad rows out")
 
-    The name "eval_data" means the evaluation pairs, which no stage may be called.
+
+def shared_pairs(named: dict[str, list[Pair]]) -> list[str]:
+    """A warning for every two lists of pairs that share pairs (equal in prompt, chosen and rejected), with counts.
+
+    The keys of `named` are names of stages; "eval_data" stands for the evaluation pairs and is never a stage's name.
     """
+    # sets, because a pair that occurs twice in one stage is not shared
     keys = {name: {_key(pair) for pair in pairs} for name, pairs in named.items()}
+
     warnings = []
     for (first, first_keys), (second, second_keys) in itertools.combinations(keys.items(), 2):
         shared = len(first_keys & second_keys)
         if shared and second == "eval_data":
             warnings.append(
-                f"{shared} of eval_data's {len(second_keys)} different pairs are trained on in stage {first!r}: "
-                "its scores will flatter the model"
+                f"{shared} of eval_data's {len(second_keys)} distinct pairs are also trained on in stage {first!r}: "
+                "scores on eval_data will be too high"
             )
         elif shared:
             warnings.append(
                 f"stages {first!r} and {second!r} share {shared} of their {len(first_keys)} and {len(second_keys)} "
-                "different pairs: the reference of the later stage was trained on them"
+                "distinct pairs: the reference of the later stage was trained on them"
             )
     return warnings
 
@@ -117,9 +135,8 @@ def _key(pair: Pair) -> bytes:
 def _pair_of(row: Row, score_column: str | None) -> Pair:
     if row.problem:
         raise BadRow(row.problem)
-    texts = _texts(row.values)
     return Pair(
-        *texts,
+        *_texts(row.values),
         where=row.where,
         score=None if score_column is None else _score(row.values, score_column),
         tools=_tools(row.values),
@@ -131,37 +148,50 @@ def _template_options(values: dict[str, Any]) -> dict[str, Any] | None:
     options = _mapping(values, "chat_template_kwargs")
     for name in ("tokenize", "tools", "return_dict", "return_tensors", "return_assistant_tokens_mask"):
         if options is not None and name in options:
-            raise BadRow(f"chat_template_kwargs: {name!r} is set by this program; leave it out")
+            raise BadRow(f"chat_template_kwargs: {name!r} is set by the driver; remove it")
     return options
 
 
 def _texts(values: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """prompt, chosen, rejected; BadRow when they are not what a preference pair needs."""
+    """The row's (prompt, chosen, rejected).
+
+    1. Check that the columns are there and have the right types, all of the same kind.
+    2. Check that the answers are not empty and not equal.
+    3. Without a prompt, take the common prefix of the answers.
+
+    Raises BadRow if they do not make a preference pair.
+    """
     for name in ("chosen", "rejected"):
         if name not in values:
             raise BadRow(f"{name!r} is missing; a row needs chosen and rejected (and may have prompt)")
+
+    # prompt and answers will be concatenated, so they must be of one kind
     names = [name for name in ("prompt", "chosen", "rejected") if name in values]
     kinds = {name: check_text(name, values[name]) for name in names}
     if len(set(kinds.values())) > 1:
         mixed = ", ".join(f"{name} is {kind}" for name, kind in kinds.items())
         raise BadRow(f"{mixed}; all must be strings or all lists of messages")
+
     chosen, rejected = values["chosen"], values["rejected"]
     for name in ("chosen", "rejected"):
         if _is_blank(values[name]):
             raise BadRow(f"{name!r} is empty")
     if chosen == rejected:
         raise BadRow("'chosen' and 'rejected' are equal; the pair teaches nothing")
+
     prompt, chosen, rejected = (
         (values["prompt"], chosen, rejected) if "prompt" in values else _split_prompt(chosen, rejected)
     )
+
+    # an empty string is a valid prompt, but a chat template needs at least one message
     if isinstance(prompt, list) and not prompt:
-        reason = "'prompt' has no message" if "prompt" in values else "'chosen' and 'rejected' share no first message"
+        reason = "'prompt' has no messages" if "prompt" in values else "'chosen' and 'rejected' share no first message"
         raise BadRow(f"{reason}; a conversation needs at least one before the answers")
     return prompt, chosen, rejected
 
 
 def check_text(name: str, value: Any) -> str:
-    """'a string' or 'a list of messages'; BadRow for anything else."""
+    """The kind of a text: 'a string' or 'a list of messages'. Raises BadRow for anything else."""
     if isinstance(value, str):
         _check_unicode(name, value)
         return "a string"
@@ -176,9 +206,12 @@ def check_text(name: str, value: Any) -> str:
 def _check_message(name: str, message: Any) -> None:
     if not isinstance(message, dict):
         raise BadRow(f"{name!r} is of type {type(message).__name__}, must be a message with role and content")
+
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not role:
         raise BadRow(f"{name!r} has no role, must have one such as user or assistant")
+
+    # a message that only calls tools has no content
     if isinstance(content, str):
         _check_unicode(name, content)
     elif content is not None:
@@ -188,7 +221,7 @@ def _check_message(name: str, message: Any) -> None:
 
 
 def _check_unicode(name: str, text: str) -> None:
-    """A JSON escape can make half of a surrogate pair, which no tokenizer can encode."""
+    """Raises BadRow for half of a surrogate pair, which a JSON escape can contain but no tokenizer can encode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -202,10 +235,10 @@ def _is_blank(text: Text) -> bool:
 
 
 def _split_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
-    """The common start of both is the prompt (characters, or whole messages), cut as TRL's `extract_prompt` does.
+    """Split off the common prefix (characters or whole messages) as the prompt, like TRL's `extract_prompt`.
 
-    Each answer keeps at least its last element, and a space before the answers goes to them, because tokenizers join
-    it to the word that follows.
+    Each answer keeps at least its last element. A space before the answers becomes part of them, because tokenizers
+    join it with the word that follows.
     """
     longest = min(len(chosen), len(rejected)) - 1
     start = next((i for i in range(longest + 1) if chosen[i] != rejected[i]), longest)
@@ -232,7 +265,7 @@ def _number(values: dict[str, Any], name: str) -> float:
 
 
 def _tools(values: dict[str, Any]) -> list[Any] | None:
-    """The row's tools: a list, or the JSON text of one (columnar files cannot hold mixed structures)."""
+    """The row's tools: a list, or a list as JSON text, because Parquet columns cannot contain mixed structures."""
     tools = values.get("tools")
     if isinstance(tools, str):
         try:

@@ -1,4 +1,4 @@
-"""Prompts that pairs are made from: rows of a data file with `prompt` and whatever else a judge needs."""
+"""Prompts for generated pairs: rows of a data file with `prompt` and whatever else a judge needs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from sdpo_kernels.stepwise.common.errors import UserError
-from sdpo_kernels.stepwise.data.pairs import BadRow, check_text
+from sdpo_kernels.stepwise.data.pairs import BadRow, check_text, refuse_bad_rows
 from sdpo_kernels.stepwise.data.raw_rows import Row, read_rows
 
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One prompt, a string or messages; `values` is the whole row, as a judge gets it."""
+    """One prompt, a string or messages; `values` is the whole row, which is passed to the judge."""
 
     prompt: Any
     values: dict[str, Any]
@@ -29,36 +29,41 @@ class PromptRow:
         return not isinstance(self.prompt, str)
 
     def text(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """What the model is given, up to where its answer begins."""
+        """The prompt as text, up to where the answer starts."""
         if not self.is_conversational:
             return self.prompt
         return self.render(tokenizer, self.prompt, add_generation_prompt=True)
 
     def render(self, tokenizer: PreTrainedTokenizerBase, messages: Any, **options: Any) -> str:
-        """Messages through the chat template, with the row's own tools and options for it."""
+        """Apply the chat template to `messages`, with the row's own tools and template options."""
         options |= {"tools": self.values.get("tools"), **(self.values.get("chat_template_kwargs") or {})}
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
     def ids(self, tokenizer: PreTrainedTokenizerBase, answer: str = "") -> list[int]:
-        """Token ids of the prompt, and of what an answer begins with."""
-        text = self.text(tokenizer) + answer  # a chat template writes the special tokens itself
+        """Token ids of the prompt followed by `answer`, the start of an answer."""
+        text = self.text(tokenizer) + answer  # a chat template adds the special tokens itself
         found: Any = tokenizer(text, add_special_tokens=not self.is_conversational, verbose=False)["input_ids"]
+
+        # some tokenizers append the EOS token to every text; the answer has to continue this one
         ended = not self.is_conversational and found and found[-1] == tokenizer.eos_token_id
-        return found[:-1] if ended else found  # some tokenizers end every text
+        return found[:-1] if ended else found
 
     def completion(self, text: str) -> Any:
-        """An answer in the row's own form."""
+        """An answer in the form of the row: a string or a list of messages."""
         return [{"role": "assistant", "content": text}] if self.is_conversational else text
 
     def pair(self, chosen: str, rejected: str, **more: Any) -> dict[str, Any]:
-        """A row of a pair file, in TRL's schema."""
+        """A row of a data file of pairs, in TRL's schema."""
         both = {"chosen": self.completion(chosen), "rejected": self.completion(rejected)}
         template = {name: self.values[name] for name in ("tools", "chat_template_kwargs") if self.values.get(name)}
         return {"prompt": self.prompt, **both, **template, **more}
 
 
 def read_prompts(sources: Sequence[str], on_bad_row: Literal["error", "skip"]) -> tuple[list[PromptRow], list[str]]:
-    """The prompts of some files in order, and one 'file:line: what is wrong' for each row that was skipped."""
+    """The prompts of all sources in order, and 'file:line: what is wrong' for each skipped row.
+
+    Raises UserError if a row is bad and `on_bad_row` is 'error', or if no prompt is left.
+    """
     prompts: list[PromptRow] = []
     bad: list[str] = []
     for source in sources:
@@ -68,16 +73,16 @@ def read_prompts(sources: Sequence[str], on_bad_row: Literal["error", "skip"]) -
                 bad.append(f"{row.where}: {problem}")
             else:
                 prompts.append(PromptRow(row.values["prompt"], row.values, row.where))
-    if bad and on_bad_row == "error":
-        more = f" (and {len(bad) - 1} more bad rows)" if len(bad) > 1 else ""
-        raise UserError(f"{bad[0]}{more}; on_bad_row: skip leaves bad rows out")
+
+    if on_bad_row == "error":
+        refuse_bad_rows(bad)
     if not prompts:
         raise UserError(f"{', '.join(sources)}: has no prompts")
     return prompts, bad
 
 
 def prompts_hash(prompts: Sequence[PromptRow]) -> str:
-    """sha256 over all rows."""
+    """sha256 of all rows."""
     text = json.dumps([row.values for row in prompts], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 

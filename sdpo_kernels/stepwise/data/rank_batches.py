@@ -1,7 +1,7 @@
-"""Batches of several processes: each global batch is that of one process, cut into one share a process.
+"""Batches of a distributed run: each global batch is the same as with a single process, split over the ranks.
 
-accelerate fills an epoch's last batch up with pairs from its start, which then count twice; here its pairs are dealt
-out as evenly as they go. A process that is left without one gets a filler, a pair that counts for nothing, so that all
+accelerate fills the last batch of an epoch with pairs from its start, which then count twice. Here its pairs are split
+as evenly as possible instead. A rank that gets no pair receives a filler, a pair that is not counted, so that all ranks
 take the same number of steps.
 """
 
@@ -17,15 +17,18 @@ from sdpo_kernels.stepwise.common import ranks
 
 
 class RankBatches(BatchSampler):
-    """This process's shares of batches of `batch_size` pairs a process; a filler is ~index (below 0) of a pair."""
+    """This rank's part of every global batch of `batch_size * world_size` pairs.
+
+    A filler is given as ~index of a pair, which is negative.
+    """
 
     def __init__(self, sampler: Sampler[int], batch_size: int, drop_last: bool, rank: int, world_size: int) -> None:
         super().__init__(sampler, batch_size, drop_last)
         self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        whole = BatchSampler(self.sampler, self.batch_size * self.world_size, self.drop_last)
-        for batch in whole:
+        global_batches = BatchSampler(self.sampler, self.batch_size * self.world_size, self.drop_last)
+        for batch in global_batches:
             share = [int(index) for index in np.array_split(batch, self.world_size)[self.rank]]
             yield share or [~int(batch[0])]
 
@@ -34,10 +37,11 @@ class RankBatches(BatchSampler):
 
 
 def share_batches(dataloader: DataLoader) -> DataLoader:
-    """`dataloader`, as accelerate has prepared it, with batches of `RankBatches`; in one process as it is."""
+    """Put RankBatches into a dataloader that accelerate has prepared; with a single process it stays unchanged."""
     if ranks.world_size() == 1:
         return dataloader
-    # accelerate's stays around it, as shuffling and skipping at a resume go through it; it no longer cuts
+
+    # accelerate's sampler stays around ours, because it shuffles, and skips batches after a resume; it must not split
     shard: Any = dataloader.batch_sampler
     inner = shard.batch_sampler
     shard.batch_sampler = RankBatches(

@@ -1,8 +1,8 @@
-"""Rows out of preference-data sources: .jsonl, .jsonl.gz, .json, .parquet, or a data set of the Hugging Face hub.
+"""Reads rows from data sources: .jsonl, .jsonl.gz, .json and .parquet files, and datasets of the Hugging Face Hub.
 
-`read_rows(source, columns)` yields one `Row` a record with the place it stands at ('data.jsonl:17'); what the rows
-mean is `pairs.py`'s business. A record that cannot be decoded is yielded with its `problem`; a source that cannot be
-read at all is a UserError.
+`read_rows(source, columns)` yields one `Row` per record, with its location ('data.jsonl:17'). `pairs.py` and
+`prompts.py` interpret the rows. A record that cannot be decoded is yielded with its `problem`; a source that cannot be
+read at all raises UserError.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sdpo_kernels.stepwise.settings.types import DATA_SUFFIXES, data_suffix, is_
 
 
 class Row(NamedTuple):
-    """One record: where it stands, and either its values or what is wrong with it."""
+    """One record: its location, and either its values or what is wrong with it."""
 
     where: str
     values: dict[str, Any]
@@ -28,10 +28,16 @@ class Row(NamedTuple):
 
 
 def read_rows(source: str, columns: list[str] | None) -> Iterator[Row]:
-    """The rows of one source in order. `columns` are all that columnar files need to load; None: all there are."""
+    """The rows of one source in order.
+
+    Args:
+        source: A local file, or a Hub dataset as 'org/name' or 'org/name:split'.
+        columns: The columns to load from Parquet files and Hub datasets; None loads all. JSON is always read whole.
+    """
     if not is_file_source(source):
         yield from _hub_rows(source, columns)
         return
+
     path = os.path.expanduser(source)
     suffix = data_suffix(path)
     if not os.path.exists(path):
@@ -39,7 +45,8 @@ def read_rows(source: str, columns: list[str] | None) -> Iterator[Row]:
     if os.path.isdir(path):
         raise UserError(f"{source}: is a folder, must be a file ({', '.join(DATA_SUFFIXES)})")
     if suffix is None:
-        raise UserError(f"{source}: unknown kind of file, must end in {', '.join(DATA_SUFFIXES)}")
+        raise UserError(f"{source}: unknown file type, must end in {', '.join(DATA_SUFFIXES)}")
+
     try:
         yield from _READERS[suffix](Path(path), source, columns)
     except OSError as error:
@@ -56,18 +63,21 @@ def _zipped_json_lines(path: Path, source: str, columns: list[str] | None) -> It
         with gzip.open(path, "rb") as file:
             yield from _parse_lines(file, source)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{source}: is not a whole gzip file: {error}") from error
+        raise UserError(f"{source}: is not a complete gzip file: {error}") from error
 
 
 def _parse_lines(file: Iterable[bytes], source: str) -> Iterator[Row]:
-    """JSON lines read by hand for their numbers; blank lines are passed over, a byte order mark is tolerated."""
+    """JSON lines with their line numbers; blank lines and a byte order mark are skipped."""
     for number, line in enumerate(file, start=1):
         where = f"{source}:{number}"
+
+        # only the first line can start with a byte order mark
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             yield Row(where, {}, f"is not UTF-8 (byte {error.start} of the line is 0x{line[error.start]:02x})")
             continue
+
         if text.strip():
             yield _parse_row(where, text.rstrip("\r\n"))
 
@@ -77,7 +87,7 @@ def _parse_row(where: str, text: str) -> Row:
         return _row(where, json.loads(text))
     except json.JSONDecodeError as error:
         return Row(where, {}, f"broken JSON: {error.msg} at column {error.colno}")
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, nesting too deep
+    except (ValueError, RecursionError) as error:  # an integer with thousands of digits, or nesting that is too deep
         return Row(where, {}, f"broken JSON: {error}")
 
 
@@ -87,12 +97,15 @@ def _json_list(path: Path, source: str, columns: list[str] | None) -> Iterator[R
     except UnicodeDecodeError as error:
         raise UserError(f"{source}: is not UTF-8 (byte {error.start})") from None
     except json.JSONDecodeError as error:
-        hint = " (one object a line? then name it .jsonl)" if error.msg == "Extra data" else ""
+        hint = " (if it has one object per line, name it .jsonl)" if error.msg == "Extra data" else ""
         raise UserError(f"{source}:{error.lineno}: broken JSON: {error.msg}{hint}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{source}: broken JSON: {error}") from None
+
     if not isinstance(records, list):
-        raise UserError(f"{source}: holds {_kind(records)}, must hold a list of objects")
+        raise UserError(f"{source}: contains {_kind(records)}, must contain a list of objects")
+
+    # the parser keeps no line numbers, so records are counted
     for number, record in enumerate(records, start=1):
         yield _row(f"{source}:row {number}", record)
 
@@ -112,15 +125,18 @@ def _parquet(path: Path, source: str, columns: list[str] | None) -> Iterator[Row
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
+    number = 0  # counts over all batches
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
             present = names if columns is None else [name for name in columns if name in names]
+
+            # a batch at a time, so that a large file is never in memory as a whole
             for batch in file.iter_batches(columns=present):
                 for index in range(batch.num_rows):
                     number += 1
                     yield _record_of(batch, index, f"{source}:row {number}")
+
     except pa.ArrowException as error:
         raise UserError(f"{source}: is not a readable Parquet file: {str(error).splitlines()[0]}") from error
 
@@ -139,11 +155,13 @@ def _hub_rows(source: str, columns: list[str] | None) -> Iterator[Row]:
     name, _, split = source.partition(":")
     try:
         dataset = datasets.load_dataset(name, split=split or "train")
-    except Exception as error:  # a network, a missing set, a missing split, a broken file: each has its own class
+    except Exception as error:  # no network, no such dataset or split, a broken file: each has its own class
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"{source}: no such file, and not loadable from the hub: {type(error).__name__}: {reason}"
+            f"{source}: no such file, and it cannot be loaded from the Hub: {type(error).__name__}: {reason}"
         ) from error
+
+    # columns that nobody asked for may be images or audio, which are slow to decode
     names = dataset.column_names
     present = names if columns is None else [column for column in columns if column in names]
     for number, record in enumerate(dataset.select_columns(present), start=1):

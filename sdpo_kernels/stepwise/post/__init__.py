@@ -1,1 +1,1 @@
-"""What is done to the weights after a stage or a run."""
+"""Steps on the weights after training: ExPO, as a command and as a run's last step."""

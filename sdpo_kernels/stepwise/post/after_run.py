@@ -1,7 +1,7 @@
-"""A run's own post-step: ExPO from its last model, in <output_dir>/expo, made once and entered in the manifest.
+"""A run's post step: ExPO from its last model into <output_dir>/expo, done once and recorded in the manifest.
 
-The folder appears in one rename with its record in it, so a kill leaves it whole or absent; half of it lies in .expo,
-and the same command makes it again.
+The folder appears in one rename with its record in it, so a kill leaves it either complete or absent. Unfinished work
+is in .expo; running the same command again redoes it.
 """
 
 from __future__ import annotations
@@ -25,60 +25,81 @@ from sdpo_kernels.stepwise.state import Run
 
 
 def check_start(config: RunConfig) -> None:
-    """UserError, before any training, where M_0 cannot be extrapolated from: a hub name, no safetensors, an adapter."""
+    """Raise UserError, before training starts, if ExPO cannot read M_0: a hub name, no safetensors, an adapter."""
     settings = config.expo
     if settings is None or (settings.start == "previous" and (config.tiers or len(config.stages)) > 1):
         return
     try:
         weights = Weights(Path(config.model))
     except UserError as error:
-        raise UserError(f"post.expo: it reads the model's own files: {error}") from error
+        raise UserError(f"post.expo: needs the model's own files: {error}") from error
     if weights.is_adapter:
         raise UserError(f"post.expo: {config.model} is a LoRA adapter; merge it into its base first")
 
 
 def post_done(run: Run) -> bool:
-    """Whether nothing is left to do after the last stage."""
+    """Whether there is nothing left to do after the last stage."""
     made = run.manifest.data.get("post", {})
     return run.config.expo is None or "expo" in made
 
 
 def run_post(run: Run) -> None:
-    """Make what the run asks for after its last stage, unless it is there."""
+    """Do the run's post step, unless it is done.
+
+    1. If the folder is there, a kill came between its rename and the manifest's last write: read its record. Any
+       other folder of that name is a UserError.
+    2. Otherwise extrapolate in .expo, write the record next to the weights, and publish both in one rename.
+    3. Enter the record in the manifest.
+    """
     settings = run.config.expo
     if settings is None or post_done(run):
         return
+
+    # what the folder's record must say to be this run's
     folder, work = run.folder / FOLDER, run.folder / f".{FOLDER}"
     asked = settings.model_dump(mode="json")
     plan = {"from": settings.start, "asked": asked, "theta1": run.manifest.stages[-1]["name"]}
-    if folder.exists():  # killed between the rename and the manifest's last write, or somebody else's
+
+    if folder.exists():
         record = read_json(folder / RECORD) if (folder / RECORD).exists() else {}
         if {key: record.get(key) for key in plan} != plan:
-            raise UserError(f"{folder} is not of this run; move it away or choose another output_dir")
+            raise UserError(f"{folder} does not belong to this run; move it away or choose another output_dir")
     else:
         record = plan | _make(run, settings, empty_folder(work))
         write_json(work / "finished" / RECORD, record)
         publish_folder(work / "finished", folder)
+
     remove_folder(work)
     run.manifest.data["post"] = {"expo": record}
     run.manifest.save()
 
 
 def _make(run: Run, settings: ExpoSettings, work: Path) -> Record:
-    """The model in work/finished, and what is to be kept of how it was made."""
+    """Write the extrapolated model to work/finished, and return its record.
+
+    1. θ1 is the last stage's model, θ0 the initial one or the previous stage's.
+    2. Find α: given, or the best of a search on the evaluation pairs.
+    3. Extrapolate, and evaluate the result.
+    """
     started = time.monotonic()
+
+    # a run with a single stage has no previous stage but the initial model
     last = len(run.manifest.stages)
     aligned = run.stage_folder(last)
     start = run.stage_folder(last - 1) if settings.start == "previous" and last > 1 else Path(run.config.model)
+
     metric = settings.metric or DEFAULT_METRIC
     scorer = _scorer(run)
     found = None
     if settings.alphas is not None:
-        run.reporter.say(f"expo: {len(settings.alphas)} values of α are tried")
+        run.reporter.say(f"expo: trying {len(settings.alphas)} values of α")
         found = search(start, aligned, settings.alphas, lambda made: _evaluate(run, made, scorer)[metric], work / "try")
         run.reporter.say(search_table(found, metric))
+
+    # the search keeps only one model on the disk, so its best one is written again
     alpha = found.best.alpha if found is not None else float(settings.alpha)
     extrapolate(start, aligned, work / "finished", alpha, search_notes(found, metric) if found is not None else ())
+
     return {
         "alpha": alpha,
         "metric": metric if found is not None else None,
@@ -100,5 +121,5 @@ def _scorer(run: Run) -> Scorer:
 
 def _evaluate(run: Run, folder: Path, scorer: Scorer) -> Record:
     data: EvalData | None = run.eval_data
-    assert data is not None  # the config asks for it with a search
+    assert data is not None  # settings with a search require eval_data
     return data.evaluate(str(folder), folder, scorer)

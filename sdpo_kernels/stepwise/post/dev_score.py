@@ -1,4 +1,4 @@
-"""Scores of a model folder for the search over α: the driver's own on preference pairs, or a command of the user's."""
+"""Scores of a model folder for the search over α: on preference pairs, or by the user's own command."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
 
 
 class PairScore:
-    """`metric` of a model on preference pairs; rewards are against `start`, with the config's β.
+    """`metric` of a model on preference pairs; rewards are relative to `start`, with the config's β.
 
-    `config` gives lengths, truncation, batches and β; model, dtype and lora are those of the folders: bfloat16 where
-    `aligned` is, for then nothing is rounded. `score(folder)` takes an adapter as <folder>/adapter.
+    `config` gives lengths, truncation, batches and β. Model, dtype and lora come from the folders: bfloat16 if all
+    weights are bfloat16, so that nothing is rounded, else float32. An adapter is scored as <folder>/adapter.
     """
 
     def __init__(
         self, start: Path, aligned: Path, data: Sequence[str], metric: Metric, config: RunConfig | None, say: Reporter
     ) -> None:
+        # without a config the defaults of a run apply
         weights = Weights(aligned)
         base = Weights(start) if weights.is_adapter else weights
         settings = config or RunConfig.model_validate(
@@ -48,17 +49,21 @@ class PairScore:
                 "lora": LoraSettings() if weights.is_adapter else None,
             }
         )
+
         self.metric = metric
         self.tokens, warnings, tokenizer = read_eval(self.config, tuple(data))
         for warning in warnings:
             say.warn(warning)
-        with tempfile.TemporaryDirectory() as folder:  # Trainer's arguments want one; nothing is written there
+
+        # Trainer's arguments need an output folder; nothing is written to it
+        with tempfile.TemporaryDirectory() as folder:
             args = training_arguments(self.config, self.config.stages[0], Path(folder), Path(folder))
         self.scorer = Scorer.of(self.config, args, pad_token_id(tokenizer), say)
         self._reference: Tensor | None = None
 
     def __call__(self, folder: Path) -> float:
         """The metric of the model in `folder`."""
+        # a scorer of a LoRA run finds the adapter inside the folder that it is given
         path = folder.parent if folder.name == ADAPTER and self.config.lora is not None else folder
         if self.metric.startswith("reward") and self._reference is None:
             self._reference = self.scorer.score_path(self.config.model, self.tokens, "start model")
@@ -67,9 +72,10 @@ class PairScore:
 
 
 class CommandScore:
-    """What a user's own command prints on its last line, run without a shell with the model's folder as last argument.
+    """The number that the user's own command prints on its last line; the model's folder is its last argument.
 
-    `seconds` is its time limit; None for none. UserError: it cannot be run, fails, takes longer, prints no number.
+    It runs without a shell. `seconds` is its time limit, None for none. UserError: the command cannot be run, fails,
+    exceeds the limit or does not print a number.
     """
 
     def __init__(self, command: str, seconds: float | None = None) -> None:
@@ -84,12 +90,13 @@ class CommandScore:
         self.seconds = seconds
 
     def __call__(self, folder: Path) -> float:
-        """The number that the command prints for `folder`."""
+        """The command's score of the model in `folder`."""
         name = shlex.join(self.arguments)
         code, out, err = self._run([*self.arguments, str(folder)], name)
         if code != 0:
             last = (err.strip() or out.strip() or "it printed nothing").splitlines()[-1]
             raise UserError(f"score command {name}: ended with code {code}: {last}")
+
         line = (out.strip().splitlines() or [""])[-1].strip()
         try:
             return float(line)
@@ -97,7 +104,8 @@ class CommandScore:
             raise UserError(f"score command {name}: its last line was {line!r:.80}, must be one number") from None
 
     def _run(self, arguments: list[str], name: str) -> tuple[int, str, str]:
-        """Exit code, stdout and stderr; it and all that it has started end with its time, or with ours."""
+        """Exit code, stdout and stderr; the command and its children are killed at the time limit, or if we stop."""
+        # a session of its own: its process group can be killed as a whole
         try:
             process = subprocess.Popen(
                 arguments,
@@ -110,12 +118,14 @@ class CommandScore:
             )
         except OSError as error:
             raise UserError(f"score command {name}: cannot be run: {error.strerror or error}") from error
+
         try:
             out, err = process.communicate(timeout=self.seconds)
-        except BaseException as stop:
+        except BaseException as stop:  # Ctrl-C too must not leave it running
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
             if isinstance(stop, subprocess.TimeoutExpired):
                 raise UserError(f"score command {name}: took longer than {self.seconds:g} seconds") from None
             raise
+
         return process.returncode, out, err

@@ -1,4 +1,4 @@
-"""Which tensor of one model stands for which of another: by name, with a head that one of them ties."""
+"""Match the tensors of two models by name; a tied output head matches the other model's embedding."""
 
 from __future__ import annotations
 
@@ -8,25 +8,28 @@ from sdpo_kernels.stepwise.post.weights import Weights
 _HEAD = "lm_head.weight"
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
-_ONE_SIDED = "; where other software wrote it, load it with transformers and save it again"
+_ONE_SIDED = "; if other software wrote it, load it with transformers and save it again"
 
 
 def match_tensors(before: Weights, after: Weights) -> dict[str, str]:
     """The name in `before` of each tensor of `after`.
 
-    An output head that only one side has is its embedding on the other, where the other's config ties the two.
-    UserError: a tensor that only one side has, of other shape, of integers that differ, or of quantised numbers.
+    A head that only one side has is the embedding of the other side, if that side's config ties the two.
+    UserError: a tensor that only one side has, different shapes, integers that differ, or quantised weights.
     """
     names = {name: _found(name, before, after) for name in after.shapes}
+
+    # a tied head stored twice is no loss; any other tensor missing from `after` would be
     for name in before.shapes:
         tied = name.endswith(_HEAD) and before.ties_head() and after.ties_head()
         if name not in after.shapes and not tied:
             raise UserError(f"{name} {_shape(before, name)}: is in {before.folder}, not in {after.folder}{_ONE_SIDED}")
+
     for name, old in names.items():
         if before.shapes[old] != after.shapes[name]:
             raise UserError(
                 f"{name}: is {_shape(before, old)} in {before.folder} and {_shape(after, name)} in {after.folder}, "
-                "must have one shape"
+                "must have the same shape"
             )
         _require_numbers(before, old, after, name)
     return names
@@ -50,8 +53,8 @@ def _require_numbers(before: Weights, old: str, after: Weights, name: str) -> No
         raise UserError(f"{name}: is {kinds[0]} and {kinds[1]}; quantised weights cannot be extrapolated")
     if not bool((before.tensor(old) == after.tensor(name)).all()):
         raise UserError(
-            f"{name} {_shape(after, name)}: holds integers, other ones in {before.folder} than in {after.folder}; "
-            "between integers nothing can be extrapolated"
+            f"{name} {_shape(after, name)}: contains integers that differ between {before.folder} and {after.folder}; "
+            "integers cannot be extrapolated"
         )
 
 

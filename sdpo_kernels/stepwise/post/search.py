@@ -1,4 +1,4 @@
-"""Which α? A few are tried, each result is scored, the best is kept; α = 0, the aligned model itself, is always one.
+"""Search for α: score the model of each of several α and keep the best; α = 0, the aligned model, is always included.
 
 found = search(start, aligned, (0.1, 0.3, 0.5), score, scratch=Path("runs/.try"))
 found.best.alpha, found.gained
@@ -19,7 +19,7 @@ from sdpo_kernels.stepwise.models.load import ADAPTER
 from sdpo_kernels.stepwise.post.expo import extrapolate
 from sdpo_kernels.stepwise.post.weights import ADAPTER_CONFIG
 
-Score = Callable[[Path], float]  # of a model's folder; larger is better
+Score = Callable[[Path], float]  # of a model's folder; higher is better
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Trial:
 
 @dataclass(frozen=True)
 class Found:
-    """All trials, α ascending from 0."""
+    """All trials, by ascending α from 0."""
 
     trials: tuple[Trial, ...]
 
     @property
     def best(self) -> Trial:
-        """The trial of the highest score; of equal ones that of the smallest α."""
+        """The trial with the highest score; of equal ones the smallest α."""
         return max(self.trials, key=lambda trial: (trial.score, -trial.alpha))
 
     @property
@@ -50,29 +50,36 @@ class Found:
 def search(start: Path, aligned: Path, alphas: Sequence[float], score: Score, scratch: Path) -> Found:
     """Score the extrapolation by each of `alphas`, and `aligned` itself as α = 0.
 
-    One model at a time lies in the folder `scratch`, which is removed after. A LoRA adapter is given to `score` as
-    scratch/adapter. UserError where a score is not finite.
+    1. Take the α in descending order, 0 last: folders that do not match raise at the first one.
+    2. For each, write the model to `scratch` (a LoRA adapter to scratch/adapter) and call `score` on its folder.
+    3. Remove `scratch`, also after an error.
+
+    UserError if a score is not finite.
     """
     is_adapter = (aligned / ADAPTER_CONFIG).is_file()
     folder = scratch / (ADAPTER if is_adapter else "model")
     trials = []
+
     try:
-        for alpha in sorted({0.0, *alphas}, reverse=True):  # 0 last: folders that do not match are heard of at once
+        for alpha in sorted({0.0, *alphas}, reverse=True):
+            # one model on the disk at a time; α = 0 needs none, but an adapter is scored under its fixed name
             empty_folder(scratch)
             made = alpha > 0 or is_adapter
             if made:
                 extrapolate(start, aligned, folder, alpha)
+
             value = float(score(folder if made else aligned))
             if not isfinite(value):
                 raise UserError(f"alpha {alpha:g}: its score is {value}, must be a finite number")
             trials.append(Trial(alpha, value))
     finally:
         remove_folder(scratch)
+
     return Found(tuple(reversed(trials)))
 
 
 def search_table(found: Found, metric: str) -> Table:
-    """The trials for the terminal, the best one marked."""
+    """The trials as a table for the terminal, the best one marked."""
     table = Table(title="extrapolation by α")
     for title in ("α", metric, ""):
         table.add_column(title, justify="left" if title == "" else "right")

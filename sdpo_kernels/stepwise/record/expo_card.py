@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
+
+from huggingface_hub import ModelCardData
 
 from sdpo_kernels.version import __version__
 
 
 def expo_card(start: Path, aligned: Path, alpha: float, notes: Sequence[str], is_adapter: bool) -> str:
     """A model card in Markdown with the front matter that the hub reads; `notes` are more lines for its end."""
-    base = json.dumps(str(start if is_adapter else aligned), ensure_ascii=False)  # JSON is YAML, whatever is in it
+    base = str(start if is_adapter else aligned)
+    library = "peft" if is_adapter else "transformers"
     what = "a LoRA adapter, its product scaled by 1 + α" if is_adapter else "θ1 + α(θ1 − θ0)"
     lines = [
         "---",
-        f"library_name: {'peft' if is_adapter else 'transformers'}",
-        f"base_model: {base}",
-        "tags: [expo, merge, preference]",
+        ModelCardData(library_name=library, base_model=base, tags=["expo", "merge", "preference"]).to_yaml(),
         "---",
         f"# {aligned.resolve().name}, extrapolated with α = {alpha:g}",
         "",

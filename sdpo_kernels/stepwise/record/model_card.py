@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from huggingface_hub import ModelCardData
 
 from sdpo_kernels.stepwise.record.manifest import Record
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
@@ -13,11 +14,10 @@ from sdpo_kernels.version import __version__
 def model_card(config: RunConfig, stage: Record) -> str:
     """A model card in Markdown with the front matter that the hub reads."""
     name = Path(config.model).name
+    tags = ["dpo", "stepwise-dpo", "preference"]
     lines = [
         "---",
-        "library_name: transformers",
-        f"base_model: {json.dumps(config.model, ensure_ascii=False)}",  # JSON is YAML, whatever is in the name
-        "tags: [dpo, stepwise-dpo, preference]",
+        ModelCardData(library_name="transformers", base_model=config.model, tags=tags).to_yaml(),
         "---",
         f"# {name}, stage {stage['index']} ({stage['name']}) of a stepwise DPO run",
         "",

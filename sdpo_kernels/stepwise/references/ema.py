@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sdpo_kernels.stepwise.common.errors import UserError
@@ -40,6 +41,7 @@ class EmaReference(TrainerCallback):
         """`model` is the bare or PEFT model as the stage starts: what of it trains is averaged."""
         self.model, self.settings = model, settings
         self.average: Weights = _copies(trained(model))
+        self._move = get_ema_multi_avg_fn(settings.decay)
         self.reference: Weights | None = None  # None: still the stage's start, whose scores are cached
 
     def logps(self, model: nn.Module, batch: Batch, ld_alpha: float | None = None) -> Tensor:
@@ -60,9 +62,7 @@ class EmaReference(TrainerCallback):
     def after_step(self, step: int) -> None:
         """Move after optimiser step `step` (from 1): average ← decay · average + (1 − decay) · policy, then sync."""
         policy = trained(self.model)
-        with torch.no_grad():
-            for name, weight in policy.items():
-                self.average[name].lerp_(weight, 1 - self.settings.decay)
+        self._move([self.average[name] for name in policy], list(policy.values()), step)
         period = self.settings.period
         if period is not None and step % period == 0:
             self.reference = _copies(self.average if self.settings.mode == "ema" else policy)

@@ -1,1 +1,1 @@
-"""A run's report: pictures and a page."""
+"""The report of a run and the comparison of models: pictures, a page and a table."""

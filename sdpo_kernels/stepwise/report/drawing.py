@@ -1,7 +1,7 @@
-"""How every picture here looks: palette, type, size, and the small pieces they are put together from.
+"""The look of every picture: palette, fonts, sizes, and the small parts that all pictures share.
 
-Drawing goes through `Figure` objects inside `house_style()`, so neither pyplot's state nor a user's
-matplotlibrc plays a part. Used by `pictures.py` (a run) and `comparison.py` (several models).
+Pictures are `Figure` objects drawn inside `picture_style()`, so neither pyplot's state nor the user's matplotlibrc
+changes them. Used by `pictures.py` (a run) and `comparison.py` (several models).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from matplotlib.font_manager import findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-# Okabe and Ito's palette: told apart with every common form of colour blindness, and in greys.
+# Okabe and Ito's palette: distinguishable with every common form of colour blindness, and in greyscale.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8A9099"
 INK, SOFT_INK, RULE, BAND = "#20262E", "#5B6470", "#E3E6EA", "#F5F7F9"
 
@@ -54,57 +54,57 @@ STYLE: dict[str, Any] = {
 }
 
 
-def house_style() -> AbstractContextManager[None]:
-    """Matplotlib's own defaults plus STYLE, for the length of a `with` block."""
+def picture_style() -> AbstractContextManager[None]:
+    """Context manager: matplotlib's own defaults plus STYLE."""
     return matplotlib.style.context(["default", STYLE])
 
 
 def render(figure: Figure) -> bytes:
-    """`figure` as PNG bytes, at twice the density of the screen. Call it inside `house_style()`."""
+    """`figure` as PNG bytes, at twice the screen's density. Call it inside `picture_style()`."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=PICTURE_DPI, facecolor="white")
     return buffer.getvalue()
 
 
 def canvas(title: str, subtitle: str, *, head: float = 0.2) -> tuple[Figure, Axes]:
-    """A figure of the house's size with its headline and one pair of axes; `head` inches between the two."""
+    """A figure of the usual size with a headline and one pair of axes, `head` inches apart."""
     figure = Figure(figsize=(WIDTH, HEIGHT))
     headline(figure, title, subtitle, head)
     return figure, figure.add_subplot()
 
 
 def headline(figure: Figure, title: str, subtitle: str, head: float) -> None:
-    """Title and subtitle at the figure's upper left; the axes get the room below, `head` inches lower."""
-    width, height = figure.get_size_inches()
-    left = 0.12 / width
-    figure.text(left, 1 - 0.10 / height, title, fontsize=12, fontweight="bold", va="top")
-    figure.text(left, 1 - 0.34 / height, subtitle, fontsize=9, color=SOFT_INK, va="top")
+    """Title and subtitle; a layout engine puts the axes below them, `head` inches lower."""
+    write_headline(figure, title, subtitle)
+    height = figure.get_size_inches()[1]
     room = 1 - (0.42 + head) / height
     figure.set_layout_engine(ConstrainedLayoutEngine(rect=(0.01, 0.01, 0.98, room), w_pad=0.06, h_pad=0.04))
 
 
-def bars(
-    ax: Axes, x: Sequence[float], values: Sequence[float], width: float, color: str, beside: Sequence[float] = ()
-) -> None:
-    """Bars with their values written at their ends, all to the same decimal place, and a rule at zero.
+def write_headline(figure: Figure, title: str, subtitle: str) -> None:
+    """Title and subtitle at the figure's upper left."""
+    width, height = figure.get_size_inches()
+    left = 0.12 / width
+    figure.text(left, 1 - 0.10 / height, title, fontsize=12, fontweight="bold", va="top")
+    figure.text(left, 1 - 0.34 / height, subtitle, fontsize=9, color=SOFT_INK, va="top")
 
-    `beside` are the values of other bars of the panel, which are written to that place too, and leave less room.
+
+def bars(
+    ax: Axes, x: Sequence[float], values: Sequence[float], width: float, color: str, others: Sequence[float] = ()
+) -> None:
+    """Bars with their values written at their ends, all to the same number of decimals, and a line at zero.
+
+    `others` are the values of the panel's other bars: they share the number of decimals, and make the text smaller.
     """
-    ax.bar(x, values, width, color=color, zorder=2)
-    greatest = max(abs(value) for value in [*values, *beside])
+    drawn = ax.bar(x, values, width, color=color, zorder=2)
+
+    # three significant digits of the largest bar set the decimals of all
+    greatest = max(abs(value) for value in [*values, *others])
     decimals = max(0, 2 - math.floor(math.log10(greatest))) if greatest else 0
-    for place, value in zip(x, values, strict=True):
-        text = f"{value:,.{decimals}f}" if 1e-4 <= greatest < 1e6 else number(value)
-        offset, anchor = ((0, -4), "top") if value < 0 else ((0, 4), "bottom")
-        ax.annotate(
-            text.replace("-", "−"),
-            (place, value),
-            offset,
-            textcoords="offset points",
-            ha="center",
-            va=anchor,
-            fontsize=9 if len(x) <= 12 and not beside else 7,
-        )
+    texts = [f"{value:,.{decimals}f}" if 1e-4 <= greatest < 1e6 else number(value) for value in values]
+    fontsize = 9 if len(x) <= 12 and not others else 7
+    ax.bar_label(drawn, [text.replace("-", "−") for text in texts], padding=4, fontsize=fontsize)
+
     ax.axhline(0, color=GREY, linewidth=0.9, zorder=2.5)
     ax.spines["bottom"].set_visible(False)
     ax.tick_params(axis="x", length=0)
@@ -112,18 +112,22 @@ def bars(
 
 
 def stage_axis(ax: Axes, stages: Sequence[tuple[int, str]], width: float = WIDTH - 0.9) -> None:
-    """Marks stages given as (number, name) below `ax` (`width` inches wide): numbers, and names that fit."""
-    edge = max(0.6, 2.1 - len(stages) / 2)  # few bars are as wide as three would be
+    """Label stages given as (number, name) below `ax` (`width` inches wide): numbers, and names as far as they fit."""
+    # one or two bars would fill the axes: leave as much room as for three
+    edge = max(0.6, 2.1 - len(stages) / 2)
     ax.set_xlim(stages[0][0] - edge, stages[-1][0] + edge)
+
+    # names cut to a few letters are useless: leave them out, and at most 25 numbers
     room = width / (stages[-1][0] - stages[0][0] + 2 * edge)
-    if room < 0.75:  # names cut to a few letters tell nothing
+    if room < 0.75:
         stages = [(index, "") for index, _ in stages[:: math.ceil(len(stages) / 25)]]
+
     ax.set_xticks([index for index, _ in stages], [stage_label(index, name, room) for index, name in stages])
     ax.set_xlabel("stage")
 
 
 def stage_label(index: int, name: str, room: float, sep: str = "\n") -> str:
-    """A stage's number and, where `room` inches suffice for it, its name (shortened to what fits)."""
+    """A stage's number and, if `room` (inches) allows, its name, shortened to fit."""
     name = " ".join(name.split())
     letters = int((room - 0.1) / 0.082) - (len(f"{index} ") if sep == " " else 0)
     if letters < 4 or not name or not drawable(name):
@@ -133,13 +137,13 @@ def stage_label(index: int, name: str, room: float, sep: str = "\n") -> str:
 
 @lru_cache(maxsize=256)
 def drawable(text: str) -> bool:
-    """Whether the pictures' font has every character of `text` (it lacks Chinese, Japanese and Korean)."""
+    """Whether the font has every character of `text` (it has no Chinese, Japanese or Korean ones)."""
     glyphs = get_font(findfont(STYLE["font.family"])).get_charmap()
     return all(ord(character) in glyphs for character in text)
 
 
-def beside(ax: Axes, y: float, text: str, color: str, shift: float = 0.0) -> None:
-    """`text` just right of the axes at height `y` (moved by `shift` points)."""
+def label_right(ax: Axes, y: float, text: str, color: str, shift: float = 0.0) -> None:
+    """Write `text` just right of the axes at height `y`, moved up by `shift` points."""
     ax.annotate(
         text,
         (1, y),
@@ -152,32 +156,34 @@ def beside(ax: Axes, y: float, text: str, color: str, shift: float = 0.0) -> Non
     )
 
 
-def beside_all(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Names right of lines that end at (height, name, colour), kept apart; a single line needs none."""
+def label_ends(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Name lines at their right ends, given as (height, name, colour), without overlap; one line needs no name."""
     if len(ends) < 2:
         return
+
+    # from the lowest up, each name at least 12 points above the one before
     low, high = ax.get_ylim()
     points_per_unit = (HEIGHT - 1.4) * 72 / (high - low)
     floor = -math.inf
     for y, name, color in sorted(ends):
         height = max(y * points_per_unit, floor)
-        beside(ax, y, name, color, height - y * points_per_unit)
+        label_right(ax, y, name, color, height - y * points_per_unit)
         floor = height + 12
 
 
 def percent_axis(ax: Axes) -> None:
-    """Shares as per cent on the y axis."""
+    """Show shares as per cent on the y axis."""
     ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:g}%"))
 
 
 def model_name(index: int) -> str:
-    """M with its stage as a subscript: M₀, M₁, … M₁₂."""
+    """M with the stage's index as subscript: M₀, M₁, … M₁₂."""
     return "M" + str(index).translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉"))
 
 
 def finite(value: object) -> TypeGuard[float]:
-    """Whether `value` is a number that can be drawn."""
+    """Whether `value` is a finite number, which can be drawn."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
@@ -190,10 +196,10 @@ def number(value: float) -> str:
 
 
 def time_unit(seconds: float) -> tuple[float, str]:
-    """(seconds in the unit, its name) that suits a span of `seconds`."""
+    """The unit for a span of `seconds`, as (seconds per unit, name)."""
     return next((unit for unit in ((3600.0, "hours"), (60.0, "minutes")) if seconds >= 2 * unit[0]), (1.0, "seconds"))
 
 
 def memory_unit(size: float) -> tuple[float, str]:
-    """(bytes in the unit, its name) that suits `size` bytes."""
+    """The unit for `size` bytes, as (bytes per unit, name)."""
     return (2.0**30, "GiB") if size >= 2**30 else (2.0**20, "MiB")

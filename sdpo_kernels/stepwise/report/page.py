@@ -1,4 +1,4 @@
-"""Pages of HTML that need nothing but themselves: no script, nothing loaded."""
+"""Self-contained HTML pages: no script, nothing loaded."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import base64
 from collections.abc import Sequence
 from html import escape
 
+NOTHING = "–"  # the cell of a value that is missing
+
 
 def html_table(columns: Sequence[tuple[str, bool]], rows: Sequence[Sequence[str]]) -> str:
-    """A table; columns are (title, whether they hold text), text is aligned left and numbers right."""
+    """A table; columns are (title, is_text), text is aligned left and numbers right."""
     kinds = [' class="text"' if text else "" for _, text in columns]
     head = "".join(f"<th{kind}>{escape(title)}</th>" for kind, (title, _) in zip(kinds, columns, strict=True))
     body = "".join(
@@ -19,14 +21,14 @@ def html_table(columns: Sequence[tuple[str, bool]], rows: Sequence[Sequence[str]
 
 
 def html_picture(png: bytes, caption: str) -> str:
-    """The picture inside the page, with its caption, which is its alt text too."""
+    """The picture embedded in the page, with its caption, which is also the alt text."""
     text = escape(caption)
     source = "data:image/png;base64," + base64.b64encode(png).decode()
     return f'<figure><img alt="{text}" src="{source}"><figcaption>{text}</figcaption></figure>'
 
 
 def html_page(title: str, body: str) -> str:
-    """A whole page: `body` (HTML) in the house's style; the browser is told to load nothing else."""
+    """A whole page around `body` (HTML), in the project's style; its policy forbids the browser to load anything."""
     return f"""<!doctype html>
 <html lang="en">
 <head>

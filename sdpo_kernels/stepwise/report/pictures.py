@@ -1,6 +1,6 @@
 """The pictures of a run: curves over steps, bars by stage, lines over the models M₀, M₁, ….
 
-`run_pictures(manifest, lines)` turns what a run wrote into PNG bytes, one entry a picture that has data.
+`run_pictures(manifest, lines)` draws what a run wrote, as PNG bytes; only pictures that have data.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from sdpo_kernels.stepwise.report.drawing import (
     SOFT_INK,
     WIDTH,
     bars,
-    beside,
-    beside_all,
     canvas,
     finite,
-    house_style,
+    label_ends,
+    label_right,
     memory_unit,
     model_name,
     number,
     percent_axis,
+    picture_style,
     render,
     stage_axis,
     stage_label,
@@ -44,13 +44,15 @@ Record = dict[str, Any]
 
 
 def run_pictures(manifest: Record, lines: Sequence[Record]) -> dict[str, bytes]:
-    """The pictures of a run as {file name: PNG bytes}, in reading order; one without data is left out.
+    """The pictures of a run as {file name: PNG bytes}, in reading order; those without data are left out.
 
-    manifest: a run's manifest.json; lines: the objects of its metrics.jsonl, by "stage/global_step".
+    manifest: a run's manifest.json; lines: the objects of its metrics.jsonl, sorted by "stage/global_step".
     """
     stages = manifest["stages"]
     models = scored_models(manifest)
-    with house_style():
+
+    # each function returns None if the run has nothing for it yet
+    with picture_style():
         figures = {
             "loss.png": loss_picture(stages, lines),
             "reward_margin.png": margin_picture(stages, lines),
@@ -65,7 +67,7 @@ def run_pictures(manifest: Record, lines: Sequence[Record]) -> dict[str, bytes]:
 
 
 def scored_models(manifest: Record) -> list[tuple[int, Record]]:
-    """The models scored on the evaluation pairs, as (t, scores) of M_t; M_0 is the one the run began with."""
+    """The models scored on the evaluation pairs, as (t, scores) of M_t; M_0 is the initial model."""
     scored = [(0, manifest.get("initial_eval"))]
     scored += [(stage["index"], stage.get("eval")) for stage in manifest["stages"]]
     return [(index, scores) for index, scores in scored if scores]
@@ -75,7 +77,7 @@ def scored_models(manifest: Record) -> list[tuple[int, Record]]:
 
 
 def loss_picture(stages: Sequence[Record], lines: Sequence[Record]) -> Figure | None:
-    """The loss over all steps; with a line at ln 2 under the stages whose loss starts there."""
+    """The loss over all steps, with a line at ln 2 in the stages whose loss starts there."""
 
     def ln2_line(ax: Axes, spans: dict[int, tuple[float, float]]) -> None:
         losses = {stage["index"]: stage.get("loss", "sigmoid") for stage in stages}
@@ -83,7 +85,7 @@ def loss_picture(stages: Sequence[Record], lines: Sequence[Record]) -> Figure | 
         for start, end in known:
             ax.hlines(math.log(2), start, end, colors=SOFT_INK, linewidth=0.9, linestyles=(0, (4, 3)), zorder=1.5)
         if known:
-            beside(ax, math.log(2), "ln 2", SOFT_INK)
+            label_right(ax, math.log(2), "ln 2", SOFT_INK)
 
     return curve_picture(stages, lines, "loss", "Loss", "loss", ln2_line)
 
@@ -115,23 +117,35 @@ def curve_picture(
     key: str,
     title: str,
     unit: str,
-    furnish: Callable[[Axes, dict[int, tuple[float, float]]], None],
+    decorate: Callable[[Axes, dict[int, tuple[float, float]]], None],
 ) -> Figure | None:
-    """`key` and `eval_<key>` of the metrics over the steps, one curve a stage, and what `furnish` adds."""
+    """A picture of the metric `key` over the steps; None without data.
+
+    1. One curve per stage; long ones are pale, with their moving mean on top.
+    2. `eval_<key>`, if it was logged, as orange dots.
+    3. The axis of steps, over all stages, with the stages marked.
+    4. `decorate` adds what only this picture has: a level, a scale.
+    """
     trained, evaluated = points(lines, key), points(lines, f"eval_{key}")
     if not trained and not evaluated:
         return None
+
+    # markers only while they do not touch each other
     counts = [len(x) for x, _ in trained.values()]
     window = smoothing_window(max(counts, default=0))
     marker = "o" if sum(counts) <= 60 else None
+
     parts = [f"thin: each logged step · thick: mean over {window} of them"] if window > 1 else []
     parts += ["orange dots: evaluation"] if evaluated else []
     figure, ax = canvas(title, " · ".join(parts) or "at each logged step", head=0.2)
+
     for x, y in trained.values():
         draw_curve(ax, x, y, window, marker)
     for x, y in evaluated.values():
         style: Record = {"linewidth": 1.1, "markersize": 6, "markeredgecolor": "white", "zorder": 6, "clip_on": False}
         ax.plot(x, y, "o-", color=ORANGE, **style)
+
+    # the tiny addition keeps the limits apart if only a step 0 is logged
     spans = stage_spans(lines)
     ax.set_xlim(min(start for start, _ in spans.values()), max(end for _, end in spans.values()) + 1e-9)
     ax.xaxis.set_major_locator(MaxNLocator(7, integer=True))
@@ -140,12 +154,13 @@ def curve_picture(
     ax.set_ylabel(unit)
     if len(stages) > 1:
         mark_stages(ax, stages, spans)
-    furnish(ax, spans)
+
+    decorate(ax, spans)
     return figure
 
 
 def points(lines: Sequence[Record], key: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """{stage index: (global steps, values of `key`)}, both float64 [n]; not finite: left out."""
+    """{stage index: (global steps, values of `key`)}, both float64 [n]; values that are not finite are left out."""
     found: dict[int, list[tuple[float, float]]] = {}
     for line in lines:
         value = line.get(key)
@@ -155,12 +170,12 @@ def points(lines: Sequence[Record], key: str) -> dict[int, tuple[np.ndarray, np.
 
 
 def smoothing_window(count: int) -> int:
-    """Points under the thick curve's mean: a tenth of the longest stage, odd; 1 (no thick curve) if that is short."""
+    """Window of the moving mean: odd, a tenth of the longest stage; 1 (no moving mean) for short stages."""
     return 1 if count < 40 else count // 20 * 2 + 1
 
 
 def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over `window` neighbours, [n]; over the fewer there are near the ends."""
+    """Mean over `window` neighbours, [n]; near the ends over fewer."""
     total = np.concatenate([[0.0], np.cumsum(values)])
     position = np.arange(len(values))
     first = (position - window // 2).clip(min=0)
@@ -169,9 +184,9 @@ def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def draw_curve(ax: Axes, x: np.ndarray, y: np.ndarray, window: int, marker: str | None) -> None:
-    """One stage's curve: a pale line under its moving mean, or one plain line when `window` is 1."""
+    """One stage's curve: a pale line under its moving mean, or one plain line if `window` is 1."""
     if window == 1:
-        marker = "o" if len(x) == 1 else marker  # a line of one point would not be seen
+        marker = "o" if len(x) == 1 else marker  # a line with a single point is invisible
         ax.plot(x, y, color=BLUE, linewidth=1.5, marker=marker, markersize=3.5, zorder=3, clip_on=False)
         return
     ax.plot(x, y, color=BLUE, linewidth=0.7, alpha=0.3, zorder=2)
@@ -179,13 +194,15 @@ def draw_curve(ax: Axes, x: np.ndarray, y: np.ndarray, window: int, marker: str 
 
 
 def stage_spans(lines: Sequence[Record]) -> dict[int, tuple[float, float]]:
-    """{stage index: (global step at which it began, last logged one)}; a stage ends where the next begins."""
+    """{stage index: (first global step, last one)}; a stage ends where the next one starts."""
     spans: dict[int, tuple[float, float]] = {}
     for line in lines:
         index, last = line["stage/index"], line["stage/global_step"]
         start = last - line["step"]
         old = spans.get(index, (start, last))
         spans[index] = (min(old[0], start), max(old[1], last))
+
+    # the last step of a stage need not be logged: extend it to the next stage's start
     order = sorted(spans)
     for index, following in itertools.pairwise(order):
         spans[index] = (spans[index][0], spans[following][0])
@@ -193,7 +210,7 @@ def stage_spans(lines: Sequence[Record]) -> dict[int, tuple[float, float]]:
 
 
 def mark_stages(ax: Axes, stages: Sequence[Record], spans: dict[int, tuple[float, float]]) -> None:
-    """Bands and rules that part the stages, and their names above the axes as far as they fit."""
+    """Separate the stages by bands and lines, with their names above the axes as far as they fit."""
     low, high = ax.get_xlim()
     names = {stage["index"]: stage["name"] for stage in stages}
     for place, (index, (start, end)) in enumerate(sorted(spans.items())):
@@ -201,6 +218,8 @@ def mark_stages(ax: Axes, stages: Sequence[Record], spans: dict[int, tuple[float
             ax.axvspan(start, end, color=BAND, zorder=0)
         if place:
             ax.axvline(start, color=GREY, linewidth=0.8, zorder=1.2)
+
+        # the name is centred over its stage, and cut to the stage's width in inches
         room = (end - start) / max(high - low, 1) * (WIDTH - 0.9)
         label = stage_label(index, names.get(index, ""), room, sep=" ")
         ax.annotate(
@@ -249,10 +268,12 @@ def stage_bars(
     unit_of: Callable[[float], tuple[float, str]],
     color: str,
 ) -> Figure | None:
-    """One bar a stage for `key` of the manifest; `unit_of` the greatest value gives (divisor, unit)."""
+    """One bar per stage for `key` of the manifest; `unit_of` maps the largest value to (divisor, unit)."""
     known = [stage for stage in stages if finite(stage.get(key))]
     if not known:
         return None
+
+    # bars for the stages that have a value, but all stages on the axis
     divisor, unit = unit_of(max(abs(stage[key]) for stage in known))
     figure, ax = canvas(title, subtitle)
     bars(ax, [stage["index"] for stage in known], [stage[key] / divisor for stage in known], 0.56, color)
@@ -262,11 +283,14 @@ def stage_bars(
 
 
 def eval_accuracy_picture(models: Sequence[tuple[int, Record]]) -> Figure | None:
-    """Share of evaluation pairs that M₀, M₁, … rank right, by summed and by mean log-probability."""
+    """Share of evaluation pairs that M₀, M₁, … rank correctly, by summed and by mean log-probability."""
     series = [("pair_accuracy", "summed log-prob", BLUE), ("pair_accuracy_per_token", "per token", GREY)]
     title, subtitle = "Pair accuracy on the evaluation pairs", "share with π(chosen) > π(rejected)"
-    # at least 8 points on the scale: a change of one in a hundred should not look like a cliff
+
+    # the axis spans at least 8 percentage points, so that a change of 1 does not look dramatic
     figure = model_lines(models, series, title, subtitle, "{:.1%}".format, least_span=0.08)
+
+    # no room for shares below 0 or above 1
     if figure is not None:
         low, high = figure.axes[0].get_ylim()
         figure.axes[0].set_ylim(max(low, -0.04), min(high, 1.04))
@@ -292,10 +316,12 @@ def model_lines(
     write: Callable[[float], str],
     least_span: float = 0.0,
 ) -> Figure | None:
-    """Lines of (key, name, colour) over the models, named at their ends; the first has its values written."""
+    """One line per (key, name, colour) over the models, named at its end; the first one also shows its values."""
     drawn = [(key, *rest) for key, *rest in series if any(finite(scores.get(key)) for _, scores in models)]
     if not drawn:
         return None
+
+    # the first line is drawn on top
     figure, ax = canvas(title, subtitle)
     ends: list[tuple[float, str, str]] = []
     for place, (key, name, color) in enumerate(drawn):
@@ -305,20 +331,23 @@ def model_lines(
         ends.append((y[-1], name, color))
         if place == 0 and len(x) <= 10:
             write_values(ax, x, y, write)
+
+    # widen a short y axis to `least_span`, around its middle
     ax.set_xlim(models[0][0] - 0.35, models[-1][0] + 0.35)
     ax.margins(y=0.22)
     low, high = ax.get_ylim()
     slack = max(0.0, least_span - (high - low)) / 2
     ax.set_ylim(low - slack, high + slack)
+
     ax.xaxis.set_major_locator(MaxNLocator(12, integer=True, min_n_ticks=1))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: model_name(round(value))))
     ax.set_xlabel("model (M₀ before the first stage, Mₜ after stage t)")
-    beside_all(ax, ends)
+    label_ends(ax, ends)
     return figure
 
 
 def write_values(ax: Axes, x: Sequence[int], y: Sequence[float], write: Callable[[float], str]) -> None:
-    """Writes each value over its point, with a white rim that keeps it readable where a line passes."""
+    """Write each value above its point, with a white outline so that it stays readable over a line."""
     for place, value in zip(x, y, strict=True):
         weight = "bold" if place == x[-1] else "normal"
         text = ax.annotate(

@@ -1,4 +1,4 @@
-"""Mistakes in a run's settings as lines a person can act on: 'run.yaml: beta: was -1, must be greater than 0'."""
+"""Error lines about a run's settings that the user can act on: 'run.yaml: beta: was -1, must be greater than 0'."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 
 class SettingErrors(ValueError):
-    """Mistakes in settings, each a (key, what it was and what it should be)."""
+    """Mistakes in settings, each a (key, what it was and what it must be)."""
 
     def __init__(self, mistakes: list[tuple[str, str]]) -> None:
         super().__init__("; ".join(f"{key}: {text}" for key, text in mistakes))
@@ -18,18 +18,18 @@ class SettingErrors(ValueError):
 
 
 def show(value: Any) -> str:
-    """A value as one short piece of an error line."""
+    """A value for an error line: null, true and false as in YAML, everything cut to 60 characters."""
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def did_you_mean(key: str, known: Iterable[str]) -> str:
-    """The end of an error line about an unknown key: the nearest known one, else all of them."""
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error line about an unknown name: the most similar known one, else all known ones."""
     known = sorted(known)
-    near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     if near:
         return f"did you mean {near[0]!r}?"
-    return f"known are: {', '.join(known)}" if len(known) <= 40 else "no known key is near it"
+    return f"must be one of {', '.join(known)}" if len(known) <= 40 else "no similar name exists"
 
 
 def error_lines(
@@ -39,78 +39,113 @@ def error_lines(
     sections: Mapping[str, type[BaseModel]],
     trainer_fields: Iterable[str],
 ) -> list[str]:
-    """One line a mistake. `sections` are the schema's models by the key they stand under ('' is the top)."""
+    """One line per mistake that pydantic found.
+
+    Args:
+        error: What pydantic raised.
+        file: Name of the YAML file, as the user gave it.
+        overrides: The overrides from the command line; a line about a key set there says so.
+        sections: The model of each section by its key in the file; '' is the top level.
+        trainer_fields: Names that are valid under `trainer`.
+    """
     lines = []
     for problem in error.errors():
-        at = ".".join(str(part) for part in _written(problem["loc"]))
-        for key, text in _mistakes(problem, at, sections, frozenset(trainer_fields)):
-            lines.append(f"{file}: {key}: {text}{_origin(key, overrides)}")
+        key = ".".join(str(part) for part in _path_in_file(problem["loc"]))
+        for at, text in _mistakes_of(problem, key, sections, frozenset(trainer_fields)):
+            lines.append(f"{file}: {at}: {text}{_override_note(at, overrides)}")
     return lines
 
 
-def _mistakes(
-    problem: Any, at: str, sections: Mapping[str, type[BaseModel]], trainer_fields: frozenset[str]
+def _mistakes_of(
+    problem: Any, key: str, sections: Mapping[str, type[BaseModel]], trainer_fields: frozenset[str]
 ) -> list[tuple[str, str]]:
-    kind, raised = problem["type"], problem.get("ctx", {}).get("error")
-    top = sections[""].model_fields
+    """One of pydantic's problems as (key, what is wrong); none for a problem that other lines cover."""
+    # raised by our own validators: the message is already in the form of an error line
+    raised = problem.get("ctx", {}).get("error")
     if isinstance(raised, SettingErrors):
-        return [(f"{at}.{key}" if at else key, _not_trainer(key, text, top)) for key, text in raised.mistakes]
+        top = sections[""].model_fields
+        return [
+            (f"{key}.{below}" if key else below, _top_level_hint(below, text, top)) for below, text in raised.mistakes
+        ]
     if raised is not None:
-        return [(at, str(raised))]
+        return [(key, str(raised))]
+
+    # raised by pydantic
+    kind, value = problem["type"], problem["input"]
     if kind == "missing":
-        return [(at, "is required")]
+        return [(key, "is required")]
     if kind == "extra_forbidden":
-        key = str(problem["loc"][-1])
-        section = _section(problem["loc"], sections)
-        if kinds := _kinds_with(key, section, sections):
-            return [(at, f"unknown key for this kind; it belongs to kind: {', '.join(kinds)}")]
-        near = difflib.get_close_matches(key, section.model_fields, n=1)
-        under_trainer = [] if near else difflib.get_close_matches(key, trainer_fields, n=1, cutoff=0.75)
-        if key not in section.model_fields and under_trainer:
-            return [(at, f"unknown key; did you mean 'trainer.{under_trainer[0]}'?")]
-        return [(at, f"unknown key; {did_you_mean(key, section.model_fields)}")]
+        return [(key, _unknown_key(problem["loc"], sections, trainer_fields))]
     if kind in ("too_short", "string_too_short"):
-        # pydantic counts only the items that are right; the wrong ones have lines of their own
-        return [] if problem["input"] else [(at, f"was {show(problem['input'])}, must not be empty")]
+        # pydantic does not count invalid items of a list; those have error lines of their own
+        return [] if value else [(key, f"was {show(value)}, must not be empty")]
     if kind == "union_tag_not_found":
-        return [(f"{at}.kind", "is required")]
+        return [(f"{key}.kind", "is required")]
     if kind == "union_tag_invalid":
-        return [(f"{at}.kind", f"was {problem['ctx']['tag']!r}, must be one of {problem['ctx']['expected_tags']}")]
-    wanted = {
-        "dict_type": "must be keys with values",
-        "model_type": "must be keys with values",
+        return [(f"{key}.kind", f"was {problem['ctx']['tag']!r}, must be one of {problem['ctx']['expected_tags']}")]
+    return [(key, f"was {show(value)}, {_must_be(kind, problem['msg'])}")]
+
+
+def _must_be(kind: str, message: str) -> str:
+    """What a value must be, in terms of YAML where pydantic's message speaks of Python types."""
+    ours = {
+        "dict_type": "must be a mapping",
+        "model_type": "must be a mapping",
         "tuple_type": "must be a list",
         "finite_number": "must be finite",
-    }.get(kind, problem["msg"].replace("Input should be", "must be"))
-    return [(at, f"was {show(problem['input'])}, {wanted}")]
+    }
+    return ours.get(kind) or message.replace("Input should be", "must be")
 
 
-def _written(loc: Sequence[str | int]) -> list[str | int]:
-    """Where a mistake stands in the file: pydantic puts a source's kind between `source` and its keys."""
+def _unknown_key(
+    loc: Sequence[str | int], sections: Mapping[str, type[BaseModel]], trainer_fields: frozenset[str]
+) -> str:
+    """The error text for an unknown key, with the best hint available.
+
+    1. A key of another kind of source: name that kind.
+    2. A name similar to a trainer field, unless one similar to a key of this section exists: point to `trainer`.
+    3. Otherwise the most similar key of this section, or all of them.
+    """
+    key, section = str(loc[-1]), _section_of(loc, sections)
+
+    if kinds := _source_kinds_with(key, section, sections):
+        return f"unknown key for this kind; it belongs to kind: {', '.join(kinds)}"
+
+    near = difflib.get_close_matches(key, section.model_fields, n=1)
+    under_trainer = [] if near else difflib.get_close_matches(key, trainer_fields, n=1, cutoff=0.75)
+    if key not in section.model_fields and under_trainer:
+        return f"unknown key; did you mean 'trainer.{under_trainer[0]}'?"
+
+    return f"unknown key; {did_you_mean(key, section.model_fields)}"
+
+
+def _path_in_file(loc: Sequence[str | int]) -> list[str | int]:
+    """The keys that lead to a mistake in the file: pydantic inserts a source's kind between `source` and its keys."""
     return [part for place, part in enumerate(loc) if place == 0 or loc[place - 1] != "source"]
 
 
-def _section(loc: Sequence[str | int], sections: Mapping[str, type[BaseModel]]) -> type[BaseModel]:
-    """The schema's model that holds the last key of `loc`."""
+def _section_of(loc: Sequence[str | int], sections: Mapping[str, type[BaseModel]]) -> type[BaseModel]:
+    """The model of the section that contains the last key of `loc`."""
     names = [part for part in loc[:-1] if isinstance(part, str)]
     keys = [".".join(names[first:]) for first in range(len(names) + 1)]
     return next(sections[key] for key in keys if key in sections)
 
 
-def _kinds_with(key: str, section: type[BaseModel], sections: Mapping[str, type[BaseModel]]) -> list[str]:
-    """The other kinds of source that have `key`, where `section` is a kind of source."""
+def _source_kinds_with(key: str, section: type[BaseModel], sections: Mapping[str, type[BaseModel]]) -> list[str]:
+    """The other kinds of source that have `key`, if `section` is a kind of source."""
     kinds = {name.removeprefix("source."): model for name, model in sections.items() if name.startswith("source.")}
     return [kind for kind, model in kinds.items() if section in kinds.values() and key in model.model_fields]
 
 
-def _not_trainer(key: str, text: str, top: Iterable[str]) -> str:
-    """A key of the run that stands under trainer: say so rather than name a field that merely looks like it."""
+def _top_level_hint(key: str, text: str, top: Iterable[str]) -> str:
+    """For a top-level key put under `trainer`: say where it belongs instead of naming a similar trainer field."""
     if text.startswith("unknown key") and key in top:
-        return f"unknown key; {key!r} stands at the top, not under trainer"
+        return f"unknown key; {key!r} belongs at the top level, not under trainer"
     return text
 
 
-def _origin(key: str, overrides: Sequence[str]) -> str:
+def _override_note(key: str, overrides: Sequence[str]) -> str:
+    """A note for a mistake that the command line made, not the file; empty otherwise."""
     for override in overrides:
         set_key = override.partition("=")[0].strip()
         if key == set_key or key.startswith(f"{set_key}."):

@@ -1,6 +1,6 @@
-"""The sections `multi` and `ema` of run.yaml: what two of the reference modes need beside their name.
+"""The sections `multi` and `ema` of run.yaml: settings of two reference modes.
 
-reference: multi (MRPO, arXiv 2405.16388) scores several models and mixes their log-probs once, before a stage.
+reference: multi (MRPO, arXiv 2405.16388) scores several models before a stage and mixes their log-probs.
 reference: ema (SAPO, arXiv 2405.20830) lets the reference follow the policy while a stage trains.
 """
 
@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from sdpo_kernels.stepwise.settings.mistakes import SettingErrors, show
-from sdpo_kernels.stepwise.settings.types import Integer, Number, Section, Text
+from sdpo_kernels.stepwise.settings.types import Count, Number, Section, Text
 
-PUBLISHED_SYNC_STEPS = 108  # of SAPO's code
+PUBLISHED_SYNC_STEPS = 108  # in SAPO's code
 
 
 def _weights(value: Any) -> Any:
@@ -23,12 +23,15 @@ def _weights(value: Any) -> Any:
 
 
 class MultiSettings(Section):
-    """MRPO: the references beside the base, which is the model that the stage's policy starts from.
+    """Settings of `reference: multi` (MRPO): more references next to the base, the model a stage's policy starts from.
 
-    models: folders or hub names; with the base they are the K references.
-    epsilon: how far a reference's log-prob may lie from the base's, as a share of it; 0 leaves the base alone.
-    alpha: adaptive, or K weights above 0 that sum to 1, the base's first.
-    alpha_convention: `formula` is the paper's; `published` its code's, for K = 2 only: the weights change places.
+    Args:
+        models: Folders or Hub names of the additional references. Together with the base they are the K references.
+        epsilon: How far a reference's log-prob may deviate from the base's, as a fraction of it. With 0 only the base
+            counts.
+        alpha: Weights of the references: 'adaptive', or a list of K positive numbers that sum to 1, the base's first.
+        alpha_convention: 'formula' follows the paper. 'published' follows the authors' code, which swaps the two
+            weights; it supports K = 2 only.
     """
 
     models: Annotated[tuple[Text, ...], Field(min_length=1)]
@@ -39,49 +42,58 @@ class MultiSettings(Section):
     @model_validator(mode="after")
     def _consistent(self) -> MultiSettings:
         count, mistakes = len(self.models) + 1, []
+
         if self.alpha != "adaptive":
             if len(self.alpha) != count:
-                text = f"were {len(self.alpha)} numbers, must be {count}: one for each reference, the base's first"
+                text = (
+                    f"was of length {len(self.alpha)}, must be of length {count}: one weight per reference, base first"
+                )
                 mistakes.append(("alpha", text))
             elif min(self.alpha) <= 0 or abs(sum(self.alpha) - 1) > 1e-6:
-                mistakes.append(("alpha", f"was {show(list(self.alpha))}, must be above 0 each and sum to 1"))
+                mistakes.append(("alpha", f"was {show(list(self.alpha))}, must be positive numbers that sum to 1"))
+
+        # swapping the weights has no meaning for more than two references
         if self.alpha_convention == "published" and count != 2:
-            text = f"was 'published', must be formula with {count} references: the published code knows two"
+            text = f"was 'published', must be formula with {count} references: the published code supports only two"
             mistakes.append(("alpha_convention", text))
+
         if mistakes:
             raise SettingErrors(mistakes)
         return self
 
 
 class EmaSettings(Section):
-    """SAPO: a running average of the policy, and what the reference becomes every `sync_steps` optimiser steps.
+    """Settings of `reference: ema` (SAPO): a running average of the policy that updates the reference now and then.
 
-    decay: share of itself that the average keeps at each optimiser step.
-    mode: `ema` the reference becomes the average, `policy` the policy itself, `fixed` it stays what it was.
-    sync_steps: 108 where nothing is said, as published; not with mode: fixed.
+    Args:
+        decay: Fraction of itself that the average keeps at each optimizer step.
+        mode: What the reference becomes at a sync: 'ema' the average, 'policy' the policy itself; 'fixed' never syncs
+            the reference and only keeps the average.
+        sync_steps: Optimizer steps between two syncs, 108 by default as published. Not allowed with `mode: fixed`.
     """
 
     decay: Annotated[Number, Field(ge=0, lt=1)] = 0.5
     mode: Literal["ema", "policy", "fixed"] = "ema"
-    sync_steps: Annotated[Integer, Field(ge=1)] | None = None
+    sync_steps: Count | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> EmaSettings:
         if self.mode == "fixed" and self.sync_steps is not None:
-            raise SettingErrors([("sync_steps", f"was {self.sync_steps}, but mode: fixed never moves the reference")])
+            text = f"was {self.sync_steps}, but mode: fixed never updates the reference"
+            raise SettingErrors([("sync_steps", text)])
         return self
 
     @property
     def period(self) -> int | None:
-        """Optimiser steps from one sync to the next; None: never."""
+        """Optimizer steps between two syncs; None if there are none."""
         return None if self.mode == "fixed" else self.sync_steps or PUBLISHED_SYNC_STEPS
 
 
 def reference_mistakes(reference: str, multi: MultiSettings | None, ema: EmaSettings | None) -> list[tuple[str, str]]:
-    """(key, what is wrong) where a section and the mode that reads it do not stand together."""
+    """(key, what is wrong) where the sections `multi` and `ema` do not fit the reference mode."""
     mistakes = []
     if reference == "multi" and multi is None:
-        mistakes.append(("multi", "is required with reference: multi (its models are the references beside the base)"))
+        mistakes.append(("multi", "is required with reference: multi (it lists the additional references)"))
     for name, section in (("multi", multi), ("ema", ema)):
         if section is not None and reference != name:
             mistakes.append((name, f"was given, but only reference: {name} uses it (reference is {reference})"))

@@ -1,11 +1,11 @@
-"""run.yaml: read and checked, its paths made absolute, written back, compared with an earlier one.
+"""Read and check run.yaml, make its paths absolute, write settings back, compare them with earlier ones.
 
     config = load_config("run.yaml", ["beta=0.05", "stages.0.epochs=2"])
     config_diff(manifest["config"], config.model_dump(mode="json"))
 
-A mistake is a UserError with one line each that names the file, the key, what it was and what it should be. Relative
-paths (output_dir, data files, and model if it is a folder) start at the current working directory, not at the YAML's
-folder, as in shells and in TRL.
+All mistakes are raised as one UserError with a line for each: the file, the key, what it was and what it must be.
+Relative paths (output_dir, data files, and model if it is a folder) are relative to the current working directory, not
+to the YAML's folder, as in shells and in TRL.
 """
 
 from __future__ import annotations
@@ -42,24 +42,34 @@ _ABSENT = object()
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read, override ('key=value', dots go down, values are YAML), check, make paths absolute; UserError otherwise."""
+    """The checked settings of a run.
+
+    1. Read the YAML file.
+    2. Apply `overrides` in order: 'key=value', where dots in the key lead into sections and the value is YAML.
+    3. Check everything against the schema.
+    4. Make paths absolute.
+
+    Raises UserError with one line per mistake.
+    """
     settings = read_settings(path)
     for override in overrides:
         apply_override(settings, override)
+
     try:
         config = RunConfig.model_validate(settings)
     except ValidationError as error:
         raise UserError("\n".join(error_lines(error, str(path), overrides, SECTIONS, trainer_fields()))) from None
+
     return _resolve_paths(config, str(path))
 
 
 def dump_config(config: RunConfig) -> str:
-    """The resolved YAML of a config; `load_config` reads it back equal."""
+    """The config as YAML, with all defaults filled in; `load_config` reads back an equal config."""
     return write_settings(config.model_dump())
 
 
 def config_diff(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """One line a setting that differs, 'stages.0.beta: 0.1 -> 0.05'; a key that one side lacks is 'absent' there."""
+    """One line per setting that differs: 'stages.0.beta: 0.1 -> 0.05'. A key missing on one side is 'absent' there."""
     before, after = _flatten(old), _flatten(new)
     return [
         f"{key}: {_plain(before.get(key, _ABSENT))} -> {_plain(after.get(key, _ABSENT))}"
@@ -73,11 +83,12 @@ def _plain(value: Any) -> str:
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys with plain values; a list that holds nothing counts as a value, a tuple as a list."""
+    """A nested dict as dotted keys with plain values. An empty list or dict counts as a value, a tuple as a list."""
     if not isinstance(value, (dict, list, tuple)):
         return {prefix: value}
     if not value and prefix:
         return {prefix: {} if isinstance(value, dict) else []}
+
     flat: dict[str, Any] = {}
     for key, below in value.items() if isinstance(value, dict) else enumerate(value):
         flat |= _flatten(below, f"{prefix}.{key}" if prefix else str(key))
@@ -85,9 +96,11 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _resolve_paths(config: RunConfig, file: str) -> RunConfig:
+    """The config with absolute paths, so that it means the same from any working directory."""
     output = _absolute(config.output_dir)
     if os.path.exists(output) and not os.path.isdir(output):
         raise UserError(f"{file}: output_dir: was {config.output_dir!r}, which is a file, must be a folder")
+
     stages = tuple(_absolute_stage(stage) for stage in config.stages)
     return config.model_copy(
         update={
@@ -101,6 +114,7 @@ def _resolve_paths(config: RunConfig, file: str) -> RunConfig:
 
 
 def _absolute_model(model: str, at: str) -> str:
+    """A model folder as an absolute path; a Hub name as it is. Raises UserError for what can be neither."""
     if os.path.isdir(os.path.expanduser(model)):
         return _absolute(model)
     if model.startswith((".", "/", "~")) or model.count("/") > 1:

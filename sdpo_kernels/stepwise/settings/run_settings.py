@@ -1,9 +1,9 @@
-"""The schema of run.yaml: what a run and its stages may set, with defaults, and what contradicts what.
+"""The schema of run.yaml: settings of a run and its stages, their defaults, and which of them contradict each other.
 
     config.stage_beta(config.stages[0]); config.stage_trainer(config.stages[0])
 
-Strict: an unknown key, a value of the wrong type and settings that contradict each other are errors. `run_file.py`
-reads the file and turns these errors into lines for the user.
+The schema is strict: unknown keys, values of the wrong type and contradicting settings are errors. `run_file.py` reads
+the file and turns these errors into lines for the user.
 """
 
 from __future__ import annotations
@@ -11,12 +11,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from sdpo_kernels import losses
 from sdpo_kernels.losses import LossSum
@@ -26,13 +21,13 @@ from sdpo_kernels.stepwise.settings.post import ExpoSettings, PostSettings, post
 from sdpo_kernels.stepwise.settings.reference import EmaSettings, MultiSettings, reference_mistakes
 from sdpo_kernels.stepwise.settings.source import Source
 from sdpo_kernels.stepwise.settings.trainer import DEFAULT_TRAINER, check_trainer
-from sdpo_kernels.stepwise.settings.types import Integer, Number, Section, Sources, Text
+from sdpo_kernels.stepwise.settings.types import Count, Integer, Number, Positive, Section, Sources, Text
 
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def _empty_as_dict(value: Any) -> Any:
-    """`trainer:` with nothing below it is what is left when its lines are commented out."""
+    """Treats `trainer:` with all lines below it commented out, which YAML reads as null, like an empty mapping."""
     return {} if value is None else value
 
 
@@ -40,10 +35,21 @@ Options = Annotated[dict[str, Any], BeforeValidator(_empty_as_dict)]
 
 
 class LoraSettings(Section):
-    """Train a low-rank adapter; at a stage's end it is merged and full weights are saved."""
+    """Train a low-rank adapter (LoRA) instead of all weights.
 
-    r: Annotated[Integer, Field(ge=1)] = 16
-    alpha: Annotated[Number, Field(gt=0)] = 32.0
+    One adapter is trained through all stages. At the end of each stage it is merged into the base weights in float32,
+    and the merged weights are saved next to the adapter.
+
+    Args:
+        r: Rank of the adapter.
+        alpha: Scale of the adapter; its output is multiplied by alpha / r.
+        dropout: Must be 0. With dropout the first loss of a stage would not be ln 2, the check that it starts from its
+            reference.
+        target_modules: Which modules get an adapter: 'all-linear', a pattern (regular expression) or a list of names.
+    """
+
+    r: Count = 16
+    alpha: Positive = 32.0
     dropout: Number = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
 
@@ -52,8 +58,8 @@ class LoraSettings(Section):
     def _no_dropout(cls, dropout: float) -> float:
         if dropout != 0:
             raise ValueError(
-                f"was {show(dropout)}, must be 0: a stage starts from its reference, and with dropout its first loss "
-                "would not be ln 2, the check that catches a wrong reference"
+                f"was {show(dropout)}, must be 0: a stage starts from its reference, so its first loss must be ln 2, "
+                "and dropout would break this check for a wrong reference"
             )
         return dropout
 
@@ -67,23 +73,38 @@ class LoraSettings(Section):
 
 
 class StageConfig(Section):
-    """One stage: its data, or prompts and how pairs are made of them, and what it sets otherwise than the run."""
+    """Settings of one stage: its pairs, and the settings of the run that it overrides.
+
+    Either `data` is required, or both `prompts` and `source`.
+
+    Args:
+        name: Name of the stage's folder. Must be unique in a run.
+        data: Preference pairs: a data file or Hub dataset, or a list of them.
+        prompts: Prompts to generate pairs from: a data file or Hub dataset, or a list of them.
+        source: How pairs are generated from `prompts`.
+        epochs: Passes over the stage's pairs; may be a fraction.
+        beta: β of this stage, instead of the run's.
+        trainer: Fields of TrainingArguments for this stage; they take precedence over the run's.
+    """
 
     name: str
     data: Sources | None = None
     prompts: Sources | None = None
     source: Source | None = None
-    epochs: Annotated[Number, Field(gt=0)] = 1.0
-    beta: Annotated[Number, Field(gt=0)] | None = None
+    epochs: Positive = 1.0
+    beta: Positive | None = None
     trainer: Options = Field(default_factory=dict)
 
     @field_validator("name")
     @classmethod
     def _folder_name(cls, name: str) -> str:
         if not _FOLDER_NAME.fullmatch(name):
-            raise ValueError(f"was {show(name)}, must be letters, digits, '.', '_' or '-': it names a folder")
+            raise ValueError(
+                f"was {show(name)}, must be at most 64 letters, digits, '.', '_' or '-', the first a letter or digit: "
+                "it names a folder"
+            )
         if name == "eval_data":
-            raise ValueError("was 'eval_data', must be another name: messages mean the evaluation data by it")
+            raise ValueError("was 'eval_data', must be another name: in messages it means the evaluation data")
         return name
 
     @field_validator("trainer")
@@ -95,17 +116,54 @@ class StageConfig(Section):
     def _has_pairs(self) -> StageConfig:
         if self.source is None:
             if self.data is None:
-                raise SettingErrors([("data", "is required (or prompts and source, for pairs that are made)")])
+                raise SettingErrors([("data", "is required (or prompts and source, for generated pairs)")])
             if self.prompts is not None:
-                raise SettingErrors([("source", "is required with prompts: how pairs are made of them")])
+                raise SettingErrors([("source", "is required with prompts: it says how to generate pairs")])
         elif self.prompts is None or self.data is not None:
-            text = "is required with source" if self.prompts is None else "was set with data, must be without"
+            text = (
+                "is required with source" if self.prompts is None else "was set together with data, must be set alone"
+            )
             raise SettingErrors([("prompts", text)])
         return self
 
 
 class RunConfig(Section):
-    """All settings of a run. `trainer` holds DEFAULT_TRAINER with the run's own values over it."""
+    """All settings of a run: the top level of run.yaml.
+
+    Args:
+        model: Folder or Hub name of the initial model M₀: safetensors weights and a tokenizer.
+        dtype: Data type of the trained weights. 'bfloat16' is for a frozen base with `lora` only. For bfloat16 compute
+            set `trainer.bf16: true` instead.
+        output_dir: Folder of the run. Running the same command again resumes the run in it.
+        order: Order of the stages. 'given' keeps the order of the file. 'reward_accuracy' puts the stages first whose
+            pairs the initial model ranks right most often, as in the paper. 'margin' splits a single stage into
+            `tiers`, easiest first. 'random' deals all pairs out to the stages at random.
+        order_score: What ranks a pair: the 'sum' or the 'mean' of its log-probs.
+        tiers: Number of stages that `order: margin` splits the pairs into.
+        score_column: Rank by an external score with `order: reward_accuracy`: the name of the column that contains
+            chosen minus rejected, or of two columns without their endings '_chosen' and '_rejected'.
+        reference: The reference model of a stage: 'previous' (the previous stage's model, sDPO), 'initial' (M₀),
+            'multi' (several models mixed, MRPO), 'ema' (follows the policy while a stage trains, SAPO) or 'none'
+            (reference log-probs of 0).
+        multi: Settings of `reference: multi`.
+        ema: Settings of `reference: ema`.
+        policy: Where a stage's weights start: 'previous' (the previous stage's model) or 'initial' (M₀).
+        loss: Name of a loss, or a weighted list of {name, weight, options}.
+        loss_options: Options of a loss given by name, e.g. {label_smoothing: 0.1}.
+        beta: β of the loss.
+        max_length: Most tokens of a prompt and its completion together.
+        truncation: Which end of a longer sequence is kept: 'keep_start' or 'keep_end'.
+        on_bad_row: 'error' stops at bad rows in a data file before any training; 'skip' leaves them out and lists them.
+        stages: The stages, at least one.
+        eval_data: Pairs on which M₀ and every stage's model are scored.
+        batching: 'packed' concatenates sequences without padding; 'padded' is for models that cannot keep packed
+            sequences apart.
+        trust_remote_code: Whether code that comes with the model may run.
+        trainer: Any field of transformers.TrainingArguments that the driver does not set itself. DEFAULT_TRAINER fills
+            in what is missing.
+        lora: Train a low-rank adapter instead of all weights.
+        post: What is done after the last stage.
+    """
 
     model: Text
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -120,7 +178,7 @@ class RunConfig(Section):
     policy: Literal["previous", "initial"] = "previous"
     loss: Loss = "sigmoid"
     loss_options: Options = Field(default_factory=dict)
-    beta: Annotated[Number, Field(gt=0)] = 0.1
+    beta: Positive = 0.1
     max_length: Annotated[Integer, Field(ge=2)] = 1024
     truncation: Literal["keep_start", "keep_end"] = "keep_start"
     on_bad_row: Literal["error", "skip"] = "error"
@@ -141,39 +199,41 @@ class RunConfig(Section):
     def _consistent(self) -> RunConfig:
         mistakes = [*_order_mistakes(self), *_stage_mistakes(self), *_source_mistakes(self), *post_mistakes(self)]
         mistakes += [*reference_mistakes(self.reference, self.multi, self.ema), *loss_mistakes(self)]
+
         if self.dtype == "bfloat16" and self.lora is None:
-            mistakes.append(
-                (
-                    "dtype",
-                    "was 'bfloat16' without lora, must be float32: lr 5e-7 vanishes in bf16 weights "
-                    "(for bf16 compute set trainer.bf16: true)",
-                )
+            text = (
+                "was 'bfloat16' without lora, must be float32: updates at lr 5e-7 vanish in bf16 weights "
+                "(for bf16 compute set trainer.bf16: true)"
             )
+            mistakes.append(("dtype", text))
+
         if mistakes:
             raise SettingErrors(mistakes)
-        if self.loss_sum.reference_free:  # nothing is scored then; the run's config and manifest say so
+
+        # no reference is scored then, and the run's config and manifest should show that
+        if self.loss_sum.reference_free:
             object.__setattr__(self, "reference", "none")
         return self
 
     @property
     def loss_sum(self) -> LossSum:
-        """The loss with its options, one or a weighted sum."""
+        """The loss with its options: a single loss, or a weighted sum."""
         return losses.loss_sum(self.loss, self.loss_options)
 
     @property
     def expo(self) -> ExpoSettings | None:
-        """ExPO's settings, if the run asks for it after its last stage."""
+        """ExPO's settings, or None if the run does not use it."""
         return None if self.post is None else self.post.expo
 
     def stage_beta(self, stage: StageConfig) -> float:
-        """β of a stage."""
+        """β of a stage: its own, else the run's."""
         return self.beta if stage.beta is None else stage.beta
 
     def stage_trainer(self, stage: StageConfig) -> dict[str, Any]:
-        """Fields for TrainingArguments of a stage, without those the driver owns.
+        """Fields for the TrainingArguments of a stage, without those that the driver sets itself.
 
-        bf16 compute on a machine without an accelerator needs `use_cpu`, which transformers leaves to the caller. It is
-        set here and not in the config, so that a run can be read on another machine without a difference.
+        For bf16 compute without an accelerator transformers requires the caller to set `use_cpu`. That is done here
+        rather than in the config, so that the config of a run is the same on every machine.
         """
         settings = self.trainer | stage.trainer
         if settings.get("bf16") and "use_cpu" not in settings:
@@ -185,39 +245,48 @@ class RunConfig(Section):
 
 
 def _order_mistakes(config: RunConfig) -> list[tuple[str, str]]:
+    """Settings that `order` needs and the file lacks, and settings that it does not use."""
     mistakes = []
+
+    # margin splits one stage into tiers; no other order knows tiers
     if config.order == "margin":
         if config.tiers is None:
-            mistakes.append(("tiers", "is required with order: margin (how many stages its pairs are cut into)"))
+            mistakes.append(("tiers", "is required with order: margin (the number of stages the pairs are split into)"))
         if len(config.stages) != 1:
-            count = len(config.stages)
-            mistakes.append(
-                ("stages", f"were {count}, must be exactly one with order: margin, which cuts it into tiers")
-            )
+            text = f"were {len(config.stages)}, must be exactly one with order: margin, which splits it into tiers"
+            mistakes.append(("stages", text))
     elif config.tiers is not None:
         mistakes.append(("tiers", f"was {config.tiers}, but only order: margin uses it (order is {config.order})"))
+
     if config.score_column is not None and config.order != "reward_accuracy":
         text = f"was {show(config.score_column)}, but only order: reward_accuracy uses it (order is {config.order})"
         mistakes.append(("score_column", text))
+
+    # with an external score no log-probs are ranked, so order_score would be silently ignored
     ranks_by_logps = config.order == "margin" or (config.order == "reward_accuracy" and not config.score_column)
     if config.order_score != "sum" and not ranks_by_logps:
-        text = f"was {config.order_score!r}, but nothing is ranked by log-probs with these order and score_column"
+        text = f"was {config.order_score!r}, but nothing is ranked by log-probs with this order and score_column"
         mistakes.append(("order_score", text))
     return mistakes
 
 
 def _stage_mistakes(config: RunConfig) -> list[tuple[str, str]]:
+    """Names that occur twice, evaluation without data, and trainer fields that contradict the run's."""
     mistakes = []
     first: dict[str, int] = {}
+
     for index, stage in enumerate(config.stages):
         if stage.name in first:
-            text = f"was {show(stage.name)}, which stages.{first[stage.name]} has too; names must differ"
+            text = f"was {show(stage.name)}, must be unique: stages.{first[stage.name]} has the same name"
             mistakes.append((f"stages.{index}.name", text))
         first.setdefault(stage.name, index)
+
+        # each section was checked alone; only together can they contradict each other
         settings = config.trainer | stage.trainer
         strategy = settings.get("eval_strategy", "no")
         if strategy != "no" and config.eval_data is None:
             mistakes.append(("eval_data", f"is required with eval_strategy: {strategy} (stage {stage.name})"))
+
         try:
             check_trainer(settings)
         except SettingErrors as error:
@@ -226,17 +295,25 @@ def _stage_mistakes(config: RunConfig) -> list[tuple[str, str]]:
 
 
 def _source_mistakes(config: RunConfig) -> list[tuple[str, str]]:
+    """Settings of the run that do not fit stages with generated pairs."""
     mistakes = []
-    made = [stage for stage in config.stages if stage.source is not None]
-    if made and config.order != "given":
-        mistakes.append(
-            ("order", f"was {config.order!r}, must be given: stage {made[0].name!r} makes its pairs itself")
-        )
+
+    # pairs that do not exist yet cannot be ranked
+    generated = [stage for stage in config.stages if stage.source is not None]
+    if generated and config.order != "given":
+        text = f"was {config.order!r}, must be given: stage {generated[0].name!r} generates its pairs"
+        mistakes.append(("order", text))
+
+    # active learning trains on all labels so far, so every round must restart from the same model
     for index, stage in enumerate(config.stages):
-        if stage.source is not None and stage.source.kind == "active" and config.policy != "initial":
-            text = f"was 'active' with policy: {config.policy}; each of its rounds starts anew: set policy: initial"
+        if stage.source is None or stage.source.kind != "active":
+            continue
+        if config.policy != "initial":
+            text = (
+                f"was 'active' with policy: {config.policy}, must be with policy: initial: each round restarts from M₀"
+            )
             mistakes.append((f"stages.{index}.source.kind", text))
-        if stage.source is not None and stage.source.kind == "active" and config.reference in ("previous", "none"):
-            text = f"was {config.reference!r}, must be initial (or ema, multi): active starts anew from the reference"
+        if config.reference in ("previous", "none"):
+            text = f"was {config.reference!r}, must be initial (or ema, multi): active restarts from its reference"
             mistakes.append(("reference", text))
     return mistakes

@@ -1,53 +1,58 @@
-"""The settings of a stage whose pairs are made instead of read: `prompts:` and `source: {kind: …}` of a stage.
+"""The settings of a stage that generates its pairs: `source: {kind: …}` next to the stage's `prompts:`.
 
-One class a kind; every kind samples completions with the same settings. What they do is in `sources/`.
+One class per kind; all kinds sample completions with the same settings. The implementations are in `sources/`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from sdpo_kernels.stepwise.settings.mistakes import SettingErrors, show
+from sdpo_kernels.stepwise.settings.types import Count, Integer, Number, Positive, Section
+from sdpo_kernels.stepwise.settings.types import Text as Name
 
 
-def _no_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError(f"was {show(value)}, must be a number")
-    return value
+class Sampling(Section):
+    """How completions are sampled from the policy. Equal settings and weights give equal samples.
 
+    Args:
+        samples: Completions per prompt.
+        temperature: Sampling temperature.
+        top_p: Nucleus sampling: only the most likely tokens whose probabilities sum to `top_p` can be drawn.
+        max_new_tokens: Longest completion. One that has not ended by then is left out.
+        batch_size: Completions generated at a time.
+        sample_seed: Seed of the sampling, separate from `trainer.seed`.
+    """
 
-Count = Annotated[int, Field(ge=1), BeforeValidator(_no_bool)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_no_bool)]
-Name = Annotated[str, Field(min_length=1)]
-
-
-class Sampling(BaseModel):
-    """How completions are drawn from the policy; the same settings and weights give the same samples."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    samples: Annotated[int, Field(ge=2), BeforeValidator(_no_bool)] = 4  # completions a prompt
+    samples: Annotated[Integer, Field(ge=2)] = 4
     temperature: Positive = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1), BeforeValidator(_no_bool)] = 1.0
+    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
     max_new_tokens: Count = 256
-    batch_size: Count = 16  # completions generated at a time
-    sample_seed: Annotated[int, Field(ge=0), BeforeValidator(_no_bool)] = 0
+    batch_size: Count = 16
+    sample_seed: Annotated[Integer, Field(ge=0)] = 0
 
 
 class RankedSource(Sampling):
-    """iLR-DPO (arXiv 2406.11817): the best against the worst of a prompt's samples by a reward."""
+    """Pairs the best and the worst sample of each prompt by a reward (iLR-DPO, arXiv 2406.11817).
+
+    Exactly one of `judge` and `reward_model` is required.
+
+    Args (and those of Sampling):
+        judge: A Python function that scores completions, as 'module:function'.
+        reward_model: Folder or Hub name of a sequence classifier with one output.
+    """
 
     kind: Literal["ranked"]
-    judge: Name | None = None  # 'module:function'
-    reward_model: Name | None = None  # a folder or hub name of a sequence classifier with one output
+    judge: Name | None = None
+    reward_model: Name | None = None
 
     @model_validator(mode="after")
     def _one_judge(self) -> RankedSource:
         if (self.judge is None) == (self.reward_model is None):
-            was = "neither" if self.judge is None else "both"
-            raise SettingErrors([("judge", f"{was} judge and reward_model were set, must be exactly one of them")])
+            was = "neither judge nor reward_model was" if self.judge is None else "both judge and reward_model were"
+            raise SettingErrors([("judge", f"{was} set, must be exactly one of them")])
         return self
 
 
@@ -72,24 +77,41 @@ class ExecutionSource(Sampling):
 
 
 class DiscriminatorSource(Sampling):
-    """D2PO (arXiv 2405.01511): a Bradley–Terry scorer labels samples; gold labels go where it is least sure."""
+    """Pairs samples by a Bradley–Terry scorer, trained on gold labels where it is least sure (D2PO, arXiv 2405.01511).
+
+    Args (and those of Sampling):
+        judge: A Python function that gives the gold labels, as 'module:function'.
+        budget: Pairs that get a gold label, per stage.
+        scorer_epochs: Passes over all gold labels so far when the scorer is trained.
+        scorer_learning_rate: Learning rate of the scorer.
+        scorer_batch_size: Pairs per training step of the scorer.
+    """
 
     kind: Literal["discriminator"]
-    judge: Name  # 'module:function', the gold labels
-    budget: Count  # pairs with a gold label, each stage
+    judge: Name
+    budget: Count
     scorer_epochs: Count = 3
     scorer_learning_rate: Positive = 1e-4
     scorer_batch_size: Count = 16
 
 
 class SelfAugmentedSource(Sampling):
-    """SAPO (arXiv 2405.20830): a segment of the reference answer, written again by the EMA of the policy."""
+    """Rejected answers are the reference answer with one segment rewritten by the policy (SAPO, arXiv 2405.20830).
+
+    The prompt rows need an `answer` column. With `reference: ema` the running average rewrites, not the policy itself.
+
+    Args (and those of Sampling):
+        samples: Rewritten segments per prompt.
+        segment_tokens: Length of a segment. `max_new_tokens` must be at least as large.
+        buffer: Pairs kept over all stages; the oldest are removed first.
+        pairs: Pairs drawn from the buffer for each stage.
+    """
 
     kind: Literal["self_augmented"]
-    samples: Annotated[int, Field(ge=1), BeforeValidator(_no_bool)] = 1  # segments written anew a prompt
+    samples: Count = 1
     segment_tokens: Count = 256
-    buffer: Count = 2000  # pairs kept, first in first out, over all stages
-    pairs: Count  # drawn from the buffer for a stage
+    buffer: Count = 2000
+    pairs: Count
 
     @model_validator(mode="after")
     def _long_enough(self) -> SelfAugmentedSource:
@@ -100,12 +122,21 @@ class SelfAugmentedSource(Sampling):
 
 
 class ActiveSource(Sampling):
-    """APL (arXiv 2402.08114): the annotator is asked where the policy is unsure of words and sure of rewards."""
+    """Active learning: an annotator labels the pairs that teach most (APL, arXiv 2402.08114).
+
+    These are pairs of prompts on which the policy's answers vary most (entropy), and of those the pairs whose implicit
+    rewards differ most. The pairs of a stage are all labels so far.
+
+    Args (and those of Sampling):
+        judge: A Python function that acts as the annotator, as 'module:function'.
+        acquire: Pairs labelled per stage.
+        keep_prompts: How many prompts of highest entropy the pairs are chosen from, as a multiple of `acquire`.
+    """
 
     kind: Literal["active"]
-    judge: Name  # 'module:function', the annotator
-    acquire: Count  # pairs labelled a round
-    keep_prompts: Positive = 4.0  # prompts of highest entropy that pairs are chosen from, as a multiple of `acquire`
+    judge: Name
+    acquire: Count
+    keep_prompts: Positive = 4.0
 
 
 Source = Annotated[

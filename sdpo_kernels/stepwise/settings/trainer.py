@@ -1,7 +1,7 @@
-"""The `trainer:` section of a run file: any transformers.TrainingArguments field, checked by name and type.
+"""The section `trainer:` of run.yaml: any field of transformers.TrainingArguments, checked by name and type.
 
-`check_trainer` runs when a config is read, long before TrainingArguments is built: a field that the driver sets itself,
-one that transformers 5 removed, an unknown name or a value of the wrong type is answered there by one line each.
+`check_trainer` runs when the config is read, long before TrainingArguments is built. A field that the driver sets
+itself, one that transformers 5 removed, an unknown name and a value of the wrong type are each reported as one line.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ DEFAULT_TRAINER: dict[str, Any] = {
     "lr_scheduler_type": "linear",
     "warmup_steps": 0,
     "logging_steps": 10,
-    "save_steps": 0.2,  # below 1: a share of the stage's steps, so a kill costs at most a fifth of a stage
+    "save_steps": 0.2,  # below 1: a fraction of the stage's steps, so a kill costs at most a fifth of a stage
     "report_to": "none",
     "seed": 42,
 }
 
-# Fields the driver sets itself, and what a person writes instead.
+# Fields the driver sets itself, and what to use instead.
 _OWN_METRICS = "the driver computes its own metrics"
-_NO_BEST = "a stage's result is its last model; compare stages by eval_data"
+_NO_BEST = "a stage's result is its last model; compare stages on eval_data"
 _NO_HUB = "push a finished stage folder with `hf upload` instead"
 OWNED: dict[str, str] = {
     "output_dir": "use the key output_dir at the top",
@@ -49,14 +49,14 @@ OWNED: dict[str, str] = {
     "hub_strategy": _NO_HUB,
     "hub_always_push": _NO_HUB,
     "hub_revision": _NO_HUB,
-    "resume_from_checkpoint": "run the same command again: it goes on where it was",
+    "resume_from_checkpoint": "run the same command again to resume",
     "restore_callback_states_from_checkpoint": "the driver restores what it needs",
     "ignore_data_skip": "a resumed run must see the same batches, so it is always false",
-    "save_only_model": "a checkpoint without optimizer state resumes silently wrong",
+    "save_only_model": "a checkpoint without optimizer state would resume incorrectly without an error",
     "save_total_limit": "the driver keeps the last complete checkpoint of the stage in progress",
     "disable_tqdm": "the driver draws its own progress; use `--quiet`",
-    "logging_first_step": "the first step is always logged: its loss says whether the stage starts as its reference",
-    "logging_nan_inf_filter": "it would hide a NaN loss as 0; the driver stops at one instead",
+    "logging_first_step": "the first step is always logged: its loss shows whether the stage starts from its reference",
+    "logging_nan_inf_filter": "it would log a NaN loss as 0; the driver stops at a NaN loss instead",
     "prediction_loss_only": _OWN_METRICS,
     "include_for_metrics": _OWN_METRICS,
     "batch_eval_metrics": _OWN_METRICS,
@@ -65,25 +65,25 @@ OWNED: dict[str, str] = {
     "liger_kernel_config": "the driver has its own fused head",
     "use_cache": "a key/value cache would leak between packed sequences, so it is always false",
     "neftune_noise_alpha": "noise breaks the check that a stage starts from its reference",
-    "auto_find_batch_size": "a run must be repeatable; set per_device_train_batch_size",
-    "bf16_full_eval": "scores are made in the precision of training; use bf16",
-    "fp16_full_eval": "scores are made in the precision of training; use fp16",
+    "auto_find_batch_size": "a run must be reproducible; set per_device_train_batch_size",
+    "bf16_full_eval": "scores are computed in the precision of training; use bf16",
+    "fp16_full_eval": "scores are computed in the precision of training; use fp16",
     "length_column_name": "use train_sampling_strategy: random or sequential",
     "do_train": "use the command `sdpo train`",
     "do_eval": "use eval_strategy",
     "do_predict": "use the command `sdpo score`",
     "local_rank": "torchrun sets it",
-    "parallelism_config": "it is a Python object; write it with `accelerate config`",
+    "parallelism_config": "it is a Python object; set it with `accelerate config`",
 }
 
-# Fields that transformers 5 no longer has, and what took their place.
+# Fields that transformers 5 removed, and what replaced them.
 REMOVED: dict[str, str] = {
     "warmup_ratio": "use warmup_steps: a value below 1 is a ratio",
     "evaluation_strategy": "use eval_strategy",
     "no_cuda": "use use_cpu",
-    "use_mps_device": "it is found by itself",
+    "use_mps_device": "it is detected automatically",
     "overwrite_output_dir": "delete the run's folder or choose another output_dir",
-    "group_by_length": "packed batches have no padding to spare; leave it out",
+    "group_by_length": "packed batches have no padding to save; remove it",
     "per_gpu_train_batch_size": "use per_device_train_batch_size",
     "per_gpu_eval_batch_size": "use per_device_eval_batch_size",
     "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR",
@@ -99,7 +99,7 @@ REMOVED: dict[str, str] = {
     "include_tokens_per_second": "use include_num_input_tokens_seen",
 }
 
-# Values TrainingArguments would take and fail on later, far from the run file: (field, holds, must be).
+# Limits that TrainingArguments does not check, so that training would fail late: (field, is valid, must be).
 _LIMITS: list[tuple[str, typing.Callable[[Any], bool], str]] = [
     ("learning_rate", lambda v: v > 0, "above 0"),
     ("per_device_train_batch_size", lambda v: v >= 1, "at least 1"),
@@ -121,7 +121,7 @@ _LIMITS: list[tuple[str, typing.Callable[[Any], bool], str]] = [
 
 
 def check_trainer(settings: dict[str, Any]) -> dict[str, Any]:
-    """`settings` with numbers given as strings turned into numbers; SettingErrors when a field is not right."""
+    """Check `settings` field by field and convert numbers given as strings. Raises SettingErrors with all mistakes."""
     mistakes: list[tuple[str, str]] = []
     checked: dict[str, Any] = {}
     for name, value in settings.items():
@@ -129,22 +129,23 @@ def check_trainer(settings: dict[str, Any]) -> dict[str, Any]:
             checked[name] = _check_field(name, value)
         except ValueError as error:
             mistakes.append((str(name), str(error)))
+
     if checked.get("bf16") and checked.get("fp16"):
-        mistakes.append(("fp16", "was true beside bf16: true; only one of the two can be true"))
+        mistakes.append(("fp16", "was true together with bf16: true; only one of the two can be true"))
     if mistakes:
         raise SettingErrors(mistakes)
     return checked
 
 
 def trainer_fields() -> set[str]:
-    """The fields that a person may set under `trainer`."""
+    """The fields that may be set under `trainer`."""
     return set(training_fields()) - set(OWNED)
 
 
 @functools.cache
 def training_fields() -> dict[str, dataclasses.Field]:
     """The fields of transformers.TrainingArguments, by name."""
-    from transformers import TrainingArguments  # slow to import: only when settings are read
+    from transformers import TrainingArguments  # slow to import, so only when settings are read
 
     return {field.name: field for field in dataclasses.fields(TrainingArguments) if field.init}
 
@@ -153,46 +154,60 @@ def training_fields() -> dict[str, dataclasses.Field]:
 def _field_types() -> dict[str, Any]:
     from transformers import TrainingArguments
 
-    # `fsdp: true` is what transformers documents, though the annotation says `str | None`.
+    # transformers documents `fsdp: true`, though the annotation is `str | None`
     return typing.get_type_hints(TrainingArguments) | {"fsdp": bool | str | None}
 
 
 def _check_field(name: str, value: Any) -> Any:
+    """The checked and converted value of one field.
+
+    1. Refuse fields that the driver sets, that transformers removed, or that do not exist.
+    2. Convert the value to the field's type.
+    3. Check it against the field's choices and limits.
+    """
     fields = training_fields()
     if name in OWNED and name in fields:
         raise ValueError(f"is set by the driver: {OWNED[name]}")
     if name in REMOVED and name not in fields:
-        raise ValueError(f"is gone from transformers 5: {REMOVED[name]}")
+        raise ValueError(f"was removed in transformers 5: {REMOVED[name]}")
     if name not in fields:
         raise ValueError(f"unknown key; {did_you_mean(name, trainer_fields())}")
+
     value = _convert(_field_types()[name], value)
+
+    # some fields list their choices in the metadata, as plain strings
     choices = list(fields[name].metadata.get("choices") or ())
     if choices and value is not None and value not in choices:
         raise ValueError(f"was {show(value)}, must be one of {', '.join(map(str, choices))}")
-    for limited, holds, must in _LIMITS:
-        if limited == name and not holds(value):
+    for limited, is_valid, must in _LIMITS:
+        if limited == name and not is_valid(value):
             raise ValueError(f"was {show(value)}, must be {must}")
     return value
 
 
 def _convert(hint: Any, value: Any) -> Any:
-    """`value` as the type `hint` says: "5e-7" becomes 5e-7, an unknown name of an enum is an error."""
+    """Convert `value` to the type `hint`: "5e-7" becomes 5e-7; an unknown name of an enum is an error."""
     is_union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
     kinds = typing.get_args(hint) if is_union else (hint,)
+
+    # pydantic would read true as 1
     if isinstance(value, bool) and bool not in kinds and (int in kinds or float in kinds):
         raise ValueError(f"was {show(value)}, must be a number")
     for kind in kinds:
         if isinstance(kind, type) and issubclass(kind, enum.Enum) and isinstance(value, str):
             return _enum_value(kind, value)
+
     limits = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
     try:
         converted = TypeAdapter(hint, config=limits).validate_python(value)
     except ValidationError as error:
         wanted = {problem["msg"].replace("Input should be ", "") for problem in error.errors()}
         raise ValueError(f"was {show(value)}, must be {' or '.join(sorted(wanted))}") from None
+
+    # the config stays plain YAML, as the user wrote it: 10 stays 10, not 10.0, and no enum members
     if isinstance(value, int) and isinstance(converted, float):
-        return value  # 10 stays 10, not 10.0
-    return converted if isinstance(converted, (bool, int, float)) else value  # plain YAML values, no enum members
+        return value
+    return converted if isinstance(converted, (bool, int, float)) else value
 
 
 def _enum_value(kind: type[enum.Enum], value: str) -> str:

@@ -1,4 +1,4 @@
-"""transformers.TrainingArguments of a stage: the person's fields and those the driver owns."""
+"""Builds the transformers.TrainingArguments of a stage from the user's fields and the driver's own."""
 
 from __future__ import annotations
 
@@ -15,12 +15,30 @@ from sdpo_kernels.stepwise.settings.run_settings import RunConfig, StageConfig
 
 
 def training_arguments(config: RunConfig, stage: StageConfig, work: Path, tensorboard: Path) -> TrainingArguments:
-    """The arguments of `stage`, whose Trainer works in the folder `work`. UserError where transformers refuses them."""
+    """The TrainingArguments of `stage`.
+
+    1. Fill in what depends on the machine: `use_cpu`, the TensorBoard folder.
+    2. Build TrainingArguments from the user's fields and the driver's own.
+    3. Correct what TrainingArguments decides by itself: DataParallel, DDP's options.
+
+    Args:
+        config: Settings of the run.
+        stage: Settings of the stage.
+        work: Folder for the Trainer's checkpoints.
+        tensorboard: Folder for TensorBoard logs.
+
+    Raises UserError if transformers refuses the fields, or fp16 has no GPU.
+    """
     settings = copy.deepcopy(config.stage_trainer(stage))  # transformers writes into fsdp_config
+
+    # without it accelerate would see a single process only
     if ranks.launched() > 1 and not torch.accelerator.is_available():
-        settings.setdefault("use_cpu", True)  # else accelerate would know of one process
+        settings.setdefault("use_cpu", True)
+
+    # Trainer's TensorBoard callback has no other way to set the folder
     if "tensorboard" in settings.get("report_to", "none"):
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(tensorboard)  # Trainer's callback reads nothing else
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(tensorboard)
+
     try:
         args = TrainingArguments(
             **settings,
@@ -34,13 +52,20 @@ def training_arguments(config: RunConfig, stage: StageConfig, work: Path, tensor
         )
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"trainer: {(str(error).splitlines() or [''])[0]}") from error
+
+    # with several GPUs Trainer would use DataParallel, which splits packed batches in the middle of sequences
     if args.n_gpu > 1:
-        args._n_gpu = 1  # else Trainer wraps the model in DataParallel, which would cut packed batches anywhere
+        args._n_gpu = 1
+
+    # DDP broadcasts buffers once per forward; with different numbers of groups per batch, ranks would deadlock
     if args.ddp_broadcast_buffers is None:
-        # one broadcast a forward: processes whose padded batches have other numbers of groups would wait for ever
         args.ddp_broadcast_buffers = False
+
+    # the search for unused parameters walks the graph at every step, and there are hardly ever any
     if args.ddp_find_unused_parameters is None:
-        args.ddp_find_unused_parameters = False  # every step walks the graph for them, and there seldom are any
-    if args.fp16 and args.device.type == "cpu":  # accelerate would leave it out without a word
+        args.ddp_find_unused_parameters = False
+
+    # accelerate would silently ignore fp16 on a CPU
+    if args.fp16 and args.device.type == "cpu":
         raise UserError("trainer.fp16: was true, which needs a GPU; on a CPU use bf16")
     return args

@@ -1,4 +1,4 @@
-"""What the sections of a run's settings are built from: the strict base of each and the types of their values."""
+"""The building blocks of a run's settings: the base class of every section and the types of values."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from sdpo_kernels.stepwise.settings.mistakes import show
 
-DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")  # of data files, in any case
+DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")  # of data files, in upper or lower case
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?::(?P<split>[\w.+\[\]%:-]+))?")
 
 
 def _no_bool(value: Any) -> Any:
+    """Refuses true and false, which Python counts among the integers."""
     if isinstance(value, bool):
         raise ValueError(f"was {show(value)}, must be a number")
     return value
@@ -27,25 +28,27 @@ def _as_list(value: Any) -> Any:
 Text = Annotated[str, Field(min_length=1)]
 Integer = Annotated[int, BeforeValidator(_no_bool)]
 Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_no_bool)]
-Sources = Annotated[tuple[Text, ...], Field(min_length=1), BeforeValidator(_as_list)]  # files or hub datasets
+Count = Annotated[Integer, Field(ge=1)]
+Positive = Annotated[Number, Field(gt=0)]
+Sources = Annotated[tuple[Text, ...], Field(min_length=1), BeforeValidator(_as_list)]  # files or Hub datasets
 
 
 class Section(BaseModel):
-    """A section of run.yaml: an unknown key is an error."""
+    """Base class of all sections of run.yaml: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def data_suffix(path: str) -> str | None:
-    """Which of DATA_SUFFIXES `path` ends in; None for none of them."""
+    """The one of DATA_SUFFIXES that `path` ends in, or None."""
     return next((suffix for suffix in DATA_SUFFIXES if path.lower().endswith(suffix)), None)
 
 
 def is_file_source(source: str) -> bool:
-    """Whether `source` means a local file rather than 'org/name' or 'org/name:split' on the hub."""
+    """Whether `source` means a local file rather than a Hub dataset ('org/name' or 'org/name:split')."""
     path = os.path.expanduser(source)
     if os.path.exists(path) or data_suffix(path) or not _HUB_NAME.fullmatch(source):
         return True
 
-    # 'data/x.jsnol' next to an existing folder data/ is a mistyped file, not a hub name
+    # 'data/x.jsnol' next to an existing folder data/ is a mistyped file, not a Hub name
     return os.path.isdir(os.path.dirname(path))

@@ -1,86 +1,97 @@
 """Strict YAML 1.2 in and out, and `key=value` overrides: what `config.py` reads a run's settings with.
 
-PyYAML speaks YAML 1.1, in which `5e-7` is a string, `no` is False and `010` is 8; a run file written by a person means
-the 1.2 reading. A key given twice is an error here, where PyYAML silently keeps the last.
+In YAML 1.2 `5e-7` is a number, `no` is a string and `010` is ten; YAML 1.1, which PyYAML reads, differs in all three.
+ruamel.yaml parses and writes in pure Python, so that nothing depends on whether libyaml is installed.
 """
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import ConstructorError, SafeConstructor
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
+from ruamel.yaml.representer import SafeRepresenter
+from ruamel.yaml.resolver import VersionedResolver
+from ruamel.yaml.tag import Tag
 
 from sdpo_kernels.stepwise.common.errors import UserError
 
-_NULL = re.compile(r"~|null|Null|NULL|")
-_BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
-_INT = re.compile(r"[-+]?[0-9]+|0x[0-9a-fA-F]+|0o[0-7]+")
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-_RESOLVERS = [
-    ("tag:yaml.org,2002:null", _NULL, ["~", "n", "N", ""]),
-    ("tag:yaml.org,2002:bool", _BOOL, list("tTfF")),
-    ("tag:yaml.org,2002:int", _INT, list("-+0123456789")),
-    ("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789")),
-    ("tag:yaml.org,2002:merge", re.compile("<<"), ["<"]),
-]
+# Plain scalars of YAML 1.2's core schema (section 10.3.2 of its specification), and merge keys. ruamel's table for 1.2
+# also has dates, `=`, `1_000` and `0b1`, which the core schema reads as strings, and lacks `.5e3`.
+_CORE_SCHEMA = {
+    "null": re.compile(r"~|null|Null|NULL|"),
+    "bool": re.compile(r"true|True|TRUE|false|False|FALSE"),
+    "int": re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"),
+    "float": re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
+    "merge": re.compile(r"<<"),
+}
+_YAML_1_1 = VersionedResolver(version=(1, 1))
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader with the scalars of YAML 1.2 and an error on a key given twice."""
+class _Resolver(VersionedResolver):
+    """The type of a plain scalar by the core schema."""
 
-    yaml_implicit_resolvers: dict = {}  # noqa: RUF012 - PyYAML fills the class attribute through add_implicit_resolver
+    processing_version = (1, 2)  # also after a `%YAML 1.1` line
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+    def resolve(self, kind: type[Node], value: str, implicit: Any) -> Tag:
+        if kind is not ScalarNode or not implicit[0]:
+            return super().resolve(kind, value, implicit)
+        name = next((name for name, pattern in _CORE_SCHEMA.items() if pattern.fullmatch(value)), "str")
+        return Tag(suffix=f"tag:yaml.org,2002:{name}")
+
+
+class _Constructor(SafeConstructor):
+    """Plain Python values; an error names its line."""
+
+    def construct_mapping(self, node: Node, deep: bool = False) -> dict:
+        # ruamel's own check skips mappings with a merge key, and its message quotes both values at any length
         seen = set()
-        for key_node, _ in node.value:
+        merged = getattr(node, "merge", None) or ()  # stands first if another mapping has merged this one already
+        for key_node, _ in node.value[len(merged) :] if isinstance(node, MappingNode) else ():
             if key_node.tag == "tag:yaml.org,2002:merge":
                 continue
-            key = (key_node.tag, key_node.value) if isinstance(key_node, yaml.ScalarNode) else None
+            if not isinstance(key_node, ScalarNode):
+                raise ConstructorError(None, None, "found unhashable key", key_node.start_mark)
+            key = self.construct_object(key_node)
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key_node.value!r} is given twice", key_node.start_mark
-                )
-            if key is not None:
-                seen.add(key)
+                raise ConstructorError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
-
-class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes a string which either YAML 1.1 or 1.2 would read as something else."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012
-        first: list(rules) for first, rules in yaml.SafeDumper.yaml_implicit_resolvers.items()
-    }
-
-
-def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
-    text = loader.construct_scalar(node)
-    try:
-        return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
-    except ValueError as error:  # Python refuses integers of more than 4300 digits
-        raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error
+    def construct_non_recursive_object(self, node: Node, tag: str | None = None) -> Any:
+        # a scalar that Python cannot convert: an integer of more than 4300 digits, `!!bool maybe`
+        try:
+            return super().construct_non_recursive_object(node, tag)
+        except (ValueError, LookupError) as error:
+            raise ConstructorError(None, None, str(error), node.start_mark) from error
 
 
-def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> float:
-    text = loader.construct_scalar(node).lower()
-    return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+class _Representer(SafeRepresenter):
+    """Numbers and strings that YAML 1.1 and 1.2 read alike: the hub and many tools read 1.1."""
+
+    def represent_float(self, number: float) -> ScalarNode:
+        node = super().represent_float(number)
+        if "." not in node.value:
+            node.value = node.value.replace("e", ".0e")  # 1e-07 is a string in YAML 1.1
+        return node
+
+    def represent_str(self, text: str) -> ScalarNode:
+        node = super().represent_str(text)
+        # the four characters are line breaks or a byte order mark in YAML 1.1; only double quotes escape them
+        if _YAML_1_1.resolve(ScalarNode, text, (True, False)) != node.ctag or set(text) & set("\x85\u2028\u2029\ufeff"):
+            node.style = '"'
+        return node
 
 
-def _represent_str(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    # PyYAML writes these line breaks of Unicode bare into other styles, where reading folds them into spaces.
-    style = '"' if any(character in text for character in "\x85\u2028\u2029\ufeff") else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-_Dumper.add_representer(str, _represent_str)
-for _tag, _pattern, _first in _RESOLVERS:
-    _whole = re.compile(f"^(?:{_pattern.pattern})$")
-    _Loader.add_implicit_resolver(_tag, _whole, _first)
-    _Dumper.add_implicit_resolver(_tag, _whole, _first)
-_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
-_Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
+for _kind in ("binary", "omap", "pairs", "set", "timestamp"):  # no part of the core schema, and no plain values
+    _Constructor.add_constructor(f"tag:yaml.org,2002:{_kind}", SafeConstructor.construct_undefined)
+_Representer.add_representer(float, _Representer.represent_float)
+_Representer.add_representer(str, _Representer.represent_str)
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -107,7 +118,14 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 def write_settings(settings: dict[str, Any]) -> str:
     """YAML text that `read_settings` reads back equal."""
-    return yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    writer = YAML(typ="safe", pure=True)
+    writer.Resolver, writer.Representer = _Resolver, _Representer
+    writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    writer.default_flow_style = False
+    writer.width = 110
+    stream = io.StringIO()
+    writer.dump(settings, stream)
+    return stream.getvalue()
 
 
 def apply_override(settings: dict[str, Any], override: str) -> None:
@@ -146,12 +164,14 @@ def _position(container: Any, part: str, above: list[str], override: str) -> Any
 
 
 def _parse(text: str, source: str) -> Any:
+    reader = YAML(typ="safe", pure=True)
+    reader.Resolver, reader.Constructor = _Resolver, _Constructor
     try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
+        return reader.load(text)
+    except MarkedYAMLError as error:
         mark = error.problem_mark
         line = f":{mark.line + 1}" if mark is not None else ""
         raise UserError(f"{source}{line}: is not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, RecursionError) as error:
+    except (YAMLError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{source}: is not valid YAML: {reason}") from None

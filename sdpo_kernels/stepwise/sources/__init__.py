@@ -1,1 +1,1 @@
-"""Where a stage's pairs come from when they are made instead of read: samples of the policy and a judge."""
+"""Sources of generated pairs: the policy's samples, ranked by a judge."""

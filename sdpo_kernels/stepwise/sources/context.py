@@ -1,4 +1,4 @@
-"""What a source is given to make a stage's pairs with."""
+"""What a source gets to generate a stage's pairs, and the JSON lines in which it keeps them."""
 
 from __future__ import annotations
 
@@ -22,41 +22,45 @@ PairRow = dict[str, Any]  # prompt, chosen, rejected, in TRL's schema
 
 @dataclass(frozen=True)
 class SourceContext:
-    """One stage's prompts, the models there are, and folders to keep things in."""
+    """One stage's prompts, the models it may use, and the folders for what the source keeps."""
 
     name: str  # of the stage
     settings: Sampling
     prompts: Sequence[PromptRow]
-    policy: str  # the newest model: what generates
+    policy: str  # the newest model, which generates
     initial: str  # M_0
     beta: float
-    folder: Path  # what the source leaves behind; kept with the stage
-    before: Path | None  # the same of the last finished stage, if there was one of the same kind
+    folder: Path  # where the source keeps its files; stays with the stage
+    before: Path | None  # that folder of the last stage before with the same kind of source, if any
     tokenizer: PreTrainedTokenizerBase
     scorer: Scorer
     reporter: Reporter
 
     def label(self, what: str) -> str:
-        """The name of a progress bar."""
+        """The label of a progress bar."""
         return f"{self.name}: {what}"
 
     def seed(self, *parts: object) -> int:
-        """A seed that depends on the settings' own, the stage and `parts`."""
+        """A seed derived from `sample_seed` of the settings, the stage's name and `parts`."""
         text = json.dumps([self.settings.sample_seed, self.name, *parts], default=str)
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Rows as JSON lines, atomically."""
+    """Write rows as JSON lines, atomically."""
     replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
 def read_json_rows(path: Path, half_line: bool = False) -> list[dict[str, Any]]:
-    """What `write_rows` wrote; nothing where there is no file. `half_line`: a kill may have cut the last one short."""
+    """Rows of a JSON lines file; none if it does not exist. `half_line`: drop a last line that a kill cut short."""
     if not path.exists():
         return []
+
+    # cut the file as well: the caller appends to it, and the next row must start on a line of its own
     if half_line:
         whole = path.read_bytes().rpartition(b"\n")[0]
         with path.open("r+b") as stream:
             stream.truncate(len(whole) + bool(whole))
+
+    # not splitlines(): it would also split at U+2028 and the like inside a row
     return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]

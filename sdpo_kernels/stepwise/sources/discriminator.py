@@ -1,9 +1,8 @@
 """`discriminator` (D2PO, arXiv 2405.01511): a scorer labels the policy's samples and is itself kept up to date.
 
-Each stage: samples of the newest policy; gold labels, `budget` of them, for the pairs whose scores are closest (at
-random in the first stage, where there is no scorer yet); the scorer is trained on all gold labels so far by
-−log σ(R_w − R_l); it then labels every prompt's samples, best against worst. It starts as the initial model with a new
-output; the next stage goes on from it.
+The judge gives few gold labels, and the scorer learns from them to label everything else. Its loss is
+−log σ(R_w − R_l), `-logsigmoid(chosen - rejected)`. In the first stage it is the initial model with a new output layer;
+each later stage continues with the scorer of the one before.
 """
 
 from __future__ import annotations
@@ -32,37 +31,53 @@ GOLD, SCORER = "gold.jsonl", "scorer"
 
 
 def make(ctx: SourceContext) -> list[PairRow]:
-    """One pair a prompt, labelled by the scorer; the scorer and the gold labels stay with the stage."""
+    """Generate one pair per prompt, labelled by the scorer.
+
+    1. Sample completions of every prompt from the newest model.
+    2. Ask the judge for `budget` gold labels, on the pairs whose scores are closest; at random in the first stage,
+       which has no trained scorer yet.
+    3. Train the scorer on all gold labels so far.
+    4. Score all samples, and pair the best of each prompt with the worst.
+    5. Keep gold labels and scorer with the stage, for the next one.
+    """
     settings = ctx.settings
     assert isinstance(settings, DiscriminatorSource)
+
     groups = [list(dict.fromkeys(group)) for group in sample(ctx, settings.samples)]
+
     scorer = Discriminator(ctx, settings)
     gold = [] if ctx.before is None else read_json_rows(ctx.before / GOLD)
     scores = None if ctx.before is None else scorer.score(ctx.prompts, groups)
-    gold += annotate(ctx, settings.judge, unsure(ctx.prompts, groups, scores, settings.budget, ctx.seed("gold")))
+    gold += annotate(ctx, settings.judge, least_certain(ctx.prompts, groups, scores, settings.budget, ctx.seed("gold")))
     if not gold:
-        raise UserError(f"{ctx.name}: the judge finds no difference between any two samples; there is nothing to learn")
+        raise UserError(f"{ctx.name}: the judge scored all samples alike, which leaves nothing to train the scorer on")
     scorer.train(gold, ctx.seed("scorer"))
+
     rows = []
     for row, texts, values in zip(ctx.prompts, groups, scorer.score(ctx.prompts, groups), strict=True):
         if (found := best_and_worst(texts, values)) is not None:
             rows.append(row.pair(texts[found[0]], texts[found[1]]))
+
     write_rows(ctx.folder / GOLD, gold)
     scorer.save(ctx.folder / SCORER)
+
+    # free its memory before the stage loads its own models
     del scorer
     release_memory()
     return rows
 
 
-def unsure(
+def least_certain(
     prompts: Sequence[PromptRow],
     groups: Sequence[Sequence[str]],
     scores: Sequence[Sequence[float]] | None,
     budget: int,
     seed: int,
 ) -> list[Question]:
-    """The `budget` pairs with the smallest |R₁ − R₂|, at most one a prompt; at random where there are no scores."""
+    """The `budget` pairs with the smallest |R₁ − R₂|, at most one per prompt; random pairs if `scores` is None."""
     draw = random.Random(seed)
+
+    # at most one pair per prompt spreads the labels over the prompts
     closest: list[tuple[float, Question]] = []
     for place, (row, group) in enumerate(zip(prompts, groups, strict=True)):
         found = []
@@ -71,6 +86,7 @@ def unsure(
             found.append((gap, Question(row, group[i], group[j])))
         if found:
             closest.append(min(found, key=lambda pair: pair[0]))
+
     return [question for _, question in sorted(closest, key=lambda pair: pair[0])[:budget]]
 
 
@@ -80,9 +96,11 @@ class Discriminator:
     def __init__(self, ctx: SourceContext, settings: DiscriminatorSource) -> None:
         self.ctx, self.settings = ctx, settings
         release_memory()
+
+        # a language model loaded as a classifier gets a randomly initialised output layer: seed it
         path = ctx.initial if ctx.before is None else str(ctx.before / SCORER)
         with torch.random.fork_rng():
-            torch.manual_seed(ctx.seed("head"))  # a classifier made of a language model has a new output
+            torch.manual_seed(ctx.seed("head"))
             self.model: Any = AutoModelForSequenceClassification.from_pretrained(
                 path, num_labels=1, use_safetensors=True, dtype=torch.float32,
                 trust_remote_code=ctx.scorer.config.trust_remote_code,
@@ -93,26 +111,31 @@ class Discriminator:
         return encode(row, text, self.ctx.tokenizer, self.ctx.scorer.config.max_length)
 
     def score(self, prompts: Sequence[PromptRow], groups: Sequence[Sequence[str]]) -> list[list[float]]:
-        """A number for every completion."""
+        """A score for every completion, in the groups of their prompts."""
         self.model.eval()
         ids = [self._ids(row, text) for row, group in zip(prompts, groups, strict=True) for text in group]
+
         found: list[float] = []
         with torch.no_grad(), self.ctx.reporter.task(self.ctx.label("scorer's labels"), len(ids)) as task:
             for start in range(0, len(ids), self.ctx.scorer.batch_size):
                 batch = ids[start : start + self.ctx.scorer.batch_size]
                 found += classify(self.model, batch, self.ctx.tokenizer).float().tolist()
                 task.update(len(found))
+
+        # back from one flat list to one list per prompt
         scores = iter(found)
         return [[next(scores) for _ in group] for group in groups]
 
     def train(self, gold: Sequence[PairRow], seed: int) -> None:
-        """Some epochs over all gold labels, AdamW at a constant rate."""
+        """Train for `scorer_epochs` epochs on all gold labels, by AdamW at a constant learning rate."""
         settings = self.settings
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=settings.scorer_learning_rate, weight_decay=0.0)
         pairs = [
             [self._ids(PromptRow(label["prompt"], label, ""), _text(label[side])) for side in ("chosen", "rejected")]
             for label in gold
         ]
+
+        # its own generator for the order, so that the same labels give the same scorer
         order = random.Random(seed)
         self.model.train()
         total = settings.scorer_epochs * len(pairs)
@@ -122,16 +145,19 @@ class Discriminator:
                 shuffled = order.sample(pairs, len(pairs))
                 for start in range(0, len(pairs), settings.scorer_batch_size):
                     batch = shuffled[start : start + settings.scorer_batch_size]
+
+                    # one forward for both halves
                     ids = [chosen for chosen, _ in batch] + [rejected for _, rejected in batch]
                     chosen, rejected = classify(self.model, ids, self.ctx.tokenizer).chunk(2)
                     loss = -F.logsigmoid(chosen - rejected).mean()
+
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
                     task.update(epoch * len(pairs) + start + len(batch), f"loss {loss.item():.3f}")
 
     def save(self, folder: Path) -> None:
-        """Weights and config, in one rename."""
+        """Save weights and config; the folder appears in one rename."""
         staging = empty_folder(folder.with_name(f".{folder.name}.made"))
         self.model.save_pretrained(staging)
         remove_folder(folder)

@@ -1,10 +1,10 @@
-"""Judges: whatever gives each completion a number, higher being better. One protocol for rewards and annotators.
+"""Judges give each completion a score; higher is better. One protocol for reward models and annotators.
 
     def letters(rows, completions):                    # in my_rewards.py; judge: my_rewards:letters
         return [float(text == row["answer"]) for row, text in zip(rows, completions)]
 
-`rows` are the prompt file's own rows. A judge is a function of yours (`judge: module:function`, imported in this
-process because you asked for it by name) or a reward model.
+`rows` are the prompt file's own rows. A judge is either your own function (`judge: module:function`, imported into this
+process) or a reward model.
 """
 
 from __future__ import annotations
@@ -28,24 +28,27 @@ from sdpo_kernels.stepwise.data.prompts import PromptRow
 from sdpo_kernels.stepwise.models.load import release_memory
 from sdpo_kernels.stepwise.sources.context import read_json_rows
 
-VERDICTS_AT_ONCE = 256  # what a kill costs at most
+VERDICTS_AT_ONCE = 256  # verdicts that a kill loses at most
 VERDICTS = "verdicts.jsonl"
 Judge = Callable[[Sequence[PromptRow], Sequence[str]], list[float]]
 
 
 def function_judge(name: str) -> Judge:
-    """The function behind 'module:function', found as `python -m` would from the current folder; its answers checked.
+    """The function named 'module:function', with its answers checked; the current folder is on the import path.
 
     Raises:
-        UserError: it cannot be imported, or (when it is called) gives anything but one finite number a completion.
+        UserError: it cannot be imported; or, when it is called, it fails or does not return one finite number per
+            completion.
     """
     module, _, function = name.partition(":")
+
+    # `python -m` puts the current folder on the path; the console script `sdpo` does not
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError, SyntaxError) as error:
-        hint = f"must be module:function that can be imported, also from the current folder {os.getcwd()}"
+        hint = f"must be module:function, importable from the Python path or the current folder {os.getcwd()}"
         raise UserError(f"judge: was {name!r}, {hint}: {error}") from error
     if not callable(found):
         raise UserError(f"judge: {name!r} is a {type(found).__name__}, must be a function")
@@ -53,32 +56,36 @@ def function_judge(name: str) -> Judge:
     def judge(rows: Sequence[PromptRow], completions: Sequence[str]) -> list[float]:
         try:
             given = found([row.values for row in rows], list(completions))
-        except Exception as error:  # a person's function raises what it likes
+        except Exception as error:  # a user's function may raise anything
             last = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{last.filename}:{last.lineno}"
             raise UserError(f"judge: {name!r} failed: {type(error).__name__}: {error} ({where})") from error
+
         try:
             scores = [float(score) for score in given]
         except (TypeError, ValueError) as error:
-            raise UserError(f"judge: {name!r} must give a list of numbers: {error}") from error
+            raise UserError(f"judge: {name!r} must return a list of numbers: {error}") from error
         if len(scores) != len(completions) or not all(map(math.isfinite, scores)):
-            raise UserError(f"judge: {name!r} gave {len(scores)} scores, must give {len(completions)} finite ones")
+            raise UserError(f"judge: {name!r} returned {len(scores)} scores, must be {len(completions)} finite numbers")
         return scores
 
     return judge
 
 
 def remembering(judge: Judge, path: Path, version: str) -> Judge:
-    """`judge`, whose verdicts are kept in `path` as they come: nothing is asked twice, not even after a kill.
+    """`judge` with its verdicts cached in `path` as they come: it is asked nothing twice, even after a kill.
 
-    Verdicts of another `version` of the judge are not believed.
+    A cached verdict is used only if it is from this `version` of the judge.
     """
     lines = read_json_rows(path, half_line=True)
     known: dict[str, float] = {line["of"]: line["score"] for line in lines if line["judge"] == version}
 
     def remembered(rows: Sequence[PromptRow], completions: Sequence[str]) -> list[float]:
+        # the same text may come up several times: ask about one of them
         keys = [_digest(row, text) for row, text in zip(rows, completions, strict=True)]
         new = list({key: place for place, key in enumerate(keys) if key not in known}.values())
+
+        # in portions, each synced to disk: a kill loses at most one
         with path.open("a", encoding="utf-8") as stream:
             for start in range(0, len(new), VERDICTS_AT_ONCE):
                 places = new[start : start + VERDICTS_AT_ONCE]
@@ -87,6 +94,7 @@ def remembering(judge: Judge, path: Path, version: str) -> Judge:
                 stream.writelines(_verdict(keys[i], known[keys[i]], version) for i in places)
                 stream.flush()
                 os.fsync(stream.fileno())
+
         return [known[key] for key in keys]
 
     return remembered
@@ -97,7 +105,7 @@ def _verdict(key: str, score: float, version: str) -> str:
 
 
 def code_version(*parts: str) -> str:
-    """A digest of a judge's parts: names, and the contents of those that are files."""
+    """A digest of a judge's parts: their names, and the contents of those that are files."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.encode() + b"\0" + (Path(part).read_bytes() if os.path.isfile(part) else b""))
@@ -105,7 +113,7 @@ def code_version(*parts: str) -> str:
 
 
 def function_version(name: str) -> str:
-    """Of the module that holds the judge 'module:function'; what that imports is not looked at."""
+    """The version of the judge 'module:function': a digest of its module's file, not of what that file imports."""
     return code_version(name, getattr(sys.modules[name.partition(":")[0]], "__file__", None) or "")
 
 
@@ -114,7 +122,7 @@ def _digest(row: PromptRow, text: str) -> str:
 
 
 def check_reward_model(path: str, trust_remote_code: bool) -> None:
-    """UserError where there is no sequence classifier with one output; its weights are not looked at."""
+    """UserError unless `path` is a sequence classifier with one output; reads its config, not its weights."""
     from transformers import AutoConfig
 
     try:
@@ -128,10 +136,12 @@ def check_reward_model(path: str, trust_remote_code: bool) -> None:
 def reward_model_judge(
     path: str, device: torch.device, max_length: int, batch_size: int, trust_remote_code: bool = False
 ) -> Judge:
-    """A sequence classifier with one output, on prompt and completion (through its chat template for conversations)."""
+    """A sequence classifier with one output as judge of prompt + completion (conversations by its chat template)."""
     from transformers import AutoTokenizer
 
     check_reward_model(path, trust_remote_code)
+
+    # the generator is no longer needed: free it before the next model is loaded
     release_memory()
     options = {"trust_remote_code": trust_remote_code}
     try:
@@ -154,7 +164,7 @@ def reward_model_judge(
 
 
 def encode(row: PromptRow, text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[int]:
-    """Token ids of prompt and completion with its end; of what is too long the end is kept."""
+    """Token ids of prompt, completion and end token; text over `max_length` keeps its end."""
     if row.is_conversational:
         whole = row.render(tokenizer, row.prompt + row.completion(text))
     else:
@@ -166,7 +176,7 @@ def encode(row: PromptRow, text: str, tokenizer: PreTrainedTokenizerBase, max_le
 def classify(model: Any, ids: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """Scores [n] of sequences, padded on the right."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    model.config.pad_token_id = pad  # it finds the last token by it
+    model.config.pad_token_id = pad  # the model finds each row's last token by it
     width = max(map(len, ids))
     tokens = torch.tensor([row + [pad] * (width - len(row)) for row in ids], device=model.device)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=model.device)
@@ -174,14 +184,14 @@ def classify(model: Any, ids: Sequence[list[int]], tokenizer: PreTrainedTokenize
 
 
 def judge_groups(judge: Judge, rows: Sequence[PromptRow], groups: Sequence[Sequence[str]]) -> list[list[float]]:
-    """Scores of each prompt's completions, in one call of the judge."""
+    """Scores of each prompt's completions, from one call of the judge."""
     flat = [(row, text) for row, group in zip(rows, groups, strict=True) for text in group]
     scores = iter(judge([row for row, _ in flat], [text for _, text in flat]) if flat else [])
     return [[next(scores) for _ in group] for group in groups]
 
 
 def best_and_worst(texts: Sequence[str], scores: Sequence[float]) -> tuple[int, int] | None:
-    """Places of the first best and the first worst; None where all score alike, or there is none."""
+    """Indices of the first best and the first worst; None if all score alike, or there are none."""
     if not texts or max(scores) == min(scores):
         return None
     best, worst = scores.index(max(scores)), scores.index(min(scores))

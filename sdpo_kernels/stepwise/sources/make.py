@@ -1,4 +1,4 @@
-"""From prompts to a stage's pairs: the source of its kind makes them, and they are kept as JSONL beside the stage."""
+"""From prompts to a stage's generated pairs, kept as JSONL in the stage's folder; `kind` selects the source."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from sdpo_kernels.stepwise.sources.judges import check_reward_model, function_ju
 from sdpo_kernels.stepwise.state import Stage
 
 PAIRS_FILE = "pairs.jsonl"  # in a stage's folder
-SOURCE_FOLDER = "source"  # beside it: samples, labels, scorers
+SOURCE_FOLDER = "source"  # next to it: samples, labels, scorers
 
-# one function a kind, from a stage's context to rows of prompt, chosen and rejected
+# one function per kind, from a stage's context to rows of prompt, chosen and rejected
 MAKERS: dict[str, Callable[[SourceContext], list[PairRow]]] = {
     "ranked": ranked.make,
     "execution": execution.make,
@@ -27,7 +27,7 @@ MAKERS: dict[str, Callable[[SourceContext], list[PairRow]]] = {
 
 
 def check_source(settings: object, prompts: list[PromptRow], trust_remote_code: bool) -> None:
-    """UserError for what can be known before training: a judge that is not there, a row without an answer."""
+    """Raise UserError before training starts: for a missing judge or reward model, or a row without an answer."""
     if isinstance(settings, (RankedSource, DiscriminatorSource, ActiveSource)) and settings.judge is not None:
         function_judge(settings.judge)
     elif isinstance(settings, ExecutionSource):
@@ -40,17 +40,18 @@ def check_source(settings: object, prompts: list[PromptRow], trust_remote_code: 
 
 
 def stage_context(stage: Stage) -> SourceContext:
-    """What the source of a stage that has prompts works with."""
+    """The context of the source of a stage that has prompts."""
     config, settings, prompts = stage.run.config, stage.data.config.source, stage.data.prompts
     assert settings is not None
     assert prompts is not None
 
-    # a source of several stages may carry samples or a scorer over from its last finished one
+    # stages with the same kind of source share state: labels, a buffer or a scorer go from one to the next
     earlier = [
         stage.run.stage_folder(index) / SOURCE_FOLDER
         for index, other in enumerate(config.stages[: stage.index - 1], 1)
         if other.source is not None and other.source.kind == settings.kind
     ]
+
     return SourceContext(
         name=stage.name,
         settings=settings,
@@ -67,15 +68,18 @@ def stage_context(stage: Stage) -> SourceContext:
 
 
 def make_pairs(ctx: SourceContext, kind: str, path: Path) -> None:
-    """Write the stage's pairs to `path`, unless they are there. UserError if the prompts gave none."""
+    """Write the stage's generated pairs to `path`, unless it exists. UserError if the prompts gave no pair."""
     if path.exists():
         return
+
     ctx.folder.mkdir(parents=True, exist_ok=True)
     rows = MAKERS[kind](ctx)
     if not rows:
         raise UserError(
-            f"stage {ctx.name}: source {kind}: no pair came of {len(ctx.prompts)} prompts; their samples are all alike "
-            "to the judge, or did not end within max_new_tokens"
+            f"stage {ctx.name}: source {kind}: no pairs from {len(ctx.prompts)} prompts; either the judge scored all "
+            "samples of each prompt alike, or they did not end within max_new_tokens"
         )
+
+    # the file is written last and in one step: if it exists, it is complete
     write_rows(path, rows)
-    ctx.reporter.say(f"{ctx.name}: {len(rows):,} pairs made of {len(ctx.prompts):,} prompts")
+    ctx.reporter.say(f"{ctx.name}: {len(rows):,} pairs generated from {len(ctx.prompts):,} prompts")

@@ -1,4 +1,4 @@
-"""`ranked` (iLR-DPO, arXiv 2406.11817): the best of a prompt's samples by a reward against the worst."""
+"""`ranked` (iLR-DPO, arXiv 2406.11817): the best of a prompt's samples is chosen, the worst rejected, by a reward."""
 
 from __future__ import annotations
 
@@ -19,14 +19,23 @@ from sdpo_kernels.stepwise.sources.judges import (
 
 
 def make(ctx: SourceContext) -> list[PairRow]:
-    """One pair a prompt; none where all of its samples score alike. Prompts are passed over, not asked again."""
+    """Generate one pair per prompt.
+
+    1. Sample completions of every prompt from the newest model.
+    2. Score them with the judge, a function or a reward model; verdicts already on disk are reused.
+    3. Pair the best of each prompt with the worst. A prompt whose samples all score alike gives no pair.
+    """
     settings = ctx.settings
     assert isinstance(settings, RankedSource)
+
     groups = sample(ctx, settings.samples)
+
+    # verdicts are kept under the judge's version, so that an edited judge is asked again
     judge = _judge(ctx, settings)
     version = code_version(settings.reward_model or "") if settings.judge is None else function_version(settings.judge)
     judge = remembering(judge, ctx.folder / VERDICTS, version)
     scores = judge_groups(judge, ctx.prompts, groups)
+
     rows = []
     for row, texts, values in zip(ctx.prompts, groups, scores, strict=True):
         if (found := best_and_worst(texts, values)) is not None:

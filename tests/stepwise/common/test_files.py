@@ -1,4 +1,4 @@
-"""Files that are whole or absent: what is left when writing fails or a process dies half-way."""
+"""Atomic file operations: what is left when writing fails or the process dies half-way."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["a.json"]
 
 
-def test_content_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+def test_content_is_synced_before_the_rename(tmp_path, monkeypatch):
     order = []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (order.append("fsync"), fsync(fd))[1])
@@ -40,12 +40,12 @@ def test_content_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     assert order == ["fsync", "rename", "fsync"]  # file, name, folder
 
 
-def test_a_missing_folder_is_the_users_to_mend(tmp_path):
+def test_a_missing_folder_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="cannot write"):
         files.replace_file(tmp_path / "no" / "a", b"x")
 
 
-def test_json_round_trip_and_its_errors(tmp_path):
+def test_json_round_trip_and_errors(tmp_path):
     path = tmp_path / "a.json"
     value = {"β": [1, None, 0.1], "text": "γ\n"}
     files.write_json(path, value)
@@ -63,11 +63,14 @@ def test_publish_folder_syncs_every_file_before_the_rename(tmp_path, monkeypatch
     (staging / "sub").mkdir(parents=True)
     (staging / "a").write_text("a")
     (staging / "sub" / "b").write_text("b")
+
     order = []
     sync, rename = files.sync, os.rename
     monkeypatch.setattr(files, "sync", lambda p: (order.append(p.name), sync(p))[1])
     monkeypatch.setattr(os, "rename", lambda *a: (order.append("rename"), rename(*a))[1])
     files.publish_folder(staging, tmp_path / "final")
+
+    # the rename must not survive a crash that the content does not
     assert sorted(order[: order.index("rename")]) == [".staging", "a", "b", "sub"]
     assert order[order.index("rename") + 1 :] == [tmp_path.name]
     assert (tmp_path / "final" / "sub" / "b").read_text() == "b"
@@ -83,7 +86,7 @@ def test_publish_folder_never_overwrites(tmp_path):
     assert (tmp_path / "final" / "file").read_text() == "final"
 
 
-def test_remove_folder_hides_before_it_deletes(tmp_path, monkeypatch):
+def test_remove_folder_renames_before_it_deletes(tmp_path, monkeypatch):
     folder = tmp_path / "checkpoint-1"
     folder.mkdir()
     (folder / "file").write_text("x")
@@ -95,9 +98,10 @@ def test_remove_folder_hides_before_it_deletes(tmp_path, monkeypatch):
         patch.setattr(files.shutil, "rmtree", dies)
         with pytest.raises(KeyboardInterrupt):
             files.remove_folder(folder)
+
     assert not folder.exists()
     assert len(os.listdir(tmp_path)) == 1
-    files.remove_folder(folder)  # the same call again clears what the first one left
+    files.remove_folder(folder)  # a second call removes what the first one left
     assert os.listdir(tmp_path) == []
 
 

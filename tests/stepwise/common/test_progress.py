@@ -1,4 +1,4 @@
-"""What is shown where: bars in a terminal, plain lines elsewhere, warnings alone with --quiet."""
+"""Console output: bars in a terminal, plain lines elsewhere, only warnings with --quiet."""
 
 import io
 
@@ -17,7 +17,7 @@ def reporter(quiet=False, terminal=False):
     return Reporter(quiet, console), stream
 
 
-def test_plain_lines_where_there_is_no_terminal():
+def test_plain_lines_without_a_terminal():
     shown, stream = reporter()
     with shown.task("stage 1 easy", 3) as task:
         task.update(1, "loss 0.7")
@@ -39,7 +39,7 @@ def test_a_line_every_few_seconds(monkeypatch):
     assert stream.getvalue().split() == ["x", "10/100", "x", "20/100"]
 
 
-def test_quiet_shows_warnings_alone_and_on_stderr(capsys):
+def test_quiet_shows_only_warnings_on_stderr(capsys):
     shown, stream = reporter(quiet=True)
     with shown.task("x", 2) as task:
         task.update(2, "note")

@@ -1,4 +1,4 @@
-"""Batches: masks, targets and rows by hand; packed and padded give the same loss and gradients."""
+"""Batches: masks, targets and rows computed by hand; packed and padded give the same loss and gradients."""
 
 import numpy as np
 import pytest
@@ -35,12 +35,15 @@ def test_packed_by_hand():
     assert next(iter(batch)) == "pair_index"  # accelerate takes the batch size from the first tensor
     assert batch["pair_index"].tolist() == [7, 3]
     assert batch["ref_logps"].tolist() == [-1.0, -3.0, -2.0, -4.0]
+
     (row,) = batch["groups"]
     # chosen 7, chosen 3, rejected 7, rejected 3, each without its last token
     assert row["input_ids"].tolist() == [[5, 6, 7, 4, 5, 6, 4, 6]]
     assert row["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1, 0, 1]]
     assert row["logp_targets"].tolist() == [[-100, 7, 8, 5, -100, 9, 6, 7]]
     assert set(row) == {"input_ids", "position_ids", "logp_targets"}
+
+    # rows with a target, counted along the row above
     assert batch["rows_index"].tolist() == [1, 2, 3, 5, 6, 7]
     assert batch["rows_segment"].tolist() == [0, 0, 1, 2, 3, 3]
     assert batch["rows_counts"].tolist() == [2, 1, 1, 2]
@@ -51,11 +54,12 @@ THREE = [*TWO, example(4, sequence([7, 8, 9, 10, 11], 3), sequence([7, 8, 9, 12,
 
 
 def test_padded_by_hand():
-    """Six sequences of lengths 4, 2, 5 | 3, 3, 6, sorted into a group of four and one of two."""
+    """Six sequences of lengths 4, 2, 5 | 3, 3, 6, sorted into a group of four and a group of two."""
     batch = make_collate_padded(0)(THREE)
     assert next(iter(batch)) == "pair_index"
     assert batch["pair_index"].tolist() == [7, 3, 4]
     assert batch["ref_logps"].tolist() == [-1.0, -3.0, -5.0, -2.0, -4.0, -6.0]
+
     short, long = batch["groups"]
     assert short["input_ids"].tolist() == [[4, 0, 0], [5, 6, 0], [4, 6, 0], [5, 6, 7]]
     assert short["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 0], [1, 1, 1]]
@@ -64,6 +68,8 @@ def test_padded_by_hand():
     assert long["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     assert long["logp_targets"].tolist() == [[-100, -100, 10, 11, -100], [-100, -100, 12, 13, 14]]
     assert set(short) == {"input_ids", "attention_mask", "logp_targets"}
+
+    # the rows of `long` are counted on from the 12 of `short`
     assert batch["rows_index"].tolist() == [0, 4, 6, 7, 10, 11, 14, 15, 19, 20, 21]
     assert batch["rows_segment"].tolist() == [1, 3, 4, 4, 0, 0, 2, 2, 5, 5, 5]
     assert batch["rows_counts"].tolist() == [2, 1, 2, 1, 2, 3]
@@ -75,21 +81,21 @@ def targets_of(collate, examples):
 
 
 @pytest.mark.parametrize(("prompt_length", "targets"), [(0, [6, 7]), (1, [6, 7]), (2, [-100, 7])])
-def test_prompts_of_no_and_of_one_token_score_the_same(prompt_length, targets):
-    """A first token has nothing before it, so prompt lengths 0 and 1 leave the same rows."""
+def test_prompts_of_zero_and_one_token_score_the_same(prompt_length, targets):
+    """Nothing predicts the first token, so prompt lengths 0 and 1 give the same rows."""
     one = [example(0, *[sequence([5, 6, 7], prompt_length)] * 2)]
     for collate in (collate_packed, make_collate_padded(0)):
         assert targets_of(collate, one) == targets * 2
 
 
-def test_padding_with_a_token_that_also_occurs_is_never_scored():
+def test_padding_is_never_scored_even_if_the_token_occurs_in_texts():
     rows = [example(0, sequence([0, 0, 0], 1), sequence([0, 0], 1))]
     (group,) = make_collate_padded(0)(rows)["groups"]
     assert group["logp_targets"].tolist() == [[0, -100], [0, 0]]
     assert group["attention_mask"].tolist() == [[1, 0], [1, 1]]
 
 
-def test_keep_end_leaves_the_end_of_prompt_and_answers():
+def test_keep_end_keeps_the_end_of_prompt_and_answers():
     pair = Pair("word1 word2 word3", " good1 good2", " bad1", "d:1")
     tokenizer = runs.make_tokenizer()
     word = {name: i for i, name in enumerate(runs.VOCABULARY)}
@@ -107,7 +113,7 @@ def tokenized(count) -> TokenizedPairs:
     return tokenize_pairs(pairs, runs.make_tokenizer(), max_length=9, truncation="keep_end")
 
 
-def test_a_dataset_wants_a_reference_for_every_pair():
+def test_a_dataset_needs_reference_logps_for_every_pair():
     tokens = tokenize_pairs(
         [Pair("word1", " good1", " bad1", "d:1")], runs.make_tokenizer(), max_length=9, truncation="keep_end"
     )
@@ -117,20 +123,20 @@ def test_a_dataset_wants_a_reference_for_every_pair():
 
 def random_examples(lengths, seed):
     generator = torch.Generator().manual_seed(seed)
-    made = []
+    examples = []
     for index, (prompt, chosen, rejected) in enumerate(lengths):
         start = torch.randint(3, VOCAB, (prompt,), generator=generator).tolist()
         sides = [
             sequence(start + torch.randint(3, VOCAB, (n,), generator=generator).tolist(), prompt)
             for n in (chosen, rejected)
         ]
-        made.append(example(index, *sides, refs=(-5.0 * index, -3.0)))
-    return made
+        examples.append(example(index, *sides, refs=(-5.0 * index, -3.0)))
+    return examples
 
 
 @pytest.fixture(scope="module")
 def llama():
-    """A packed and a padded twin."""
+    """Two equal models, the first one with packed attention."""
     packed, padded = (attach_fused_head(tiny_model("llama")) for _ in range(2))
     assert use_packed_attention(packed) is None
     return packed, padded
@@ -150,6 +156,7 @@ def test_packed_and_padded_give_the_same_loss_and_gradients(llama, lengths, seed
         out = pair_output(sums, batch.ref_logps, batch.rows.counts, beta=0.1)
         out.loss.backward()
         results.append((sums.detach(), out.loss.detach(), [p.grad.clone() for p in model.parameters()]))
+
     (sums, loss, grads), (sums_padded, loss_padded, grads_padded) = results
     eps = torch.finfo(torch.float32).eps
     assert torch.allclose(sums, sums_padded, rtol=32 * eps, atol=32 * eps)
@@ -159,20 +166,22 @@ def test_packed_and_padded_give_the_same_loss_and_gradients(llama, lengths, seed
         assert float((a - b).abs().max()) <= 128 * eps * max(1e-3, float(b.abs().max()))
 
 
-def test_packed_sequences_score_as_they_do_alone(llama):
+def test_packed_sequences_score_the_same_as_alone(llama):
     model, _ = llama
     examples = random_examples([(3, 4, 5), (1, 7, 2), (2, 1, 6)], 5)
     with torch.no_grad():
         together = Batch.of(collate_packed(examples)).logps(model)
         alone = torch.cat([Batch.of(collate_packed([one])).logps(model).view(2, 1) for one in examples], 1)
     assert torch.allclose(together, alone.reshape(-1), rtol=1e-6, atol=1e-6)
+
+    # in another order, so that each sequence has other neighbours
     neighbours = [*examples[1:], examples[0]]
     with torch.no_grad():
         moved = Batch.of(collate_packed(neighbours)).logps(model).view(2, 3)
     assert torch.allclose(moved.roll(1, 1).reshape(-1), together, rtol=1e-6, atol=1e-6)
 
 
-def test_pairs_are_read_by_the_trainer_in_order(llama):
+def test_the_dataset_returns_each_pair_with_its_reference_logps(llama):
     tokens = tokenize_pairs(
         [Pair("word1", " good1", " bad1", "d:1")] * 3, runs.make_tokenizer(), max_length=9, truncation="keep_end"
     )

@@ -1,4 +1,4 @@
-"""Stages made and sorted: hand-computed on crafted scores; no pair is lost or doubled."""
+"""Order of the stages: hand-computed on made-up scores; no pair is lost or duplicated."""
 
 from collections import Counter
 
@@ -15,7 +15,7 @@ from sdpo_kernels.stepwise.settings.run_settings import RunConfig, StageConfig
 
 
 def pairs(answers: list[tuple[int, int]], mark: int) -> TokenizedPairs:
-    """A pair for each (chosen tokens, rejected tokens), after a prompt of two that tells pairs apart."""
+    """A pair for each (chosen tokens, rejected tokens), after a prompt of two tokens that identifies the pair."""
     ids, offsets, prompts = [], [0], []
     for number, sides in enumerate(answers):
         for side, count in enumerate(sides):
@@ -38,7 +38,7 @@ def config(stages, **settings) -> RunConfig:
 
 
 class Scores:
-    """Log-probs by the pairs' mark, and how often they were asked for."""
+    """Log-probs by the mark of the pairs; counts how often they are asked for."""
 
     def __init__(self, table):
         self.table, self.calls = table, 0
@@ -61,13 +61,13 @@ TABLE = {
 }
 
 
-def test_given_is_as_given_and_scores_nothing():
+def test_given_keeps_the_order_and_scores_nothing():
     score = Scores(TABLE)
     assert order_stages(config(SOURCES), SOURCES, score) == SOURCES
     assert score.calls == 0
 
 
-def test_reward_accuracy_puts_the_easiest_first_and_ties_stay_as_given():
+def test_reward_accuracy_puts_the_easiest_first_and_ties_keep_their_order():
     ordered = order_stages(config(SOURCES, order="reward_accuracy"), SOURCES, Scores(TABLE))
     assert [s.config.name for s in ordered] == ["b", "a", "c"]
     assert [s.accuracy for s in ordered] == [1.0, 0.25, 0.25]
@@ -76,7 +76,7 @@ def test_reward_accuracy_puts_the_easiest_first_and_ties_stay_as_given():
 
 
 def test_reward_accuracy_per_token():
-    """b's first pair: -1/1 against -2/3, so by the token the rejected answer is the likelier one."""
+    """b's first pair: -1/1 against -2/3, so per token the rejected answer is more likely."""
     sources = [SOURCES[0], stage("b", [(1, 3)] * 2, 1), stage("d", [(3, 1)] * 4, 3)]
     table = TABLE | {3: [[-3, -2], [-3, -2], [-3, -2], [-30, -2]]}
     by_sum = order_stages(config(sources, order="reward_accuracy"), sources, Scores(table))
@@ -93,14 +93,14 @@ def test_an_external_score_needs_no_model():
     assert score.calls == 0
 
 
-def test_margin_cuts_one_source_into_tiers_easiest_first():
+def test_margin_splits_one_stage_into_tiers_easiest_first():
     one = stage("all", [(1, 1)] * 7, 0)
     logps = [[margin, 0] for margin in (-1, 3, 0, 5, -2, 3, 1)]
     score = Scores({0: logps})
     tiers = order_stages(config([one], order="margin", tiers=3), [one], score)
     assert score.calls == 1
     assert [s.config.name for s in tiers] == ["all-1", "all-2", "all-3"]
-    # 5, 3, 3 | 1, 0 | -1, -2; inside a tier the pairs are as given
+    # 5, 3, 3 | 1, 0 | -1, -2; within a tier the pairs keep their order
     assert [s.where for s in tiers] == [["all:1", "all:3", "all:5"], ["all:2", "all:6"], ["all:0", "all:4"]]
     assert [s.accuracy for s in tiers] == [1.0, 0.5, 0.0]
     assert [i for _, i in identities(tiers)] == [1, 3, 5, 2, 6, 0, 4]
@@ -112,7 +112,7 @@ def test_margin_per_token():
     assert margins(settings, one.tokens, Scores({0: [[-2, -4], [-4, -8]]})).tolist() == [-1.0, 7.0]
 
 
-def test_random_deals_all_pairs_anew_by_the_seed():
+def test_random_deals_all_pairs_out_by_the_seed():
     sources = [stage("a", [(1, 1)] * 20, 0), stage("b", [(1, 1)] * 12, 1)]
 
     def dealt(seed):
@@ -122,15 +122,18 @@ def test_random_deals_all_pairs_anew_by_the_seed():
     assert [len(s.tokens) for s in first] == [20, 12]
     assert Counter(identities(first)) == Counter(identities(sources))
     assert {mark for mark, _ in identities(first[:1])} == {0, 1}
+
+    # the same seed deals the same pairs
     assert identities(dealt(1)) == identities(first)
     assert identities(dealt(2)) != identities(first)
-    for s in first:  # each pair takes the place it came from with it
+
+    for s in first:  # each pair keeps its location
         names = [f"{'ab'[m]}:{i}" for m, i in identities([s])]
         assert s.where == names
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.sampled_from(["given", "random", "reward_accuracy"]))
-def test_no_order_loses_or_doubles_a_pair(sizes, order):
+def test_no_order_loses_or_duplicates_a_pair(sizes, order):
     sources = [stage(f"s{i}", [(1, 2)] * size, i) for i, size in enumerate(sizes)]
     table = {i: np.random.default_rng(i).normal(size=(size, 2)).tolist() for i, size in enumerate(sizes)}
     ordered = order_stages(config(sources, order=order), sources, Scores(table))
@@ -156,7 +159,7 @@ def test_scored_counts_leave_out_a_first_token():
     assert scored_counts(tokens).tolist() == [[2, 1], [1, 1]]
 
 
-def test_more_tiers_than_pairs_is_said():
+def test_more_tiers_than_pairs_is_an_error():
     one = stage("x", [(1, 1)] * 2, 0)
     with pytest.raises(UserError, match="tiers: was 3, must be at most 2"):
         order_stages(config([one], order="margin", tiers=3), [one], Scores({0: [[1, 0], [0, 1]]}))

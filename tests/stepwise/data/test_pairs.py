@@ -1,4 +1,4 @@
-"""Reading preference data: every kind of source, the implicit prompt, every bad row's line, scores, shared pairs."""
+"""Reading preference data: all types of sources, implicit prompts, the error line of each bad row, scores, sharing."""
 
 import gzip
 import json
@@ -29,7 +29,7 @@ def _in_a_fresh_folder(tmp_path, monkeypatch):
 
 
 def write_lines(*rows: dict | str | bytes, name: str = "d.jsonl") -> str:
-    """A JSONL file of `rows` (text and bytes are written as they are); returns its name."""
+    """Writes a JSONL file of `rows` (strings and bytes unchanged) and returns its name."""
     lines = [
         row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode() for row in rows
     ]
@@ -67,8 +67,8 @@ def write_as(kind: str, rows: list[dict]) -> str:
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "parquet"])
 @pytest.mark.parametrize("row", [PLAIN, CHAT], ids=["plain", "chat"])
-def test_every_kind_of_file_gives_the_same_pairs(kind, row):
-    rows = [row, {**row, "source": "kept out", "id": 3}]
+def test_every_file_type_gives_the_same_pairs(kind, row):
+    rows = [row, {**row, "source": "ignored", "id": 3}]
     data = read_pairs([write_as(kind, rows)], on_bad_row="error")
     assert data.skipped == []
     places = ["d.jsonl:1", "d.jsonl:2"] if kind == "jsonl" else [f"d.{kind}:1", f"d.{kind}:2"]
@@ -87,7 +87,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=2
     kind=st.sampled_from(["jsonl", "jsonl.gz", "json", "parquet"]),
     chat=st.booleans(),
 )
-def test_any_text_comes_back_as_it_was_written(rows, kind, chat):
+def test_any_text_is_read_back_unchanged(rows, kind, chat):
     def wrap(role, text):
         return [{"role": role, "content": text}] if chat else text
 
@@ -106,7 +106,7 @@ def test_several_sources_are_read_in_order():
     assert [pair.where for pair in pairs] == ["b.jsonl:1", "b.jsonl:3", "a.jsonl:1"]
 
 
-def test_byte_order_mark_and_windows_line_ends_are_tolerated():
+def test_byte_order_mark_and_windows_line_endings_are_accepted():
     row = json.dumps(PLAIN).encode()
     Path("d.jsonl").write_bytes(b"\xef\xbb\xbf" + row + b"\r\n" + row + b"\r\n")
     assert len(read_pairs(["d.jsonl"], on_bad_row="error").pairs) == 2
@@ -121,11 +121,8 @@ def test_byte_order_mark_and_windows_line_ends_are_tolerated():
         ("Q: a\nA: x", "Q: a\nA: y", ("Q: a\nA:", " x", " y")),
         ("abc", "abd", ("ab", "c", "d")),
         ("abc", "xyz", ("", "abc", "xyz")),
-        (
-            "ab ",
-            "xyz",
-            ("", "ab ", "xyz"),
-        ),  # TRL's negative index makes the prompt "ab" here, which is in one of them only
+        # TRL's negative index gives the prompt "ab" here, which only one of them starts with
+        ("ab ", "xyz", ("", "ab ", "xyz")),
         ("abc", "abcd", ("ab", "c", "cd")),
     ],
 )
@@ -141,22 +138,19 @@ def test_implicit_prompt_of_messages():
     assert (longer.prompt, longer.chosen, longer.rejected) == ([USER], [BLUE, USER, BLUE], [BLUE])
 
 
-ENDS = st.text("ab ", min_size=1, max_size=5)
-
-
 @settings(max_examples=200, deadline=None)
 @given(
     start=st.text(max_size=6),
     chosen=st.text("ab ", min_size=1, max_size=5),
     rejected=st.text("ab ", min_size=1, max_size=5),
 )
-def test_implicit_prompt_is_trls(start, chosen, rejected):
+def test_implicit_prompt_equals_trls(start, chosen, rejected):
     data_utils = pytest.importorskip("trl.data_utils")
     from sdpo_kernels.stepwise.data.pairs import _split_prompt
 
     chosen, rejected = start + chosen, start + rejected
     if chosen == rejected or chosen[0] != rejected[0]:
-        return  # equal texts are a bad row; where nothing is shared TRL's chosen[-1] reads the text's end
+        return  # equal texts are a bad row; without a common prefix TRL's chosen[-1] reads the end of the text
     theirs = data_utils.extract_prompt({"chosen": chosen, "rejected": rejected})
     assert _split_prompt(chosen, rejected) == (theirs["prompt"], theirs["chosen"], theirs["rejected"])
 
@@ -170,7 +164,7 @@ def test_tools_and_template_options_are_kept():
     assert the_pair({**CHAT, "tools": None}).tools is None
 
 
-def test_a_message_of_tool_calls_needs_no_content():
+def test_a_message_with_tool_calls_needs_no_content():
     call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
     assert the_pair({**CHAT, "chosen": [call]}).chosen == [call]
 
@@ -201,7 +195,7 @@ BAD_ROWS = [
     (changed(CHAT, prompt="Sky?"), "prompt is a string, chosen is a list of messages, rejected is a list of messages;"),
     (changed(PLAIN, chosen=[BLUE]), "prompt is a string, chosen is a list of messages, rejected is a string;"),
     (changed(CHAT, chosen=[]), "'chosen' is empty"),
-    (changed(CHAT, prompt=[]), "'prompt' has no message; a conversation needs at least one"),
+    (changed(CHAT, prompt=[]), "'prompt' has no messages; a conversation needs at least one"),
     ({"chosen": [USER, BLUE], "rejected": [RED]}, "'chosen' and 'rejected' share no first message"),
     (changed(CHAT, chosen=[{"role": "assistant", "content": " "}]), "'chosen' is empty"),
     (changed(CHAT, chosen=["Blue."]), "'chosen[0]' is of type str, must be a message with role and content"),
@@ -211,7 +205,7 @@ BAD_ROWS = [
     (changed(CHAT, prompt=[{"role": "user", "content": [{"type": "image"}]}]), "'prompt[0].content' is of type list"),
     (changed(CHAT, tools="[1"), "'tools' is broken JSON: "),
     (changed(CHAT, tools={"a": 1}), "'tools' is of type dict, must be a list"),
-    (changed(CHAT, chat_template_kwargs={"tokenize": True}), "chat_template_kwargs: 'tokenize' is set by this program"),
+    (changed(CHAT, chat_template_kwargs={"tokenize": True}), "chat_template_kwargs: 'tokenize' is set by the driver"),
     (changed(CHAT, chat_template_kwargs=[1]), "'chat_template_kwargs' is of type list, must be an object"),
 ]
 
@@ -221,7 +215,7 @@ def test_a_bad_row_is_one_clear_line_or_is_skipped(row, problem):
     path = write_lines(PLAIN, row, PLAIN)
     message = refusal(path)
     assert message.startswith(f"d.jsonl:2: {problem}")
-    assert message.endswith("; on_bad_row: skip leaves bad rows out")
+    assert message.endswith("; set on_bad_row: skip to leave bad rows out")
     data = read_pairs([path], on_bad_row="skip")
     assert [pair.where for pair in data.pairs] == ["d.jsonl:1", "d.jsonl:3"]
     (skipped,) = data.skipped
@@ -232,7 +226,7 @@ def test_the_first_bad_row_is_shown_and_the_others_counted():
     first = write_lines(PLAIN, "{", "[]", name="a.jsonl")
     second = write_lines("3", PLAIN, name="b.jsonl")
     assert refusal(first, second).startswith("a.jsonl:2: broken JSON")
-    assert " (and 2 more bad rows); on_bad_row: skip" in refusal(first, second)
+    assert " (and 2 more bad rows); set on_bad_row: skip" in refusal(first, second)
     skipped = read_pairs([first, second], on_bad_row="skip").skipped
     assert [line.split(": ")[0] for line in skipped] == ["a.jsonl:2", "a.jsonl:3", "b.jsonl:1"]
 
@@ -259,17 +253,17 @@ BAD_FILES = [
     ("d.json", b"[]", "d.json: has no rows"),
     ("d.json", b"", "d.json:1: broken JSON: Expecting value"),
     ("d.json", b'[{"a": 1},\n{]', "d.json:2: broken JSON: Expecting property name"),
-    ("d.json", b"{}\n{}\n", "d.json:2: broken JSON: Extra data (one object a line? then name it .jsonl)"),
-    ("d.json", b'{"train": []}', "d.json: holds an object, must hold a list of objects"),
+    ("d.json", b"{}\n{}\n", "d.json:2: broken JSON: Extra data (if it has one object per line, name it .jsonl)"),
+    ("d.json", b'{"train": []}', "d.json: contains an object, must contain a list of objects"),
     ("d.json", b'["\xff"]', "d.json: is not UTF-8 (byte 2)"),
     ("d.json", b"[" * 100_000, "d.json: broken JSON: "),
-    ("d.jsonl.gz", b"plain text", "d.jsonl.gz: is not a whole gzip file: Not a gzipped file"),
-    ("d.jsonl.gz", ZIPPED[:-9], "d.jsonl.gz: is not a whole gzip file: Compressed file ended"),
-    ("d.jsonl.gz", ZIPPED[:20] + b"\x00" * 9 + ZIPPED[29:], "d.jsonl.gz: is not a whole gzip file: "),
+    ("d.jsonl.gz", b"plain text", "d.jsonl.gz: is not a complete gzip file: Not a gzipped file"),
+    ("d.jsonl.gz", ZIPPED[:-9], "d.jsonl.gz: is not a complete gzip file: Compressed file ended"),
+    ("d.jsonl.gz", ZIPPED[:20] + b"\x00" * 9 + ZIPPED[29:], "d.jsonl.gz: is not a complete gzip file: "),
     ("d.jsonl.gz", gzip.compress(b""), "d.jsonl.gz: has no rows"),
     ("d.parquet", b"", "d.parquet: is not a readable Parquet file: "),
     ("d.parquet", b"PAR1 not really PAR1", "d.parquet: is not a readable Parquet file: "),
-    ("d.csv", b"chosen,rejected\n", "d.csv: unknown kind of file, must end in .jsonl, .jsonl.gz, .json, .parquet"),
+    ("d.csv", b"chosen,rejected\n", "d.csv: unknown file type, must end in .jsonl, .jsonl.gz, .json, .parquet"),
 ]
 
 
@@ -326,7 +320,7 @@ def test_a_wrong_score_is_a_bad_row(extra, problem):
     ("source", "name", "split"),
     [("org/name", "org/name", "train"), ("org/name:test", "org/name", "test"), ("o/n:train[:2]", "o/n", "train[:2]")],
 )
-def test_a_hub_data_set(monkeypatch, source, name, split):
+def test_a_hub_dataset(monkeypatch, source, name, split):
     asked = []
 
     def load_dataset(path, split):
@@ -339,13 +333,13 @@ def test_a_hub_data_set(monkeypatch, source, name, split):
     assert pair == Pair([USER], [BLUE], [RED], f"{source}:row 1")
 
 
-def test_a_hub_data_set_that_cannot_be_loaded(monkeypatch):
+def test_a_hub_dataset_that_cannot_be_loaded(monkeypatch):
     def load_dataset(path, split):
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'org/name' doesn't exist on the Hub\nor is private")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert refusal("org/name") == (
-        "org/name: no such file, and not loadable from the hub: "
+        "org/name: no such file, and it cannot be loaded from the Hub: "
         "DatasetNotFoundError: Dataset 'org/name' doesn't exist on the Hub"
     )
 
@@ -354,18 +348,23 @@ def test_shared_pairs():
     def pairs(*answers: str) -> list[Pair]:
         return [Pair("p", answer, "no", f"x:{place}", score=place) for place, answer in enumerate(answers)]
 
-    assert shared_pairs({"a": pairs("1", "2", "2"), "b": pairs("3")}) == []  # twice within one stage is no sharing
+    assert (
+        shared_pairs({"a": pairs("1", "2", "2"), "b": pairs("3")}) == []
+    )  # a repeated pair within one stage is not shared
     assert shared_pairs({"a": pairs("1", "2", "2"), "b": pairs("2", "3", "4"), "c": pairs("9")}) == [
-        "stages 'a' and 'b' share 1 of their 2 and 3 different pairs: "
+        "stages 'a' and 'b' share 1 of their 2 and 3 distinct pairs: "
         "the reference of the later stage was trained on them"
     ]
     assert len(shared_pairs({"a": pairs("1"), "b": pairs("1"), "c": pairs("1")})) == 3
+
     assert shared_pairs({"a": pairs("1"), "eval_data": pairs("1", "2")}) == [
-        "1 of eval_data's 2 different pairs are trained on in stage 'a': its scores will flatter the model"
+        "1 of eval_data's 2 distinct pairs are also trained on in stage 'a': scores on eval_data will be too high"
     ]
+
+    # the order of a message's keys does not matter
     chat = Pair([USER], [BLUE], [RED], "x:1")
-    turned = Pair([dict(reversed(USER.items()))], [BLUE], [RED], "y:7")
-    assert len(shared_pairs({"a": [chat], "b": [turned]})) == 1
+    reordered = Pair([dict(reversed(USER.items()))], [BLUE], [RED], "y:7")
+    assert len(shared_pairs({"a": [chat], "b": [reordered]})) == 1
 
 
 COUNTS = {
@@ -380,7 +379,7 @@ COUNTS = {
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_the_real_files_have_no_bad_row(name):
+def test_the_real_files_have_no_bad_rows(name):
     if not (DATA / name).exists():
         pytest.skip(f"{DATA / name} is absent")
     data = read_pairs([str(DATA / name)], on_bad_row="error")
@@ -389,7 +388,7 @@ def test_the_real_files_have_no_bad_row(name):
     assert all(pair.is_conversational == (not name.startswith("compact")) for pair in data.pairs)
 
 
-def test_the_real_stages_share_no_pair():
+def test_the_real_stages_share_no_pairs():
     names = [name for name in COUNTS if name.startswith("compact")]
     if not all((DATA / name).exists() for name in names):
         pytest.skip(f"{DATA}/compact is absent")

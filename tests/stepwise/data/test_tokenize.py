@@ -1,4 +1,4 @@
-"""Token ids of pairs: equal to TRL's, truncation, dropped pairs, the flat arrays, every refusal."""
+"""Tokenised pairs: equality with TRL, truncation, dropped pairs, the flat arrays, every error."""
 
 import types
 from pathlib import Path
@@ -26,7 +26,7 @@ TEMPLATE = (
 
 
 def character_tokenizer(**special: str) -> PreTrainedTokenizerFast:
-    """One token a character of CHARACTERS; '~' is the end token where `special` names it."""
+    """One token per character of CHARACTERS; '~' is the EOS token if `special` says so."""
     vocabulary = {character: place for place, character in enumerate(CHARACTERS)} | {"~": EOS, "?": EOS + 1}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -84,10 +84,10 @@ def tokenize(pairs, tokenizer, max_length=1000, truncation="keep_start") -> Toke
     return tokenize_pairs(pairs, tokenizer, max_length=max_length, truncation=truncation)
 
 
-# What the ids are
+# Token ids
 
 
-def test_plain_text_gets_the_end_token_once(characters):
+def test_plain_text_gets_the_eos_token_once(characters):
     tokens = tokenize([pair("ab", " c", " d~")], characters)
     assert rows(tokens) == [(ids("ab c~"), 2, ids("ab d~"), 2)]
     assert tokens.dropped == tokens.warnings == []
@@ -100,7 +100,7 @@ def test_a_conversation_goes_through_the_template(characters):
     assert rows(tokens) == [([*prompt, *ids("c\n")], len(prompt), [*prompt, *ids("de\n")], len(prompt))]
 
 
-def test_tools_and_template_options_of_a_row_reach_the_template(characters):
+def test_tools_and_template_options_of_a_row_are_passed_to_the_template(characters):
     plain, tools, hint = tokenize(
         [
             chat("ab", "c", "de"),
@@ -109,18 +109,21 @@ def test_tools_and_template_options_of_a_row_reach_the_template(characters):
         ],
         characters,
     )
-    assert len(tools.chosen.ids) == len(plain.chosen.ids) + 2  # the template writes the number of tools after each turn
+    assert (
+        len(tools.chosen.ids) == len(plain.chosen.ids) + 2
+    )  # the template writes the number of tools after each message
+
     # with the hint the prompt ends in 'ccc', of which only the first c is in 'c\n' and none in 'de\n'
     assert hint.chosen.prompt_length == plain.chosen.prompt_length
     assert hint.chosen.ids.tolist() == plain.chosen.ids.tolist()
 
 
-def test_a_prompt_that_is_not_a_prefix_ends_where_both_answers_part(characters):
+def test_a_prompt_that_is_not_a_prefix_ends_where_the_texts_differ(characters):
     pairs = [chat("ab", "cd", "cce", chat_template_kwargs={"hint": True}), chat("ab", "c", "d")]
     tokens = tokenize(pairs, characters)
     assert tokens[0].chosen.prompt_length == tokens[0].rejected.prompt_length == tokens[1].chosen.prompt_length + 1
     (warning,) = tokens.warnings
-    assert warning.startswith("1 of 2 pairs (the first is d.jsonl:1): the tokenised prompt is not the start of")
+    assert warning.startswith("1 of 2 pairs (first: d.jsonl:1): the tokenised prompt is not a prefix of")
 
 
 def test_plain_and_conversational_pairs_keep_their_order(characters):
@@ -129,8 +132,8 @@ def test_plain_and_conversational_pairs_keep_their_order(characters):
     assert together == [rows(tokenize([one], characters))[0] for one in pairs]
 
 
-def test_a_tokenizer_that_opens_texts_itself_does_so_once(characters):
-    """Llama-like tokenizers put a first token before plain text; in a conversation the template's is the only one."""
+def test_a_bos_token_is_added_once(characters):
+    """Llama-like tokenizers add a BOS token to plain text; in a conversation only the template adds one."""
     opening = character_tokenizer(eos_token="~", chat_template=TEMPLATE)
     opening.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="> $A", special_tokens=[(">", CHARACTERS.index(">"))]
@@ -143,7 +146,7 @@ def test_a_tokenizer_that_opens_texts_itself_does_so_once(characters):
 
 
 def by_the_rule(one: Pair, tokenizer) -> tuple[list[int], list[int], int]:
-    """TRL 1.16's rule for one pair in its plainest form: prompt + chosen, prompt + rejected, length of the prompt."""
+    """TRL 1.16's rule for one pair, as simple as possible: prompt + chosen, prompt + rejected, prompt length."""
     if one.is_conversational:
         prompt = tokenizer.apply_chat_template(one.prompt, add_generation_prompt=True)["input_ids"]
         full = [tokenizer.apply_chat_template(one.prompt + text)["input_ids"] for text in (one.chosen, one.rejected)]
@@ -193,12 +196,17 @@ def test_real_pairs_equal_trls_own_code(name, source, every, max_length, truncat
     dataset = datasets.Dataset.from_list(
         [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected, "at": at} for at, p in enumerate(pairs)]
     )
+
+    # TRL's own methods, without building a trainer, which would need a model
     trainer = types.SimpleNamespace(_tokenizer=tokenizer)
     theirs = dpo_trainer.DPOTrainer._prepare_dataset(trainer, dataset, tokenizer, arguments, "train")
     collate = dpo_trainer.DataCollatorForPreference(pad_token_id=0, max_length=max_length, truncation_mode=truncation)
     assert len(theirs) > 5
+
+    # `kept` also shows that both drop the same pairs
     ours = tokenize(pairs, tokenizer, max_length, truncation)
     assert ours.kept.tolist() == theirs["at"]
+
     for tokens, row in zip(ours, theirs, strict=True):
         batch = collate([row])
         for half, sequence in enumerate(tokens):
@@ -222,7 +230,7 @@ def test_keep_end_cuts_the_start(characters):
     assert rows(tokenize([pair("abc", "defg", "h")], characters, 6, "keep_end"))[0][:2] == (ids("cdefg~"), 1)
 
 
-def test_a_completion_cut_to_nothing_drops_the_pair(characters):
+def test_a_pair_without_a_completion_after_truncation_is_dropped(characters):
     pairs = [pair("a", "b", "c"), Pair("abcde", "b", "c", "d.jsonl:7"), pair("d", "e", "f")]
     tokens = tokenize(pairs, characters, 5)
     assert tokens.kept.tolist() == [0, 2]
@@ -230,21 +238,21 @@ def test_a_completion_cut_to_nothing_drops_the_pair(characters):
     assert len(tokenize(pairs, characters, 6)) == 3
 
 
-def test_a_completion_without_anything_before_it_drops_the_pair(characters):
-    lonely = character_tokenizer(eos_token="~", chat_template="{{ messages[-1].content }}")
+def test_a_pair_with_a_sequence_of_one_token_is_dropped(characters):
+    only_last_message = character_tokenizer(eos_token="~", chat_template="{{ messages[-1].content }}")
     pairs = [chat("", "a", "bc"), chat("", "b", "ac"), chat("", "bc", "de")]
-    tokens = tokenize(pairs, lonely)
+    tokens = tokenize(pairs, only_last_message)
     assert tokens.kept.tolist() == [2]
     assert tokens.dropped[0] == "d.jsonl:1: chosen has no token to score after its prompt of 0 tokens"
-    assert len(tokenize([pair("", "ab", "c")], characters)) == 1  # the end token is scored after the first one
+    assert len(tokenize([pair("", "ab", "c")], characters)) == 1  # the EOS token is scored after the first one
 
 
-def test_keep_end_keeps_a_scored_token_wherever_two_fit(characters):
+def test_keep_end_keeps_a_scored_token_if_two_tokens_fit(characters):
     (row,) = rows(tokenize([pair("abc", "defg", "h")], characters, 2, "keep_end"))
     assert row == (ids("g~"), 0, ids("h~"), 0)
 
 
-def test_a_max_length_that_leaves_nothing_is_an_error(characters):
+def test_a_max_length_that_leaves_no_pairs_is_an_error(characters):
     with pytest.raises(UserError, match=r"^max_length: was 3, which leaves none of 2 pairs; first: d.jsonl:1: "):
         tokenize([pair("abc", "d", "e")] * 2, characters, 3)
 
@@ -259,7 +267,7 @@ ANSWER = st.text("abcdefghij ", min_size=1, max_size=12)
     max_length=st.integers(2, 30),
     truncation=st.sampled_from(["keep_start", "keep_end"]),
 )
-def test_any_pairs_are_cut_or_dropped_as_the_rule_says(characters, texts, max_length, truncation):
+def test_any_pairs_are_truncated_or_dropped_by_the_rule(characters, texts, max_length, truncation):
     expected, dropped = [], 0
     for prompt, *answers in texts:
         full = [ids(prompt + answer + "~") for answer in answers]
@@ -271,11 +279,13 @@ def test_any_pairs_are_cut_or_dropped_as_the_rule_says(characters, texts, max_le
             expected.append((*cut[0], *cut[1]))
         else:
             dropped += 1
+
     pairs = [pair(*text) for text in texts]
     if not expected:
         with pytest.raises(UserError, match="leaves none"):
             tokenize(pairs, characters, max_length, truncation)
         return
+
     tokens = tokenize(pairs, characters, max_length, truncation)
     assert rows(tokens) == expected
     assert len(tokens.dropped) == dropped
@@ -305,7 +315,7 @@ def test_no_pairs_are_empty_arrays(characters):
     assert tokens.lengths.shape == (0, 2)
 
 
-def test_content_hash_sees_tokens_and_prompt_lengths(characters):
+def test_content_hash_depends_on_tokens_and_prompt_lengths_only(characters):
     pairs = [pair("ab", "c", "d"), pair("a", "b", "c")]
     first = tokenize(pairs, characters)
     assert first.content_hash() == tokenize(pairs, characters).content_hash()
@@ -317,7 +327,7 @@ def test_content_hash_sees_tokens_and_prompt_lengths(characters):
     assert tokenize(elsewhere, characters).content_hash() == first.content_hash()
 
 
-# Refusals
+# Errors
 
 
 def refusal(one: Pair, tokenizer) -> str:
@@ -327,11 +337,11 @@ def refusal(one: Pair, tokenizer) -> str:
     return str(raised.value)
 
 
-def test_no_end_token():
+def test_no_eos_token():
     tokenizer = character_tokenizer(chat_template=TEMPLATE)
     kind = type(tokenizer).__name__
     text = refusal(pair("a", "b", "c"), tokenizer)
-    assert text == f"d.jsonl:1: plain text needs an end token, and the tokenizer {kind} has no eos_token"
+    assert text == f"d.jsonl:1: is plain text, which needs an EOS token, but the tokenizer {kind} has none"
     assert len(tokenize([chat("a", "b", "c")], tokenizer)) == 1
 
 
@@ -339,15 +349,15 @@ def test_no_chat_template():
     tokenizer = character_tokenizer(eos_token="~")
     text = refusal(chat("a", "b", "c"), tokenizer)
     kind = type(tokenizer).__name__
-    assert text == f"d.jsonl:1: is a conversation, and the tokenizer {kind} has no chat template"
+    assert text == f"d.jsonl:1: is a conversation, but the tokenizer {kind} has no chat template"
     assert len(tokenize([pair("a", "b", "c")], tokenizer)) == 1
 
 
-def test_a_template_that_refuses_a_conversation(characters):
+def test_a_template_that_raises(characters):
     text = refusal(pair(message("system", "a"), message("assistant", "b"), message("assistant", "c")), characters)
-    assert text == "d.jsonl:1: the tokenizer's chat template refuses it: TemplateError: no system turn"
+    assert text == "d.jsonl:1: the tokenizer's chat template failed: TemplateError: no system turn"
 
 
-def test_template_options_that_clash(characters):
+def test_a_template_option_that_clashes_with_our_own(characters):
     text = refusal(chat("a", "b", "c", chat_template_kwargs={"add_generation_prompt": True}), characters)
-    assert text.startswith("d.jsonl:1: the tokenizer's chat template refuses it: TypeError: ")
+    assert text.startswith("d.jsonl:1: the tokenizer's chat template failed: TypeError: ")

@@ -1,4 +1,4 @@
-"""A run's `post: {expo: …}`: settings, the folder it leaves, kills, and what check, score and the report say."""
+"""A run's `post: {expo: …}`: settings, the folder it writes, kills, and what check, score and the report show."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_settings_and_their_defaults(tmp_path, model):
 NUMBERS = "must be a number above 0 or a list of such numbers"
 MISTAKES = [
     ({"alhpa": 1}, {}, "post.expo.alhpa: unknown key; did you mean 'alpha'?"),
-    ({"start": "initial"}, {}, "post.expo.start: unknown key; known are: alpha, from, metric"),
+    ({"start": "initial"}, {}, "post.expo.start: unknown key; must be one of alpha, from, metric"),
     ({"from": "first"}, {}, "post.expo.from: was 'first', must be 'initial' or 'previous'"),
     ({"alpha": 0}, {}, f"post.expo.alpha: was 0, {NUMBERS}"),
     ({"alpha": [0.1, -1]}, {}, f"post.expo.alpha: was [0.1, -1], {NUMBERS}"),
@@ -65,15 +65,15 @@ MISTAKES = [
     ({"alpha": True}, {}, f"post.expo.alpha: was true, {NUMBERS}"),
     ({"alpha": "0.3"}, {}, f"post.expo.alpha: was '0.3', {NUMBERS}"),
     ({"alpha": [0.1], "metric": "loss"}, {}, "post.expo.metric: was 'loss', must be 'pair_accuracy', "),
-    ({"alpha": 0.1, "metric": "gamma"}, {}, "post.expo.metric: was 'gamma', but only a list in post.expo.alpha uses"),
+    ({"alpha": 0.1, "metric": "gamma"}, {}, "post.expo.metric: was 'gamma', but is used only with a list in post.expo"),
     ({"alpha": [0.1]}, {"without_eval": True}, "eval_data: is required with a list in post.expo.alpha"),
-    ({"from": "previous"}, {"policy": "initial"}, "post.expo.from: was 'previous', must be initial: that is where"),
+    ({"from": "previous"}, {"policy": "initial"}, "post.expo.from: was 'previous', must be initial: with policy:"),
     ({"from": "previous"}, {"lora": {}, "dtype": "bfloat16"}, "post.expo.from: was 'previous', must be initial with"),
 ]
 
 
 @pytest.mark.parametrize(("expo", "settings", "message"), MISTAKES)
-def test_mistakes_are_one_line(tmp_path, model, expo, settings, message):
+def test_mistakes_are_reported_in_one_line(tmp_path, model, expo, settings, message):
     with pytest.raises(UserError) as raised:
         configured(tmp_path, model, expo, **settings)
     assert str(raised.value).startswith(f"{tmp_path}/run.yaml: {message}")
@@ -83,13 +83,13 @@ def test_mistakes_are_one_line(tmp_path, model, expo, settings, message):
 def test_an_unknown_post_step(tmp_path, model):
     with pytest.raises(UserError, match=r"post.exp: unknown key; did you mean 'expo'\?"):
         runs.configured(tmp_path, model, post={"exp": {}})
-    with pytest.raises(UserError, match=r"post: was 3, must be keys with values"):
+    with pytest.raises(UserError, match=r"post: was 3, must be a mapping"):
         runs.configured(tmp_path, model, post=3)
 
 
 def test_a_hub_model_is_refused_before_training(tmp_path, model, monkeypatch):
     config = configured(tmp_path, model, {"alpha": 0.3}).model_copy(update={"model": "org/model"})
-    with pytest.raises(UserError, match=r"^post.expo: it reads the model's own files: org/model: is no folder"):
+    with pytest.raises(UserError, match=r"^post.expo: needs the model's own files: org/model: is not a folder"):
         runs.train(config)
     assert not (tmp_path / "run").exists()
 
@@ -128,8 +128,8 @@ def test_a_given_alpha_from_the_initial_model(tmp_path, model, spoken, pictures)
 
 
 def test_a_search_on_the_evaluation_pairs(tmp_path, model, capsys):
-    """The best by γ is kept, the scores are those of the models, and the folder's are those of the trial."""
-    expo = {"alpha": [0.2, 0.4], "metric": "reward_margin"}  # small steps, beyond which it grows further
+    """The best α is kept; the trials' scores are those of the models, and the folder scores like its trial."""
+    expo = {"alpha": [0.2, 0.4], "metric": "reward_margin"}  # small steps: the margin still grows with α
     config = configured(tmp_path, model, expo, trainer={"learning_rate": 1e-3})
     manifest = runs.train(config)
     folder, record = tmp_path / "run", manifest["post"]["expo"]
@@ -149,7 +149,7 @@ def test_a_search_on_the_evaluation_pairs(tmp_path, model, capsys):
     assert scored[str(folder / "expo")]["reward_margin"] == pytest.approx(scores["0.4"], rel=1e-6)
 
 
-def test_no_gain_keeps_the_last_stage_and_says_so(tmp_path, model, monkeypatch, spoken):
+def test_no_gain_keeps_the_last_stage_and_reports_it(tmp_path, model, monkeypatch, spoken):
     monkeypatch.setattr(after_run, "_evaluate", lambda *args: {"pair_accuracy": 0.5})
     manifest = run(configured(tmp_path, model, {"alpha": [0.2]}), spoken.reporter)
     assert manifest["post"]["expo"]["alpha"] == 0
@@ -180,7 +180,7 @@ def test_a_lora_run_from_the_previous_stage_keeps_merged_weights_only(tmp_path, 
         assert torch.allclose(tensor, after[name] + 0.5 * (after[name] - before[name]), rtol=1e-6, atol=1e-7)
 
 
-def test_check_says_what_will_be_done(tmp_path, model):
+def test_check_shows_what_will_be_done(tmp_path, model):
     stream = io.StringIO()
     check_run(configured(tmp_path, model, {}), Reporter(console=Console(file=stream, width=200, highlight=False)))
     assert f"post       expo from initial, the best α of 0, 0.1, 0.2, 0.3, 0.4, 0.5, into {tmp_path}/run/expo" in (
@@ -188,11 +188,11 @@ def test_check_says_what_will_be_done(tmp_path, model):
     )
 
 
-def test_a_folder_of_somebody_else_is_not_touched(tmp_path, model):
+def test_a_folder_from_elsewhere_is_not_touched(tmp_path, model):
     config = configured(tmp_path, model, {"alpha": 0.5}, without_eval=True)
     (tmp_path / "run" / "expo").mkdir(parents=True)
     (tmp_path / "run" / "expo" / "mine").write_text("mine")
-    with pytest.raises(UserError, match=r"run/expo is not of this run; move it away"):
+    with pytest.raises(UserError, match=r"run/expo does not belong to this run; move it away"):
         runs.train(config)
     (tmp_path / "run" / "expo").rename(tmp_path / "mine")
     assert runs.train(config)["post"]["expo"]["alpha"] == 0.5
@@ -201,7 +201,7 @@ def test_a_folder_of_somebody_else_is_not_touched(tmp_path, model):
 @pytest.mark.parametrize(
     "record", [None, 3, {}, {"alpha": "x", "from": 1}, {"alpha": 1, "from": "x", "scores": {"2": 1}}]
 )
-def test_a_manifest_that_was_edited_gives_no_line(record):
+def test_an_edited_manifest_gives_no_line(record):
     assert expo_line({"post": {"expo": record}}) is None
     assert expo_line({"post": record}) is None
     assert expo_line({}) is None
@@ -218,7 +218,7 @@ def _die_before_the_rename() -> None:
 
 
 def test_a_kill_at_any_moment(tmp_path, model, monkeypatch):
-    """Before the rename and after it: the same command ends with the folder of a run never killed."""
+    """Before the rename and after it: running the command again gives the folder of a run that was not killed."""
     expo, kept = {"alpha": [0.2, 0.4], "metric": "gamma"}, str(tmp_path / "whole")
     whole = runs.train(configured(tmp_path, model, expo, output_dir=kept))
     config = configured(tmp_path, model, expo)
@@ -229,7 +229,7 @@ def test_a_kill_at_any_moment(tmp_path, model, monkeypatch):
     assert not (folder / "expo").exists()
 
     def stopped(self):
-        raise KeyboardInterrupt  # nothing after it cleans up: what is on the disk is what a kill leaves
+        raise KeyboardInterrupt  # nothing cleans up after it: the disk is as a kill leaves it
 
     with monkeypatch.context() as patch:
         patch.setattr(Manifest, "save", stopped)
@@ -238,7 +238,7 @@ def test_a_kill_at_any_moment(tmp_path, model, monkeypatch):
     assert "post" not in json.loads((folder / "manifest.json").read_text())
     stamp = (folder / "expo").stat().st_mtime_ns
     manifest = runs.train(config)
-    assert (folder / "expo").stat().st_mtime_ns == stamp  # taken as it was
+    assert (folder / "expo").stat().st_mtime_ns == stamp  # not redone
     assert runs.leftovers(folder) == []
     for name in ("model.safetensors", "eval_logps.safetensors"):
         assert runs.digest(folder / "expo" / name) == runs.digest(tmp_path / "whole" / "expo" / name)

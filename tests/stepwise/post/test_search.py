@@ -67,20 +67,20 @@ def test_equal_scores_go_to_the_smaller_alpha(scores, best, gained):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_score_that_is_none_stops_and_leaves_nothing(tmp_path, sides, bad):
+def test_a_score_that_is_not_finite_stops_and_leaves_nothing(tmp_path, sides, bad):
     with pytest.raises(UserError, match=r"^alpha 0.5: its score is (nan|inf), must be a finite number"):
         search(*sides, ALPHAS, lambda folder: bad, tmp_path / "try")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0", "1"]
 
 
-# ---- a user's own command ----
+# ---- the user's own command ----
 
 
 def program(text: str) -> str:
     return shlex.join([sys.executable, "-c", text])
 
 
-def test_a_command_gets_the_folder_and_its_last_line_counts(tmp_path):
+def test_a_command_gets_the_folder_and_its_last_line_is_the_score(tmp_path):
     score = CommandScore(program("import sys; print('loading'); print(len(sys.argv[-1]), '\\n')"))
     assert score(tmp_path) == len(str(tmp_path))
 
@@ -97,17 +97,17 @@ def test_a_command_gets_the_folder_and_its_last_line_counts(tmp_path):
         ("echo 1; echo 2 > x", r"its last line was '1; echo 2 > x"),  # no shell
     ],
 )
-def test_a_command_that_gives_no_score(tmp_path, command, message):
+def test_a_command_without_a_score(tmp_path, command, message):
     with pytest.raises(UserError, match=message):
         CommandScore(command)(tmp_path)
 
 
-def test_a_command_that_takes_too_long_ends_with_its_children(tmp_path):
+def test_a_command_that_takes_too_long_is_killed_with_its_children(tmp_path):
     started = time.monotonic()
     code = "import subprocess, sys; subprocess.run(['sleep', '60'])"
     with pytest.raises(UserError, match=r"took longer than 0.3 seconds"):
         CommandScore(program(code), 0.3)(tmp_path)
-    assert time.monotonic() - started < 20  # else the pipe that `sleep` holds would be waited for
+    assert time.monotonic() - started < 20  # otherwise we would wait for the pipe that `sleep` holds open
     with pytest.raises(UserError, match="timeout: was 0, must be above 0"):
         CommandScore("echo 1", 0)
 
@@ -121,7 +121,7 @@ def dev(tmp_path):
 
 
 def test_pair_scores_of_any_two_checkpoints(tmp_path, model, dev):
-    """γ by the driver against logits of transformers; the reward margin is β times the difference of two γ."""
+    """γ by the driver against transformers' logits; the reward margin is β times the difference of two γ."""
     aligned = runs.make_model(tmp_path / "1", seed=1)
     say = Reporter(quiet=True)
     gamma = PairScore(model, aligned, [dev], "gamma", None, say)
@@ -160,7 +160,7 @@ def test_an_adapter_is_scored_on_its_base(tmp_path, model, dev):
     assert scores["lora"][0].score != pytest.approx(scores["lora"][1].score, rel=1e-2)
 
 
-def test_bf16_weights_are_scored_as_they_are(tmp_path, model, dev):
+def test_bf16_weights_are_scored_in_bf16(tmp_path, model, dev):
     AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(tmp_path / "low")
     runs.make_tokenizer().save_pretrained(tmp_path / "low")
     say = Reporter(quiet=True)
@@ -196,7 +196,7 @@ def test_a_given_alpha(main, tmp_path, sides):
     assert value(tmp_path / "out") == 1.5
     code, out, err = main(*sides, tmp_path / "out", "--alpha", "0.5")
     assert (code, out) == (2, "")
-    assert err == f"error: {tmp_path / 'out'}: exists already; give a new or an empty folder\n"
+    assert err == f"error: {tmp_path / 'out'}: already exists; give a new or an empty folder\n"
 
 
 def test_a_search_by_a_command(main, tmp_path, sides):
@@ -242,18 +242,18 @@ def test_a_search_on_pairs(main, tmp_path, model, dev):
         (["--data", "x", "--search", "0.1;0.2"], "--search: was '0.1;0.2', must be numbers above 0"),
         (["--data", "x", "--search", "0,0.2"], "--search: was '0,0.2', must be numbers above 0"),
         (["--data", "x", "--metric", "loss"], "--metric: was 'loss', must be one of pair_accuracy, "),
-        (["--alpha", "-1"], "alpha: was -1, must be a number from 0 up"),
+        (["--alpha", "-1"], "alpha: was -1, must be a finite number of at least 0"),
     ],
 )
-def test_options_that_make_no_sense(main, tmp_path, sides, options, message):
+def test_options_that_do_not_go_together(main, tmp_path, sides, options, message):
     code, out, err = main(*sides, tmp_path / "out", *options)
     assert (code, out) == (2, "")
     assert err.startswith(f"error: {message}")
     assert err.count("\n") == 1
 
 
-def test_a_full_output_is_heard_of_before_the_search(main, tmp_path, sides, monkeypatch):
+def test_an_output_that_is_not_empty_is_reported_before_the_search(main, tmp_path, sides, monkeypatch):
     monkeypatch.setattr(search_module, "extrapolate", lambda *args: pytest.fail("searched"))
     code, _, err = main(*sides, sides[0], "--score-command", "echo 1")
     assert code == 2
-    assert "exists already" in err
+    assert "already exists" in err

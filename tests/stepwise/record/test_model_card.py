@@ -1,6 +1,6 @@
 """A finished stage's README: YAML that the hub reads, numbers of the record."""
 
-import yaml
+import yaml  # what the hub itself reads a card with; huggingface_hub requires it
 
 from sdpo_kernels.stepwise.record.model_card import model_card
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig

@@ -1,4 +1,4 @@
-"""The report: pictures, page and table of run folders written by hand; and the comparison of several models."""
+"""The report: pictures, page and table of hand-written run folders; and the comparison of several models."""
 
 import io
 import json
@@ -60,7 +60,7 @@ def line(index: int, step: int, **values: Any) -> dict[str, Any]:
 def write_run(
     folder: Path, stages: list[dict[str, Any]], lines: list[dict[str, Any]], **changes: Any
 ) -> dict[str, Any]:
-    """Writes a run folder as the driver leaves it; returns its manifest."""
+    """Write a run folder as the driver leaves it; returns its manifest."""
     folder.mkdir(exist_ok=True)
     manifest = {"version": "0", "model": "models/tiny", "created": "2026-01-02", "environment": {"seed": 7}}
     manifest |= {"initial_eval": scores(0), "stages": stages} | changes
@@ -84,7 +84,7 @@ def png_size(path: Path) -> tuple[int, int]:
 
 
 class Page(HTMLParser):
-    """Collects what matters of a page: its tags, their attributes, its text, the cells of its table."""
+    """Collects the parts of a page that the tests check: tags, addresses and the table's cells."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ def test_finished_run(tmp_path: Path) -> None:
     assert "Left out" not in text
 
 
-def test_again_replaces(tmp_path: Path) -> None:
+def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:
     losses = [line(index, step, loss=1 / step) for index in (1, 2) for step in range(1, 9)]
     write_run(tmp_path, [stage(1, "easy", eval=None), pending(2, "hard")], losses[:8], initial_eval=None)
     first = write_report(tmp_path)
@@ -162,7 +162,7 @@ def test_unfinished_run(tmp_path: Path) -> None:
     stages = [stage(1, "easy"), pending(2, "hard", "training"), pending(3, "last")]
     manifest = write_run(tmp_path, stages, [*all_lines(1), line(2, 1)])
     with (tmp_path / "metrics.jsonl").open("a") as stream:
-        stream.write('{"stage/index": 2, "step": 2, "stage/glo')  # killed while it wrote
+        stream.write('{"stage/index": 2, "step": 2, "stage/glo')  # killed while writing
     assert len(write_report(tmp_path)) == 9
     text = (tmp_path / "report.html").read_text()
     assert "1 of 3 stages done" in text
@@ -200,7 +200,7 @@ def test_many_stages_with_long_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("error:.*[Gg]lyph.*")
-def test_names_are_only_text(tmp_path: Path) -> None:
+def test_names_are_text_and_never_markup(tmp_path: Path) -> None:
     names = ["<script>alert(1)</script>", "$\\frac$ {x}", "[red]b[/red]", "\"&'", "中文", ""]
     stages = [stage(place, name) for place, name in enumerate(names, 1)]
     manifest = write_run(tmp_path, stages, all_lines(len(names)), model="<script>m</script>")
@@ -213,7 +213,7 @@ def test_names_are_only_text(tmp_path: Path) -> None:
         assert f"{place} {name}".strip() in terminal
 
 
-def test_metrics_are_sorted_and_later_lines_count(tmp_path: Path) -> None:
+def test_metrics_are_sorted_and_later_lines_win(tmp_path: Path) -> None:
     lines = [line(1, 2, loss=9.0), line(1, 1, loss=1.0), line(1, 2, loss=2.0), line(1, 2, eval_loss=5.0), line(7, 1)]
     lines.append(line(1, 2, train_runtime=3.0))
     write_run(tmp_path, [stage(1, "easy")], lines)
@@ -224,7 +224,7 @@ def test_metrics_are_sorted_and_later_lines_count(tmp_path: Path) -> None:
     assert run.unreadable == [5, 8, 9, 10], "the line of a stage that the manifest lacks, and three broken ones"
 
 
-def test_not_finite_values_leave_the_rest(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_do_not_hide_the_rest(tmp_path: Path) -> None:
     broken = stage(1, "easy", last_loss=math.nan, gamma_reference=math.inf, seconds=0.0)
     lines = [line(1, 1, loss=math.nan), line(1, 2, loss=math.inf), line(1, 3, loss=0.5), line(1, 4, loss="0.5")]
     write_run(tmp_path, [broken], lines)
@@ -292,12 +292,12 @@ def test_global_state_is_left_alone(tmp_path: Path) -> None:
         large = (tmp_path / "loss.png").read_bytes()
         assert dict(matplotlib.rcParams) == before
     write_report(tmp_path)
-    assert (tmp_path / "loss.png").read_bytes() == large, "a user's own settings have no part in the pictures"
+    assert (tmp_path / "loss.png").read_bytes() == large, "the user's own settings do not change the pictures"
 
 
 def test_loss_picture_shows_what_was_logged() -> None:
     stages = [stage(1, "easy"), stage(2, "hard", loss="ipo")]
-    with drawing.house_style():
+    with drawing.picture_style():
         figure = pictures.loss_picture(stages, [*all_lines(2), line(2, 8, eval_loss=0.3)])
         assert figure is not None
         ax = figure.axes[0]
@@ -374,7 +374,7 @@ def test_comparison_refuses(tmp_path: Path, rows: list[dict[str, Any]], message:
 
 
 def test_wilson_interval() -> None:
-    """Against the interval's definition: its ends are where |share − p| is z standard errors of p."""
+    """Against the interval's definition: at its ends p, |share − p| is z standard errors of p."""
     for share, count in [(0.0, 10), (0.37, 100), (1.0, 50)]:
         for end in wilson_interval(share, count):
             distance = abs(share - end) / math.sqrt(end * (1 - end) / count) if 1e-9 < end < 1 - 1e-9 else 1.959964

@@ -1,4 +1,4 @@
-"""The sections `multi` and `ema`: what is read, what is refused in which words, what `sdpo check` says of them."""
+"""The sections `multi` and `ema`: defaults, the error line for each mistake, what `sdpo check` prints about them."""
 
 import io
 from pathlib import Path
@@ -18,7 +18,7 @@ SMALL = "model: org/model\noutput_dir: runs/x\nstages:\n  - {name: easy, data: a
 
 @pytest.fixture
 def load(tmp_path, monkeypatch):
-    """Settings of the text, from run.yaml in a fresh working directory."""
+    """Loads settings from text, written to run.yaml in an empty working directory."""
     monkeypatch.chdir(tmp_path)
 
     def load_text(text):
@@ -41,9 +41,18 @@ MISTAKES = [
     ("reference: multi\nmulti: {models: [a], epsilon: yes}", "run.yaml: multi.epsilon: was 'yes', must be"),
     ("reference: multi\nmulti: {models: [a], alpha: sure}", "run.yaml: multi.alpha: was 'sure', must be adaptive or"),
     ("reference: multi\nmulti: {models: [a], alpha: 0.5}", "run.yaml: multi.alpha: was 0.5, must be adaptive or a"),
-    ("reference: multi\nmulti: {models: [a], alpha: [1]}", "run.yaml: multi.alpha: were 1 numbers, must be 2: one for"),
-    ("reference: multi\nmulti: {models: [a], alpha: [1, 0]}", "run.yaml: multi.alpha: was [1.0, 0.0], must be above 0"),
-    ("reference: multi\nmulti: {models: [a], alpha: [.6, .5]}", "run.yaml: multi.alpha: was [0.6, 0.5], must be above"),
+    (
+        "reference: multi\nmulti: {models: [a], alpha: [1]}",
+        "run.yaml: multi.alpha: was of length 1, must be of length 2: one weight per reference",
+    ),
+    (
+        "reference: multi\nmulti: {models: [a], alpha: [1, 0]}",
+        "run.yaml: multi.alpha: was [1.0, 0.0], must be positive numbers that sum to 1",
+    ),
+    (
+        "reference: multi\nmulti: {models: [a], alpha: [.6, .5]}",
+        "run.yaml: multi.alpha: was [0.6, 0.5], must be positive numbers that sum to 1",
+    ),
     (
         "reference: multi\nmulti: {models: [a, b], alpha_convention: published}",
         "run.yaml: multi.alpha_convention: was 'published', must be formula with 3 references",
@@ -57,13 +66,13 @@ MISTAKES = [
     ("reference: ema\nema: {mode: fix}", "run.yaml: ema.mode: was 'fix', must be 'ema', 'policy' or 'fixed'"),
     (
         "reference: ema\nema: {mode: fixed, sync_steps: 5}",
-        "run.yaml: ema.sync_steps: was 5, but mode: fixed never moves the reference",
+        "run.yaml: ema.sync_steps: was 5, but mode: fixed never updates the reference",
     ),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("lines", "expected"), MISTAKES, ids=[lines for lines, _ in MISTAKES])
-def test_one_mistake_is_one_clear_line(load, lines, expected):
+def test_a_mistake_is_one_clear_line(load, lines, expected):
     with pytest.raises(UserError) as error:
         load(SMALL + lines + "\n")
     assert str(error.value).startswith(expected)
@@ -90,13 +99,13 @@ def test_defaults_and_absolute_paths(load, tmp_path):
         "reference: ema\nema: {mode: fixed}",
     ],
 )
-def test_both_survive_dumping_and_loading(load, lines):
+def test_both_sections_survive_dumping_and_loading(load, lines):
     config = load(SMALL + lines + "\n")
     assert load(dump_config(config)) == config
 
 
 @pytest.mark.parametrize(("name", "mode"), [("mrpo", "multi"), ("sapo_reference", "ema")])
-def test_the_examples_can_be_read(tmp_path, monkeypatch, name, mode):
+def test_the_examples_load(tmp_path, monkeypatch, name, mode):
     for folder in ("start", "other"):
         (tmp_path / "runs/methods/start" / folder).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
@@ -114,7 +123,7 @@ def checked(config) -> str:
     return stream.getvalue()
 
 
-def test_check_says_what_becomes_of_the_references(tmp_path, model):
+def test_check_lists_the_references(tmp_path, model):
     other = runs.make_model(tmp_path / "other", seed=1)
     options = {"models": [str(other)], "alpha": [0.75, 0.25], "alpha_convention": "published"}
     text = checked(runs.configured(tmp_path, model, reference="multi", multi=options))
@@ -122,8 +131,8 @@ def test_check_says_what_becomes_of_the_references(tmp_path, model):
     assert "epsilon 0.1, alpha 0.75, 0.25 (published)" in text
 
 
-def test_check_counts_how_often_the_reference_moves(tmp_path, model):
-    """Three and two steps; a move after the last step of a stage changes nothing."""
+def test_check_counts_how_often_the_reference_is_updated(tmp_path, model):
+    """Stages of three and two steps; an update after the last step of a stage has no effect."""
     text = checked(runs.configured(tmp_path, model, reference="ema", ema={"sync_steps": 1}))
     assert "ema        decay 0.5, mode ema; each stage starts it anew" in text
     assert "moves every 1 steps: s1 2 times, s2 1 times" in text
@@ -135,7 +144,7 @@ def test_check_counts_how_often_the_reference_moves(tmp_path, model):
 
 
 def other_tokenizer(folder, swap):
-    """A model whose tokenizer has two words' ids exchanged, or a word of its own."""
+    """A model whose tokenizer has the ids of two words swapped, or one word replaced."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -145,6 +154,8 @@ def other_tokenizer(folder, swap):
         words[10], words[11] = words[11], words[10]
     else:
         words[10] = "strange"
+
+    # make_model's tokenizer is replaced, its weights stay
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
@@ -153,7 +164,7 @@ def other_tokenizer(folder, swap):
 
 
 @pytest.mark.parametrize("swap", [True, False])
-def test_a_reference_of_another_vocabulary_is_refused_before_training(tmp_path, model, swap):
+def test_a_reference_with_another_vocabulary_is_refused_before_training(tmp_path, model, swap):
     good = runs.make_model(tmp_path / "good", seed=2)
     other = other_tokenizer(tmp_path / "other", swap)
     config = runs.configured(tmp_path, model, reference="multi", multi={"models": [str(good), str(other)]})
@@ -167,7 +178,7 @@ def test_a_reference_of_another_vocabulary_is_refused_before_training(tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_reference_that_does_not_know_all_tokens_or_is_not_there_is_refused(tmp_path, model):
+def test_a_missing_reference_or_one_with_too_small_a_vocabulary_is_refused(tmp_path, model):
     small = runs.make_model(tmp_path / "small", vocab_size=20)
     config = runs.configured(tmp_path, model, reference="multi", multi={"models": [str(small)]})
     with pytest.raises(UserError, match=r"^multi\.models\.0: .*small: model: .*the model's vocabulary ends at 19"):

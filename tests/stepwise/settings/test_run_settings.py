@@ -1,10 +1,9 @@
-"""A run's YAML: what is read, what is refused and with which words, overrides, round trips, differences."""
+"""Settings of a run: defaults, the error line for each mistake, overrides, round trips, differences."""
 
 import dataclasses
 
 import pytest
 import torch
-import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import TrainingArguments
@@ -13,13 +12,14 @@ from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.settings import trainer as trainer_options
 from sdpo_kernels.stepwise.settings.run_file import config_diff, dump_config, load_config
 from sdpo_kernels.stepwise.settings.run_settings import LoraSettings, RunConfig
+from sdpo_kernels.stepwise.settings.yaml_file import read_settings
 
 SMALL = "model: org/model\noutput_dir: runs/x\nstages:\n  - {name: easy, data: a.jsonl}\n"
 
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """Write run.yaml into a fresh working directory; returns its name, so messages are short."""
+    """Writes run.yaml into an empty working directory and returns its relative name, which keeps messages short."""
     monkeypatch.chdir(tmp_path)
 
     def write_file(text: str) -> str:
@@ -49,7 +49,7 @@ def test_a_small_file_gets_the_defaults(write, tmp_path):
     assert config.stages[0].epochs == 1
 
 
-def test_paths_are_taken_from_the_working_directory_not_from_the_file(write, tmp_path, monkeypatch):
+def test_paths_are_relative_to_the_working_directory_not_the_file(write, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "models" / "m").mkdir(parents=True)
     text = (
@@ -57,6 +57,7 @@ def test_paths_are_taken_from_the_working_directory_not_from_the_file(write, tmp
         "stages: [{name: a, data: [x.jsonl, org/hub:test]}]\n"
     )
     (tmp_path / "elsewhere" / "run.yaml").write_text(text)
+
     monkeypatch.chdir(tmp_path)
     config = load_config("elsewhere/run.yaml")
     assert config.model == str(tmp_path / "models/m")
@@ -65,7 +66,7 @@ def test_paths_are_taken_from_the_working_directory_not_from_the_file(write, tmp
     assert config.stages[0].data == (str(tmp_path / "x.jsonl"), "org/hub:test")
 
 
-def test_numbers_are_those_of_yaml_1_2(write):
+def test_numbers_are_parsed_as_in_yaml_1_2(write):
     text = SMALL + "beta: 5e-2\ntrainer: {learning_rate: 5e-7, weight_decay: '1e-2', seed: 010, eval_strategy: no}\n"
     config = load_config(write(text))
     assert config.beta == 0.05
@@ -81,7 +82,7 @@ def test_default_trainer_values_are_accepted_by_transformers(tmp_path):
     assert arguments.report_to == []
 
 
-def test_stage_settings_go_over_those_of_the_run(write):
+def test_stage_settings_override_those_of_the_run(write):
     text = (
         "model: m/m\noutput_dir: o\nbeta: 0.2\ntrainer: {learning_rate: 1e-6, weight_decay: 0.1}\n"
         "stages: [{name: a, data: a.jsonl}, {name: b, data: b.jsonl, beta: 0.05, trainer: {learning_rate: '2e-6'}}]\n"
@@ -132,12 +133,12 @@ MISTAKES = [
     ("loss: [{name: ld_dpo}, {name: sft}]", "run.yaml: loss: 'ld_dpo' weighs tokens in the sums, must stand alone"),
     ("loss: [{name: sigmoid}]\nloss_options: {x: 0.1}", "run.yaml: loss_options: x: was given beside a list of losses"),
     ("loss: diffusion_dpo", "run.yaml: loss: was 'diffusion_dpo', which takes denoising errors"),
-    ("loss: simpo\nreference: initial", "run.yaml: reference: was 'initial', but simpo reads no reference"),
+    ("loss: simpo\nreference: initial", "run.yaml: reference: was 'initial', but simpo uses no reference"),
     ("loss_options: {label_smoothing: true}", "run.yaml: loss_options: label_smoothing: was True, must be"),
     ("loss_options: {f_divergence: kl}", "run.yaml: loss_options: f_divergence: was 'kl', must be one of: reverse_kl"),
     ("loss_options: {smooth: 0.1}", "run.yaml: loss_options: smooth: the loss 'sigmoid' does not use it"),
     ("loss_options: {label_smoothing: 0.7}", "run.yaml: loss_options: label_smoothing: was 0.7, must be"),
-    ("dtype: bfloat16", "run.yaml: dtype: was 'bfloat16' without lora, must be float32: lr 5e-7 vanishes in bf16"),
+    ("dtype: bfloat16", "run.yaml: dtype: was 'bfloat16' without lora, must be float32: updates at lr 5e-7 vanish"),
     ("tiers: 3", "run.yaml: tiers: was 3, but only order: margin uses it (order is given)"),
     ("tiers: 1\norder: margin", "run.yaml: tiers: was 1, must be greater than or equal to 2"),
     ("order: margin", "run.yaml: tiers: is required with order: margin"),
@@ -149,16 +150,16 @@ MISTAKES = [
     ("eval_data: [a.jsonl, '']", "run.yaml: eval_data.1: was '', must not be empty"),
     ("lerning_rate: 3", "run.yaml: lerning_rate: unknown key; did you mean 'trainer.learning_rate'?"),
     ("lora: {r: 0}", "run.yaml: lora.r: was 0, must be greater than or equal to 1"),
-    ("lora: {rank: 8}", "run.yaml: lora.rank: unknown key; known are: alpha, dropout, r, target_modules"),
+    ("lora: {rank: 8}", "run.yaml: lora.rank: unknown key; must be one of alpha, dropout, r, target_modules"),
     ("lora: {dropout: 0.1}", "run.yaml: lora.dropout: was 0.1, must be 0: a stage starts from its reference"),
     ("lora: {target_modules: 3}", "run.yaml: lora.target_modules: was 3, must be all-linear, a pattern or a list"),
-    ("lora: yes", "run.yaml: lora: was 'yes', must be keys with values"),
-    ("trainer: 3", "run.yaml: trainer: was 3, must be keys with values"),
+    ("lora: yes", "run.yaml: lora: was 'yes', must be a mapping"),
+    ("trainer: 3", "run.yaml: trainer: was 3, must be a mapping"),
     ("trust_remote_code: maybe", "run.yaml: trust_remote_code: was 'maybe', must be a valid boolean"),
     ("7: x", "run.yaml: 7: was 7, "),
     ("trainer: {learning_rat: 1}", "run.yaml: trainer.learning_rat: unknown key; did you mean 'learning_rate'?"),
-    ("trainer: {zzzz: 1}", "run.yaml: trainer.zzzz: unknown key; no known key is near it"),
-    ("trainer: {beta: 1}", "run.yaml: trainer.beta: unknown key; 'beta' stands at the top, not under trainer"),
+    ("trainer: {zzzz: 1}", "run.yaml: trainer.zzzz: unknown key; no similar name exists"),
+    ("trainer: {beta: 1}", "run.yaml: trainer.beta: unknown key; 'beta' belongs at the top level, not under trainer"),
     ("trainer: {learning_rate: fast}", "run.yaml: trainer.learning_rate: was 'fast', must be a valid number"),
     ("trainer: {learning_rate: true}", "run.yaml: trainer.learning_rate: was true, must be a number"),
     ("trainer: {learning_rate: 0}", "run.yaml: trainer.learning_rate: was 0, must be above 0"),
@@ -170,13 +171,13 @@ MISTAKES = [
     ("trainer: {log_level: loud}", "run.yaml: trainer.log_level: was 'loud', must be one of detail, debug, info"),
     ("trainer: {train_sampling_strategy: group_by_length}", "run.yaml: trainer.train_sampling_strategy: was 'group"),
     ("trainer: {save_strategy: best}", "run.yaml: trainer.save_strategy: was 'best', must be steps, epoch or no"),
-    ("trainer: {bf16: true, fp16: true}", "run.yaml: trainer.fp16: was true beside bf16: true"),
+    ("trainer: {bf16: true, fp16: true}", "run.yaml: trainer.fp16: was true together with bf16: true"),
     ("trainer: {eval_strategy: epoch}", "run.yaml: eval_data: is required with eval_strategy: epoch (stage easy)"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("line", "expected"), MISTAKES, ids=[line for line, _ in MISTAKES])
-def test_one_mistake_is_one_clear_line(write, line, expected):
+def test_a_mistake_is_one_clear_line(write, line, expected):
     message = refusal(write(SMALL + line + "\n"))
     assert message.startswith(expected)
     assert "\n" not in message
@@ -187,10 +188,10 @@ STAGE_MISTAKES = [
     ("{name: a, data: x}", "run.yaml: stages: was {'name': 'a', 'data': 'x'}, must be a list"),
     ("[{name: a}]", "run.yaml: stages.0.data: is required"),
     ("[{data: x.jsonl}]", "run.yaml: stages.0.name: is required"),
-    ("[a.jsonl]", "run.yaml: stages.0: was 'a.jsonl', must be keys with values"),
-    ("[{name: a/b, data: x.jsonl}]", "run.yaml: stages.0.name: was 'a/b', must be letters, digits"),
+    ("[a.jsonl]", "run.yaml: stages.0: was 'a.jsonl', must be a mapping"),
+    ("[{name: a/b, data: x.jsonl}]", "run.yaml: stages.0.name: was 'a/b', must be at most 64 letters, digits"),
     ("[{name: eval_data, data: x.jsonl}]", "run.yaml: stages.0.name: was 'eval_data', must be another name"),
-    ("[{name: .., data: x.jsonl}]", "run.yaml: stages.0.name: was '..', must be letters, digits"),
+    ("[{name: .., data: x.jsonl}]", "run.yaml: stages.0.name: was '..', must be at most 64 letters, digits"),
     ("[{name: 1, data: x.jsonl}]", "run.yaml: stages.0.name: was 1, must be a valid string"),
     ("[{name: a, data: []}]", "run.yaml: stages.0.data: was [], must not be empty"),
     ("[{name: a, data: x.jsonl, epoch: 1}]", "run.yaml: stages.0.epoch: unknown key; did you mean 'epochs'?"),
@@ -206,11 +207,11 @@ STAGE_MISTAKES = [
     ("[{name: a, data: x.jsonl, beta: 0}]", "run.yaml: stages.0.beta: was 0, must be greater than 0"),
     (
         "[{name: a, data: x.jsonl, trainer: {warmup_ratio: 0.1}}]",
-        "run.yaml: stages.0.trainer.warmup_ratio: is gone from transformers 5: use warmup_steps: a value below 1",
+        "run.yaml: stages.0.trainer.warmup_ratio: was removed in transformers 5: use warmup_steps: a value below 1",
     ),
     (
         "[{name: a, data: x.jsonl}, {name: a, data: y.jsonl}]",
-        "run.yaml: stages.1.name: was 'a', which stages.0 has too; names must differ",
+        "run.yaml: stages.1.name: was 'a', must be unique: stages.0 has the same name",
     ),
 ]
 
@@ -222,7 +223,7 @@ def test_a_mistake_in_a_stage_is_one_clear_line(write, stages, expected):
     assert "\n" not in message
 
 
-def test_margin_needs_one_stage(write):
+def test_order_margin_needs_exactly_one_stage(write):
     text = "model: m\noutput_dir: o\norder: margin\ntiers: 3\nstages: [{name: a, data: x}, {name: b, data: y}]\n"
     assert refusal(write(text)).startswith("run.yaml: stages: were 2, must be exactly one with order: margin")
     assert load_config(write(SMALL + "order: margin\ntiers: 3\norder_score: mean\n")).tiers == 3
@@ -230,7 +231,7 @@ def test_margin_needs_one_stage(write):
 
 def test_a_stage_may_not_contradict_the_run(write):
     text = SMALL.replace("a.jsonl}", "a.jsonl, trainer: {fp16: true}}") + "trainer: {bf16: true}\n"
-    assert refusal(write(text)).startswith("run.yaml: stages.0.trainer.fp16: was true beside bf16: true")
+    assert refusal(write(text)).startswith("run.yaml: stages.0.trainer.fp16: was true together with bf16: true")
 
 
 def test_every_mistake_is_shown_at_once(write):
@@ -247,28 +248,28 @@ def test_every_mistake_is_shown_at_once(write):
 
 
 @pytest.mark.parametrize("field", sorted(trainer_options.OWNED))
-def test_a_field_the_driver_owns_says_what_to_use(write, field):
+def test_the_error_for_a_field_the_driver_sets_names_an_alternative(write, field):
     assert field in {f.name for f in dataclasses.fields(TrainingArguments)}, "no longer a field: remove it from OWNED"
     message = refusal(write(SMALL + f"trainer: {{{field}: 1}}\n"))
     assert message == f"run.yaml: trainer.{field}: is set by the driver: {trainer_options.OWNED[field]}"
 
 
 @pytest.mark.parametrize("field", sorted(trainer_options.REMOVED))
-def test_a_field_transformers_5_removed_says_what_replaced_it(write, field):
+def test_the_error_for_a_removed_field_names_its_replacement(write, field):
     assert field not in {f.name for f in dataclasses.fields(TrainingArguments)}
     message = refusal(write(SMALL + f"trainer: {{{field}: 1}}\n"))
-    assert message == f"run.yaml: trainer.{field}: is gone from transformers 5: {trainer_options.REMOVED[field]}"
+    assert message == f"run.yaml: trainer.{field}: was removed in transformers 5: {trainer_options.REMOVED[field]}"
 
 
 @pytest.mark.parametrize("field", sorted(trainer_options.trainer_fields()))
-def test_every_other_field_takes_its_own_default(field):
+def test_every_other_field_accepts_its_own_default(field):
     declared = {f.name: f for f in dataclasses.fields(TrainingArguments)}[field]
     default = declared.default if declared.default is not dataclasses.MISSING else declared.default_factory()
     default = getattr(default, "value", default)
     assert trainer_options.check_trainer({field: default}) == {field: default}
 
 
-def test_byte_order_mark_and_merge_keys_are_read(write):
+def test_byte_order_mark_and_merge_keys_are_supported(write):
     text = "\ufeff" + SMALL.replace("stages", "trainer: &t {seed: 3}\nstages").replace(
         "a.jsonl}", "a.jsonl, trainer: {<<: *t, weight_decay: 0.5}}"
     )
@@ -310,7 +311,7 @@ def test_a_wrong_override_is_one_clear_line(write, override, expected):
     assert "\n" not in message
 
 
-def test_a_model_path_that_is_no_folder(write):
+def test_a_model_path_that_is_not_a_folder(write):
     for model in ("./m", "/nowhere/m", "runs/x/stage-1-easy"):
         message = refusal(write(SMALL), f"model={model}")
         assert message == f"run.yaml: model: was {model!r}, which is neither a folder nor the name of a hub model"
@@ -361,13 +362,15 @@ def test_any_config_survives_dumping_and_loading(write, beta, rate, epochs, run_
     assert load_config(write(dump_config(config))) == config
 
 
-def test_the_difference_of_two_configs(write):
+def test_the_difference_between_two_configs(write):
     old = load_config(write(SMALL + "beta: 0.1\nlora: {r: 8}\n"))
     new = load_config(
         write(SMALL.replace("a.jsonl}", "[a.jsonl, b.jsonl], beta: 1.0}") + "beta: 0.05\ntrainer: {tf32: true}\n")
     )
-    stored = yaml.safe_load(dump_config(old))  # what a run's config.yaml holds: lists where the config has tuples
+    stored = read_settings(write(dump_config(old)))  # what a run's config.yaml holds: lists where the config has tuples
+
     assert config_diff(stored, old.model_dump()) == []
+
     lines = config_diff(stored, new.model_dump())
     assert "beta: 0.1 -> 0.05" in lines
     assert "stages.0.beta: null -> 1.0" in lines

@@ -1,4 +1,4 @@
-"""TrainingArguments of a stage: the person's fields, the driver's own, and what transformers refuses."""
+"""TrainingArguments of a stage: the user's fields, the driver's own, and what transformers refuses."""
 
 import os
 
@@ -19,7 +19,7 @@ def arguments(tmp_path, model, **trainer) -> TrainingArguments:
     return training_arguments(config, config.stages[0], tmp_path / "work", tmp_path / "board")
 
 
-def test_fields_of_the_person_and_of_the_driver(tmp_path, model, monkeypatch):
+def test_fields_of_the_user_and_of_the_driver(tmp_path, model, monkeypatch):
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     args = arguments(tmp_path, model, weight_decay=0.1, report_to="tensorboard")
     assert args.weight_decay == 0.1
@@ -33,34 +33,34 @@ def test_fields_of_the_person_and_of_the_driver(tmp_path, model, monkeypatch):
     assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / "board")
 
 
-def test_autocast_is_that_of_the_trainer(tmp_path, model, monkeypatch):
+def test_scoring_uses_the_autocast_of_training(tmp_path, model, monkeypatch):
     assert Precision.of(arguments(tmp_path, model)).dtype is None
     assert Precision.of(arguments(tmp_path, model, bf16=True)).dtype == torch.bfloat16
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as accelerate's launcher has it
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as accelerate's launcher sets it
     assert Precision.of(arguments(tmp_path, model)).dtype == torch.bfloat16
 
 
-def test_several_processes_without_an_accelerator_work_on_the_cpu(tmp_path, model, monkeypatch):
-    """accelerate would know of one process only, each of them."""
+def test_several_ranks_without_an_accelerator_use_the_cpu(tmp_path, model, monkeypatch):
+    """Otherwise every rank's accelerate would see a single process."""
     config = runs.configured(tmp_path, model)
     del config.trainer["use_cpu"]
-    made = []
-    monkeypatch.setattr(arguments_module, "TrainingArguments", lambda **given: made.append(given) or _made(given))
+    calls = []
+    monkeypatch.setattr(arguments_module, "TrainingArguments", lambda **given: calls.append(given) or _build(given))
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     for count, wanted in (("1", None), ("2", True)):
         monkeypatch.setenv("WORLD_SIZE", count)
         training_arguments(config, config.stages[0], tmp_path / "work", tmp_path / "tb")
-        assert made[-1].get("use_cpu") == wanted
+        assert calls[-1].get("use_cpu") == wanted
 
 
-def _made(given: dict) -> TrainingArguments:
+def _build(given: dict) -> TrainingArguments:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORLD_SIZE", "1")
         return TrainingArguments(**given | {"use_cpu": True})
 
 
-def test_weights_rounded_for_scoring_are_themselves_again():
-    """Under FSDP2 they are rounded as they are gathered; here all at once, and only inside."""
+def test_weights_rounded_for_scoring_are_restored_afterwards():
+    """FSDP2 rounds weights as it gathers them; here all are rounded at once, inside the context only."""
     model = nn.Linear(3, 2)
     before = model.weight.detach().clone()
     with Precision(torch.device("cpu"), torch.bfloat16, whole=True).computing(model):

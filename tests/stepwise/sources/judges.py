@@ -1,31 +1,31 @@
-"""Judges for the tests' tiny runs, named in settings as tests.stepwise.sources.judges:good_words."""
+"""Judges for the tests' tiny runs; settings name them like tests.stepwise.sources.judges:good_words."""
 
 from __future__ import annotations
 
 
 def good_words(rows, completions):
-    """How many words of a completion are good ones."""
+    """The number of good words in a completion."""
     assert all("prompt" in row for row in rows)
     return [float(sum(word.startswith("good") for word in text.split())) for text in completions]
 
 
 def too_few(rows, completions):
-    """One score short."""
+    """Returns one score too few."""
     return [0.0] * (len(completions) - 1)
 
 
 def no_numbers(rows, completions):
-    """Not a list."""
+    """Returns no list."""
     return None
 
 
 def alike(rows, completions):
-    """Finds no difference."""
+    """Scores everything alike."""
     return [1.0] * len(completions)
 
 
 def ties_often(rows, completions):
-    """Sees a difference for every other prompt only, and then always."""
+    """Scores the answers to every other prompt alike, and all others by length."""
     return [
         float(len(text)) if int(row["prompt"].split()[0].removeprefix("word")) % 2 else 0.0
         for row, text in zip(rows, completions, strict=True)
@@ -33,5 +33,5 @@ def ties_often(rows, completions):
 
 
 def fails(rows, completions):
-    """A mistake of its author."""
+    """Fails by a mistake of its author."""
     return [row["missing"] for row in rows]

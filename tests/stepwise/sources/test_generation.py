@@ -1,4 +1,4 @@
-"""Samples: seeded, resumable, left out where they did not end."""
+"""Sampling is seeded and resumable; samples that did not end are left out."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_same_settings_give_the_same_samples(tmp_path, model):
 
 
 def test_samples_follow_the_models_distribution(tmp_path, model):
-    """The first token of many samples against the model's own probabilities; also that padding changes nothing."""
+    """The first token of many samples against the model's own probabilities; padding must not change them."""
     rows = [PromptRow(text, {"prompt": text}, "") for text in ("word1", "word2 word3 word4")]
     ctx = context(tmp_path, model, rows, max_new_tokens=1, batch_size=500)
     drawn = generation.generate(ctx, [row.ids(ctx.tokenizer) for row in rows for _ in range(2000)], "x.jsonl")
@@ -72,7 +72,7 @@ def test_samples_follow_the_models_distribution(tmp_path, model):
         assert float((found - p).abs().max()) < 5 * float((p * (1 - p) / 2000).sqrt().max())
 
 
-def test_a_killed_run_does_not_pay_twice(tmp_path, model, monkeypatch):
+def test_a_killed_run_samples_nothing_twice(tmp_path, model, monkeypatch):
     whole = tmp_path / "whole"
     whole.mkdir()
     expected = generation.sample(context(whole, model, PROMPTS), 3)
@@ -96,7 +96,7 @@ def test_a_killed_run_does_not_pay_twice(tmp_path, model, monkeypatch):
     assert file.read_bytes() == (whole / "source/samples.jsonl").read_bytes()
 
 
-def test_samples_of_other_settings_are_drawn_anew(tmp_path, model):
+def test_samples_with_other_settings_are_not_reused(tmp_path, model):
     generation.sample(context(tmp_path, model, PROMPTS), 3)
     before = (tmp_path / "source/samples.jsonl").read_text().splitlines()[0]
     generation.sample(context(tmp_path, model, PROMPTS, temperature=0.5), 3)
@@ -105,7 +105,7 @@ def test_samples_of_other_settings_are_drawn_anew(tmp_path, model):
     assert len(lines) == 1 + 3
 
 
-def test_what_did_not_end_is_left_out(tmp_path, model):
+def test_samples_that_did_not_end_are_left_out(tmp_path, model):
     ctx = context(tmp_path, model, PROMPTS, max_new_tokens=1)
     drawn = generation.generate(ctx, [PROMPTS[0].ids(ctx.tokenizer)] * 20, "x.jsonl")
     assert not all(completion.finished for completion in drawn)

@@ -1,4 +1,4 @@
-"""Each source: what pairs it makes of which samples, and whole runs with it."""
+"""Each source: which pairs it generates from which samples, and whole runs with it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, LlamaForSequenceClassification
 
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.progress import Reporter
 from sdpo_kernels.stepwise.data.prompts import PromptRow, read_prompts
 from sdpo_kernels.stepwise.prepare import prepare
 from sdpo_kernels.stepwise.run import run
-from sdpo_kernels.stepwise.sources import active, discriminator, generation, judges, ranked, self_augmented
+from sdpo_kernels.stepwise.sources import active, discriminator, generation, ranked, self_augmented
 from sdpo_kernels.stepwise.sources.context import read_json_rows
 from sdpo_kernels.stepwise.sources.context import write_rows as write_json_rows
-from sdpo_kernels.stepwise.sources.judges import best_and_worst, function_judge, reward_model_judge
-from tests.stepwise.runs import PLAIN, configured, digest, make_model, make_rows, make_tokenizer, write_rows
+from tests.stepwise.runs import PLAIN, configured, digest, make_model, make_rows, write_rows
 from tests.stepwise.sources.judges import good_words
 from tests.stepwise.sources.test_generation import JUDGE, context
 
@@ -41,7 +39,7 @@ def prompt_file(folder: Path, count: int = 10) -> Path:
     return write_rows(folder / "prompts.jsonl", rows)
 
 
-def made_config(folder: Path, model: Path, kind: str, stages: int = 2, settings=(), **source):
+def source_config(folder: Path, model: Path, kind: str, stages: int = 2, settings=(), **source):
     prompts = prompt_file(folder)
     source = {"kind": kind, "samples": 3, "max_new_tokens": 40, "batch_size": 12} | source
     listed = [{"name": f"s{i}", "prompts": str(prompts), "source": source} for i in range(1, stages + 1)]
@@ -65,11 +63,11 @@ def test_ranked_pairs_best_with_worst(tmp_path, model, monkeypatch):
     }  # fmt: skip
 
 
-def test_a_ranked_run_keeps_its_pairs_and_goes_on_after_a_kill(tmp_path, model, monkeypatch):
+def test_a_ranked_run_keeps_its_pairs_and_resumes_after_a_kill(tmp_path, model, monkeypatch):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()
-    manifest = run(made_config(whole, model, "ranked", judge=JUDGE), QUIET)
+    manifest = run(source_config(whole, model, "ranked", judge=JUDGE), QUIET)
     stages = [whole / "run" / f"stage-{i}-s{i}" for i in (1, 2)]
     for record, folder in zip(manifest["stages"], stages, strict=True):
         pairs = pairs_of(folder)
@@ -77,7 +75,7 @@ def test_a_ranked_run_keeps_its_pairs_and_goes_on_after_a_kill(tmp_path, model, 
         for pair in pairs:
             chosen, rejected = good_words([{"prompt": ""}] * 2, [pair["chosen"], pair["rejected"]])
             assert chosen > rejected
-    assert pairs_of(stages[0]) != pairs_of(stages[1])  # another model, other samples
+    assert pairs_of(stages[0]) != pairs_of(stages[1])  # a different model, different samples
 
     real, calls = generation._generate_batch, []
 
@@ -87,60 +85,16 @@ def test_a_ranked_run_keeps_its_pairs_and_goes_on_after_a_kill(tmp_path, model, 
             raise KeyboardInterrupt
         return real(*args)
 
-    config = made_config(killed, model, "ranked", judge=JUDGE)
+    config = source_config(killed, model, "ranked", judge=JUDGE)
     monkeypatch.setattr(generation, "_generate_batch", dies)
     with pytest.raises(KeyboardInterrupt):
         run(config, QUIET)
     run(config, QUIET)
-    assert len(calls) == 2 + 2 + 3  # three batches a stage, one of them paid before the kill
+    assert len(calls) == 2 + 2 + 3  # three batches per stage, one of them done before the kill
     assert digest(killed / "run/stage-2-s2/model.safetensors") == digest(stages[1] / "model.safetensors")
 
 
-def test_a_reward_model_judges(tmp_path, model):
-    torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(model, num_labels=1)
-    network = LlamaForSequenceClassification(config)
-    network.save_pretrained(tmp_path / "reward")
-    tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(tmp_path / "reward")
-    rows = [PromptRow("word1", {}, ""), PromptRow("word2 word3", {}, "")]
-    scores = reward_model_judge(str(tmp_path / "reward"), torch.device("cpu"), 64, 1)(rows, [" good1 ", " bad1 bad2 "])
-    together = reward_model_judge(str(tmp_path / "reward"), torch.device("cpu"), 64, 8)(
-        rows, [" good1 ", " bad1 bad2 "]
-    )
-    assert scores == pytest.approx(together, rel=1e-5)
-    ids = torch.tensor([tokenizer("word1 good1 </s>")["input_ids"]])
-    assert scores[0] == pytest.approx(network.eval()(ids).logits[0, 0].item(), rel=1e-4)
-
-
-def test_best_and_worst():
-    assert best_and_worst(["a", "b", "c"], [1.0, 3.0, 0.0]) == (1, 2)
-    assert best_and_worst(["a", "b"], [1.0, 1.0]) is None
-    assert best_and_worst([], []) is None
-
-
-# --- judges and prompts ---
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("nowhere:f", "can be imported"),
-        ("tests.stepwise.sources.judges:nothing", "can be imported"),
-        ("tests.stepwise.sources.judges", "can be imported"),
-        ("json:__name__", "must be a function"),
-    ],
-)
-def test_a_judge_that_is_not_there(name, message):
-    with pytest.raises(UserError, match=message):
-        function_judge(name)
-
-
-@pytest.mark.parametrize("name", ["too_few", "no_numbers"])
-def test_a_judge_that_answers_wrongly(name):
-    judge = function_judge(f"tests.stepwise.sources.judges:{name}")
-    with pytest.raises(UserError, match=f"judges:{name}"):
-        judge([PromptRow("a", {}, "")] * 2, ["x", "y"])
+# --- prompts and a judge without a preference ---
 
 
 def test_bad_prompt_rows(tmp_path):
@@ -153,8 +107,8 @@ def test_bad_prompt_rows(tmp_path):
 
 
 def test_a_judge_that_sees_no_difference_stops_the_run(tmp_path, model):
-    config = made_config(tmp_path, model, "ranked", judge="tests.stepwise.sources.judges:alike")
-    with pytest.raises(UserError, match="no pair came of 10 prompts"):
+    config = source_config(tmp_path, model, "ranked", judge="tests.stepwise.sources.judges:alike")
+    with pytest.raises(UserError, match="no pairs from 10 prompts"):
         run(config, QUIET)
 
 
@@ -165,13 +119,13 @@ def test_gold_labels_go_to_the_closest_pairs():
     rows = [PromptRow(f"p{i}", {}, "") for i in range(3)]
     groups = [["a", "b", "c"], ["d", "e"], ["f"]]
     scores = [[0.0, 1.0, 1.2], [3.0, 3.1], [9.0]]
-    found = discriminator.unsure(rows, groups, scores, 5, seed=0)
+    found = discriminator.least_certain(rows, groups, scores, 5, seed=0)
     assert [(q.row.prompt, q.first, q.second) for q in found] == [("p1", "d", "e"), ("p0", "b", "c")]
-    assert len(discriminator.unsure(rows, groups, None, 1, seed=0)) == 1
+    assert len(discriminator.least_certain(rows, groups, None, 1, seed=0)) == 1
 
 
-def test_a_scorer_learns_and_stays_with_the_stage(tmp_path, model):
-    config = made_config(tmp_path, model, "discriminator", judge=JUDGE, budget=6, scorer_learning_rate=1e-2)
+def test_a_scorer_is_trained_and_kept_with_the_stage(tmp_path, model):
+    config = source_config(tmp_path, model, "discriminator", judge=JUDGE, budget=6, scorer_learning_rate=1e-2)
     run(config, QUIET)
     gold = []
     for index in (1, 2):
@@ -183,7 +137,7 @@ def test_a_scorer_learns_and_stays_with_the_stage(tmp_path, model):
     assert len(gold[0]) < len(gold[1]) <= len(gold[0]) + 6
 
 
-def test_training_a_scorer_ranks_its_own_gold(tmp_path, model):
+def test_a_trained_scorer_ranks_its_gold_labels(tmp_path, model):
     rows = make_rows(24)
     ctx = context(tmp_path, model, [])
     settings = discriminator.DiscriminatorSource(
@@ -199,7 +153,7 @@ def test_training_a_scorer_ranks_its_own_gold(tmp_path, model):
 # --- self_augmented ---
 
 
-def test_the_buffer_prefers_what_was_used_less():
+def test_the_buffer_prefers_rows_used_less_often():
     buffer = [{"prompt": str(i), "uses": 0 if i else 50} for i in range(4)]
     drawn = self_augmented.draw_from(buffer, 300, random.Random(0))
     assert len(drawn) == 300
@@ -209,13 +163,13 @@ def test_the_buffer_prefers_what_was_used_less():
 
 
 def common(one: list[str], other: list[str]) -> int:
-    """How many words both begin with."""
+    """The number of words that both start with."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def test_a_segment_is_written_again_and_the_rest_stays(tmp_path, model):
+def test_only_the_segment_is_regenerated(tmp_path, model):
     settings = {"segment_tokens": 2, "samples": 2, "pairs": 12, "buffer": 15, "max_new_tokens": 5}
-    run(made_config(tmp_path, model, "self_augmented", **settings), QUIET)
+    run(source_config(tmp_path, model, "self_augmented", **settings), QUIET)
     rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
     answers = {row["prompt"]: row["answer"] for row in rows}
     for index in (1, 2):
@@ -233,17 +187,17 @@ def test_a_segment_is_written_again_and_the_rest_stays(tmp_path, model):
         assert sum(row["uses"] for row in buffer) >= 12
 
 
-def test_the_average_of_the_stage_before_writes_segments(tmp_path, model, monkeypatch):
+def test_the_previous_stages_ema_model_generates_segments(tmp_path, model, monkeypatch):
     loaded = []
     real = generation.load_ema_into
     monkeypatch.setattr(generation, "load_ema_into", lambda m, folder: (loaded.append(folder.name), real(m, folder)))
     settings = {"segment_tokens": 2, "samples": 1, "pairs": 6, "max_new_tokens": 5}
-    run(made_config(tmp_path, model, "self_augmented", settings={"reference": "ema"}, **settings), QUIET)
+    run(source_config(tmp_path, model, "self_augmented", settings={"reference": "ema"}, **settings), QUIET)
     assert loaded == ["stage-1-s1"]
 
 
-def test_a_row_without_an_answer_is_said_before_training(tmp_path, model):
-    config = made_config(tmp_path, model, "self_augmented", pairs=3, segment_tokens=9)
+def test_a_row_without_an_answer_is_reported_before_training(tmp_path, model):
+    config = source_config(tmp_path, model, "self_augmented", pairs=3, segment_tokens=9)
     write_rows(tmp_path / "prompts.jsonl", [{"prompt": "word1"}])
     with pytest.raises(UserError, match=r"prompts.jsonl:1: 'answer' is missing"):
         run(config, QUIET)
@@ -252,8 +206,8 @@ def test_a_row_without_an_answer_is_said_before_training(tmp_path, model):
 # --- active ---
 
 
-def test_later_rounds_ask_where_entropy_and_the_gap_of_rewards_are_high(tmp_path, model, monkeypatch):
-    """Entropies 10, 30, 20, 40 and gaps: of the two prompts of highest entropy the one with the larger gap."""
+def test_later_rounds_ask_where_entropy_and_reward_gap_are_high(tmp_path, model, monkeypatch):
+    """With entropies 10, 30, 20, 40: of the two prompts of highest entropy, the one with the larger reward gap."""
     rows = [PromptRow(f"p{i}", {"prompt": f"p{i}"}, "") for i in range(4)]
     groups = [[f"a{i}", f"b{i}"] for i in range(4)]
     policy = torch.tensor([[-10.0, -10.0], [-25.0, -35.0], [-20.0, -20.0], [-40.0, -40.0]], dtype=torch.float64)
@@ -287,7 +241,7 @@ def test_an_odd_sample_counts_once_in_the_entropy(tmp_path, model, monkeypatch):
 
 
 def test_an_active_run_asks_about_new_prompts_each_round(tmp_path, model):
-    config = made_config(
+    config = source_config(
         tmp_path, model, "active", settings={"policy": "initial", "reference": "initial"}, judge=JUDGE, acquire=4
     )
     run(config, QUIET)
@@ -303,62 +257,25 @@ def test_an_active_run_asks_about_new_prompts_each_round(tmp_path, model):
 
 
 def test_programs_that_pass_are_chosen(tmp_path, model):
-    """The checker wants a good word; prompts of whose samples all pass or all fail give no pair."""
+    """The checker accepts answers with a good word; prompts whose samples all pass or all fail give no pair."""
     checker = tmp_path / "check.py"
     checker.write_text("import json, sys\nassert json.load(open(sys.argv[2]))['prompt']\n"
                        "sys.exit('good' not in open(sys.argv[1]).read())\n")  # fmt: skip
     command = [sys.executable, str(checker), "{completion}", "{prompt}"]
-    run(made_config(tmp_path, model, "execution", stages=1, command=command, max_new_tokens=8, samples=4), QUIET)
+    run(source_config(tmp_path, model, "execution", stages=1, command=command, max_new_tokens=8, samples=4), QUIET)
     pairs = pairs_of(tmp_path / "run/stage-1-s1")
     assert pairs
     assert all("good" in pair["chosen"] and "good" not in pair["rejected"] for pair in pairs)
 
 
-def test_a_checker_that_cannot_start_is_said_before_training(tmp_path, model):
-    config = made_config(tmp_path, model, "execution", command=["/nonexistent/checker", "{completion}"])
+def test_a_checker_that_cannot_start_is_reported_before_training(tmp_path, model):
+    config = source_config(tmp_path, model, "execution", command=["/nonexistent/checker", "{completion}"])
     with pytest.raises(UserError, match="/nonexistent/checker"):
         run(config, QUIET)
     assert not (tmp_path / "run").exists()
 
 
-# --- what a kill or odd text must not break ---
-
-
-def test_no_verdict_is_asked_for_twice(tmp_path):
-    asked = []
-
-    def judge(rows, completions):
-        asked.extend(completions)
-        return [float(len(text)) for text in completions]
-
-    rows = [PromptRow(f"p{i}", {"prompt": f"p{i}"}, "") for i in range(3)]
-    first = judges.remembering(judge, tmp_path / "v.jsonl", "1")(rows, ["a", "bb", "a"])
-    assert first == [1.0, 2.0, 1.0]
-    with (tmp_path / "v.jsonl").open("a") as stream:
-        stream.write('{"of": "cut sho')  # a kill in the middle of a line
-    again = judges.remembering(judge, tmp_path / "v.jsonl", "1")
-    assert again([*rows, rows[0]], ["a", "bb", "ccc", "a"]) == [1.0, 2.0, 3.0, 1.0]
-    assert asked == ["a", "bb", "a", "ccc"]  # the same text under another prompt is another question
-    assert judges.remembering(judge, tmp_path / "v.jsonl", "1")(rows[2:], ["ccc"]) == [3.0]
-    assert len(asked) == 4
-    judges.remembering(judge, tmp_path / "v.jsonl", "2")(rows[2:], ["ccc"])  # a judge that has been mended
-    assert len(asked) == 5
-
-
-def test_a_judge_has_another_version_when_its_file_changes(tmp_path):
-    file = tmp_path / "checker.py"
-    file.write_text("1")
-    first = judges.code_version("python3", str(file))
-    file.write_text("2")
-    assert judges.code_version("python3", str(file)) != first
-    assert judges.function_version("tests.stepwise.sources.judges:alike") == judges.function_version(
-        "tests.stepwise.sources.judges:alike"
-    )
-
-
-def test_a_judge_that_fails_says_where():
-    with pytest.raises(UserError, match=r"failed: KeyError: 'missing' \(.*judges.py:\d+\)"):
-        function_judge("tests.stepwise.sources.judges:fails")([PromptRow("a", {}, "")], ["x"])
+# --- kills, odd text and mistakes ---
 
 
 def test_line_breaks_of_other_alphabets_stay_inside_a_row(tmp_path):
@@ -370,16 +287,16 @@ def test_line_breaks_of_other_alphabets_stay_inside_a_row(tmp_path):
 def test_prompts_that_tie_are_not_asked_about_again(tmp_path, model):
     settings = {"policy": "initial", "reference": "initial", "trainer": {"learning_rate": 1e-5}}
     name = "tests.stepwise.sources.judges:ties_often"
-    run(made_config(tmp_path, model, "active", settings=settings, judge=name, acquire=5), QUIET)
+    run(source_config(tmp_path, model, "active", settings=settings, judge=name, acquire=5), QUIET)
     asked = (tmp_path / "run/stage-2-s2/source/asked.jsonl").read_text().splitlines()
     labels = (tmp_path / "run/stage-2-s2/source/labels.jsonl").read_text().splitlines()
     assert len(set(asked)) == len(asked) > len(labels)
 
 
-def test_prompts_that_are_evaluated_are_warned_of(tmp_path, model):
+def test_prompts_that_are_also_in_eval_data_give_a_warning(tmp_path, model):
     rows = [{"prompt": "word0 word0 word0", "chosen": " good1", "rejected": " bad1"}]
     evaluated = write_rows(tmp_path / "eval.jsonl", rows)
-    config = made_config(tmp_path, model, "ranked", judge=JUDGE, settings={"eval_data": str(evaluated)})
+    config = source_config(tmp_path, model, "ranked", judge=JUDGE, settings={"eval_data": str(evaluated)})
     assert any("1 of eval_data's 1 different prompts are prompts of stage 's1'" in w for w in prepare(config).warnings)
 
 
@@ -389,14 +306,14 @@ def test_prompts_that_are_evaluated_are_warned_of(tmp_path, model):
         ({"kind": "ranked", "reward_model": "/nonexistent/model"}, {}, "reward_model: /nonexistent/model"),
         ({"kind": "ranked", "judge": JUDGE, "samplez": 3}, {}, "samplez: unknown key; did you mean 'samples'"),
         ({"kind": "self_augmented", "pairs": 3, "segment_tokens": 9, "max_new_tokens": 3}, {}, "must be at least"),
-        ({"kind": "active", "judge": JUDGE, "acquire": 3}, {}, "set policy: initial"),
+        ({"kind": "active", "judge": JUDGE, "acquire": 3}, {}, "must be with policy: initial"),
         ({"kind": "active", "judge": JUDGE, "acquire": 3}, {"policy": "initial"}, "reference: was 'previous'"),
         ({"kind": "execution", "command": ["python3"]}, {}, "must contain {completion}"),
         ({"kind": "ranked", "judge": JUDGE}, {"order": "random"}, "order: was 'random', must be given"),
         ({"kind": "guess"}, {}, "source.kind: was 'guess', must be one of 'ranked'"),
     ],
 )
-def test_settings_that_contradict_are_said_before_training(tmp_path, model, source, settings, message):
+def test_contradictory_settings_are_reported_before_training(tmp_path, model, source, settings, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        run(made_config(tmp_path, model, source.pop("kind"), settings=settings, **source), QUIET)
+        run(source_config(tmp_path, model, source.pop("kind"), settings=settings, **source), QUIET)
     assert not (tmp_path / "run").exists()
