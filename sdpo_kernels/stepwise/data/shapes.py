@@ -174,8 +174,9 @@ def _same_kind(values: dict[str, Any]) -> dict[str, Any]:
     system = values.pop("system", None)
     if system is not None and not isinstance(system, str):
         raise BadRow(f"'system' is of type {type(system).__name__}, must be a string")
-    if system is None and not any(isinstance(value, list) for value in parts.values()):
-        return values
+    kinds = {part: isinstance(value, list) for part, value in parts.items()}
+    if system is None and (not any(kinds.values()) or kinds.get("chosen") != kinds.get("rejected")):
+        return values  # plain strings, or a mixture that pairs.py refuses
 
     for part, value in parts.items():
         if isinstance(value, str):
