@@ -33,7 +33,7 @@ def train_stage(stage: Stage) -> None:
 
     1. A folder that was published just before a crash only needs its record in the manifest.
     2. Find the newest complete checkpoint, if the stage was stopped before.
-    3. Generate the pairs of a stage that has prompts, unless they are there.
+    3. If the stage has prompts, generate its pairs, unless they are there.
     4. Score the references, or read them from the cache, and make the Trainer.
     5. Drop metrics past the checkpoint, then train from there, or from the start.
     6. Save, evaluate and publish the stage, and record it in the manifest.
@@ -41,7 +41,7 @@ def train_stage(stage: Stage) -> None:
     On several ranks all train; only rank 0 writes and logs.
 
     Raises:
-        UserError: what the user can mend; everything complete so far is kept.
+        UserError: what the user can fix; everything complete so far is kept.
         Interrupted: after Ctrl-C or SIGTERM, with everything saved.
     """
     if publish.is_published(stage):
@@ -80,7 +80,12 @@ def train_stage(stage: Stage) -> None:
 def prepare_trainer(stage: Stage) -> tuple[StageTrainer, Tensor]:
     """The Trainer at the stage's start, and the reference's log-probs [n, 2] that its pairs are compared with.
 
-    The references are scored here; a stage that resumes needs them too, and reads them from its cache.
+    1. Score the references, or read them from the cache if the stage resumes.
+    2. Check that they are those the stage started with, and record them in the manifest.
+    3. With LoRA, add an adapter to the policy.
+    4. Make the Trainer.
+
+    UserError if a model cannot be loaded or has changed, or if transformers refuses a setting.
     """
     config = stage.run.config
     if asks_for_fsdp(stage.args) and ranks.launched() == 1:
@@ -89,7 +94,7 @@ def prepare_trainer(stage: Stage) -> tuple[StageTrainer, Tensor]:
     start = stage.references.score()
     stage.use_cache = getattr(start.loaded.model.config, "use_cache", True)
 
-    # A resumed stage must go on against the reference it started with.
+    # A resumed stage must continue with the reference it started with.
     before = stage.record.get("reference_hash")
     if before not in (None, start.record["reference_hash"]):
         raise UserError(
@@ -109,7 +114,7 @@ def _newest_checkpoint(stage: Stage) -> Path | None:
 
 
 def _generate_pairs(stage: Stage) -> None:
-    """Generate the pairs of a stage that has prompts, once; from then on they are read like any other data."""
+    """Generate the pairs of a stage that has prompts, unless they are there, and read them like any other data."""
     settings = stage.data.config.source
     assert settings is not None
     stage.update({"state": "training"})
@@ -117,6 +122,7 @@ def _generate_pairs(stage: Stage) -> None:
     ranks.on_first(lambda: make_pairs(stage_context(stage), settings.kind, path))
     release_memory()
 
+    # pairs that a stopped stage has generated are not generated again, so they must be the same
     stage.data = generated_stage(stage.run.config, stage.data.config, stage.run.tokenizer, path, stage.run.reporter)
     tokens = stage.data.tokens
     counts = {"pairs": len(tokens), "dropped": len(tokens.dropped), "pairs_hash": tokens.content_hash()}
@@ -126,7 +132,7 @@ def _generate_pairs(stage: Stage) -> None:
 
 
 def _record(stage: Stage, steps: int, resumed: int | None, seconds: float) -> Record:
-    """The record of a stage that has been trained."""
+    """The manifest record of a trained stage."""
     lines = stage.run.metrics.of_stage(stage.index)
     return stage.record | {
         "state": "done",
