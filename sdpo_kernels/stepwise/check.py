@@ -39,6 +39,7 @@ def check_run(config: RunConfig, reporter: Reporter) -> None:
 
     UserError for whatever would stop the run before training.
     """
+    # the post-step first, as in a run: it needs no data
     check_start(config)
     prepared = prepare(config)
     with tempfile.TemporaryDirectory() as folder:  # the arguments need one; nothing is written there
@@ -98,6 +99,8 @@ def _table(prepared: Prepared) -> Table:
 
     for stage in prepared.stages:
         tokens = stage.tokens
+
+        # counts of generated pairs are not known before training
         if stage.prompts is not None:
             assert stage.config.source is not None
             made = f"generated from {len(stage.prompts):,} prompts ({stage.config.source.kind})"
@@ -127,6 +130,8 @@ def _steps(config: RunConfig, stage: StageData) -> int:
     settings = config.stage_trainer(stage.config)
     if settings.get("max_steps", -1) > 0:
         return settings["max_steps"]
+
+    # a last partial batch counts, and so does a last partial accumulation
     batches = math.ceil(len(stage.tokens) / settings["per_device_train_batch_size"])
     return math.ceil(math.ceil(batches / settings.get("gradient_accumulation_steps", 1)) * stage.config.epochs)
 
@@ -136,6 +141,8 @@ def _state(config: RunConfig) -> str:
     path = Path(config.output_dir) / "manifest.json"
     if not path.exists():
         return f"output     {config.output_dir} (new)"
+
+    # only the config is compared: some orders need scores before the stages' data is known
     manifest = read_json(path)
     differences = config_diff(manifest.get("config", {}), config.model_dump(mode="json"))
     if differences:

@@ -78,6 +78,7 @@ def prepare(config: RunConfig) -> Prepared:
     check_fit(config, prepared.model_config, parts)
     check_multi(config, tokenizer, parts)
 
+    # no error: a user may want them
     prepared.warnings += shared_pairs(named)
     prepared.warnings += _shared_prompts(prepared.stages, named.get("eval_data", []))
     return prepared
@@ -120,6 +121,7 @@ def _prompts(config: RunConfig, stage: StageConfig, prepared: Prepared) -> Stage
     if chat is not None and not prepared.tokenizer.chat_template:
         raise UserError(f"{chat.where}: is a conversation, but the tokenizer has no chat template")
 
+    # prompt and generated answer together must fit the model's positions
     lengths = [len(row.ids(prepared.tokenizer)) for row in prompts]
     check_positions(config, prepared.model_config, max(lengths) + stage.source.max_new_tokens, f"stage {stage.name}")
     long = sum(length >= config.max_length for length in lengths)
@@ -159,6 +161,7 @@ def _tokenize(config: RunConfig, pairs: list[Pair], name: str, prepared: Prepare
 
 
 def _stage_data(stage: StageConfig, pairs: list[Pair], tokens: TokenizedPairs) -> StageData:
+    # external scores stay with their pairs when others are dropped
     kept = [pairs[i] for i in tokens.kept]
     scores = [pair.score for pair in kept]
     with_scores = all(score is not None for score in scores)

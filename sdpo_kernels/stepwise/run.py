@@ -56,6 +56,7 @@ def run(config: RunConfig, reporter: Reporter | None = None) -> Record:
 
 
 def _run(config: RunConfig, folder: Path, reporter: Reporter) -> Record:
+    # an input that only one node lacks is an error on all ranks
     prepared = ranks.agree(lambda: _checked(config))
     prepared.say_warnings(reporter)
 

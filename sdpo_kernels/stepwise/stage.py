@@ -50,11 +50,13 @@ def train_stage(stage: Stage) -> None:
     started = time.monotonic()
     reset_peak_memory()
 
+    # only rank 0 looks, so that all ranks resume from the same checkpoint
     checkpoint = ranks.on_first(lambda: _newest_checkpoint(stage))
     step = None if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     if checkpoint is not None and stage.run.config.reference != "none" and not (stage.work / REFERENCE_FILE).exists():
         stage.run.reporter.warn(f"stage {stage.name}: its {REFERENCE_FILE} is missing and is recomputed")
 
+    # the seed after the pairs: generating them may draw random numbers, and a resumed stage does not
     if stage.data.prompts is not None:
         _generate_pairs(stage)
     set_seed(stage.args.seed)
@@ -73,6 +75,8 @@ def train_stage(stage: Stage) -> None:
     del trainer  # the evaluation loads the model that was saved
     release_memory()
     publish.publish(stage, staging, record)
+
+    # a signal in the last step: the stage is done, the run is not
     if stopped and stage.index < len(stage.run.manifest.stages):
         raise Interrupted(f"stopped after stage {stage.name}, which is finished; run the same command again to resume")
 
@@ -92,6 +96,8 @@ def prepare_trainer(stage: Stage) -> tuple[StageTrainer, Tensor]:
         raise UserError("trainer.fsdp: needs several processes; start them with torchrun (docs/distributed.md)")
 
     start = stage.references.score()
+
+    # Trainer switches it off; the saved config gets it back
     stage.use_cache = getattr(start.loaded.model.config, "use_cache", True)
 
     # A resumed stage must continue with the reference it started with.

@@ -106,6 +106,7 @@ class Stage:
 
     def model_before(self, which: str) -> str:
         """The model that `previous` or `initial` stands for in this stage; for `ema` and `multi` the policy's start."""
+        # both start from the policy's model: ema's reference moves later, multi's base is it
         if which in ("ema", "multi"):
             which = self.run.config.policy
         if which == "initial" or self.index == 1:

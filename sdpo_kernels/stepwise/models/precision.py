@@ -41,6 +41,7 @@ class Precision:
                 yield
             return
 
+        # FSDP2 rounds weights as it gathers them; a model that is not sharded is rounded here, and restored
         kept = [(weight, weight.data) for weight in model.parameters() if weight.is_floating_point()]
         try:
             for weight, data in kept:

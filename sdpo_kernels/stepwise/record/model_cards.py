@@ -28,6 +28,7 @@ def model_card(config: RunConfig, stage: Record) -> str:
         f"| first and last loss | {stage['first_loss']:.4f}, {stage['last_loss']:.4f} |",
     ]
 
+    # a run without eval_data has no scores
     if scores := stage.get("eval"):
         lines += [
             f"| pair accuracy on {scores['pairs']} evaluation pairs | {scores['pair_accuracy']:.3f} |",

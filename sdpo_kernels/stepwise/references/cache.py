@@ -53,6 +53,7 @@ def cached_scores(path: Path, key: str, count: int, compute: Callable[[], Tensor
         logger.warning("%s is recomputed: %s", path.name, reason)
     scores = compute()
 
+    # one broken pair would make every loss of its batch NaN
     bad = ~torch.isfinite(scores).all(1)
     if bool(bad.any()):
         raise UserError(

@@ -55,6 +55,7 @@ class EmaReference(TrainerCallback):
         if self.reference is None:
             return batch.ref_logps
 
+        # eval mode and no gradient, as when the cached scores were made
         was_training = model.training
         model.eval()
         try:
@@ -69,6 +70,8 @@ class EmaReference(TrainerCallback):
         with torch.no_grad():
             for name, weight in policy.items():
                 self.average[name].lerp_(weight, 1 - self.settings.decay)
+
+        # a copy, because the average (or the policy) moves on
         period = self.settings.period
         if period is not None and step % period == 0:
             self.reference = _copies(self.average if self.settings.mode == "ema" else policy)

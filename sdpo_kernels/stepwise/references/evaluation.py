@@ -24,9 +24,10 @@ def summarise(logps: Tensor, counts: Tensor, reference: Tensor | None, beta: flo
 
     `counts` [n, 2] are the scored tokens of each answer, `reference` [n, 2] the log-probs that rewards are against.
     """
-    # a tie counts as wrong
     margin = (logps[:, 0] - logps[:, 1]).double()
     per_token = logps.double() / counts
+
+    # in every accuracy a tie counts as wrong
     scores: Record = {
         "pairs": len(logps),
         "pair_accuracy": _share(margin > 0),
@@ -36,6 +37,7 @@ def summarise(logps: Tensor, counts: Tensor, reference: Tensor | None, beta: flo
         "reward_margin": None,
     }
 
+    # DPO's implicit reward, beta * (log pi - log pi_ref)
     if reference is not None:
         rewards = beta * (logps.double() - reference.double())
         scores["reward_accuracy"] = _share(rewards[:, 0] > rewards[:, 1])

@@ -41,6 +41,7 @@ def combine(
     if convention == "published" and logps.shape[0] != 2:
         raise ValueError(f"convention: was 'published', must be 'formula' with {logps.shape[0]} references")
 
+    # float64: float32 is coarse for differences between log-probs of hundreds of nats
     logps = logps.double()
     if alpha == "adaptive":
         weights = adaptive_weights(logps)[..., None]  # [K, n, 1]
@@ -71,9 +72,12 @@ def clip_to_base(logps: Tensor, epsilon: float) -> Tensor:
     Log-probs are negative, so 1 + ε_y gives the lower end. ε is split between the two answers of a pair in proportion
     to their log-probs, averaged over references: ε_w = ε |m_w| / (|m_w| + |m_l|), ε_l = ε − ε_w.
     """
+    # ε_w and ε_l as shares of ε; half each if both answers have log-probs of 0
     size = logps.mean(0).abs()  # [n, 2]
     total = size.sum(1, keepdim=True)
     share = torch.where(total > 0, size / total.clamp(min=torch.finfo(size.dtype).tiny), 0.5)
+
+    # amin and amax sort the two ends, whatever the sign of the base's log-prob
     base = logps[0]
     bounds = torch.stack([base * (1 + epsilon * share), base * (1 - epsilon * share)])
     clipped = torch.maximum(logps, bounds.amin(0)).minimum(bounds.amax(0))

@@ -64,6 +64,7 @@ class MultiReferences:
         except ValueError as error:
             raise UserError(f"multi.models.{number}: {path}: {error}") from error
 
+        # scored on everything while it is loaded
         self.hashes.append(digest)
         text = f"{label}: reference {number + 2} of {len(self.settings.models) + 1}"
         for name, tokens in wanted.items():

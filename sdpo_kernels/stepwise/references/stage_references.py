@@ -109,6 +109,7 @@ class StageReferences:
             parts["eval"] = self.evaluation.tokens
         references.score_others(parts, self.label)
 
+        # last, so that the base is the one model that stays
         loaded, base_hash = self._load(self.reference)
         base = self.scorer.cached(loaded, base_hash, self.tokens, f"{self.label}: base", references.folder / BASE_FILE)
 

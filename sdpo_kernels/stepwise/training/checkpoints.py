@@ -78,6 +78,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
     complete: list[tuple[int, Path]] = []
     for path in folder.glob("checkpoint-*"):
         match = _FOLDER.fullmatch(path.name)
+        # by number, not by name: checkpoint-10 is newer than checkpoint-9
         if match and is_complete(path):
             complete.append((int(match[1]), path))
         else:

@@ -63,12 +63,14 @@ def publish(stage: Stage, staging: Path, record: Record) -> None:
        `record_published` catches up.
     4. Remove the stage's working folder.
     """
+    # what is evaluated is what was written, not what is in memory
     if stage.run.eval_data is not None:
         record["eval"] = stage.run.eval_data.evaluate(str(staging), staging, stage.scorer)
 
     replace_file(staging / "README.md", model_card(stage.run.config, record).encode())
     replace_file(staging / RECORD, (json.dumps(record, indent=2) + "\n").encode())
 
+    # the record goes with the folder, so a crash after the rename loses nothing
     remove_folder(stage.folder)
     publish_folder(staging, stage.folder)
     stage.update(record)
@@ -79,6 +81,7 @@ def publish(stage: Stage, staging: Path, record: Record) -> None:
 def _write(stage: Stage, trainer: StageTrainer, weights: dict[str, Tensor] | None, ref_logps: Tensor) -> Path:
     staging = empty_folder(stage.work / "finished")
 
+    # with LoRA both the adapter, which later stages train further, and merged weights that anyone can load
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     if stage.run.config.lora is not None:
         model.save_pretrained(staging / ADAPTER, state_dict=weights)
@@ -94,6 +97,7 @@ def _write(stage: Stage, trainer: StageTrainer, weights: dict[str, Tensor] | Non
     if trainer.following is not None:
         trainer.following.save_average(staging)
 
+    # without a reference the file has zeros, which is what the loss used
     if stage.run.config.reference == "none":
         write_scores(staging / REFERENCE_FILE, ref_logps, key="reference: none")
     else:

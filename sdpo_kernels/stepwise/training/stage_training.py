@@ -79,6 +79,8 @@ def train_to_end(stage: Stage, trainer: StageTrainer, checkpoint: Path | None) -
     """
     stop = StopOnSignal()
     trainer.add_callback(stop)
+
+    # metrics count steps over the whole run too
     steps_before = sum(record["steps"] for record in stage.run.manifest.stages[: stage.index - 1])
     trainer.add_callback(MetricsWriter(stage.run.metrics, stage.name, stage.index, steps_before))
 
