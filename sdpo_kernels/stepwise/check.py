@@ -76,7 +76,7 @@ def _say_reference(prepared: Prepared, reporter: Reporter) -> None:
 
     if config.reference == "ema":
         following = config.ema or EmaSettings()
-        reporter.say(f"ema        decay {following.decay:g}, mode {following.mode}; starts anew at each stage")
+        reporter.say(f"ema        decay {following.decay:g}, mode {following.mode}; restarts at each stage")
         period = following.period
         if period is None:
             return
@@ -103,8 +103,8 @@ def _table(prepared: Prepared) -> Table:
         # counts of generated pairs are not known before training
         if stage.prompts is not None:
             assert stage.config.source is not None
-            made = f"generated from {len(stage.prompts):,} prompts ({stage.config.source.kind})"
-            table.add_row(stage.config.name, made, *[""] * 5, f"{prepared.config.stage_beta(stage.config):g}")
+            generated = f"generated from {len(stage.prompts):,} prompts ({stage.config.source.kind})"
+            table.add_row(stage.config.name, generated, *[""] * 5, f"{prepared.config.stage_beta(stage.config):g}")
             continue
 
         cells = (

@@ -1,4 +1,4 @@
-"""`sdpo score`: how well models rank preference pairs. Rewards are against the run's initial model."""
+"""`sdpo score`: how well models rank preference pairs. Rewards are relative to the run's initial model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def score_run(config: RunConfig, models: Sequence[str], data: Sequence[str], *, 
     """Print the metrics of `models` (default: the run's finished models) on `data` (default: its eval_data).
 
     1. Read the pairs.
-    2. Score them with the run's initial model, which rewards are against.
+    2. Score them with the run's initial model, which rewards are relative to.
     3. Score them with each model in turn; only one is in memory at a time.
 
     UserError if there is no data, or a model cannot be loaded.
@@ -66,7 +66,9 @@ def _finished(config: RunConfig) -> list[str]:
 
 
 def _table(results: dict[str, Record], beta: float) -> Table:
-    table = Table(title="scores", caption=f"rewards: β {beta:g} of the run, against the initial model", padding=(0, 0))
+    table = Table(
+        title="scores", caption=f"rewards: the run's β {beta:g}, relative to the initial model", padding=(0, 0)
+    )
     table.add_column("model", overflow="fold", min_width=12)
     for title in ("pairs", "pair\nacc.", "per\ntoken", "reward\nacc.", "reward\nmargin", "γ\n(nat)"):
         table.add_column(title, justify="right")

@@ -1,4 +1,4 @@
-"""How well a model ranks pairs: accuracy by log-probs, and reward accuracy and margin against a reference."""
+"""How well a model ranks pairs: accuracy by log-probs, and reward accuracy and margin relative to a reference."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EVAL_FILE = "eval_logps.safetensors"
 def summarise(logps: Tensor, counts: Tensor, reference: Tensor | None, beta: float) -> Record:
     """Metrics of log-probs [n, 2] (chosen, rejected): accuracies, γ in nats, and rewards if `reference` is given.
 
-    `counts` [n, 2] are the scored tokens of each answer, `reference` [n, 2] the log-probs that rewards are against.
+    `counts` [n, 2] are the scored tokens of each answer, `reference` [n, 2] the log-probs that rewards are relative to.
     """
     margin = (logps[:, 0] - logps[:, 1]).double()
     per_token = logps.double() / counts
@@ -59,7 +59,7 @@ class EvalData:
     initial: str  # M_0, the initial model: a folder or hub name
 
     def evaluate(self, model: str, folder: Path, scorer: Scorer) -> Record:
-        """Metrics of `model`; its log-probs are cached in `folder`. Rewards are against the initial model."""
+        """Metrics of `model`; its log-probs are cached in `folder`. Rewards are relative to the initial model."""
         logps = scorer.score_path(model, self.tokens, "evaluation", folder / EVAL_FILE)
         reference = None if folder == self.folder else self.stored(self.folder)
         return summarise(logps, scored_counts(self.tokens), reference, self.beta)

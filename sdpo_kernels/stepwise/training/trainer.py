@@ -220,7 +220,7 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         """Resume training from `checkpoint`."""
         self.guard = None  # the policy is no longer its reference
 
-        # metrics are summed over ranks at the next log, so the pending ones of all ranks go to rank 0 alone
+        # the file has the pending metrics of all ranks, and the next log gathers them again: they go to rank 0 only
         if ranks.is_first():
             pending = load_file(checkpoint / PENDING)
             self._metrics["train"].update({name: [values] for name, values in pending.items()})
