@@ -60,7 +60,7 @@ def check_way(trainer: Any) -> None:
     # each forward gathers shards from all ranks: one more on one rank would wait for ever
     if trainer.is_fsdp_enabled and trainer.data_collator is not collate_packed:
         raise ValueError(
-            "fsdp: needs batching: packed; with padded batches ranks would run unequal numbers of forwards"
+            "fsdp: needs batching: packed; with padded batches ranks run unequal numbers of forward passes"
         )
 
     if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:

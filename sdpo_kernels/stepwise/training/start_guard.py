@@ -60,7 +60,7 @@ class StartGuard:
             fresh,
             cached,
             self.cache_tolerance,
-            "rescored it gives {a:.6f}, the reference cache holds {b:.6f}",
+            "rescoring gives {a:.6f}, the reference cache holds {b:.6f}",
             "a stale reference cache (delete the stage's hidden folder in output_dir), or scores that depend on the "
             "rest of the batch (batching: padded, or attention kernels that are not exact)",
         )

@@ -219,7 +219,7 @@ def test_a_stale_score_of_the_base_stops_the_stage(tmp_path, model, others, monk
     """Against a mixture the loss does not start at ln 2, but the policy must match the scores of its own start."""
     genuine = Scorer.score
     monkeypatch.setattr(Scorer, "score", lambda self, *a: genuine(self, *a) * (1 + 1e-4))
-    with pytest.raises(UserError, match=r"pair .*data1\.jsonl:\d+: rescored .* stale reference cache"):
+    with pytest.raises(UserError, match=r"pair .*data1\.jsonl:\d+: rescoring gives .* stale reference cache"):
         runs.train(runs.configured(tmp_path, model, reference="multi", multi={"models": others}))
 
 

@@ -37,7 +37,7 @@ def test_a_stale_cache_names_the_pair_and_both_numbers(place, where, side):
         check(cached=cached)
     text = str(error.value)
     assert f"stage easy: log-prob of the {side} answer of pair d.jsonl:{where}" in text
-    assert f"rescored it gives {SUMS[place]:.6f}" in text
+    assert f"rescoring gives {SUMS[place]:.6f}" in text
     assert f"the reference cache holds {cached[place]:.6f}" in text
     assert "stale reference cache" in text
     assert "\n" not in text
@@ -96,7 +96,7 @@ def test_a_cache_off_by_a_little_stops_the_stage(tmp_path, model, monkeypatch, s
         return genuine(self, loaded, tokens, label) * (1 + shift)
 
     monkeypatch.setattr(Scorer, "score", stale)
-    with pytest.raises(UserError, match=r"pair .*data1\.jsonl:\d+: rescored .* stale reference cache"):
+    with pytest.raises(UserError, match=r"pair .*data1\.jsonl:\d+: rescoring gives .* stale reference cache"):
         runs.train(runs.configured(tmp_path, model, trainer=trainer))
 
 
