@@ -6,7 +6,7 @@
 #include "cpu/chip.h"
 #include "cpu/leaves.h"
 #include "cpu/logits.h"
-#include "cpu/pair.h"
+#include "cpu/epilogue.h"
 
 namespace sdpo {
 

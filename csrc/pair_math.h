@@ -5,7 +5,7 @@
 
 namespace sdpo {
 
-enum PairLoss : int64_t { SIGMOID = 0, ROBUST = 1, HINGE = 2, IPO = 3 };  // the order of sdpo_kernels/pair_op.py
+enum PairLoss : int64_t { SIGMOID = 0, ROBUST = 1, HINGE = 2, IPO = 3 };  // the order of sdpo_kernels/epilogue_op.py
 
 struct PairResult {
   double loss;

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sdpo_kernels import pair_op
+from sdpo_kernels import epilogue_op
 from sdpo_kernels.dpo_checks import check_batch, check_counts, check_device, check_reference
 from sdpo_kernels.logps import linear_logps
 from sdpo_kernels.losses import LossSum, LossType, PairLogps, check_loss, loss_sum
@@ -125,7 +125,7 @@ def fused_linear_dpo(
     if ref_logps is None:
         ref_logps = logps.new_zeros(n_sequences)
     plain = _pair_op_loss(wanted)
-    if plain is not None and (chosen := pair_op.serves(backend, logps, n_sequences // 2, plain[0])) is not None:
+    if plain is not None and (chosen := epilogue_op.serves(backend, logps, n_sequences // 2, plain[0])) is not None:
         return _epilogue(logps, summed, ref_logps, summed.counts, chosen, beta, *plain)
     pair_weights = None
     if policy.log_sum_sq_probs is not None:
@@ -238,7 +238,7 @@ def pair_output(
             )
         check_device(name, tensor, policy_logps)
     plain, n_pairs = _pair_op_loss(wanted), policy_logps.shape[0] // 2
-    if plain is not None and (chosen := pair_op.serves("auto", policy_logps, n_pairs, plain[0])) is not None:
+    if plain is not None and (chosen := epilogue_op.serves("auto", policy_logps, n_pairs, plain[0])) is not None:
         return _epilogue(policy_logps, None, ref_logps, counts, chosen, beta, *plain)
     return _autograd_output(policy_logps, ref_logps, counts, wanted, beta, pair_weights)
 
@@ -255,7 +255,7 @@ def _epilogue(
 ) -> DPOOutput:
     """All in one op, from log-probs of tokens with `rows`, else from sums."""
     ref_logps = ref_logps.detach().to(logps.dtype)
-    loss, sums, metrics = pair_op.pair_epilogue(
+    loss, sums, metrics = epilogue_op.pair_epilogue(
         logps, rows, ref_logps, counts, backend=backend, loss_type=loss_type, beta=beta, smoothing=label_smoothing
     )
     return DPOOutput(loss, *sums.chunk(2), *ref_logps.chunk(2), *metrics.unbind(0))

@@ -28,7 +28,7 @@ FLOORS = [
 ]
 ROOM_OF = {
     "logps_op": "logps",
-    "pair_op": "logps",
+    "epilogue_op": "logps",
     "dpo_checks": "dpo",
     "token_weights": "dpo",
 }  # files that live in another's room

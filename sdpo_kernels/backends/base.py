@@ -108,7 +108,7 @@ class Backend(Protocol):
         smoothing: float,
         out: tuple[Tensor, Tensor, Tensor, Tensor],
     ) -> None:
-        """Fill `out`: loss, sums [2B], metrics [4, B], slopes [2B]; see `pair_op.py`."""
+        """Fill `out`: loss, sums [2B], metrics [4, B], slopes [2B]; see `epilogue_op.py`."""
 
     def supports_rows(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """None where rows (of logits, of log-probs) can be served, else the reason they cannot."""

@@ -10,7 +10,7 @@ beside summed log-probs stands in its `Loss` (registry.py).
 
 from sdpo_kernels.losses import margin, reference_free, rewards  # noqa: F401 - they enter their losses
 from sdpo_kernels.losses.margin import diffusion_dpo
-from sdpo_kernels.losses.pair import PairLogps
+from sdpo_kernels.losses.pair_logps import PairLogps
 from sdpo_kernels.losses.registry import Loss, PairLoss, loss_names, loss_options, register, starts_at_ln2
 from sdpo_kernels.losses.sums import LossSum, LossType, Term, check_loss, loss_sum, pair_loss
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdpo_kernels.losses.pair import PairLogps
+from sdpo_kernels.losses.pair_logps import PairLogps
 
 
 def scores(pair: PairLogps, f_divergence: str, f_alpha: float) -> tuple[Tensor, Tensor]:

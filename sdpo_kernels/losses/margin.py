@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sdpo_kernels.losses.f_divergence import scores
 from sdpo_kernels.losses.options import Between
-from sdpo_kernels.losses.pair import PairLogps
+from sdpo_kernels.losses.pair_logps import PairLogps
 from sdpo_kernels.losses.registry import register
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdpo_kernels.losses.margin import smoothed
-from sdpo_kernels.losses.pair import PairLogps
+from sdpo_kernels.losses.pair_logps import PairLogps
 from sdpo_kernels.losses.registry import register
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from sdpo_kernels.losses.options import POSITIVE, Option, nearest, require
-from sdpo_kernels.losses.pair import PairLogps
+from sdpo_kernels.losses.pair_logps import PairLogps
 from sdpo_kernels.losses.registry import Loss, lookup
 
 KEYS = ("name", "weight", "options")

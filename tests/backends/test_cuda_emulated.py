@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sdpo_kernels import backends, linear_logps, logits_logps, logps_op
 from sdpo_kernels.backends.base import KEEP_DIRECTION
 from tests.backends.emulated import emulated_backend
-from tests.backends.pair_cases import check_pair_epilogue, pair_cases
+from tests.backends.epilogue_cases import check_pair_epilogue, pair_cases
 from tests.reference import Case, check, error, random_case, scored_rows, target_logps
 
 pytestmark = [

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdpo_kernels import backends, linear_logps, pair_op
+from sdpo_kernels import backends, epilogue_op, linear_logps
 from sdpo_kernels.backends import native, native_library
 from sdpo_kernels.backends.base import EXTRAS, Request
 from sdpo_kernels.dpo import pair_output
@@ -267,7 +267,7 @@ def test_the_pair_epilogue_is_the_losses_own_arithmetic(loss, n_pairs, beta, spr
     ref = spread * torch.randn(2 * n_pairs, generator=generator)
     counts = torch.randint(1, 40, (2 * n_pairs,), generator=generator)
     settings = {"beta": beta, "loss_type": name, **options}
-    assert pair_op.serves("native", policy, n_pairs, name) == "native"
+    assert epilogue_op.serves("native", policy, n_pairs, name) == "native"
     ours = pair_output(policy, ref, counts, **settings)
     (grad,) = torch.autograd.grad(ours.loss, policy)
     exact = policy.detach().double().requires_grad_()
@@ -289,7 +289,7 @@ def test_the_pair_epilogue_at_a_kink_and_with_nan(name):
     if name == "hinge":
         assert grad[0] == 0
     torch.library.opcheck(
-        pair_op._pair_epilogue,
+        epilogue_op._pair_epilogue,
         (
             torch.randn(4, requires_grad=True),
             None,

@@ -19,8 +19,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sdpo_kernels.backends.triton import kernels
+from sdpo_kernels.backends.triton.epilogue import ELEMENTS, pair_kernel
 from sdpo_kernels.backends.triton.launch import REDO_ELEMENTS, ROWS_AT_ONCE
-from sdpo_kernels.backends.triton.pair import ELEMENTS, pair_kernel
 from sdpo_kernels.backends.triton.tiles import tiles_of
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

@@ -21,7 +21,7 @@ from sdpo_kernels.backends.base import EXTRAS, KEEP_DIRECTION
 from sdpo_kernels.backends.triton import autotune, launch
 from sdpo_kernels.backends.triton import backend as walk
 from sdpo_kernels.backends.triton.tiles import INTERPRETED
-from tests.backends.pair_cases import check_pair_epilogue, pair_cases
+from tests.backends.epilogue_cases import check_pair_epilogue, pair_cases
 from tests.reference import Case, check, error, random_case, scored_rows
 
 TRITON = backends.BACKENDS["triton"]

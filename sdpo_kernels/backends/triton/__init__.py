@@ -75,10 +75,10 @@ class TritonBackend:
         out: tuple[Tensor, Tensor, Tensor, Tensor],
     ) -> None:
         """See `base.Backend.pair_epilogue`; one launch."""
-        from sdpo_kernels.backends.triton import pair
+        from sdpo_kernels.backends.triton import epilogue
 
         with _on(logps.device):
-            pair.pair_epilogue(logps, index, ref, counts, loss_type, beta, smoothing, out)
+            epilogue.pair_epilogue(logps, index, ref, counts, loss_type, beta, smoothing, out)
 
     def supports_rows(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Not yet: rows that exist are served by eager."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from sdpo_kernels.backends.triton.kernels import log1p_of
 
 ELEMENTS = 2048  # log-probs summed at a time
-ROBUST, HINGE, IPO = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # as in pair_op.LOSSES
+ROBUST, HINGE, IPO = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # as in epilogue_op.LOSSES
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """The pair epilogue as one custom op: segment sums, a loss of the sigmoid family, its slopes, rewards and margins.
 
-The arithmetic is csrc/pair_math.h and backends/triton/pair.py; losses/ is their twin and serves everything else. Only
+The arithmetic is csrc/pair_math.h and backends/triton/epilogue.py; losses/ is their twin and serves everything else. Only
 `dpo.py` calls this.
 """
 

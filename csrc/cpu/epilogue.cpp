@@ -1,4 +1,4 @@
-#include "pair.h"
+#include "epilogue.h"
 
 #include <stdexcept>
 #include <vector>
