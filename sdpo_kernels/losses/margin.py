@@ -3,6 +3,9 @@
 z is the margin each is a function of; a, b and Δ = a − b are `PairLogps`' log-ratios, |w| and |l| the token counts.
 Every one with z = 0 at policy = reference starts at ln 2. Penalties have slope 0 at their kink, where every stage of
 a stepwise run starts; the one exception, minor_dpo, says so.
+
+f-DPO (arXiv 2309.16240) replaces the log-ratios of the losses that have the option `f_divergence`: 'reverse_kl' (plain
+DPO), 'forward_kl', 'js' (Jensen-Shannon) and 'alpha', shaped by `f_alpha` (0 is forward_kl, 1 is reverse_kl).
 """
 
 from __future__ import annotations
@@ -13,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdpo_kernels.losses.f_divergence import scores
 from sdpo_kernels.losses.options import Between
 from sdpo_kernels.losses.pair_logps import PairLogps
 from sdpo_kernels.losses.registry import register
@@ -26,14 +28,34 @@ def smoothed(z: Tensor, label_smoothing: float) -> Tensor:
 
 def _margin(pair: PairLogps, beta: float, f_divergence: str, f_alpha: float) -> Tensor:
     """β(f′_w − f′_l); βΔ for reverse_kl."""
-    chosen, rejected = scores(pair, f_divergence, f_alpha)
+    chosen, rejected = _scores(pair, f_divergence, f_alpha)
     return beta * (chosen - rejected)
 
 
 def _mean_margin(pair: PairLogps, f_divergence: str, f_alpha: float) -> Tensor:
     """f′_w/|w| − f′_l/|l|; a/|w| − b/|l| for reverse_kl."""
-    chosen, rejected = scores(pair, f_divergence, f_alpha)
+    chosen, rejected = _scores(pair, f_divergence, f_alpha)
     return chosen / pair.chosen_counts - rejected / pair.rejected_counts
+
+
+def _scores(pair: PairLogps, f_divergence: str, f_alpha: float) -> tuple[Tensor, Tensor]:
+    """f′(π/π_ref) of chosen and rejected, [B] each; their log-ratios for reverse_kl (f-DPO, arXiv 2309.16240)."""
+    return _score(pair.chosen_logratio, f_divergence, f_alpha), _score(pair.rejected_logratio, f_divergence, f_alpha)
+
+
+def _score(logratio: Tensor, f_divergence: str, f_alpha: float) -> Tensor:
+    """f′(t) with log t = logratio: log t; 1 − 1/t; log(2t/(1+t)); (t^(α−1) − 1)/(α−1)."""
+    if f_divergence == "js":
+        return math.log(2) + F.logsigmoid(logratio)
+    power = {"forward_kl": -1.0, "alpha": f_alpha - 1}.get(f_divergence, 0.0)
+    if abs(power) < 1e-6:  # reverse_kl, and what alpha tends to at 1
+        return logratio
+    return torch.expm1(_representable(power * logratio)) / power
+
+
+def _representable(exponent: Tensor) -> Tensor:
+    """At most 80 in float32 (700 in float64), so that exp stays finite; no gradient beyond, as in TRL."""
+    return exponent.clamp(max=700.0 if exponent.dtype == torch.float64 else 80.0)
 
 
 @register("sigmoid", ln2_at_start=True)

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from sdpo_kernels import backends, linear_logps, logps_op
 from sdpo_kernels.backends.base import EXTRAS, KEEP_DIRECTION
-from sdpo_kernels.backends.triton import autotune, launch
 from sdpo_kernels.backends.triton import backend as walk
+from sdpo_kernels.backends.triton import launch
+from sdpo_kernels.backends.triton import tiles as tile_choice
 from sdpo_kernels.backends.triton.tiles import INTERPRETED
 from tests.backends.epilogue_cases import check_pair_epilogue, pair_cases
 from tests.reference import Case, check, error, random_case, scored_rows
@@ -252,7 +253,7 @@ def test_autotuning_takes_the_fastest_tile_once_and_the_answers_stay_right(monke
     case = triton_case(40, 24, 100, dtype=torch.bfloat16)
     checked(case)
     assert len(measured) == 3  # forward and backward are of one shape: timed once
-    assert autotune._FASTEST[next(reversed(autotune._FASTEST))] == tiles[2]
+    assert tile_choice._FASTEST[next(reversed(tile_choice._FASTEST))] == tiles[2]
     monkeypatch.setattr(launch.triton.testing, "do_bench", lambda call: 1 / 0)
     with pytest.raises(RuntimeError, match=r"SDPO_AUTOTUNE: no tile could be run: .*division by zero"):
         triton_case(70, 24, 100, dtype=torch.bfloat16).ours()

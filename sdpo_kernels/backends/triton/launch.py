@@ -10,8 +10,8 @@ import triton.testing
 from torch import Tensor
 
 from sdpo_kernels.backends.base import HeadCall
-from sdpo_kernels.backends.triton import autotune, kernels
-from sdpo_kernels.backends.triton.tiles import Tile, candidates, tile_for
+from sdpo_kernels.backends.triton import kernels
+from sdpo_kernels.backends.triton.tiles import Tile, candidates, fastest, is_autotuned, tile_for
 
 ROWS_AT_ONCE = 128  # of the kernels that work on [N] alone
 REDO_ELEMENTS = 16384  # of w that a program of the redo kernel holds
@@ -47,7 +47,7 @@ class Rows:
                 x.shape[1], x.stride(0), weight.stride(0), before, after,
                 BLOCK=max(16, min(1024, triton.next_power_of_2(x.shape[1]))), CAPPED=capped, HAS_BIAS=bias is not None,
             )  # fmt: skip
-        if x.shape[0] and autotune.wanted() and x.dtype == torch.bfloat16:
+        if x.shape[0] and is_autotuned() and x.dtype == torch.bfloat16:
             rows.tile = rows.fastest_tile()
         return rows
 
@@ -63,7 +63,7 @@ class Rows:
 
         rows = triton.next_power_of_2(self.x.shape[0])  # batches differ a little; they are not timed one by one
         key = (self.x.device, rows, *weight.shape, call.head, call.outputs)
-        return autotune.fastest(key, candidates(self.tile), run, triton.testing.do_bench)
+        return fastest(key, candidates(self.tile), run, triton.testing.do_bench)
 
 
 def unit_stride(matrix: Tensor) -> Tensor:
