@@ -34,7 +34,7 @@ def data_dir() -> Path:
 @pytest.fixture(scope="module", params=["eager", "native"])
 def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The module's tests run once a backend: "auto" prefers it, and takes eager for what it cannot serve."""
-    if request.param == "native" and (reason := backends.BACKENDS["native"].reason) is not None:
+    if request.param == "native" and (reason := backends.BACKENDS["native"].unavailable_reason) is not None:
         pytest.skip(reason)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("SDPO_BACKEND", raising=False)

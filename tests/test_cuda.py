@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sdpo_kernels import ScoredRows, backends, fused_linear_dpo, linear_logps, logits_logps, logps_op
-from sdpo_kernels.backends.base import EXTRAS, KEEP_DIRECTION
+from sdpo_kernels.backends.base import EXTRAS, Keep
 from tests.reference import extras_of
 
 pytestmark = [
@@ -185,11 +185,11 @@ def test_data_parallel_of_one(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("keep", [0, 64, KEEP_DIRECTION])
+@pytest.mark.parametrize("keep", [Keep.nothing(), Keep.columns(64), Keep.direction()])
 def test_opcheck(keep, backend):
     hidden, weight, targets = problem(torch.float32, 20, 16, 100)
-    weight.requires_grad_(keep != KEEP_DIRECTION)
-    args = (hidden, weight, targets, None, None, 1.0, None, 1.0, "", torch.float32, backend, keep, None)
+    weight.requires_grad_(not keep.is_direction)
+    args = (hidden, weight, targets, None, None, 1.0, None, 1.0, "", torch.float32, backend, keep.encode(), None)
     torch.library.opcheck(logps_op.linear_logps_op, args)
 
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdpo_kernels import FusedLinearDPOLoss, dpo, fused_linear_dpo
-from sdpo_kernels.dpo import DPOOutput, pair_output, sequence_logps
-from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
+from sdpo_kernels.dpo_output import DPOOutput, pair_output
+from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows, sequence_logps
 from tests.reference import chunk_columns, error, logits_of, size, target_logps
 
 pytestmark = pytest.mark.usefixtures("each_backend")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sdpo_kernels import fused_linear_dpo, losses
-from sdpo_kernels.dpo import pair_output
+from sdpo_kernels.dpo_output import pair_output
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
 from sdpo_kernels.token_weights import length_weights
 from tests.reference import error, logits_of, size, target_logps

@@ -30,6 +30,7 @@ ROOM_OF = {
     "logps_op": "logps",
     "epilogue_op": "logps",
     "dpo_checks": "dpo",
+    "dpo_output": "dpo",
     "token_weights": "dpo",
 }  # files that live in another's room
 EXTRAS = {

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdpo_kernels import backends, linear_logps, logps_op
-from sdpo_kernels.backends.base import EXTRAS, KEEP_DIRECTION
+from sdpo_kernels.backends.base import EXTRAS, Keep
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
 from tests.reference import Case, check, chunk_columns, random_case, scored_rows
 
@@ -79,22 +79,22 @@ def test_the_ways_of_keeping_are_what_this_file_means_by_them(monkeypatch):
     op = logps_op.linear_logps_op
     monkeypatch.setattr(logps_op, "linear_logps_op", lambda *args: seen.append(args[11]) or op(*args))
 
-    def keep(trains: tuple[str, ...], stash_bytes: int | str, outputs: tuple[str, ...] = ()) -> int:
+    def keep(trains: tuple[str, ...], stash_bytes: int | str, outputs: tuple[str, ...] = ()) -> Keep:
         random_case(8, 4, 200, trains=trains, outputs=outputs, bias=True, settings={"stash_bytes": stash_bytes}).ours()
-        return seen.pop()
+        return Keep.decode(seen.pop())
 
     both = ("hidden", "weight")
-    assert keep(both, 0) == 0
-    assert keep(both, 4 * 8 * 150) == 128
-    assert keep(both, ALL) == 256  # 200, in whole blocks of 64
-    assert keep(both, "auto") == 64  # min(2·N·V, 4·V·H) = 3200 bytes of 32 a column
-    assert keep(("bias",), ALL) == 256
-    assert keep(("hidden",), 0) == KEEP_DIRECTION
-    assert keep(("hidden",), 0, ("entropy",)) == 0  # its gradient may be asked for
-    assert keep((), ALL) == 0
+    assert keep(both, 0) == Keep.nothing()
+    assert keep(both, 4 * 8 * 150) == Keep.columns(128)
+    assert keep(both, ALL) == Keep.columns(256)  # 200, in whole blocks of 64
+    assert keep(both, "auto") == Keep.columns(64)  # min(2·N·V, 4·V·H) = 3200 bytes of 32 a column
+    assert keep(("bias",), ALL) == Keep.columns(256)
+    assert keep(("hidden",), 0) == Keep.direction()
+    assert keep(("hidden",), 0, ("entropy",)) == Keep.nothing()  # its gradient may be needed
+    assert keep((), ALL) == Keep.nothing()
     with torch.no_grad():
         linear_logps(torch.zeros(1, 1, requires_grad=True), torch.zeros(2, 1), torch.tensor([0]))
-    assert seen.pop() == 0
+    assert Keep.decode(seen.pop()) == Keep.nothing()
 
 
 @pytest.mark.parametrize("stash_bytes", [0, ALL])
@@ -276,8 +276,8 @@ META = torch.device("meta")
         ({"outputs": ["perplexity"]}, r"outputs: was \['perplexity'\], must be a sequence of names from"),
         ({"outputs": "entropy"}, r"outputs: was 'entropy', must be a sequence of names from"),
         ({"rows": rows_of(torch.zeros(4, dtype=torch.int32))}, r"rows: its index was int32 of shape \[4\], must"),
-        ({"rows": rows_of(torch.tensor([2, 1]))}, r"rows: its index did not ascend"),
-        ({"rows": rows_of(torch.tensor([1, 1]))}, r"rows: its index did not ascend"),
+        ({"rows": rows_of(torch.tensor([2, 1]))}, r"rows: its index was not ascending"),
+        ({"rows": rows_of(torch.tensor([1, 1]))}, r"rows: its index was not ascending"),
         ({"rows": rows_of(torch.tensor([0, 4]))}, r"rows: its index held 4, must be in \[0, 4\)"),
         ({"rows": rows_of(torch.tensor([-1, 2]))}, r"rows: its index held -1, must be in \[0, 4\)"),
         ({"rows": rows_of(torch.zeros(4, device=META, dtype=torch.int64))}, r"rows: was on meta, must be on cpu"),
@@ -315,7 +315,7 @@ def test_a_backend_that_cannot_serve_says_why_and_auto_passes_over_it_once(monke
         def supports(self, request):
             return "it serves nobody"
 
-    backends._say_once.cache_clear()
+    backends._warn_once.cache_clear()
     monkeypatch.setitem(backends.BACKENDS, "picky", Picky())
     monkeypatch.setattr(backends, "AUTO_ORDER", ("picky", "eager"))
     monkeypatch.delenv("SDPO_BACKEND", raising=False)
@@ -324,7 +324,7 @@ def test_a_backend_that_cannot_serve_says_why_and_auto_passes_over_it_once(monke
     with caplog.at_level("WARNING", logger="sdpo_kernels.backends"):
         call()
         call()
-    assert [record.getMessage() for record in caplog.records] == ["backend picky passed over: it serves nobody"]
+    assert [record.getMessage() for record in caplog.records] == ["backend picky skipped: it serves nobody"]
     monkeypatch.setattr(backends, "AUTO_ORDER", ("picky",))
     with pytest.raises(ValueError, match=r"^backend: none supports this call: Request"):
         call()

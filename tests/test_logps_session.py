@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sdpo_kernels import linear_logps, logps_op
-from sdpo_kernels.backends.base import EXTRAS, KEEP_DIRECTION
+from sdpo_kernels.backends.base import EXTRAS, Keep
 from sdpo_kernels.rows import IGNORE_INDEX
 from tests.reference import allocations, check, chunk_columns, error, random_case, scored_rows
 
@@ -126,10 +126,10 @@ def test_the_newer_setting_of_the_same(precision):
 @pytest.mark.parametrize(
     ("keep", "outputs", "trains"),
     [
-        (0, ",".join(EXTRAS), (True, True, True)),
-        (64, "", (True, True, False)),
-        (192, "", (False, True, True)),
-        (KEEP_DIRECTION, "", (True, False, False)),
+        (Keep.nothing(), ",".join(EXTRAS), (True, True, True)),
+        (Keep.columns(64), "", (True, True, False)),
+        (Keep.columns(192), "", (False, True, True)),
+        (Keep.direction(), "", (True, False, False)),
     ],
 )
 def test_opcheck(keep, outputs, trains, given, dtype, each_backend):
@@ -151,7 +151,7 @@ def test_opcheck(keep, outputs, trains, given, dtype, each_backend):
         outputs,
         dtype,
         each_backend,
-        keep,
+        keep.encode(),
         case.hidden.detach() if given else None,
     )
     torch.library.opcheck(logps_op.linear_logps_op, args)
@@ -160,7 +160,7 @@ def test_opcheck(keep, outputs, trains, given, dtype, each_backend):
         grad_entropy = torch.ones(5) if "entropy" in outputs else None
         backward = (
             torch.ones(5), grad_entropy, hidden, weight, case.targets, bias, index, logps, state, entropy, kept,
-            *settings, dtype, each_backend, keep, list(trains),
+            *settings, dtype, each_backend, keep.encode(), list(trains),
         )  # fmt: skip
         torch.library.opcheck(logps_op.linear_logps_backward_op, backward)
 

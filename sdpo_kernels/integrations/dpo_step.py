@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdpo_kernels.dpo import DPOOutput, pair_output, sequence_logps
+from sdpo_kernels.dpo_output import DPOOutput, pair_output
 from sdpo_kernels.integrations.causal_lm import evaluating, unwrap
 from sdpo_kernels.losses import LossSum, LossType, loss_sum
-from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
+from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows, sequence_logps
 from sdpo_kernels.token_weights import agreement_weights, length_weights
 
 

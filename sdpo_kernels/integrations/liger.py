@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdpo_kernels.dpo import pair_output, sequence_logps
+from sdpo_kernels.dpo_output import pair_output
 from sdpo_kernels.logps import linear_logps
 from sdpo_kernels.losses import check_loss, loss_options
-from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
+from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows, sequence_logps
 
 __all__ = ["LigerFusedLinearDPOLoss"]
 

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sdpo_kernels.dpo import sequence_logps
 from sdpo_kernels.losses import LossSum
-from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
+from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows, sequence_logps
 from sdpo_kernels.stepwise.tokenize import TokenizedPairs, TokenizedSequence
 from sdpo_kernels.token_weights import agreement_weights, length_weights
 

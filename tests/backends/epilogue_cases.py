@@ -8,8 +8,8 @@ import torch
 from hypothesis import strategies as st
 
 from sdpo_kernels import epilogue_op
-from sdpo_kernels.dpo import pair_output, sequence_logps
-from sdpo_kernels.rows import ScoredRows
+from sdpo_kernels.dpo_output import pair_output
+from sdpo_kernels.rows import ScoredRows, sequence_logps
 
 EPS = torch.finfo(torch.float32).eps
 LOSSES: list[tuple[str, dict[str, float]]] = [
@@ -53,7 +53,7 @@ def check_pair_epilogue(
         logps = spread * torch.randn(labels.numel(), generator=generator)
     ref = spread * torch.randn(2 * n_pairs, generator=generator)
     policy, exact = logps.clone().requires_grad_(), logps.double().requires_grad_()
-    found, sums, metrics = epilogue_op.pair_epilogue(
+    found, sums, metrics, _ = epilogue_op.pair_epilogue(
         policy, rows, ref, counts, backend=backend, loss_type=name, beta=beta,
         smoothing=options.get("label_smoothing", 0.0),
     )  # fmt: skip

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdpo_kernels import backends, linear_logps, logits_logps, logps_op
-from sdpo_kernels.backends.base import KEEP_DIRECTION
+from sdpo_kernels.backends.base import Keep
 from tests.backends.emulated import emulated_backend
 from tests.backends.epilogue_cases import check_pair_epilogue, pair_cases
 from tests.reference import Case, check, error, random_case, scored_rows, target_logps
@@ -175,13 +175,13 @@ def test_tensors_that_lie_otherwise():
         assert torch.equal(value, expected[name]), name
 
 
-@pytest.mark.parametrize("keep", [0, 64, 128, KEEP_DIRECTION])
+@pytest.mark.parametrize("keep", [Keep.nothing(), Keep.columns(64), Keep.columns(128), Keep.direction()])
 def test_opcheck(keep):
     case = random_case(5, 4, 100, bias=True)
-    frozen = keep == KEEP_DIRECTION
+    frozen = keep.is_direction
     args = (
         case.hidden.requires_grad_(), case.weight.requires_grad_(not frozen), case.targets, case.bias, None,
-        1.5, 20.0, 0.8, "", torch.float32, "emulated", keep, None,
+        1.5, 20.0, 0.8, "", torch.float32, "emulated", keep.encode(), None,
     )  # fmt: skip
     torch.library.opcheck(logps_op.linear_logps_op, args)
 

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from sdpo_kernels import backends, epilogue_op, linear_logps
 from sdpo_kernels.backends import native, native_library
 from sdpo_kernels.backends.base import EXTRAS, Request
-from sdpo_kernels.dpo import pair_output
+from sdpo_kernels.dpo_output import pair_output
 from sdpo_kernels.head import Head
 from tests.reference import Case, check, error, random_case, target_logps
 from tests.test_logps import cases
 
 NATIVE = backends.BACKENDS["native"]
-pytestmark = pytest.mark.skipif(NATIVE.reason is not None, reason=str(NATIVE.reason))
+pytestmark = pytest.mark.skipif(NATIVE.unavailable_reason is not None, reason=str(NATIVE.unavailable_reason))
 ROOT = Path(__file__).resolve().parents[2]
 ALL = 10**12  # stash_bytes that holds everything
 CHIPS = ("avx512bf16", "avx512", "avx2", "base")
@@ -68,7 +68,7 @@ def test_auto_prefers_it_on_the_cpu(monkeypatch):
         ({"device": torch.device("mps")}, "it runs on the CPU and on CUDA, not on mps"),
         ({"dtype": torch.float16}, "it takes float32 and bfloat16, not float16"),
         ({"weight_dtype": torch.float64}, "it takes float32 and bfloat16, not float64"),
-        ({"outputs": EXTRAS[:1], "device": torch.device("cuda")}, "on cuda it gives log-probs alone"),
+        ({"outputs": EXTRAS[:1], "device": torch.device("cuda")}, "on cuda it computes log-probs only"),
     ],
 )
 def test_what_it_cannot_serve_it_says(changes, reason):
@@ -267,7 +267,7 @@ def test_the_pair_epilogue_is_the_losses_own_arithmetic(loss, n_pairs, beta, spr
     ref = spread * torch.randn(2 * n_pairs, generator=generator)
     counts = torch.randint(1, 40, (2 * n_pairs,), generator=generator)
     settings = {"beta": beta, "loss_type": name, **options}
-    assert epilogue_op.serves("native", policy, n_pairs, name) == "native"
+    assert epilogue_op.serving_backend("native", policy, n_pairs, name) == "native"
     ours = pair_output(policy, ref, counts, **settings)
     (grad,) = torch.autograd.grad(ours.loss, policy)
     exact = policy.detach().double().requires_grad_()
@@ -325,13 +325,13 @@ def broken_library(tmp_path, monkeypatch, content: bytes) -> Path:
 def test_a_half_built_library_is_an_error_that_names_the_remedy(tmp_path, monkeypatch, share):
     whole = native_library.LIBRARY.read_bytes()
     broken_library(tmp_path, monkeypatch, whole[: int(share * len(whole))])
-    with pytest.raises(RuntimeError, match=r"is cut short .* build it anew: cd .* python setup.py build_ext --inplace"):
+    with pytest.raises(RuntimeError, match=r"is truncated .* to rebuild it: cd .* python setup.py build_ext --inplace"):
         native_library.load()
 
 
 def test_a_file_that_is_no_library_is_an_error_that_names_the_remedy(tmp_path, monkeypatch):
     broken_library(tmp_path, monkeypatch, b"not a library " * 100)
-    with pytest.raises(RuntimeError, match=r"cannot be loaded \(.*\); build it anew: "):
+    with pytest.raises(RuntimeError, match=r"cannot be loaded \(.*\); to rebuild it: "):
         native_library.load()
 
 
@@ -341,23 +341,23 @@ def test_a_library_of_other_sources_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "csrc" / "kernel.cpp").write_text("// somebody else's, beside the installed package")
     assert native_library.load() is None
     (tmp_path / "csrc" / "walk.h").write_text("// changed since")
-    with pytest.raises(RuntimeError, match=r"was built from other sources .* build it anew: "):
+    with pytest.raises(RuntimeError, match=r"was built from other sources .* to rebuild it: "):
         native_library.load()
 
 
-def test_without_a_library_auto_takes_eager_and_a_misfit_stops(monkeypatch, tmp_path, caplog):
+def test_without_a_library_auto_takes_eager_and_one_that_cannot_be_loaded_raises(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(native_library, "LIBRARY", tmp_path / "_cpu.so")
     monkeypatch.delenv("SDPO_BACKEND", raising=False)
     absent = native.NativeBackend()
-    assert "is not there" in absent.reason
+    assert "does not exist" in absent.unavailable_reason
     monkeypatch.setitem(backends.BACKENDS, "native", absent)
-    backends._say_once.cache_clear()
+    backends._warn_once.cache_clear()
     with caplog.at_level("WARNING", logger="sdpo_kernels.backends"):
         assert backends.choose_backend("auto", request_of()).name == "eager"
     assert "python setup.py build_ext --inplace" in caplog.text
     (tmp_path / "_cpu.so").write_bytes(b"")
     monkeypatch.setitem(backends.BACKENDS, "native", native.NativeBackend())
-    with pytest.raises(RuntimeError, match=r"backend: native: .* is cut short .* or set SDPO_BACKEND=eager"):
+    with pytest.raises(RuntimeError, match=r"backend: native: .* is truncated .* or set SDPO_BACKEND=eager"):
         backends.choose_backend("auto", request_of())
 
 

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdpo_kernels import backends, linear_logps, logps_op
-from sdpo_kernels.backends.base import EXTRAS, KEEP_DIRECTION
+from sdpo_kernels.backends.base import EXTRAS, Keep
 from sdpo_kernels.backends.triton import backend as walk
 from sdpo_kernels.backends.triton import launch
 from sdpo_kernels.backends.triton import tiles as tile_choice
@@ -218,13 +218,16 @@ def test_autocast_rounds_both_and_gives_the_weight_its_own_dtype():
     assert ours["d_weight"].dtype == torch.float32
 
 
-@pytest.mark.parametrize(("keep", "outputs"), [(0, "entropy"), (64, ""), (128, ""), (KEEP_DIRECTION, "")])
+@pytest.mark.parametrize(
+    ("keep", "outputs"),
+    [(Keep.nothing(), "entropy"), (Keep.columns(64), ""), (Keep.columns(128), ""), (Keep.direction(), "")],
+)
 def test_opcheck(keep, outputs):
     case = random_case(5, 4, 100, bias=True)
-    frozen = keep == KEEP_DIRECTION
+    frozen = keep.is_direction
     args = (
         case.hidden.requires_grad_(), case.weight.requires_grad_(not frozen), case.targets, case.bias, None,
-        1.5, 20.0, 0.8, outputs, torch.float32, "triton", keep, None,
+        1.5, 20.0, 0.8, outputs, torch.float32, "triton", keep.encode(), None,
     )  # fmt: skip
     torch.library.opcheck(logps_op.linear_logps_op, args)
 

@@ -176,9 +176,7 @@ def test_no_more_than_a_chunk_is_sent_at_a_time(results):
 
 def test_what_does_not_fit_is_refused(results):
     for target, output, rows in (r["errors"] for r in results):
-        assert rows.startswith(
-            "shard_rows: was [60, 20], must be a number of rows for each of 2 processes, 40 for this"
-        )
+        assert rows.startswith("shard_rows: was [60, 20], must be a number of rows for each of 2 ranks, 40 for this")
         assert target.startswith("targets: was 80, must be in [0, 80)")
         assert output.startswith("outputs: was ('perplexity',), must be a sequence of names from")
 

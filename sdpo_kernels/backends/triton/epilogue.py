@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sdpo_kernels.backends.base import PairOutputs
 from sdpo_kernels.backends.triton.kernels import log1p_of
 
 ELEMENTS = 2048  # log-probs summed at a time
@@ -14,20 +15,20 @@ ROBUST, HINGE, IPO = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # as in 
 
 @triton.jit
 def softplus(x):
-    """log(1 + e^x) in float64."""
+    """log1p(exp(x)) in float64, without overflow."""
     return tl.maximum(x, 0.0) + log1p_of(tl.exp(-tl.abs(x)))
 
 
 @triton.jit
 def sigmoid(x):
-    """1/(1 + e^(−x)) in float64, without overflow."""
+    """1 / (1 + exp(-x)) in float64, without overflow."""
     small = tl.exp(-tl.abs(x))
     return tl.where(x >= 0, 1.0, small) / (1.0 + small)
 
 
 @triton.jit
 def pair_loss(a, b, chosen_count, rejected_count, beta, smoothing, LOSS: tl.constexpr):
-    """Loss of each pair and its slopes by the chosen and the rejected sum; csrc/pair_math.h in Triton."""
+    """Loss of each pair and its derivatives by the chosen and the rejected sum; csrc/pair_math.h in Triton."""
     if LOSS == IPO:
         d = a / chosen_count - b / rejected_count - 1.0 / (2.0 * beta)
         return d * d, 2.0 * d / chosen_count, -2.0 * d / rejected_count
@@ -52,11 +53,18 @@ def pair_kernel(
     n_pairs, beta, smoothing,
     PAIRS: tl.constexpr, BLOCK: tl.constexpr, LOSS: tl.constexpr, HAS_INDEX: tl.constexpr,
 ):  # fmt: skip
-    """A sequence's scored rows stand one after the other in `index`, chosen sequences first."""
+    """One program for all pairs.
+
+    1. sum the log-probs of each sequence in float64; its scored rows are consecutive in `index`, chosen first
+    2. log-ratios a (chosen) and b (rejected) against the reference, from sums rounded to float32
+    3. loss and slopes of each pair, divided by the number of pairs
+    4. rewards, margins and accuracy
+    """
     place = tl.arange(0, 2 * PAIRS)
     pair = place % PAIRS
     sequence = place // PAIRS * n_pairs + pair
     there = pair < n_pairs
+
     count = tl.load(counts + sequence, there, other=0)
     total = tl.zeros([2 * PAIRS], tl.float64)
     if HAS_INDEX:
@@ -68,11 +76,14 @@ def pair_kernel(
             total += tl.sum(tl.load(logps + row, inside, other=0.0).to(tl.float64), 1)
     else:
         total += tl.load(logps + sequence, there, other=0.0).to(tl.float64)
+
+    # the caller gets float32 sums; loss and slopes must be of those very numbers
     summed = total.to(tl.float32)
     tl.store(sums + sequence, summed, there)
     ratio = summed.to(tl.float64) - tl.load(ref + sequence, there, other=0.0).to(tl.float64)
     a, b = tl.split(tl.trans(tl.reshape(ratio, [2, PAIRS])))
     chosen_count, rejected_count = tl.split(tl.trans(tl.reshape(count.to(tl.float64), [2, PAIRS])))
+
     i = tl.arange(0, PAIRS)
     real = i < n_pairs
     chosen_count = tl.where(real, chosen_count, 1.0)
@@ -80,24 +91,25 @@ def pair_kernel(
     value, chosen_slope, rejected_slope = pair_loss(a, b, chosen_count, rejected_count, beta, smoothing, LOSS)
     tl.store(slopes + i, (chosen_slope / n_pairs).to(tl.float32), real)
     tl.store(slopes + n_pairs + i, (rejected_slope / n_pairs).to(tl.float32), real)
+
     tl.store(metrics + i, (beta * a).to(tl.float32), real)
     tl.store(metrics + n_pairs + i, (beta * b).to(tl.float32), real)
     tl.store(metrics + 2 * n_pairs + i, (beta * (a - b)).to(tl.float32), real)
     tl.store(metrics + 3 * n_pairs + i, tl.where(a > b, 1.0, 0.0), real)
+
     one = tl.arange(0, 1)
     tl.store(loss + one, (tl.sum(tl.where(real, value, 0.0), 0) / n_pairs).to(tl.float32) + tl.zeros([1], tl.float32))
 
 
 def pair_epilogue(
     logps: Tensor, index: Tensor | None, ref: Tensor, counts: Tensor, loss_type: int, beta: float, smoothing: float,
-    out: tuple[Tensor, Tensor, Tensor, Tensor],
+    out: PairOutputs,
 ) -> None:  # fmt: skip
-    """Fill `out`: loss, sums [2B], metrics [4, B], slopes [2B]."""
+    """See `base.Backend.pair_epilogue`."""
     n_pairs = ref.shape[0] // 2
     pairs = triton.next_power_of_2(n_pairs)
     block = max(16, ELEMENTS // (2 * pairs))
-    loss, sums, metrics, slopes = out
     pair_kernel[(1,)](
-        logps, index, ref, counts, loss.view(1), sums, metrics, slopes, n_pairs, beta, smoothing,
+        logps, index, ref, counts, out.loss.view(1), out.sums, out.metrics, out.slopes, n_pairs, beta, smoothing,
         PAIRS=pairs, BLOCK=block, LOSS=loss_type, HAS_INDEX=index is not None, num_warps=8,
     )  # fmt: skip
