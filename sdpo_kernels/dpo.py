@@ -91,6 +91,7 @@ def fused_linear_dpo(
     targets = labels.reshape(-1)
     token_weights = _token_weights(wanted, summed, targets)
 
+    # [N] log-probs of tokens; those of the reference only without `ref_logps`
     policy_head = _Head(hidden, weight, bias)
     ref_head = None if ref_hidden is None or ref_weight is None else _Head(ref_hidden, ref_weight, ref_bias)
     outputs = ("log_sum_sq_probs",) if wanted.weighs_pairs else ()
@@ -99,9 +100,10 @@ def fused_linear_dpo(
         logit_scale=logit_scale, softcap=softcap, backend=backend,
     )  # fmt: skip
 
+    # sums over sequences; the weights of tokens apply to policy and reference alike
     if policy.ref_logps is not None:
         ref_logps = sequence_logps(policy.ref_logps, summed, token_weights)
-    if ref_logps is None:
+    if ref_logps is None:  # a reference-free loss: its rewards are relative to 0
         ref_logps = policy.logps.new_zeros(n_sequences)
     pair_weights = None
     if policy.log_sum_sq_probs is not None:
@@ -120,7 +122,7 @@ def _token_weights(wanted: LossSum, summed: ScoredRows, targets: Tensor) -> Tens
 
 
 class _Head(NamedTuple):
-    """Hidden states and the head they go into."""
+    """A head with the hidden states that go into it."""
 
     hidden: Tensor  # [2B, T, H] or [N, H]
     weight: Tensor  # [V, H]
@@ -132,7 +134,7 @@ class _Head(NamedTuple):
         return self.hidden.reshape(-1, self.hidden.shape[-1])
 
     def is_shared_with(self, other: _Head) -> bool:
-        """Whether both go into one head, so that one pass over the vocabulary serves both."""
+        """Whether both go into the very same head, so that one pass over the vocabulary serves both."""
         return self.weight is other.weight and self.bias is other.bias and self.hidden.dtype == other.hidden.dtype
 
 
@@ -145,6 +147,7 @@ def _policy_and_reference(
     **options: Any,
 ) -> LinearLogps:
     """Per-token log-probs of the policy with `outputs`; `ref_logps` are the reference's, without gradient."""
+    # the reference first: its memory is free again before the policy's stash is allocated
     shared = ref is not None and policy.is_shared_with(ref)
     ref_logps = None
     if ref is not None and not shared:

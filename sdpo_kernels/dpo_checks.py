@@ -106,6 +106,7 @@ def check_reference(
         check_device("ref_logps", ref_logps, hidden)
         return
 
+    # a head needs both its hidden states and its weight; the bias is optional
     if ref_hidden is None or ref_weight is None:
         missing = "ref_logps" if ref_hidden is None and ref_weight is None else (
             "ref_hidden" if ref_hidden is None else "ref_weight"

@@ -89,12 +89,15 @@ def loss_and_metrics(
     `token_weights` [N_scored] weigh the tokens in the sums, `pair_weights` [B] the pairs in the loss.
     """
     ref_logps = ref_logps.detach().to(logps.dtype)
+
+    # the fast path: one op computes sums, loss, slopes and metrics
     plain = _plain_loss(wanted)
     if plain is not None:
         serving_backend = epilogue_op.serving_backend(backend, logps, counts.shape[0] // 2, plain.name)
         if serving_backend is not None:
             return _by_epilogue(logps, rows, ref_logps, counts, plain, beta, serving_backend)
 
+    # every other loss: autograd over tensors of size B
     sums = logps if rows is None else sequence_logps(logps, rows, token_weights)
     return _by_autograd(sums, ref_logps, counts, wanted, beta, pair_weights)
 
@@ -146,6 +149,7 @@ def _by_autograd(
     chosen_counts, rejected_counts = counts.chunk(2)
     pair = PairLogps(chosen, rejected, ref_chosen, ref_rejected, chosen_counts, rejected_counts, pair_weights)
 
+    # metrics carry no gradient; the reference never does
     chosen_rewards = beta * pair.chosen_logratio.detach()
     rejected_rewards = beta * pair.rejected_logratio.detach()
     margins = chosen_rewards - rejected_rewards

@@ -49,6 +49,7 @@ def logits_logps(
         )
     if targets.device != logits.device:
         raise ValueError(f"targets: was on {targets.device}, must be on {logits.device} as logits is")
+    # a leaf must keep its values, and a reshape of non-contiguous logits is a copy
     if inplace_backward and logits.requires_grad and (logits.is_leaf or not logits.is_contiguous()):
         was = "a leaf" if logits.is_leaf else "not contiguous"
         raise ValueError(f"logits: was {was}, must be a contiguous result of a computation for inplace_backward")

@@ -91,6 +91,7 @@ def linear_logps(
     head = Head(logit_scale, softcap, temperature)
     dtype = _check(hidden, weight, targets, bias, outputs, rows, ref_hidden)
     names = tuple(name for name in EXTRAS if name in outputs)
+    # by metadata alone, so that a compiled graph chooses once
     chosen = choose_backend(backend, Request(hidden.device, dtype, weight.dtype, head, names))
 
     if rows is not None:
@@ -131,6 +132,7 @@ def _keep(
     if not head_trains and "entropy" not in outputs:
         return Keep.direction()
 
+    # whole blocks of columns, as many as fit the budget
     per_column = n_rows * backend.stash_dtype(dtype, hidden.device).itemsize
     everything = -(-weight.shape[0] // STASH_MULTIPLE) * STASH_MULTIPLE
     columns = everything if per_column == 0 else budget // per_column
@@ -179,6 +181,7 @@ def _check(
         _check_rows(rows, hidden)
     check_outputs(outputs)
 
+    # the reference's rows go through the same products, so they must look the same
     if ref_hidden is not None and (ref_hidden.shape, ref_hidden.dtype) != (hidden.shape, hidden.dtype):
         raise ValueError(f"ref_hidden: was {_describe(ref_hidden)}, must be {_describe(hidden)} as hidden is")
     others = {"ref_hidden": ref_hidden, "weight": weight, "targets": targets, "bias": bias}
@@ -214,6 +217,7 @@ def check_outputs(outputs: Sequence[str]) -> None:
 def _check_dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
     if hidden.dtype not in DTYPES:
         raise ValueError(f"hidden: was of dtype {hidden.dtype}, must be one of {', '.join(map(str, DTYPES))}")
+    # autocast rounds both operands; without it they must have one dtype, as in torch's own products
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind) and torch.float64 not in (hidden.dtype, weight.dtype):
         dtype = torch.get_autocast_dtype(kind)

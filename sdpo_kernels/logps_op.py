@@ -92,6 +92,7 @@ def linear_logps_op(
     4. scatter the results to all rows
     """
     n_rows = hidden.shape[0]
+    # the fake kernel cannot know how many rows are scored, so what is kept then has all rows
     kept_rows = n_rows if index is None else index.shape[0]
     if index is None:
         index = (targets != IGNORE_INDEX).nonzero().squeeze(1)
@@ -106,6 +107,7 @@ def linear_logps_op(
         alone = replace(call, hidden=call.ref_hidden, ref_hidden=None, outputs=(), kept_rows=0)
         ref_logps = get_backend(backend).forward(alone, Keep.nothing()).logps
 
+    # rows that are not scored get 0; if all are scored, nothing is copied
     out_dtype = product_dtype(dtype)
 
     def whole(value: Tensor | None, empty_dtype: torch.dtype = out_dtype) -> Tensor:
@@ -133,6 +135,7 @@ def _(*inputs):
     hidden, backend, keep = given.hidden, get_backend(given.backend), Keep.decode(given.keep)
     n_rows, names, dtype = hidden.shape[0], given.outputs.split(","), product_dtype(given.dtype)
 
+    # shapes must be those of the op, also where the number of scored rows is unknown
     kept_rows = n_rows if given.index is None else given.index.shape[0]
     if keep.is_direction:
         kept = hidden.new_empty((kept_rows, hidden.shape[1]), dtype=dtype)
@@ -200,6 +203,7 @@ def linear_logps_backward_op(
     h = None if grad_entropy is None else scored(grad_entropy)
     dx, dw, db = get_backend(backend).backward(call, saved, scored(grad_logps), h, Needs(*needs))
 
+    # rows that were left out get no gradient
     if dx is not None and index.shape[0] != hidden.shape[0]:
         dx = hidden.new_zeros(hidden.shape).index_copy_(0, index, dx)
     none = hidden.new_empty(0)
@@ -226,6 +230,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(*(value for name, value in out._asdict().items() if name not in differentiable))
     ctx.set_materialize_grads(False)
 
+    # the inputs themselves, [N]-sized vectors, and what `keep` asked for
     saved = _SavedTensors(
         hidden=given.hidden, weight=given.weight, targets=given.targets, bias=given.bias, index=given.index,
         logps=out.logps, state=out.state, entropy=out.entropy, kept=out.kept,
@@ -242,6 +247,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_logps is None:
         grad_logps = torch.zeros_like(saved.logps)
 
+    # only these three inputs are differentiable
     needed = Inputs(*ctx.needs_input_grad)
     needs = Needs(needed.hidden, needed.weight, needed.bias)
     dx, dw, db = linear_logps_backward_op(

@@ -54,6 +54,8 @@ def _auto_order(device: torch.device) -> list[str]:
 def _choose(name: str, device: torch.device, reason_against: Callable[[Backend], str | None], asked: object) -> Backend:
     if name == "auto":
         name = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+
+    # a backend asked for by name serves the call or raises: a silent fallback would hide a mistake
     if name != "auto":
         backend = get_backend(name)
         reason = reason_against(backend)

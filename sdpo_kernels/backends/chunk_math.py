@@ -47,6 +47,7 @@ class RunningSums:
             self.sum_logits += z.sum(1, dtype=torch.float64)
         self._take_target_(z, columns)
 
+        # a chunk whose logits are all −inf would give −inf − (−inf) = NaN
         top = z.amax(1)
         shift = torch.where(top == -torch.inf, 0.0, top)
         probs = (z - shift.unsqueeze(1)).exp_()
@@ -94,11 +95,13 @@ class RunningSums:
 
     def finish(self, n_columns: int, kept: Tensor | None) -> HeadForward:
         """The log-probs and the requested extras; `kept` is passed through."""
+        # logp = -log1p(exp(rest - z_target)): exact as p → 1 and as p → 0
         zero = torch.zeros_like(self.rest)
         z_target = self.z_target.masked_fill(self.z_target == torch.inf, torch.nan)  # as log_softmax has it
         logps = -torch.logaddexp(self.rest - z_target, zero)
         lse = torch.logaddexp(self.rest, z_target)
 
+        # extras that were not requested were not summed either: their values here mean nothing
         answers = {
             "entropy": entropy_of(logps, self.mean_log_prob),
             "log_sum_sq_probs": log_sum_sq_of(logps, self.sum_sq_probs),
@@ -137,6 +140,7 @@ def dlogits(z: Tensor, columns: Tensor, saved: Saved, coefficient: Tensor, grad_
     lse = exact_lse.to(z.dtype)
     tail = (exact_lse - lse).to(z.dtype)  # lost by rounding the logsumexp; put back per row, at no cost
 
+    # at the target 1 − p cancels as p → 1, unless it is taken from the log-prob
     log_probs = z - lse.unsqueeze(1)
     probs = log_probs.exp()
     at_target = -torch.expm1(saved.logps) * coefficient
@@ -152,6 +156,7 @@ def dlogits(z: Tensor, columns: Tensor, saved: Saved, coefficient: Tensor, grad_
         grad = probs * -(coefficient.unsqueeze(1) + slope.unsqueeze(1) * (finite + (saved.entropy - tail).unsqueeze(1)))
         at_target = at_target - h * saved.logps.exp() * (saved.logps.clamp(min=_LOWEST) + saved.entropy)
 
+    # rows whose target is in another chunk write back what they already have
     inside = (columns >= 0) & (columns < z.shape[1])
     column = columns.clamp(0, z.shape[1] - 1).unsqueeze(1)
     value = torch.where(inside, at_target, grad.gather(1, column).squeeze(1))

@@ -139,6 +139,7 @@ class EagerBackend:
             grad = dlogits(z, call.targets - start, saved, coefficient, grad_entropy)
             call.head.times_slope_(grad, z)
 
+            # db is summed before the gradient is rounded to the operands' dtype
             if db is not None:
                 db[start:stop] = grad.sum(0)
             grad = grad.to(w.dtype)

@@ -115,6 +115,7 @@ class NativeBackend:
         On the CPU the stash is stored in blocks of 64 columns, each [kept_rows, 64]; on CUDA by rows.
         """
         n_rows, width = call.hidden.shape
+        # operators write into tensors that the caller allocates: torch's allocator, no copies
         logps = call.hidden.new_empty(n_rows, dtype=torch.float32)
         state = call.hidden.new_empty((n_rows, 2), dtype=torch.float64)
 
@@ -148,6 +149,7 @@ class NativeBackend:
             direction = saved.kept if saved.rows is None else saved.kept.index_select(0, saved.rows)
             return Gradients((direction * grad_logps.unsqueeze(1)).to(call.hidden.dtype), None, None)
 
+        # each gradient has its tensor's dtype, rounded once from float32 sums
         hidden = _known(call.hidden)
         dx = hidden.new_empty(hidden.shape) if needs.hidden else None
         dw = call.weight.new_empty(call.weight.shape) if needs.weight else None

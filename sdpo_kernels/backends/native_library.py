@@ -73,6 +73,7 @@ def _load(library: Path, compiler: str, built_from: Callable[[], str], cuda: boo
     if not library.exists():
         return f"{library} does not exist (built at installation if {compiler} is found); to build it: {how_to_build()}"
 
+    # the library exists: from here on a problem is an error, not a reason to use another backend
     if not is_whole(library):
         raise RuntimeError(f"{library} is truncated (was its build interrupted?); to rebuild it: {how_to_build()}")
 

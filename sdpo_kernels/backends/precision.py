@@ -21,6 +21,7 @@ def full(device: torch.device) -> Iterator[None]:
 
     Calls may overlap, as in autograd's threads for several devices: the last one to leave restores the settings.
     """
+    # only the first call saves and changes the settings, and only the last one restores them
     kind = "cuda" if device.type == "cuda" else "cpu"
     with _lock:
         _inside[kind] = _inside.get(kind, 0) + 1
@@ -47,6 +48,8 @@ def _begin(kind: str) -> None:
     split_k = getattr(cuda, "allow_bf16_reduced_precision_reduction_split_k", True)
 
     _before[kind] = (setting.fp32_precision, cuda.allow_bf16_reduced_precision_reduction, split_k)
+
+    # "none": nothing is set, which is full precision, too; leaving it alone keeps it inherited
     if setting.fp32_precision not in ("ieee", "none"):
         setting.fp32_precision = "ieee"
     if kind == "cuda":

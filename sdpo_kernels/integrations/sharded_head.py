@@ -77,6 +77,7 @@ def sharded_linear_logps(
         shard_rows = _gather_shard_rows(weight_shard, group)
     _check_rows(shard_rows, weight_shard, group)
 
+    # only scored rows take part, but every rank walks all chunks, even without any
     n_columns = sum(shard_rows)
     index = (targets != IGNORE_INDEX).nonzero().squeeze(1) if rows is None else rows.index
     scored = targets[index]
@@ -257,6 +258,7 @@ class _ShardedLogps(torch.autograd.Function):
                 sums.add(call.logits(x, rows, row_bias), targets - chunk.start)
         found = sums.finish(call.n_columns, None)
 
+        # no logits are saved: the backward recomputes them chunk by chunk
         ctx.save_for_backward(hidden, weight, bias, targets, found.logps, found.state, found.entropy)
         ctx.call = call
         extras = {name: getattr(found, name) for name in call.outputs}
@@ -273,6 +275,7 @@ class _ShardedLogps(torch.autograd.Function):
         coefficient = torch.zeros_like(logps) if grad_logps is None else grad_logps.to(logps.dtype)
         grad_entropy = dict(zip(call.outputs, grad_extras, strict=True)).get("entropy")
 
+        # the same condition on all ranks, or a collective would wait for ever
         x = _operand(hidden.to(call.dtype))
         dx = torch.zeros_like(x, dtype=logps.dtype) if needed.hidden else None
         dw = torch.empty_like(weight) if needed.weight else None
@@ -283,6 +286,7 @@ class _ShardedLogps(torch.autograd.Function):
                 grad = dlogits(z, targets - chunk.start, saved, coefficient, grad_entropy)
                 call.head.times_slope_(grad, z)
 
+                # parameters' gradients are summed over ranks; dX is this rank's own
                 if db is not None:
                     call.add_up(grad.sum(0), db, chunk)
                 grad = grad.to(rows.dtype)

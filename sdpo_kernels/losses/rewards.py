@@ -1,4 +1,4 @@
-"""Losses that hold each answer to its reference by itself: a and b are the log-ratios of chosen and rejected."""
+"""Losses that compare each answer with its reference separately: a and b are the log-ratios of chosen and rejected."""
 
 from __future__ import annotations
 

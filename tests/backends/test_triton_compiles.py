@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 from sdpo_kernels.backends.triton import kernels
 from sdpo_kernels.backends.triton.epilogue import ELEMENTS, pair_kernel
 from sdpo_kernels.backends.triton.launch import REDO_ELEMENTS, ROWS_AT_ONCE
+from sdpo_kernels.backends.triton.redo import redo_kernel
 from sdpo_kernels.backends.triton.tiles import tiles_of
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -118,11 +119,11 @@ def test_the_kernels_of_rows(arch, dtype, capped, tmp_path):
         (kernels.target_logits_kernel, {"BLOCK": 1024} | head, 4),
         (kernels.finalize_kernel, {"BLOCK": ROWS_AT_ONCE, "EXTRAS": True}, 4),
         (kernels.set_targets_kernel, {"BLOCK": ROWS_AT_ONCE, "CAPPED": capped}, 4),
-        (kernels.redo_kernel, redo | head, 8),
+        (redo_kernel, redo | head, 8),
     ):
         kernel = compiled(function, types, constants, arch, warps, 3)
         assert kernel.metadata.shared <= SHARED_MEMORY[arch]
-        if function is not kernels.redo_kernel:  # that one is rare, and works on a row at a time
+        if function is not redo_kernel:  # that one is rare, and works on a row at a time
             assert stack_bytes(kernel, tmp_path) == 0
 
 

@@ -1,7 +1,7 @@
 """Triton kernels for CUDA.
 
-`kernels.py` is what runs on the device, `launch.py` launches it, `tiles.py` chooses the tile, `backend.py` is the walk
-over the vocabulary; `epilogue.py` is the pair epilogue.
+`kernels.py` and `redo.py` run on the device, `launch.py` launches them, `tiles.py` chooses the tile, `backend.py`
+is the walk over the vocabulary; `epilogue.py` is the pair epilogue.
 """
 
 from __future__ import annotations

@@ -57,23 +57,18 @@ def _forward_columns(rows: Rows) -> int:
 def forward(call: HeadCall, keep: Keep) -> HeadForward:
     """See `base.Backend.forward`."""
     rows = Rows.of(call, forward=True)
-    n_rows, width = call.hidden.shape
+    n_rows = call.hidden.shape[0]
     n_columns, tile = call.weight.shape[0], rows.tile
     sums = Sums.of(rows, -(-n_columns // tile.columns), _forward_columns(rows) // tile.columns)
 
-    # rows past N and columns past V are padding, which must hold no garbage
-    kept = direction = stash = None
-    if keep.is_direction:
-        kept = rows.x.new_zeros((call.kept_rows, width), dtype=torch.float32)
-        direction = kept[:n_rows]
-    elif keep.n_columns:
-        kept = rows.x.new_empty((call.kept_rows, keep.n_columns))
-        kept[n_rows:].zero_()
-        kept[:, n_columns:].zero_()
-        stash = kept[:n_rows]
+    kept = _buffer_to_keep(rows, keep)
+    direction = None if kept is None or not keep.is_direction else kept[:n_rows]
+    stash = None if kept is None or keep.is_direction else kept[:n_rows]
 
     with precision.full(call.hidden.device):
         _walk(rows, sums, stash, direction)
+
+    # rows out of range are recomputed before anything reads their log-probs
     found = launch.finalize(rows, sums)
     launch.redo(rows, found, stash, direction)
     if stash is not None:
@@ -101,6 +96,20 @@ def forward(call: HeadCall, keep: Keep) -> HeadForward:
     )
 
 
+def _buffer_to_keep(rows: Rows, keep: Keep) -> Tensor | None:
+    """What the forward returns for the backward; rows past N and columns past V are padding and set to 0."""
+    call = rows.call
+    n_rows, width = call.hidden.shape
+    if keep.is_direction:
+        return rows.x.new_zeros((call.kept_rows, width), dtype=torch.float32)
+    if keep.n_columns == 0:
+        return None
+    kept = rows.x.new_empty((call.kept_rows, keep.n_columns))
+    kept[n_rows:].zero_()
+    kept[:, call.weight.shape[0] :].zero_()
+    return kept
+
+
 def _walk(rows: Rows, sums: Sums, stash: Tensor | None, direction: Tensor | None) -> None:
     """All tiles of the vocabulary; S goes to the stash, or through scratch memory into `direction`, or nowhere."""
     call, n_rows, keep = rows.call, rows.call.hidden.shape[0], 0 if stash is None else stash.shape[1]
@@ -109,6 +118,7 @@ def _walk(rows: Rows, sums: Sums, stash: Tensor | None, direction: Tensor | None
 
     for start, stop in chunks(call, 0, step, step):
         weight = rows.weight[start:stop].to(call.dtype)
+        # a frozen head: S is used at once and never kept
         if direction is not None:
             assert scratch is not None
             s = _scratch_of(scratch, rows, stop - start)
@@ -122,6 +132,13 @@ def _walk(rows: Rows, sums: Sums, stash: Tensor | None, direction: Tensor | None
             launch.logits(rows, weight[:stored], start, rows.target_logits, sums, stash, start)
         if stored < stop - start:
             launch.logits(rows, weight[stored:], start + stored, rows.target_logits, sums, None)
+
+
+def _stashed(saved: Saved, start: int, stop: int) -> Tensor:
+    """Columns start … stop − 1 of the stash, for the backward's rows."""
+    assert saved.kept is not None
+    s = saved.kept[:, start:stop]
+    return s if saved.rows is None else s.index_select(0, saved.rows)
 
 
 def _scratch_of(scratch: Tensor, rows: Rows, n_columns: int) -> Tensor:
@@ -164,6 +181,7 @@ def backward(call: HeadCall, saved: Saved, grad_logps: Tensor, grad_entropy: Ten
 
 
 def _backward(call: HeadCall, saved: Saved, grad_logps: Tensor, needs: Needs) -> Gradients:
+    # S is the gradient of logp up to one factor r per row, which goes to the [N, H] side of each product
     rows = Rows.of(call, forward=False)
     gain = call.head.logit_scale / call.head.temperature
     k = saved.state[:, 1].float()
@@ -181,10 +199,10 @@ def _backward(call: HeadCall, saved: Saved, grad_logps: Tensor, needs: Needs) ->
     scratch = None
     for start, stop in chunks(call, stashed, at_once, step):
         weight = rows.weight[start:stop].to(call.dtype) if needs.hidden or stop > stashed else None
+
+        # stashed columns are read, the others recomputed with the same k
         if stop <= stashed:
-            assert saved.kept is not None
-            s = saved.kept[:, start:stop]
-            s = s if saved.rows is None else s.index_select(0, saved.rows)
+            s = _stashed(saved, start, stop)
         else:
             assert weight is not None
             scratch = rows.x.new_empty(rows.x.shape[0] * step) if scratch is None else scratch

@@ -29,11 +29,15 @@ def sigmoid(x):
 @triton.jit
 def pair_loss(a, b, chosen_count, rejected_count, beta, smoothing, LOSS: tl.constexpr):
     """Loss of each pair and its derivatives by the chosen and the rejected sum; csrc/pair_math.h in Triton."""
+    # IPO compares means over tokens, the others sums
     if LOSS == IPO:
         d = a / chosen_count - b / rejected_count - 1.0 / (2.0 * beta)
         return d * d, 2.0 * d / chosen_count, -2.0 * d / rejected_count
+
+    # slope: d loss / d z, with z = beta · (a − b)
     z = beta * (a - b)
     if LOSS == HINGE:
+        # slope 0 at the kink; NaN stays NaN
         value = tl.where(1.0 - z > 0, 1.0 - z, tl.where(z != z, z, 0.0))
         slope = tl.where(1.0 - z > 0, -1.0, tl.where(z != z, z, 0.0))
     elif LOSS == ROBUST:
@@ -44,6 +48,19 @@ def pair_loss(a, b, chosen_count, rejected_count, beta, smoothing, LOSS: tl.cons
         value = (1.0 - smoothing) * softplus(-z) + smoothing * softplus(z)
         slope = -(1.0 - smoothing) * sigmoid(-z) + smoothing * sigmoid(z)
     return value, beta * slope, -beta * slope
+
+
+@triton.jit
+def sequence_sums(logps, index, count, SEQUENCES: tl.constexpr, BLOCK: tl.constexpr):
+    """Log-probs of tokens summed over each sequence, whose `count` rows follow each other in `index`; float64."""
+    total = tl.zeros([SEQUENCES], tl.float64)
+    first = tl.cumsum(count, 0) - count
+    for start in range(0, tl.max(count, 0), BLOCK):
+        step = start + tl.arange(0, BLOCK)
+        inside = step[None, :] < count[:, None]
+        row = tl.load(index + first[:, None] + step[None, :], inside, other=0)
+        total += tl.sum(tl.load(logps + row, inside, other=0.0).to(tl.float64), 1)
+    return total
 
 
 @triton.jit(do_not_specialize=["n_pairs"])
@@ -60,22 +77,17 @@ def pair_kernel(
     3. loss and slopes of each pair, divided by the number of pairs
     4. rewards, margins and accuracy
     """
+    # PAIRS is a power of two: chosen sequences take the first half of the block, rejected ones the second
     place = tl.arange(0, 2 * PAIRS)
     pair = place % PAIRS
     sequence = place // PAIRS * n_pairs + pair
     there = pair < n_pairs
 
     count = tl.load(counts + sequence, there, other=0)
-    total = tl.zeros([2 * PAIRS], tl.float64)
     if HAS_INDEX:
-        first = tl.cumsum(count, 0) - count
-        for start in range(0, tl.max(count, 0), BLOCK):
-            step = start + tl.arange(0, BLOCK)
-            inside = step[None, :] < count[:, None]
-            row = tl.load(index + first[:, None] + step[None, :], inside, other=0)
-            total += tl.sum(tl.load(logps + row, inside, other=0.0).to(tl.float64), 1)
+        total = sequence_sums(logps, index, count, 2 * PAIRS, BLOCK)
     else:
-        total += tl.load(logps + sequence, there, other=0.0).to(tl.float64)
+        total = tl.load(logps + sequence, there, other=0.0).to(tl.float64)
 
     # the caller gets float32 sums; loss and slopes must be of those very numbers
     summed = total.to(tl.float32)
@@ -84,6 +96,7 @@ def pair_kernel(
     a, b = tl.split(tl.trans(tl.reshape(ratio, [2, PAIRS])))
     chosen_count, rejected_count = tl.split(tl.trans(tl.reshape(count.to(tl.float64), [2, PAIRS])))
 
+    # a count of 1 keeps padding from dividing by 0
     i = tl.arange(0, PAIRS)
     real = i < n_pairs
     chosen_count = tl.where(real, chosen_count, 1.0)
@@ -97,6 +110,7 @@ def pair_kernel(
     tl.store(metrics + 2 * n_pairs + i, (beta * (a - b)).to(tl.float32), real)
     tl.store(metrics + 3 * n_pairs + i, tl.where(a > b, 1.0, 0.0), real)
 
+    # a store of one element, as a block of length 1
     one = tl.arange(0, 1)
     tl.store(loss + one, (tl.sum(tl.where(real, value, 0.0), 0) / n_pairs).to(tl.float32) + tl.zeros([1], tl.float32))
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sdpo_kernels.backends.base import HeadCall
 from sdpo_kernels.backends.triton import kernels
+from sdpo_kernels.backends.triton.redo import redo_kernel
 from sdpo_kernels.backends.triton.tiles import Tile, candidates, fastest, is_autotuned, tile_for
 
 ROWS_AT_ONCE = 128  # of the kernels that work on [N] alone
@@ -32,12 +33,14 @@ class Rows:
     @classmethod
     def of(cls, call: HeadCall, forward: bool) -> Rows:
         """Prepare the operands, choose the tile and, for a forward, compute the targets' logits."""
+        # the reference's rows are more rows of the same products
         x, targets = call.hidden.to(call.dtype), call.targets
         if call.ref_hidden is not None:
             x, targets = torch.cat([x, call.ref_hidden.to(call.dtype)]), targets.repeat(2)
         x = x if x.stride(1) == 1 else x.contiguous()
         weight, bias = unit_stride(call.weight), None if call.bias is None else call.bias.contiguous()
 
+        # softcap's tanh and the extras need registers, so their tiles are smaller
         heavy = call.head.softcap is not None or bool(call.outputs)
         tile = tile_for(x.device, x.dtype, heavy)
         rows = cls(call, x, weight, bias, targets.contiguous(), x.new_empty(x.shape[0], dtype=torch.float32), tile)
@@ -57,6 +60,7 @@ class Rows:
     def fastest_tile(self) -> Tile:
         """The fastest tile for a forward of about this shape, kept for this process."""
         call, weight = self.call, self.weight
+        # 2**24 weights are enough to time a tile, and cast quickly
         some = weight[: min(weight.shape[0], 2**24 // max(1, weight.shape[1]))].to(call.dtype)
 
         def run(tile: Tile) -> None:
@@ -126,6 +130,7 @@ def logits(
     if n_rows == 0:
         return
 
+    # targets are relative to the chunk, so that a kernel need not know where it is
     before, after, capped = head_numbers(call)
     bias = None if rows.bias is None else rows.bias[start : start + n_columns]
     grid = (triton.cdiv(n_rows, tile.rows) * triton.cdiv(n_columns, tile.columns),)
@@ -144,6 +149,7 @@ def logits(
         DESCRIPTORS=described, UPCAST=not rows.x.is_cuda, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
+    # the next chunk writes over the parts
     if sums is not None:
         sums.fold(triton.cdiv(n_columns, tile.columns))
 
@@ -187,6 +193,7 @@ def finalize(rows: Rows, sums: Sums) -> Finished:
         logps, state, rows.x.new_empty(n, dtype=torch.int8), vector(extras), vector(extras), vector(extras),
     )  # fmt: skip
 
+    # an empty grid cannot be launched
     if n:
         kernels.finalize_kernel[(triton.cdiv(n, ROWS_AT_ONCE),)](
             sums.sums, sums.folded, rows.target_logits, out.logps, out.state, out.entropy, out.log_sum_sq,
@@ -214,9 +221,10 @@ def redo(rows: Rows, found: Finished, stash: Tensor | None, direction: Tensor | 
     if n == 0:
         return
 
+    # one program holds a whole row of x and BJ rows of w
     before, after, capped = head_numbers(call)
     bh = max(16, triton.next_power_of_2(width))
-    kernels.redo_kernel[(n,)](
+    redo_kernel[(n,)](
         found.redo, rows.x, rows.weight, rows.bias, rows.targets, rows.target_logits, found.logps, found.state,
         found.entropy, found.log_sum_sq, found.mean_logits, stash, direction,
         rows.weight.shape[0], width, rows.x.stride(0), rows.weight.stride(0), call.hidden.shape[0],
