@@ -1,4 +1,4 @@
-"""The registry of losses: names, options, what each needs, weighted sums, and every refusal."""
+"""The registry of losses: names, options, what each needs, weighted sums, and every error."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_aliases_are_the_same_loss(alias):
 
 
 def test_a_longer_chosen_answer_lowers_length_dpos_loss():
-    """The term is +α(|w|−|l|) inside σ: what length explains is not learnt a second time."""
+    """The term is +α(|w|−|l|) inside σ: the policy need not learn what length already explains."""
     long, short = pair_of(-5.0, -5.0, -5.0, -5.0, 90, 10), pair_of(-5.0, -5.0, -5.0, -5.0, 10, 90)
     assert pair_loss("length_dpo", long, length_alpha=0.1) < math.log(2) < pair_loss("length_dpo", short)
 
@@ -51,7 +51,7 @@ def test_the_default_beta_is_diffusion_dpos_own():
     assert pair_loss("sigmoid", pair).item() == pair_loss("sigmoid", pair, 0.1).item()
 
 
-def test_a_new_loss_is_entered_under_its_name(monkeypatch):
+def test_a_new_loss_is_registered_under_its_name(monkeypatch):
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
 
     @register("twice", "double")
@@ -92,7 +92,7 @@ def test_a_sum_knows_what_its_terms_need():
     assert loss_sum("sigmoid").label == "sigmoid"
 
 
-def test_weights_of_pairs_must_be_there():
+def test_missing_pair_weights_are_an_error():
     with pytest.raises(ValueError, match=r"^weights: was None, must be the weights \[B\] of the pairs"):
         pair_loss([{"name": "wpo"}, {"name": "sft"}], pair_of(1.0, 0.0, 0.0, 0.0)._replace(weights=None))
 
@@ -132,7 +132,7 @@ def test_weights_of_pairs_must_be_there():
     ],
     ids=str,
 )  # fmt: skip
-def test_bad_settings_are_refused_by_name(loss_type, beta, options, message):
+def test_errors_name_the_setting(loss_type, beta, options, message):
     with pytest.raises(ValueError, match=message):
         check_loss(loss_type, beta, **options)
     with pytest.raises(ValueError, match=message):

@@ -23,7 +23,7 @@ LONGEST = 40  # scored tokens of a sequence
 
 
 def pair_cases(n_pairs: st.SearchStrategy[int]) -> st.SearchStrategy[dict[str, Any]]:
-    """Arguments of `check_pair_epilogue`: of sums a sequence, or of tokens that are yet to be summed."""
+    """Arguments of `check_pair_epilogue`: sums of sequences, or log-probs of tokens still to be summed."""
     return st.fixed_dictionaries(
         {
             "loss": st.sampled_from(LOSSES),

@@ -1,4 +1,4 @@
-"""The eager backend and the arithmetic of its chunks, asked directly."""
+"""The eager backend and the arithmetic of its chunks, called directly."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_it_is_registered_and_chosen():
     request = Request(torch.device("cpu"), torch.float16, torch.float16, Head(), EXTRAS)
     assert get_backend("eager") is BACKENDS["eager"]
     assert choose_backend("eager", request).name == "eager"
-    assert AUTO_ORDER[-1] == "eager"  # it serves everything, so nothing may stand behind it
+    assert AUTO_ORDER[-1] == "eager"  # it serves everything, so nothing may come after it
     assert BACKENDS["eager"].supports(request) is None
 
 
@@ -90,7 +90,7 @@ def test_what_is_kept_for_a_frozen_head_is_the_gradient_up_to_1_minus_p():
 
 
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
-def test_only_the_gradients_needed_are_made(needs):
+def test_only_needed_gradients_are_computed(needs):
     call = head_call()
     answer = EagerBackend().forward(call, Keep.nothing())
     saved = Saved(answer.logps, answer.state, None, None, None, Keep.nothing())
@@ -98,7 +98,7 @@ def test_only_the_gradients_needed_are_made(needs):
     assert tuple(grad is not None for grad in found) == needs
 
 
-def test_the_inputs_are_left_alone():
+def test_the_inputs_are_not_modified():
     call = head_call(outputs=EXTRAS, head=Head(softcap=3.0, temperature=2.0))
     before = [t.clone() for t in (call.hidden, call.weight, call.bias, call.targets)]
     EagerBackend().forward(call, Keep.columns(64))

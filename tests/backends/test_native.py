@@ -1,4 +1,4 @@
-"""The native backend: every chip's kernels, bits that depend on nothing, precision at scale, memory, its library."""
+"""The native backend: every chip's kernels, reproducible bits, precision at scale, memory, its library."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EPS = torch.finfo(torch.float32).eps
 
 @pytest.fixture(params=CHIPS)
 def chip(request, monkeypatch):
-    """The kernels for one kind of chip, where this machine is of that kind or better."""
+    """The kernels for one kind of chip, if this machine supports it."""
     best = torch.ops.sdpo_native.cpu_chip()
     try:
         torch.ops.sdpo_native.use_cpu_chip(request.param)
@@ -71,11 +71,11 @@ def test_auto_prefers_it_on_the_cpu(monkeypatch):
         ({"outputs": EXTRAS[:1], "device": torch.device("cuda")}, "on cuda it computes log-probs only"),
     ],
 )
-def test_what_it_cannot_serve_it_says(changes, reason):
+def test_unsupported_requests_give_the_reason(changes, reason):
     assert NATIVE.supports(request_of(**changes)).startswith(reason)
 
 
-def test_an_unknown_chip_is_refused():
+def test_an_unknown_chip_is_an_error():
     with pytest.raises(RuntimeError, match="chip: was 'vax', must be one that this machine has"):
         torch.ops.sdpo_native.use_cpu_chip("vax")
 
@@ -106,8 +106,8 @@ def test_odd_shapes(chip, shape, dtype, trains, stash_bytes):
 @pytest.mark.parametrize("scale", [30.0, 100.0])
 @pytest.mark.parametrize("stash_bytes", [0, 4 * 40 * 128, ALL])
 @pytest.mark.parametrize("trains", [("hidden", "weight", "bias"), ("hidden",)], ids="+".join)
-def test_rows_out_of_range_are_done_again(chip, trains, stash_bytes, scale):
-    """Log-probs far below −109 beside ordinary ones; a case of its own, as plain float32 has its own troubles here."""
+def test_rows_out_of_range_are_recomputed(chip, trains, stash_bytes, scale):
+    """Log-probs far below −109 next to ordinary ones; separate, because plain float32 is inaccurate here, too."""
     case = native_case(40, 16, 300, bias=True, scale=scale, trains=trains, settings={"stash_bytes": stash_bytes})
     case.hidden[::3] /= scale  # some rows stay in range
     ours = case.ours()
@@ -159,7 +159,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(stash_bytes):
 
 
 def summed_error(hidden, weight, targets, bias=None) -> tuple[float, float]:
-    """Of the summed log-prob in nats, and the largest of a token relative to its log-prob."""
+    """The error of the summed log-prob in nats, and the largest one of a token relative to its log-prob."""
     with torch.no_grad():
         ours = linear_logps(hidden, weight, targets, bias=bias, backend="native").logps.double()
     truth = []
@@ -207,7 +207,7 @@ def test_bfloat16_gradients_are_near_those_of_ideal_float32_logits(stash_bytes):
 
 @pytest.mark.slow
 def test_more_logits_than_an_int32_can_count_forward_and_backward():
-    """All rows but five are one row, so that the truth is that of six."""
+    """All rows but five are the same row, so six rows are enough for the ground truth."""
     n_rows, n_columns = 36000, 60100
     assert n_rows * n_columns > 2**31
     case = native_case(6, 2, n_columns, dtype=torch.bfloat16, scale=2.0, settings={"stash_bytes": ALL})
@@ -249,7 +249,7 @@ def test_without_a_stash_memory_is_small_and_flat_in_the_vocabulary():
         )  # fmt: skip
         found.append(int(done.stdout))
     assert max(found) < 160e6
-    assert found[1] < 1.1 * found[0] + 16e6  # allocators differ by that much from run to run
+    assert found[1] < 1.1 * found[0] + 16e6  # allocators vary by that much from run to run
 
 
 # --- the pair epilogue ------------------------------------------------------------------------------------------
@@ -322,14 +322,14 @@ def broken_library(tmp_path, monkeypatch, content: bytes) -> Path:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
-def test_a_half_built_library_is_an_error_that_names_the_remedy(tmp_path, monkeypatch, share):
+def test_a_truncated_library_is_an_error_that_says_how_to_rebuild(tmp_path, monkeypatch, share):
     whole = native_library.LIBRARY.read_bytes()
     broken_library(tmp_path, monkeypatch, whole[: int(share * len(whole))])
     with pytest.raises(RuntimeError, match=r"is truncated .* to rebuild it: cd .* python setup.py build_ext --inplace"):
         native_library.load()
 
 
-def test_a_file_that_is_no_library_is_an_error_that_names_the_remedy(tmp_path, monkeypatch):
+def test_a_file_that_is_not_a_library_is_an_error_that_says_how_to_rebuild(tmp_path, monkeypatch):
     broken_library(tmp_path, monkeypatch, b"not a library " * 100)
     with pytest.raises(RuntimeError, match=r"cannot be loaded \(.*\); to rebuild it: "):
         native_library.load()
@@ -338,7 +338,7 @@ def test_a_file_that_is_no_library_is_an_error_that_names_the_remedy(tmp_path, m
 def test_a_library_of_other_sources_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "csrc").mkdir()
     monkeypatch.setattr(native_library, "SOURCES", tmp_path / "csrc")
-    (tmp_path / "csrc" / "kernel.cpp").write_text("// somebody else's, beside the installed package")
+    (tmp_path / "csrc" / "kernel.cpp").write_text("// of another project, next to the installed package")
     assert native_library.load() is None
     (tmp_path / "csrc" / "walk.h").write_text("// changed since")
     with pytest.raises(RuntimeError, match=r"was built from other sources .* to rebuild it: "):
@@ -362,7 +362,7 @@ def test_without_a_library_auto_takes_eager_and_one_that_cannot_be_loaded_raises
 
 
 @pytest.mark.slow
-def test_where_there_is_no_compiler_the_build_goes_on_and_says_so(tmp_path):
+def test_without_a_compiler_the_build_continues_with_a_message(tmp_path):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "sdpo_kernels"):
         (tmp_path / name).symlink_to(ROOT / name)
     environment = os.environ | {"CXX": "/nonexistent/c++", "CC": "/nonexistent/cc"}
@@ -393,7 +393,7 @@ def test_extras_of_awkward_logits_are_those_of_the_eager_backend(chip, kind):
         case.hidden[3] = torch.nan
     elif kind == "infinite":
         bias[150] = torch.inf
-    elif kind == "far":  # another block's logits are the only ones that count, then earlier ones do
+    elif kind == "far":  # one block's logits dominate, then those of an earlier one
         bias[130] += 150.0
         bias[5] += 300.0
     elif kind == "twins":  # no other logit is above the target's
