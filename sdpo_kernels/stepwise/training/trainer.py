@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer
 
-from sdpo_kernels.dpo import DPOOutput, pair_output
+from sdpo_kernels.dpo_output import DPOOutput, pair_output
 from sdpo_kernels.losses import LossSum
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
