@@ -124,20 +124,21 @@ def _run(job: Job, limits: Limits) -> Outcome:
         first, stopped, output, start = process.pid, "", b"", time.monotonic()
         try:
             first = _first_process(process, channel, user, job.unsafe)
-            join(group, first)
-            channel.send(b"x")
+            group = join(group, first)
+            channel.send(b"x")  # go
             start = time.monotonic()
-            stopped, output = _watch(process, limits, group, start + limits.seconds)
+            stopped, output = _watch(process, limits, group, first, start + limits.seconds)
         finally:
             seconds = time.monotonic() - start
             with suppress(ProcessLookupError):
                 if job.unsafe:
-                    os.killpg(first, signal.SIGKILL)
-                elif process.poll() is None:  # else its namespace is gone
+                    os.killpg(process.pid, signal.SIGKILL)
+                elif process.poll() is None:  # the end of the first process ends all others, then bubblewrap
                     os.kill(first, signal.SIGKILL)
             process.wait()
         output += _read(process)
         status = channel.recv(4096).decode()
+
     if "!" in status:
         raise UserError(f"cannot start {job.command[0]}: {status.partition('!')[0]}")
     code = os.waitstatus_to_exitcode(int(status)) if status and not stopped else None
@@ -153,23 +154,31 @@ def _start(job: Job, limits: Limits, folder: str, user: int, channel: socket.soc
     words = [os.path.realpath(sys.executable), "-I", "-S", "-c", LAUNCHER, str(channel.fileno()), str(user)]
     words += [_rlimits(limits, job.unsafe), *_command(job, folder)]
     with ExitStack() as stack:
-        streams = [stack.enter_context(tempfile.TemporaryFile()) for _ in (job.stdin, *job.files)]
-        for stream, text in zip(streams, (job.stdin, *job.files.values()), strict=True):
-            stream.write(text.encode(errors="replace"))
+        texts = [text.encode(errors="replace") for text in (job.stdin, *job.files.values())]
+        streams = [stack.enter_context(tempfile.TemporaryFile()) for _ in texts]
+        for stream, text in zip(streams, texts, strict=True):
+            stream.write(text)
             stream.seek(0)
-        if job.unsafe:
-            for name, stream in zip(job.files, streams[1:], strict=True):
-                Path(folder, name).write_bytes(stream.read())
         given = [
             channel.fileno(),
             stack.enter_context(channel.dup()).fileno(),
             *(file.fileno() for file in streams[1:]),
         ]
-        if not job.unsafe:
+        if job.unsafe:
+            for name, text in zip(job.files, texts[1:], strict=True):
+                Path(folder, name).write_bytes(text)
+        else:
             words = [*_bubblewrap(job, limits, user, environment["PATH"], given), *words]
-        pipes = {"stdin": streams[0], "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         return subprocess.Popen(
-            words, **pipes, bufsize=0, cwd=folder, env=environment, pass_fds=given, start_new_session=True
+            words,
+            stdin=streams[0],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            bufsize=0,
+            cwd=folder,
+            env=environment,
+            pass_fds=given,
+            start_new_session=True,  # Ctrl-C is for the training process
         )
 
 
@@ -198,12 +207,14 @@ def _first_process(process: subprocess.Popen[bytes], channel: socket.socket, use
     return first
 
 
-def _watch(process: subprocess.Popen[bytes], limits: Limits, group: list[Path], deadline: float) -> tuple[str, bytes]:
+def _watch(
+    process: subprocess.Popen[bytes], limits: Limits, group: list[Path], first: int, deadline: float
+) -> tuple[str, bytes]:
     """Wait until the program ends or reaches a limit. The limit, if any, and the start of the output."""
-    output, written, poll = b"", 0, select.poll()
+    output, written, memory, poll = b"", 0, limits.memory_mb << 20, select.poll()
     assert process.stdout is not None
     poll.register(process.stdout, select.POLLIN)
-    while process.poll() is None and not out_of_memory(group):
+    while process.poll() is None and not out_of_memory(group, first, memory):
         if time.monotonic() >= deadline:
             return "timeout", output
         if poll.poll(LOOK_SECONDS * 1000):
@@ -213,7 +224,7 @@ def _watch(process: subprocess.Popen[bytes], limits: Limits, group: list[Path], 
                 return "killed: output", output
             if not chunk:  # the end; the program may go on without its output
                 poll.unregister(process.stdout)
-    return "killed: memory" if out_of_memory(group) else "", output
+    return "killed: memory" if out_of_memory(group, first, memory) else "", output
 
 
 def _read(process: subprocess.Popen[bytes]) -> bytes:

@@ -1,6 +1,6 @@
 """The first process of a sandbox: sets the limits, runs the program, and reports on a socket how it ended.
 
-sandbox.py passes this text to `python -c`: a training process has threads, so nothing of it may run between its fork and
+sandbox.py passes this text to `python -c`, since a training process has threads: it can run nothing between fork and
 exec. Arguments: the socket's descriptor, the user to become (0: none), number:soft:hard of each limit, the command.
 """
 
