@@ -152,7 +152,7 @@ def _start(job: Job, limits: Limits, folder: str, user: int, channel: socket.soc
     environment = {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH', os.defpath)}", "LANG": "C.UTF-8"}
     environment |= {"HOME": folder, "TMPDIR": folder, "OMP_NUM_THREADS": "1"}  # each thread takes address space
     words = [os.path.realpath(sys.executable), "-I", "-S", "-c", LAUNCHER, str(channel.fileno()), str(user)]
-    words += [_rlimits(limits, job.unsafe), *_command(job, folder)]
+    words += [_rlimits(limits, user, job.unsafe), *_command(job, folder)]
     with ExitStack() as stack:
         texts = [text.encode(errors="replace") for text in (job.stdin, *job.files.values())]
         streams = [stack.enter_context(tempfile.TemporaryFile()) for _ in texts]
@@ -256,13 +256,13 @@ def _command(job: Job, folder: str) -> list[str]:
     return command
 
 
-def _rlimits(limits: Limits, unsafe: bool) -> str:
+def _rlimits(limits: Limits, user: int, unsafe: bool) -> str:
     """number:soft:hard of what the kernel limits for each process, and for the user the number of processes."""
     # in a new user namespace only the sandbox's own processes count, but before Linux 5.14 all of the user
     alone = not unsafe and tuple(map(int, re.findall(r"\d+", platform.release())[:2])) >= (5, 14)
     others = 0 if alone else len(glob.glob("/proc/[0-9]*/task/*"))
     wanted = {"CORE": 0, "AS": limits.memory_mb << 20, "FSIZE": limits.file_mb << 20, "NOFILE": 256}
-    wanted |= {"CPU": math.ceil(limits.seconds), "NPROC": limits.processes + 1 + others}
+    wanted |= {"CPU": math.ceil(limits.seconds), "NPROC": limits.processes + (not user) + others}
     words = []
     for name, value in wanted.items():
         number = getattr(resource, f"RLIMIT_{name}")

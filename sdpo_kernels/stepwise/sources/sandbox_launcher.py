@@ -15,10 +15,6 @@ os.closerange(3, channel)
 os.closerange(channel + 1, 1 << 20)
 with suppress(OSError), open("/proc/self/oom_score_adj", "w") as stream:
     stream.write("1000")  # short of memory, the kernel kills this before the training process
-if user:
-    os.setgroups([])
-    os.setresgid(user, user, user)
-    os.setresuid(user, user, user)
 os.write(channel, b"ready")
 if not os.read(channel, 1):
     sys.exit()  # the training process is gone
@@ -31,6 +27,10 @@ while program:
         sys.exit()
 try:
     os.set_inheritable(channel, False)
+    if user:  # not the first process: a change of user would clear the signal that its parent's death sends
+        os.setgroups([])
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
     for limit in limits:
         number, soft, hard = map(int, limit.split(":"))
         resource.setrlimit(number, (soft, hard))
