@@ -97,7 +97,8 @@ def _prompts(config: RunConfig, stage: StageConfig, prepared: Prepared) -> Stage
     prompts, skipped = read_prompts(stage.prompts, config.on_bad_row)
     prepared.skipped += skipped
     try:
-        check_source(stage.source, prompts, config.trust_remote_code)
+        warnings = check_source(stage.source, prompts, config.trust_remote_code)
+        prepared.warnings += [f"stage {stage.name}: source: {warning}" for warning in warnings]
     except UserError as error:
         raise UserError(f"stage {stage.name}: source: {error}") from error
     chat = next((row for row in prompts if row.is_conversational), None)

@@ -17,6 +17,7 @@ import pytest
 from sdpo_kernels.stepwise.errors import UserError
 from sdpo_kernels.stepwise.sources import cgroup, sandbox
 from sdpo_kernels.stepwise.sources.sandbox import Job, Limits, run_limited, run_many
+from tests.stepwise.sources.bubblewrap import needs_bubblewrap
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limits are those of Linux")
 
@@ -26,17 +27,16 @@ SOON = 60  # seconds: less than any program here would take, far more than endin
 MARK = f"sdpo-test-{os.getpid()}"  # in the command line of every program here
 
 
-def why_no_sandbox():
-    """Why programs cannot run under bubblewrap on this machine; empty if they can."""
-    try:
-        run_limited(["true"], "", SMALL)
-    except UserError as error:
-        return str(error)
-    return ""
+# for a process of its own: the sandbox without torch, whose import takes seconds
+IMPORT = """
+import signal, sys, tempfile, threading, types
+sys.modules["sdpo_kernels"] = package = types.ModuleType("sdpo_kernels")
+package.__path__ = ["sdpo_kernels"]
+from sdpo_kernels.stepwise.sources.sandbox import *
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a job in the background
+"""
 
 
-NO_SANDBOX = why_no_sandbox()
-needs_bubblewrap = pytest.mark.skipif(NO_SANDBOX != "", reason=NO_SANDBOX)
 # each way to run: under bubblewrap with a cgroup where one can be had, and without; and without bubblewrap
 safe = pytest.mark.parametrize(
     "way", [pytest.param("cgroup", marks=needs_bubblewrap), pytest.param("no cgroup", marks=needs_bubblewrap)]
@@ -379,7 +379,8 @@ def test_a_daemon_dies_with_its_program(way):
 
 @safe
 def test_generations_of_processes_that_leave_their_parents(way):
-    program = "for _ in range(150):\n    if os.fork(): os._exit(0)\n    os.setsid()\ntime.sleep(600)"  # each parent dies at once
+    # each parent dies at once
+    program = "for _ in range(150):\n    if os.fork(): os._exit(0)\n    os.setsid()\ntime.sleep(600)"
     assert python(program, way=way).exit_code == 0  # the first has ended well; the last must be dead
 
 
@@ -405,8 +406,7 @@ def test_a_program_that_kills_its_first_process(way, who):
 @pytest.mark.parametrize("wait", ["signal.pause()", "run_many([Job(words)] * 2, Limits(seconds=600), 2)"])
 def test_a_program_dies_with_the_process_that_runs_it(way, wait, tmp_path):
     run = (
-        "import signal, threading\nfrom sdpo_kernels.stepwise.sources.sandbox import *\n"
-        f"words = {command(DAEMON + 'time.sleep(600)')!r}\n"
+        f"{IMPORT}\nwords = {command(DAEMON + 'time.sleep(600)')!r}\n"
         "threading.Thread(target=run_limited, args=(words, '', Limits(seconds=600))).start()\n" + wait
     )
     process = subprocess.Popen([sys.executable, "-c", run], cwd=Path(__file__).parents[3])
@@ -425,10 +425,8 @@ def test_a_program_dies_with_the_process_that_runs_it(way, wait, tmp_path):
 @pytest.mark.parametrize("call", ["run_limited(words, '', limits)", "run_many([Job(words)] * 3, limits, 2)"])
 def test_nothing_is_left_after_ctrl_c(call, tmp_path):
     run = (
-        "import signal, tempfile\nfrom sdpo_kernels.stepwise.sources.sandbox import *\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in a job in the background
-        f"tempfile.tempdir = {str(tmp_path / 'temporary')!r}\n"
-        f"words, limits = {command('time.sleep(6)')!r}, Limits(seconds=600)\n{call}"
+        f"{IMPORT}\ntempfile.tempdir = {str(tmp_path / 'temporary')!r}\n"
+        f"words, limits = {command('time.sleep(3)')!r}, Limits(seconds=600)\n{call}"
     )
     process = subprocess.Popen([sys.executable, "-c", run], cwd=Path(__file__).parents[3], stderr=subprocess.PIPE)
     with process:
