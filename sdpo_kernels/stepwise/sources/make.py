@@ -26,7 +26,7 @@ MAKERS: dict[str, Callable[[SourceContext], list[PairRow]]] = {
 
 
 def check_source(settings: object, prompts: list[PromptRow], trust_remote_code: bool) -> list[str]:
-    """Warnings about a source. UserError for what can be known before training: a missing judge, bubblewrap or answer."""
+    """Warnings about a source. UserError for what can be known before training: a missing judge, bubblewrap, answer."""
     if isinstance(settings, (RankedSource, DiscriminatorSource, ActiveSource)) and settings.judge is not None:
         function_judge(settings.judge)
     elif isinstance(settings, ExecutionSource):

@@ -121,7 +121,7 @@ def _run(job: Job, limits: Limits) -> Outcome:
         process = stack.enter_context(_start(job, limits, folder, user, theirs))
         theirs.close()
 
-        first, stopped, output, start = process.pid, "", b"", time.monotonic()
+        first, stopped, output, start = 0, "", b"", time.monotonic()
         try:
             first = _first_process(process, channel, user, job.unsafe)
             group = join(group, first)
@@ -130,10 +130,13 @@ def _run(job: Job, limits: Limits) -> Outcome:
             stopped, output = _watch(process, limits, group, first, start + limits.seconds)
         finally:
             seconds = time.monotonic() - start
+            channel.shutdown(
+                socket.SHUT_WR
+            )  # ends a sandbox that is not ready; killing bubblewrap then leaves a process
             with suppress(ProcessLookupError):
                 if job.unsafe:
                     os.killpg(process.pid, signal.SIGKILL)
-                elif process.poll() is None:  # the end of the first process ends all others, then bubblewrap
+                elif first and process.poll() is None:  # the end of the first process ends all others, then bubblewrap
                     os.kill(first, signal.SIGKILL)
             process.wait()
         output += _read(process)
@@ -199,7 +202,7 @@ def _first_process(process: subprocess.Popen[bytes], channel: socket.socket, use
                         Path(f"/proc/{first}/{kind}").write_text(f"0 0 1\n{user} {user} 1\n")
                     channel.send(b"x")
     except OSError as error:
-        process.kill()
+        channel.shutdown(socket.SHUT_WR)
         process.wait()
         said = _read(process).decode(errors="replace").strip() or error
         advice = "" if unsafe else f"; allow bubblewrap (0.7 or newer) to create user namespaces, or {UNSAFE}"
