@@ -1,4 +1,5 @@
 # Two commands need nothing but Python >= 3.10, git and a compiler: `make demo` and `make test`.
+# Tests of the sandbox for programs are skipped without bubblewrap (apt-get install bubblewrap).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
