@@ -113,7 +113,8 @@ def _prompts(config: RunConfig, stage: StageConfig, prepared: Prepared) -> Stage
 
     # a missing judge or answer is reported now, not when the stage starts hours later
     try:
-        check_source(stage.source, prompts, config.trust_remote_code)
+        warnings = check_source(stage.source, prompts, config.trust_remote_code)
+        prepared.warnings += [f"stage {stage.name}: source: {warning}" for warning in warnings]
     except UserError as error:
         raise UserError(f"stage {stage.name}: source: {error}") from error
 
