@@ -55,9 +55,7 @@ def test_values_and_gradients_of_every_option(dtype, each_backend):
     def holds(case, columns):
         with chunk_columns(columns):
             ours = case.ours()
-        check(
-            case, ours, slack=256 if dtype == torch.float64 else 4
-        )  # float64 ground truth has roundings of its own
+        check(case, ours, slack=256 if dtype == torch.float64 else 4)  # float64 ground truth has roundings of its own
         for name in case.trains:
             if (grad := ours.get(f"d_{name}")) is not None:
                 assert grad.dtype == dtype
