@@ -53,18 +53,15 @@ def pair_epilogue(
 class _Inputs(NamedTuple):
     """One entry for each input of the op: the inputs themselves, or their gradients."""
 
-    logps: Any
-    index: Any
-    segment: Any
-    ref: Any
-    counts: Any
-    loss_type: Any
-    beta: Any
-    smoothing: Any
-    backend: Any
-
-
-_NO_GRADIENTS = _Inputs(*[None] * len(_Inputs._fields))
+    logps: Any = None
+    index: Any = None
+    segment: Any = None
+    ref: Any = None
+    counts: Any = None
+    loss_type: Any = None
+    beta: Any = None
+    smoothing: Any = None
+    backend: Any = None
 
 
 @torch.library.custom_op("sdpo_kernels::pair_epilogue", mutates_args=())
@@ -112,14 +109,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return _NO_GRADIENTS[:]
+        return _Inputs()[:]
     index, segment, slopes = ctx.saved_tensors
 
     # d loss / d sums is d loss / d logps of each scored token of the sequence
     slopes = slopes * grad
     if index is not None:
         slopes = slopes.new_zeros(ctx.n_rows).index_copy(0, index, slopes.index_select(0, segment))
-    return _NO_GRADIENTS._replace(logps=slopes)[:]
+    return _Inputs(logps=slopes)[:]
 
 
 _pair_epilogue.register_autograd(_backward, setup_context=_setup_context)

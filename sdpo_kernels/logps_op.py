@@ -20,22 +20,22 @@ from sdpo_kernels.rows import IGNORE_INDEX
 class Inputs(NamedTuple):
     """One entry for each input of `linear_logps_op`: the inputs themselves, whether they need gradients, or gradients.
 
-    The fields are the op's parameters, in order.
+    The fields are the op's parameters, in order; None is no gradient.
     """
 
-    hidden: Any
-    weight: Any
-    targets: Any
-    bias: Any
-    index: Any
-    logit_scale: Any
-    softcap: Any
-    temperature: Any
-    outputs: Any
-    dtype: Any
-    backend: Any
-    keep: Any
-    ref_hidden: Any
+    hidden: Any = None
+    weight: Any = None
+    targets: Any = None
+    bias: Any = None
+    index: Any = None
+    logit_scale: Any = None
+    softcap: Any = None
+    temperature: Any = None
+    outputs: Any = None
+    dtype: Any = None
+    backend: Any = None
+    keep: Any = None
+    ref_hidden: Any = None
 
 
 class Outputs(NamedTuple):
@@ -65,7 +65,15 @@ class _SavedTensors(NamedTuple):
     kept: Tensor
 
 
-_NO_GRADIENTS = Inputs(*[None] * len(Inputs._fields))
+class _Options(NamedTuple):
+    """The inputs that are not tensors, as the backward needs them."""
+
+    logit_scale: float
+    softcap: float | None
+    temperature: float
+    dtype: torch.dtype
+    backend: str
+    keep: int
 
 
 @torch.library.custom_op("sdpo_kernels::linear_logps", mutates_args=())
@@ -226,8 +234,10 @@ def _(grad_logps, grad_entropy, hidden, weight, targets, bias, index, logps, sta
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     given, out = Inputs(*inputs), Outputs(*output)
-    differentiable = {"logps", "entropy"} if "entropy" in given.outputs.split(",") else {"logps"}
-    ctx.mark_non_differentiable(*(value for name, value in out._asdict().items() if name not in differentiable))
+    unrequested = () if "entropy" in given.outputs.split(",") else (out.entropy,)
+    ctx.mark_non_differentiable(
+        out.state, out.log_sum_sq_probs, out.mean_logits, out.is_top1, out.kept, out.ref_logps, *unrequested
+    )
     ctx.set_materialize_grads(False)
 
     # the inputs themselves, [N]-sized vectors, and what `keep` asked for
@@ -236,25 +246,22 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         logps=out.logps, state=out.state, entropy=out.entropy, kept=out.kept,
     )  # fmt: skip
     ctx.save_for_backward(*saved)
-    ctx.options = given._replace(hidden=None, weight=None, targets=None, bias=None, index=None, ref_hidden=None)
+    ctx.options = _Options(given.logit_scale, given.softcap, given.temperature, given.dtype, given.backend, given.keep)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     saved, options, grad = _SavedTensors(*ctx.saved_tensors), ctx.options, Outputs(*grads)  # type: ignore[arg-type]
     grad_logps: Tensor | None = grad.logps
     if grad.logps is None and grad.entropy is None:
-        return _NO_GRADIENTS[:]
+        return Inputs()[:]
     if grad_logps is None:
         grad_logps = torch.zeros_like(saved.logps)
 
     # only these three inputs are differentiable
     needed = Inputs(*ctx.needs_input_grad)
     needs = Needs(needed.hidden, needed.weight, needed.bias)
-    dx, dw, db = linear_logps_backward_op(
-        grad_logps, grad.entropy, *saved, options.logit_scale, options.softcap, options.temperature, options.dtype,
-        options.backend, options.keep, list(needs),
-    )  # fmt: skip
-    return _NO_GRADIENTS._replace(
+    dx, dw, db = linear_logps_backward_op(grad_logps, grad.entropy, *saved, *options, list(needs))
+    return Inputs(
         hidden=dx if needs.hidden else None, weight=dw if needs.weight else None, bias=db if needs.bias else None
     )[:]
 
