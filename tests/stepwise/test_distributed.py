@@ -51,7 +51,12 @@ def assert_same_figures(a: Path, b: Path, tolerance: float = 2e-5) -> None:
     assert len(ours) == len(theirs)
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.keys() == other.keys()
+
+        # where policy and reference are one model, rounding alone decides which of two equal rewards is higher
+        tie = max(abs(line["rewards/margins"]) for line in (mine, other)) < tolerance if "loss" in mine else False
         for name, value in mine.items():
+            if tie and name == "rewards/accuracies":
+                continue
             if isinstance(value, float):
                 assert value == pytest.approx(other[name], rel=tolerance, abs=tolerance), name
             else:

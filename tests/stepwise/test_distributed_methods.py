@@ -26,7 +26,8 @@ NEAR = 5e-3 * 1e-2  # of Adam's step, the learning rate: a pair lost or counted 
 
 def trained(folder: Path, model: Path, count: int, batch: int, fault: Any = None, options: Any = (), **settings: Any):
     """The folder of a run on `count` ranks, with `batch` pairs per step over all of them."""
-    share = {"per_device_train_batch_size": batch // count, **settings.pop("trainer", {})}
+    # A larger epsilon than Adam's 1e-8, which turns rounding in gradients near 0 into steps of their own.
+    share = {"per_device_train_batch_size": batch // count, "adam_epsilon": 1e-6, **settings.pop("trainer", {})}
     yaml = runs.write_settings(folder, model, trainer=share, **settings).rename(folder / f"{count}.yaml")
     run = folder / f"by-{count}"
     ranks = Ranks(folder, "train", yaml, f"output_dir={run}", "--quiet", count=count, fault=fault, options=options)
