@@ -1,4 +1,5 @@
 # `make demo` and `make test` need only Python >= 3.10, git and a compiler.
+# Tests of the sandbox for untrusted programs are skipped without bubblewrap (apt-get install bubblewrap).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -138,9 +138,9 @@ def driver_round(task: Task, rows: list[dict[str, Any]], model: Path, folder: Pa
     """
     from sdpo_kernels.stepwise.common.progress import Reporter
     from sdpo_kernels.stepwise.prepare import prepare
-    from sdpo_kernels.stepwise.run import open_run
     from sdpo_kernels.stepwise.settings.run_file import load_config
-    from sdpo_kernels.stepwise.stage import Stage, prepare_trainer
+    from sdpo_kernels.stepwise.stage import prepare_trainer
+    from sdpo_kernels.stepwise.state import Stage, open_run
 
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -162,7 +162,8 @@ def driver_round(task: Task, rows: list[dict[str, Any]], model: Path, folder: Pa
     (folder / "run.yaml").write_text(json.dumps(settings))
     (folder / "run").mkdir()
     prepared = prepare(load_config(folder / "run.yaml"))
-    run = open_run(prepared, folder / "run", Reporter(quiet=True))
+    reporter = Reporter(quiet=True)
+    run = open_run(prepared.config, prepared.tokenizer, prepared.stages, None, folder / "run", reporter)
     stage = Stage(run, 1, prepared.stages[0])
     stage.work.mkdir()
 

@@ -1,4 +1,4 @@
-// What the walk and every device's leaves speak of: matrices, blocks of S, a call, and what is kept and asked for.
+// The structures shared by the walk and every device's leaves: matrices, blocks of S, a call, what is kept and wanted.
 #pragma once
 
 #include <cstdint>
@@ -9,12 +9,12 @@ namespace sdpo {
 
 constexpr int64_t PANEL = 64;  // columns of a block of S, and of a panel of packed operands
 
-// A matrix of the caller's: rows of float or bfloat16, unit stride within a row.
+// A matrix of the caller: rows of float or bfloat16, unit stride within a row.
 struct Matrix {
   const void* data;
   int64_t rows, columns, stride;
   bool bf16;
-  bool round;  // float numbers count as rounded to bfloat16 (autocast)
+  bool round;  // float numbers are rounded to bfloat16 when read (autocast)
 
   SDPO_HD_MEMBER float number(int64_t row, int64_t column) const {
     int64_t at = row * stride + column;
@@ -28,11 +28,11 @@ struct Matrix {
 struct Blocks {
   void* data;             // null: not wanted
   int64_t rows;           // of a block
-  const int64_t* row_of;  // where row i of the call stands in a block; null: at i
-  int64_t stride = 0;     // CUDA lays S out by rows: elements from row to row; 0: by blocks
+  const int64_t* row_of;  // the row of a block that holds row i of the call; null: i itself
+  int64_t stride = 0;     // CUDA stores S by rows: elements from row to row; 0: by blocks
 };
 
-// The scored rows of a batch against a head.
+// The scored rows of a batch and a head.
 struct Call {
   Matrix hidden;           // [N, H]
   Matrix weight;           // [V, H]
@@ -45,12 +45,12 @@ struct Call {
 
 // What a forward keeps for the backward; at most one of the two.
 struct Kept {
-  int64_t blocks;  // of S, from the first on
+  int64_t blocks;  // of S, the first ones
   Blocks stash;
   float* direction;  // [N, H] d logp / d hidden, for a head that is not trained
 };
 
-// What a backward is asked for; null: not wanted.
+// Which gradients a backward writes; null: not wanted.
 struct Gradients {
   void* hidden;  // [N, H] in hidden's type
   void* weight;  // [V, H] in weight's type

@@ -1,5 +1,6 @@
-// The operators of the native backend for every device: schemas, and from tensors to the structures of walk.h. They
-// check little (sdpo_kernels/backends/native.py calls them) and write into tensors that the caller has made.
+// The operators of the native backend for every device: their schemas, and the conversion from tensors to the
+// structures of call.h. They check little (sdpo_kernels/backends/native.py calls them) and write into tensors that the
+// caller allocated.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -16,7 +17,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-// `round`: float numbers are to be rounded to bfloat16.
+// `round`: float numbers are rounded to bfloat16 when read.
 inline Matrix matrix(const Tensor& t, bool round = false) {
   if (t.scalar_type() != ScalarType::BFloat16 && t.scalar_type() != ScalarType::Float)
     throw std::runtime_error("sdpo_kernels: the native kernels take float32 and bfloat16");
@@ -49,6 +50,7 @@ inline Kept make_kept(const MaybeTensor& stash, bool bf16, int64_t stash_rows, c
                       const MaybeTensor& direction) {
   Kept kept{0, {}, pointer<float>(direction)};
   if (!stash) return kept;
+
   bool fits = stash->scalar_type() == (bf16 ? ScalarType::BFloat16 : ScalarType::Float);
   if (!fits) throw std::runtime_error("sdpo_kernels: the stash is not of the dtype that this chip's kernels multiply");
   kept.blocks = stash->size(1) / PANEL;

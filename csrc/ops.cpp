@@ -1,12 +1,12 @@
-// The operators on the CPU, and what the library says of itself.
+// The operators on the CPU, and the library's digest and chip.
 #include "operators.h"
 
 #include <string>
 
 #include "cpu/chip.h"
+#include "cpu/epilogue.h"
 #include "cpu/leaves.h"
 #include "cpu/logits.h"
-#include "cpu/pair.h"
 
 namespace sdpo {
 

@@ -1,14 +1,17 @@
 // The arithmetic of one logit and of one row, shared by the CPU kernels and the CUDA kernels, which therefore run the
-// same lines. Loops over these functions are vectorised by the compiler: no branches, no library calls, no tables.
+// same lines. The compiler vectorises loops over these functions: no branches, no library calls, no tables.
 //
-// Exp-direct (docs/architecture.md, "The native backend"): with z the transformed logit and k a number of the row, at
-// first the target's logit z_y,
+// Exp-direct (docs/architecture.md, "The native backend"): z is the transformed logit, y the target's column, and k a
+// number of the row, at first the target's logit z_y.
 //
-//     E_j = 2⁻⁵⁸·exp(z_j − k) for every column j but the target,   o = Σ E_j,   logp = −log(1 + 2⁵⁸·o·e^(k − z_y))
+//     1. E_j = 2⁻⁵⁸·exp(z_j − k) = 2**-58 * exp(z_j - k)         for every column j but the target    exp_shifted
+//     2. o = Σ E_j
+//     3. logp = −log(1 + 2⁵⁸·o·e^(k − z_y)) = -log1p(2**58 * o * exp(k - z_y))                        row_result
+//     4. if o is above LARGEST_SUM: once more, with k = logsumexp                                     out_of_range
+//     5. backward: S_j = E_j·c_j with c = dz/da, S_y = −o·c_y, and one factor r per row               gradient_factor
 //
 // Leaving the target out of the sum keeps both ends exact: 1 − p_y comes from o, not from a difference. The power of 2
-// makes room for targets that are unlikely; it goes into the exponent's bits, where a larger k would cost z − k its
-// own.
+// makes room for unlikely targets. It is added to the exponent's bits: a larger k instead would round z − k.
 #pragma once
 
 #include <cmath>
@@ -19,24 +22,25 @@
 #define SDPO_HD __host__ __device__ __forceinline__
 #define SDPO_HD_MEMBER __host__ __device__ __forceinline__
 #else
-#define SDPO_HD static inline __attribute__((always_inline))  // never shared between files compiled for different chips
+#define SDPO_HD static inline __attribute__((always_inline))  // never shared by files compiled for different chips
 #define SDPO_HD_MEMBER inline __attribute__((always_inline))
 #endif
 
 namespace sdpo {
 
 constexpr int SHIFT_BITS = 58;
-constexpr double SHIFT = SHIFT_BITS * 0.6931471805599453;  // 40.2
-// Above it (log-prob below about −86) a row is done again with k = logsumexp. At 1e30 float would still hold S, but
-// r ⊙ X, its counterpart, would fall out of float's range for small coefficients.
+constexpr double SHIFT = SHIFT_BITS * 0.6931471805599453;  // 58·ln 2 = 58 * log(2) = 40.2
+
+// Above it (log-prob below about −86) a row is recomputed with k = logsumexp. Up to 1e30 float would still hold S, but
+// r ⊙ X, its counterpart, would underflow for small coefficients.
 constexpr double LARGEST_SUM = 1e20;
 
-// z = softcap·tanh(scale·a/softcap)/temperature, or scale·a/temperature; softcap 0 stands for none.
+// z = softcap·tanh(scale·a/softcap)/temperature, or scale·a/temperature; softcap 0 means none.
 struct Head {
-  float before;  // what a is multiplied by: scale/softcap, or scale/temperature
-  float after;   // what tanh is multiplied by: softcap/temperature
+  float before;  // the factor of a: scale/softcap, or scale/temperature
+  float after;   // the factor of tanh: softcap/temperature
   bool capped;
-  double gain;  // scale/temperature, the derivative of z by a where tanh' is 1
+  double gain;  // scale/temperature, dz/da where tanh' is 1
 };
 
 SDPO_HD Head make_head(double scale, double softcap, double temperature) {
@@ -56,14 +60,18 @@ SDPO_HD uint32_t bits_of_float(float value) {
   return bits;
 }
 
-// x = n·ln 2 + r, |r| ≤ ln 2 / 2. Returns e^r − 1 and stores 2^(n − less), for n − less in −126 … 127.
+// Splits e^x: with x = n·ln 2 + r, |r| ≤ ln 2 / 2, it returns expm1(r) = e^r − 1 and stores 2**(n - less), for n − less
+// in −126 … 127.
 SDPO_HD float exp_parts(float x, int less, float* power) {
   const float magic = 12582912.0f;  // 1.5·2²³: adding it rounds to the nearest integer and leaves that in the low bits
   float shifted = x * 1.44269504088896341f + magic;
   float n = shifted - magic;
   *power = float_of_bits((bits_of_float(shifted) << 23) + (uint32_t(127 - less) << 23));
+
   float r = x - n * 0.693359375f;  // ln 2 in two parts (Cephes), so that r keeps all its bits
   r = r - n * -2.12194440e-4f;
+
+  // the polynomial of Cephes' expf
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -73,7 +81,7 @@ SDPO_HD float exp_parts(float x, int less, float* power) {
   return p * r * r + r;
 }
 
-// e^x to 1 ulp; 0 below −87.3, inf above 88.3, NaN for NaN.
+// exp(x) to 1 ulp; 0 below −87.3, inf above 88.3, NaN for NaN.
 SDPO_HD float exp_of(float x) {
   float power;
   float y = exp_parts(x, 0, &power);
@@ -82,7 +90,7 @@ SDPO_HD float exp_of(float x) {
   return x > 88.3f ? float_of_bits(0x7f800000u) : y;
 }
 
-// 2⁻⁵⁸·e^x; 0 below −47.1, inf above 128.5, NaN for NaN.
+// 2⁻⁵⁸·e^x = 2**-58 * exp(x); 0 below −47.1, inf above 128.5, NaN for NaN.
 SDPO_HD float exp_shifted(float x) {
   float power;
   float y = exp_parts(x, SHIFT_BITS, &power);
@@ -91,7 +99,7 @@ SDPO_HD float exp_shifted(float x) {
   return x > 128.5f ? float_of_bits(0x7f800000u) : y;
 }
 
-// e^x − 1 for x ≤ 0, with all its bits near 0.
+// expm1(x) = e^x − 1 for x ≤ 0, with all its bits near 0.
 SDPO_HD float exp_minus_one(float x) {
   float power;
   float y = exp_parts(x, 0, &power);
@@ -104,7 +112,8 @@ SDPO_HD float with_sign_of(float x, float sign) {
   return float_of_bits(bits_of_float(x) | (bits_of_float(sign) & 0x80000000u));
 }
 
-// tanh(u) and 1 − tanh²(u), both without cancellation: with q = e^(−2|u|), tanh = (1 − q)/(1 + q), slope = 4q/(1 + q)².
+// tanh(u) and 1 − tanh²(u) = 1 - tanh(u)**2, both without cancellation: with q = exp(-2 * |u|),
+// tanh = (1 − q)/(1 + q) and slope = 4q/(1 + q)².
 SDPO_HD float tanh_and_slope(float u, float* slope) {
   float m = exp_minus_one(-2.0f * absolute(u));  // q − 1
   float inverse = 1.0f / (2.0f + m);
@@ -121,7 +130,7 @@ SDPO_HD float logit(const Head& head, float a, float* slope) {
   return tanh_and_slope(a * head.before, slope) * head.after;
 }
 
-// bfloat16 is the upper half of a float; rounded to nearest even, NaN stays NaN.
+// bfloat16 is the upper half of a float; rounds to nearest even, NaN stays NaN.
 SDPO_HD uint16_t bf16_of_float(float value) {
   uint32_t bits = bits_of_float(value);
   uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -140,7 +149,7 @@ SDPO_HD Reciprocal reciprocal(double temperature) {
   return {high, float(1.0 / temperature - high)};
 }
 
-// An infinite logit keeps out of the second product: ∞·0 and ∞ − ∞ are no numbers.
+// An infinite logit is clamped in the second product: inf * 0 and inf - inf are NaN.
 SDPO_HD float divided(float logit, const Reciprocal& by) {
   const float largest = 3.402823466e38f;
   float finite = logit > largest ? largest : logit;
@@ -148,7 +157,7 @@ SDPO_HD float divided(float logit, const Reciprocal& by) {
   return logit * by.high + finite * by.low;
 }
 
-// --- a row, in double: N numbers cost nothing beside N×V ---
+// --- a row, in double: the cost of N numbers is negligible next to N×V ---
 
 // The same transform in double, for the target's logit.
 SDPO_HD double logit_double(const Head& head, double softcap, double temperature, double a, double* slope) {
@@ -162,7 +171,8 @@ SDPO_HD double logit_double(const Head& head, double softcap, double temperature
   return softcap / temperature * tanh(u);
 }
 
-// logp from the target's logit and the logsumexp of all other columns: −log(1 + e^(rest − target)).
+// logp from the target's logit and the logsumexp of all other columns: −log(1 + e^(rest − target)), that is
+// -log1p(exp(rest - target)), without overflow.
 SDPO_HD double logp_of(double target, double rest) {
   double d = rest - target;
   return d <= 0 ? -log1p(exp(d)) : -d - log1p(exp(-d));
@@ -172,16 +182,16 @@ struct RowResult {
   double logp, lse;
 };
 
-// A target of probability 0 (−∞) leaves the logsumexp of the rest; one of +∞ leaves no number.
+// A target logit of −∞ (probability 0) gives the logsumexp of the rest; one of +∞ gives NaN.
 SDPO_HD RowResult row_result(double target, double rest) {
   double logp = target == INFINITY ? NAN : logp_of(target, rest);
   return {logp, target == -INFINITY ? rest : target - logp};
 }
 
-// log of all other columns' Σ exp(z) from o = 2⁻⁵⁸·Σ exp(z − k).
+// The logsumexp of all other columns from o = 2⁻⁵⁸·Σ exp(z − k) = 2**-58 * sum(exp(z - k)).
 SDPO_HD double rest_of_sum(double sum, double k) { return log(sum) + k + SHIFT; }
 
-// Rows that have to be done again with k = logsumexp. NaN is not overflow.
+// Whether a row must be recomputed with k = logsumexp. NaN is not overflow.
 SDPO_HD bool out_of_range(double sum, double target) { return sum > LARGEST_SUM || fabs(target) == double(INFINITY); }
 
 // dz/da at the target up to `gain`, from z_y.
@@ -191,13 +201,13 @@ SDPO_HD double slope_at(const Head& head, double softcap, double temperature, do
   return slope > 0.0 ? slope : 0.0;
 }
 
-// S's entry at the target: −o·c, with o = 2⁻⁵⁸·(1 − p)·e^(lse − k).
+// The entry of S at the target: −o·c, with o = 2⁻⁵⁸·(1 − p)·e^(lse − k) and 1 − p = -expm1(logp).
 SDPO_HD float target_entry(double logp, double lse, double k, double slope) {
   double rest = -expm1(logp);
   return float(rest == 0.0 ? 0.0 : -rest * exp(lse - k - SHIFT) * slope);
 }
 
-// r, what a row's S is multiplied by in the backward: −g·gain/(o + 2⁻⁵⁸·e^(z_y − k)).
+// r, the factor of a row of S in the backward: −g·gain/(o + 2⁻⁵⁸·e^(z_y − k)) = -g * gain * exp(k - lse + SHIFT).
 SDPO_HD float gradient_factor(double grad, double gain, double k, double lse) {
   return float(-grad * gain * exp(k - lse + SHIFT));
 }

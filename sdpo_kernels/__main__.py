@@ -1,4 +1,4 @@
-"""`python -m sdpo_kernels …` is the command `sdpo …`; torchrun wants a module."""
+"""`python -m sdpo_kernels …` is the same as `sdpo …`, for torchrun, which starts modules."""
 
 from sdpo_kernels.cli import main
 

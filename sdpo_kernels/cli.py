@@ -1,4 +1,4 @@
-"""The command `sdpo`: train, check, score and report. Each subcommand is a few lines over `stepwise/`."""
+"""The command `sdpo`: train, check, score, report and expo. Each subcommand only calls into `stepwise/`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Stepwise DPO (arXiv 2403.19270): preference training in stages, one model in memory.",
+    help="Stepwise DPO (arXiv 2403.19270): preference training in stages, with one model in memory.",
 )
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="RUN.YAML", help="The run's settings.")]
@@ -30,7 +30,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and war
 
 @app.command()
 def train(config: ConfigFile, overrides: Overrides = None, quiet: Quiet = False) -> None:
-    """Train all stages; run it again after a crash and it goes on where it was."""
+    """Train all stages. Run the same command again after a crash: it resumes where it stopped."""
     from sdpo_kernels.stepwise.common.progress import Reporter
     from sdpo_kernels.stepwise.run import run
     from sdpo_kernels.stepwise.settings.run_file import load_config
@@ -38,13 +38,14 @@ def train(config: ConfigFile, overrides: Overrides = None, quiet: Quiet = False)
     settings = load_config(config, overrides or [])
     try:
         run(settings, Reporter(quiet))
-    except KeyboardInterrupt:  # a stage's steps listen for it themselves; elsewhere there is nothing new to save
-        raise Interrupted("stopped; the same command goes on from there") from None
+    except KeyboardInterrupt:
+        # training steps handle the signal themselves and save; outside of them there is nothing to save
+        raise Interrupted("stopped; run the same command again to resume") from None
 
 
 @app.command()
 def check(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Read config, data and tokenizer; say what would happen; train nothing."""
+    """Read config, data and tokenizer, and print what `train` would do, without training."""
     from sdpo_kernels.stepwise.check import check_run
     from sdpo_kernels.stepwise.common.progress import Reporter
     from sdpo_kernels.stepwise.settings.run_file import load_config
@@ -56,11 +57,13 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
 def score(
     config: ConfigFile,
     overrides: Overrides = None,
-    model: Annotated[list[str] | None, typer.Option(help="Score this model; may be given more than once.")] = None,
-    data: Annotated[list[str] | None, typer.Option(help="Score on this data instead of the run's eval_data.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Score this model; can be repeated.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Score on this data instead of the run's eval_data; can be repeated.")
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Reward accuracy and margins on preference data: of the run's initial and finished models, or of --model."""
+    """Print reward accuracy and margins on preference data, for the run's initial and finished models or --model."""
     from sdpo_kernels.stepwise.score import score_run
     from sdpo_kernels.stepwise.settings.run_file import load_config
 
@@ -69,7 +72,7 @@ def score(
 
 @app.command()
 def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The output_dir of a run.")]) -> None:
-    """Rebuild a run's report.html and pictures."""
+    """Write a run's report.html and pictures again."""
     from sdpo_kernels.stepwise.report.run_report import write_report
 
     for path in write_report(run_dir):
@@ -78,21 +81,27 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The 
 
 @app.command()
 def expo(
-    start: Annotated[Path, typer.Argument(metavar="START", help="θ0: the model before alignment, a folder.")],
-    aligned: Annotated[Path, typer.Argument(metavar="ALIGNED", help="θ1: the model after it, or its LoRA adapter.")],
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="A new folder.")],
-    alpha: Annotated[float | None, typer.Option(help="How far beyond ALIGNED; 0.3 to 0.5 is usual.")] = None,
-    search: Annotated[str | None, typer.Option(help="Choose from these, e.g. 0.1,0.3,0.5.")] = None,
-    data: Annotated[list[str] | None, typer.Option(help="Preference pairs to choose by; may be repeated.")] = None,
-    metric: Annotated[str | None, typer.Option(help="Of --data: pair_accuracy, reward_margin, gamma …")] = None,
-    config: Annotated[Path | None, typer.Option(help="A run.yaml: β, lengths, batches for --data.")] = None,
+    start: Annotated[Path, typer.Argument(metavar="START", help="θ0: the folder of the model before alignment.")],
+    aligned: Annotated[
+        Path,
+        typer.Argument(metavar="ALIGNED", help="θ1: the folder of the model after alignment, or of its LoRA adapter."),
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="A new folder for the result.")],
+    alpha: Annotated[float | None, typer.Option(help="How far to go beyond ALIGNED, usually 0.3 to 0.5.")] = None,
+    search: Annotated[str | None, typer.Option(help="Search these values of α for the best, e.g. 0.1,0.3,0.5.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Preference pairs to search with; can be repeated.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Metric on --data: pair_accuracy, reward_margin, gamma …")] = None,
+    config: Annotated[Path | None, typer.Option(help="A run.yaml with β, lengths and batch sizes for --data.")] = None,
     score_command: Annotated[
-        str | None, typer.Option(help="Choose by what this prints last; it gets the model's folder.")
+        str | None,
+        typer.Option(help="Search with this command: it gets a model folder and prints the score last."),
     ] = None,
-    timeout: Annotated[float | None, typer.Option(help="Seconds that --score-command may take for a model.")] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="Time limit of --score-command for one model, in seconds.")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """ExPO: the model θ1 + α(θ1 − θ0), further along the way from START to ALIGNED; nothing is trained."""
+    """Extrapolate beyond ALIGNED to the model θ1 + α(θ1 − θ0) (ExPO), without training."""
     from sdpo_kernels.stepwise.common.progress import Reporter
     from sdpo_kernels.stepwise.post.command import expo_command
 
@@ -119,22 +128,28 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
-    """Options of the command itself."""
+    """Options of `sdpo` itself."""
 
 
 def main() -> None:
-    """Entry point: mistakes of the user end in one clear line and exit code 2, a stop by signal in 130."""
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that a launcher has started; the others are silent
+    """Entry point. User errors end with one line and exit code 2, a stop by a signal with exit code 130."""
+    # only rank 0 of a launcher's processes logs
+    first = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING if first else logging.CRITICAL)
     if not first:
         warnings.simplefilter("ignore")
+
+    # transformers and accelerate: deprecations of their own, messages and progress bars; the variables can be set
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # about fields it will rename
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.filterwarnings("ignore", category=FutureWarning, module="accelerate")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its remarks and bars are not ours; both can be set
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
     try:
         app()
     except UserError as error:
@@ -144,12 +159,14 @@ def main() -> None:
 
 
 def _end(error: BaseException, message: str, code: int) -> None:
-    """Say `message` (of several processes the first alone does) and exit."""
+    """Print `message` to stderr, on one rank only, and exit."""
     from sdpo_kernels.stepwise.common import ranks
 
     if ranks.launched() == 1:
         print(message, file=sys.stderr)
         sys.exit(code)
+
     if ranks.says(error):
         print(message, file=sys.stderr, flush=True)
-    os._exit(code)  # connections to processes that are gone may keep an ordinary exit waiting
+    # an ordinary exit may wait for connections to ranks that are gone
+    os._exit(code)

@@ -5,8 +5,8 @@
         ref_mse = sample_mse(reference(noisy, t), noise)
     diffusion_dpo(denoiser(noisy, t), noise, ref_mse=ref_mse).loss.backward()
 
-In the evidence bound of a diffusion model minus the denoising error stands where a language model has its log-prob, so
-the rest is DPO. Every batch holds the preferred samples first and the others, in the same order, after them.
+In the evidence bound of a diffusion model, minus the denoising error takes the place of a language model's log-prob;
+the rest is DPO. Every batch holds the preferred samples first, then the others in the same order.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor
 
 from sdpo_kernels.losses import PairLogps, pair_loss
 
-PIECE = {"cpu": 2**17}  # elements worked on at a time: half a MiB of float32 stays in the second-level cache
-PIECE_ELSEWHERE = 2**24  # where launches cost more than memory
+PIECE = {"cpu": 2**17}  # elements at a time: half a MiB of float32 stays in the second-level cache
+PIECE_ELSEWHERE = 2**24  # on GPUs, where a launch costs more than the memory
 
 
 class PairedNoise(NamedTuple):
-    """What `paired_noise` draws for B pairs; both samples of a pair share the timestep and the noise."""
+    """Returned by `paired_noise` for B pairs; both samples of a pair share the timestep and the noise."""
 
     noisy: Tensor  # [2B, ...], x0's dtype
     timesteps: Tensor  # [2B] int64 in [0, T)
@@ -60,11 +60,11 @@ def diffusion_dpo(
     code. dL/dm_w = (β/2)·σ(−z), dL/dm_l = −(β/2)·σ(−z).
 
     Args:
-        prediction: [2B, ...] the denoiser's output, preferred samples first; floating. The gradient goes here alone.
-        target: [2B, ...] what it should have predicted (the noise ε, or v), the same noise and timestep within a pair.
+        prediction: [2B, ...] the denoiser's output, preferred samples first; floating. Only this gets a gradient.
+        target: [2B, ...] what it should have predicted (the noise ε, or v); same noise and timestep within a pair.
         ref_prediction: [2B, ...] the reference's output for the same inputs; or
         ref_mse: [2B] `sample_mse(ref_prediction, target)`, computed before.
-        beta: above 0. 5000 is the paper's for Stable Diffusion's latents.
+        beta: above 0. 5000 is the paper's value for Stable Diffusion's latents.
 
     Raises:
         ValueError: naming the argument, what it was and what it should be.
@@ -79,11 +79,14 @@ def diffusion_dpo(
     if not (isinstance(beta, (int, float)) and 0 < beta < math.inf):
         raise ValueError(f"beta: was {beta!r}, must be a finite number above 0")
     _check_pairs("prediction", prediction)
+
+    # in PairLogps the errors take the place of log-probs; the loss negates them
     mse = sample_mse(prediction, target)
     chosen, rejected = mse.chunk(2)
     ref_chosen, ref_rejected = _reference_mse(prediction, target, ref_prediction, ref_mse).to(mse).chunk(2)
     counts = torch.ones_like(chosen)  # an error has no tokens
     pair = PairLogps(chosen, rejected, ref_chosen, ref_rejected, counts, counts)
+
     chosen_rewards = -(beta / 2) * (chosen.detach() - ref_chosen)
     rejected_rewards = -(beta / 2) * (rejected.detach() - ref_rejected)
     return DiffusionDPOOutput(
@@ -100,13 +103,13 @@ def diffusion_dpo(
 
 
 def paired_noise(x0: Tensor, alphas_cumprod: Tensor, generator: torch.Generator | None = None) -> PairedNoise:
-    """x_t = √ᾱ_t·x0 + √(1−ᾱ_t)·ε (DDPM, arXiv 2006.11239, eq. 4) with one t and one ε a pair.
+    """x_t = √ᾱ_t·x0 + √(1−ᾱ_t)·ε (DDPM, arXiv 2006.11239, eq. 4) with one t and one ε per pair.
 
     Args:
         x0: [2B, ...] clean samples, preferred ones first; floating.
-        alphas_cumprod: [T] ᾱ, floating, each in [0, 1] (not looked at: that would wait for the device); t is drawn
-            uniformly from [0, T).
-        generator: on x0's device; None takes torch's own.
+        alphas_cumprod: [T] ᾱ, floating, each in [0, 1] (not checked: that would synchronise); t is drawn uniformly
+            from [0, T).
+        generator: on x0's device; None: torch's default one.
 
     Raises:
         ValueError: naming the argument, what it was and what it should be.
@@ -124,6 +127,8 @@ def paired_noise(x0: Tensor, alphas_cumprod: Tensor, generator: torch.Generator 
             f"alphas_cumprod: was {alphas_cumprod.dtype} of shape {list(alphas_cumprod.shape)}, "
             "must be floating [T], T >= 1"
         )
+
+    # drawn for half the batch and repeated: both samples of a pair share them
     half = (x0.shape[0] // 2, *x0.shape[1:])
     timesteps = torch.randint(alphas_cumprod.shape[0], half[:1], generator=generator, device=x0.device).repeat(2)
     noise = torch.randn(half, generator=generator, device=x0.device, dtype=x0.dtype)
@@ -135,19 +140,19 @@ def paired_noise(x0: Tensor, alphas_cumprod: Tensor, generator: torch.Generator 
 def sample_mse(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean of (prediction − target)² over all but the first dimension, without a float32 copy of either.
 
-    Squares are float32, their sum float64, whatever the inputs' dtypes; the gradient, 2·(prediction − target)/M·g, is
-    rounded once to prediction's dtype. Both work on a small piece at a time, in place of any strides. The gradient
-    goes to `prediction` alone, and cannot be differentiated again.
+    Squares are float32, their sum is float64, whatever the inputs' dtypes. The gradient is 2·(prediction − target)/M·g,
+    rounded once to prediction's dtype. Both are computed on a small piece at a time, for any strides. Only `prediction`
+    gets a gradient, and there is no second derivative.
 
     Args:
-        prediction, target: [N, ...] of one shape with at least two dimensions, M >= 1 elements a sample; floating, not
-            necessarily of one dtype. N may be 0.
+        prediction, target: [N, ...] of one shape with at least two dimensions, M >= 1 elements per sample; floating;
+            their dtypes may differ. N may be 0.
 
     Returns:
-        [N] float32 (float64 where prediction or target is).
+        [N] float32 (float64 if prediction or target is).
 
     Raises:
-        ValueError: naming the argument, what it was and what it should be; also where target requires a gradient.
+        ValueError: naming the argument, what it was and what it should be; also if target requires a gradient.
 
     Example:
         >>> import torch
@@ -215,7 +220,7 @@ _sample_mse.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _pieces(shape: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:
-    """Slices of the leading dimensions that cut `shape` into pieces of at most `limit` elements, each index once."""
+    """Slices of the leading dimensions that split `shape` into pieces of at most `limit` elements, each index once."""
     inner = math.prod(shape[1:])
     if inner <= limit:
         step = limit // inner
@@ -226,7 +231,7 @@ def _pieces(shape: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:
 
 
 def _difference(prediction: Tensor, target: Tensor, piece: tuple[slice, ...]) -> Tensor:
-    """prediction − target of one piece, a new tensor of the result's dtype."""
+    """prediction − target of one piece, as a new tensor of the result's dtype."""
     dtype = _result_dtype(prediction, target)
     return prediction[piece].to(dtype, copy=True).sub_(target[piece])
 

@@ -1,4 +1,4 @@
-"""What a batch of pairs must be: every ValueError of `fused_linear_dpo` about its tensors."""
+"""Checks of a batch of pairs: every ValueError of `fused_linear_dpo` about its tensors."""
 
 from __future__ import annotations
 
@@ -11,13 +11,24 @@ from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
 def check_batch(
     hidden: Tensor, labels: Tensor, n_columns: int, cu_seqlens: Tensor | None, rows: ScoredRows | None
 ) -> int:
-    """Raise ValueError where the batch does not fit together; return its number of sequences, 2B."""
+    """Raise ValueError if the batch's tensors do not match; return its number of sequences, 2B.
+
+    Values are checked on the CPU only: on CUDA that would synchronise.
+    """
+    n_sequences = _count_sequences(hidden, cu_seqlens)
+    _check_labels(labels, hidden, n_columns)
+    if rows is not None:
+        _check_rows(rows, n_sequences)
+    return n_sequences
+
+
+def _count_sequences(hidden: Tensor, cu_seqlens: Tensor | None) -> int:
     if cu_seqlens is None:
         if hidden.dim() != 3:
             raise ValueError(
                 f"hidden: was of shape {list(hidden.shape)}, must be [2B, T, H], or [N, H] with cu_seqlens"
             )
-        n_sequences = hidden.shape[0]
+        name, n_sequences = "hidden", hidden.shape[0]
     else:
         if hidden.dim() != 2:
             raise ValueError(f"hidden: was of shape {list(hidden.shape)}, must be packed [N, H] as cu_seqlens is given")
@@ -25,13 +36,26 @@ def check_batch(
             raise ValueError(
                 f"cu_seqlens: was {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}, must be int [2B+1]"
             )
-        n_sequences = cu_seqlens.shape[0] - 1
+        name, n_sequences = "cu_seqlens", cu_seqlens.shape[0] - 1
         _check_borders(cu_seqlens, hidden.shape[0])
+
     if n_sequences < 2 or n_sequences % 2:
-        name = "hidden" if cu_seqlens is None else "cu_seqlens"
         raise ValueError(
             f"{name}: was of {n_sequences} sequences, must be an even number, chosen half first, at least 2"
         )
+    return n_sequences
+
+
+def _check_borders(cu_seqlens: Tensor, n_rows: int) -> None:
+    """cu_seqlens must ascend from 0 to N."""
+    if cu_seqlens.is_cuda or torch.compiler.is_compiling():
+        return
+    borders = cu_seqlens.tolist()
+    if borders[0] != 0 or borders[-1] != n_rows or borders != sorted(borders):
+        raise ValueError(f"cu_seqlens: was {borders}, must ascend from 0 to {n_rows}, the rows of hidden")
+
+
+def _check_labels(labels: Tensor, hidden: Tensor, n_columns: int) -> None:
     if labels.shape != hidden.shape[:-1] or labels.dtype != torch.int64:
         raise ValueError(
             f"labels: was {labels.dtype} of shape {list(labels.shape)}, "
@@ -43,26 +67,19 @@ def check_batch(
             raise ValueError(
                 f"labels: held {wrong[0].item()}, must be in [0, {n_columns}) or {IGNORE_INDEX} (not scored)"
             )
-    if rows is not None and (rows.counts.shape != (n_sequences,) or rows.segment.shape != rows.index.shape):
+
+
+def _check_rows(rows: ScoredRows, n_sequences: int) -> None:
+    if rows.counts.shape != (n_sequences,) or rows.segment.shape != rows.index.shape:
         raise ValueError(
             f"rows: was of {rows.counts.shape[0]} sequences, {rows.index.shape[0]} rows and "
             f"{rows.segment.shape[0]} segments, "
             f"must be of {n_sequences} sequences and a segment for every row"
         )
-    if rows is not None and rows.segment.device.type == "cpu" and not torch.compiler.is_compiling():
+    if rows.segment.device.type == "cpu" and not torch.compiler.is_compiling():
         outside = rows.segment[(rows.segment < 0) | (rows.segment >= n_sequences)]
         if outside.numel():
             raise ValueError(f"rows: its segment held {outside[0].item()}, must be in [0, {n_sequences})")
-    return n_sequences
-
-
-def _check_borders(cu_seqlens: Tensor, n_rows: int) -> None:
-    """On CPU, cu_seqlens must ascend from 0 to N; on CUDA looking would wait for the device."""
-    if cu_seqlens.is_cuda or torch.compiler.is_compiling():
-        return
-    borders = cu_seqlens.tolist()
-    if borders[0] != 0 or borders[-1] != n_rows or borders != sorted(borders):
-        raise ValueError(f"cu_seqlens: was {borders}, must ascend from 0 to {n_rows}, the rows of hidden")
 
 
 def check_reference(
@@ -76,7 +93,7 @@ def check_reference(
     *,
     needed: bool,
 ) -> None:
-    """Raise ValueError where the reference is missing, though `needed`, or does not fit."""
+    """Raise ValueError if the reference is `needed` but missing, or does not match the policy."""
     if not needed and all(given is None for given in (ref_logps, ref_hidden, ref_weight, ref_bias)):
         return
     if ref_logps is not None:
@@ -88,6 +105,8 @@ def check_reference(
             )
         check_device("ref_logps", ref_logps, hidden)
         return
+
+    # a head needs both its hidden states and its weight; the bias is optional
     if ref_hidden is None or ref_weight is None:
         missing = "ref_logps" if ref_hidden is None and ref_weight is None else (
             "ref_hidden" if ref_hidden is None else "ref_weight"
@@ -105,13 +124,13 @@ def check_reference(
 
 
 def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
-    """Raise ValueError where `tensor` lies on another device than `like`."""
+    """Raise ValueError if `tensor` is on another device than `like`."""
     if tensor.device != like.device:
         raise ValueError(f"{name}: was on {tensor.device}, must be on {like.device} as the rest is")
 
 
 def check_counts(counts: Tensor) -> None:
-    """Every sequence needs a scored token: a ValueError on CPU, an assert on the device where looking would wait."""
+    """Every sequence needs a scored token: a ValueError on CPU; on CUDA a device assert, which does not synchronise."""
     if counts.is_cuda or torch.compiler.is_compiling():
         torch._assert_async((counts > 0).all(), "labels: a sequence has no scored token")
         return

@@ -1,6 +1,6 @@
 """The options of a linear head: how the product x·Wᵀ becomes a logit.
 
-One small dataclass that every backend receives; the two formulas of the transform stand here and nowhere else.
+One small dataclass that every backend receives.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Head:
         return a.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
 
     def times_slope_(self, grad: Tensor, z: Tensor) -> Tensor:
-        """Multiply `grad` [..., V] by dz/da in place; `z` holds the logits and is used up as scratch."""
+        """Multiply `grad` [..., V] by dz/da in place; `z` holds the logits and is overwritten."""
         scale = self.logit_scale / self.temperature
         if self.softcap is not None:  # 1 - tanh², with tanh read back from z
             z.mul_(self.temperature / self.softcap).clamp_(-1.0, 1.0).square_().neg_().add_(1.0)
@@ -49,5 +49,5 @@ def _require(name: str, value: float, wanted: str, holds: Callable[[float], bool
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which products are summed and log-probs are given: float64 for float64, else float32."""
+    """The dtype of sums of products and of log-probs: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,11 +1,11 @@
-"""Log-probs of targets for trainers that only have logits: no float32 copy of them, and a gradient in place if asked.
+"""Log-probs of targets for trainers that only have logits: no float32 copy of them, and on request no copy at all.
 
 logps = logits_logps(logits, targets)     # logits [..., V], targets [...]
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +24,8 @@ def logits_logps(
         logits: [..., V] float32, bfloat16, float16 or float64.
         targets: [...] int64 in [0, V); −100 gives log-prob 0 and no gradient.
         temperature: above 0.
-        inplace_backward: write the gradient over the logits themselves, which are lost thereby: no second
-            [..., V] tensor. For logits that nothing else reads after the backward, contiguous and no leaf.
+        inplace_backward: write the gradient over the logits, which destroys them but saves a second [..., V] tensor.
+            For logits that nothing else reads after the backward; they must be contiguous and not a leaf.
 
     Returns:
         [...] float32 (float64 for float64 logits).
@@ -39,7 +39,7 @@ def logits_logps(
         >>> logits_logps(torch.zeros(2, 100), torch.tensor([5, -100]))
         tensor([-4.6052,  0.0000])
     """
-    Head(temperature=temperature)  # checks it
+    Head(temperature=temperature)  # raises if it is out of range
     if logits.dim() < 1 or not logits.is_floating_point() or logits.shape[-1] == 0:
         raise ValueError(f"logits: was {logits.dtype} of shape {list(logits.shape)}, must be floating [..., V], V >= 1")
     if targets.shape != logits.shape[:-1] or targets.dtype != torch.int64:
@@ -49,16 +49,35 @@ def logits_logps(
         )
     if targets.device != logits.device:
         raise ValueError(f"targets: was on {targets.device}, must be on {logits.device} as logits is")
+    # a leaf must keep its values, and a reshape of non-contiguous logits is a copy
     if inplace_backward and logits.requires_grad and (logits.is_leaf or not logits.is_contiguous()):
         was = "a leaf" if logits.is_leaf else "not contiguous"
         raise ValueError(f"logits: was {was}, must be a contiguous result of a computation for inplace_backward")
+
     flat = logits.reshape(-1, logits.shape[-1])
-    return _logits_logps(flat, targets.reshape(-1), temperature, inplace_backward)[0].view(targets.shape)
+    out = _Outputs(*_logits_logps(flat, targets.reshape(-1), temperature, inplace_backward))
+    return out.logps.view(targets.shape)
+
+
+class _Outputs(NamedTuple):
+    """What the op returns, [N] each."""
+
+    logps: Tensor
+    lse: Tensor  # logsumexp, float64
+
+
+class _Inputs(NamedTuple):
+    """One entry for each input of the op: the inputs themselves, or their gradients."""
+
+    logits: Any
+    targets: Any = None
+    temperature: Any = None
+    inplace_backward: Any = None
 
 
 @torch.library.custom_op("sdpo_kernels::logits_logps", mutates_args=())
 def _logits_logps(logits: Tensor, targets: Tensor, temperature: float, inplace_backward: bool) -> tuple[Tensor, Tensor]:
-    """logps and lse (float64), [N] each."""
+    """_Outputs, as a plain tuple."""
     _check_targets(targets, logits.shape[1])
     return choose_backend_of_rows("auto", logits.device, logits.dtype).logits_forward(logits, targets, temperature)
 
@@ -96,20 +115,23 @@ def _write_gradient(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, targets, ctx.temperature, ctx.inplace = inputs
-    ctx.mark_non_differentiable(output[1])
+    given, out = _Inputs(*inputs), _Outputs(*output)
+    ctx.temperature, ctx.inplace_backward = given.temperature, given.inplace_backward
+    ctx.mark_non_differentiable(out.lse)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, targets, *output)
+    ctx.save_for_backward(given.logits, given.targets, out.logps, out.lse)
 
 
-def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return None, None, None, None
+        return _Inputs(logits=None)[:]
     logits, targets, logps, lse = ctx.saved_tensors
-    if not ctx.inplace:
-        return _gradient(grad, logits, targets, logps, lse, ctx.temperature), None, None, None
+    if not ctx.inplace_backward:
+        dlogits = _gradient(grad, logits, targets, logps, lse, ctx.temperature)
+        return _Inputs(logits=dlogits)[:]
+
     _gradient_(grad, logits, targets, logps, lse, ctx.temperature)
-    return logits, None, None, None
+    return _Inputs(logits=logits)[:]
 
 
 _logits_logps.register_autograd(_backward, setup_context=_setup_context)

@@ -1,11 +1,13 @@
 """The primitive: per-token log-probabilities of a linear head, with a real backward and no [tokens, vocab] tensor.
 
-    out = linear_logps(hidden, weight, targets)     # hidden [N, H], weight [V, H], targets [N]
-    out.logps                                       # [N] float32
+out = linear_logps(hidden, weight, targets)     # hidden [N, H], weight [V, H], targets [N]
+out.logps                                       # [N] float32
 
-Forward and backward are `torch.library` custom ops over whole batches; here rows without a label are gathered out,
-a backend is chosen, and what it may keep for its backward is settled before the op is called, because the op's fake
-kernel must know the shape of what is kept.
+1. check the arguments
+2. choose a backend
+3. find the scored rows
+4. decide what the forward keeps for the backward: the op's fake kernel must know its shape
+5. call the custom op (logps_op.py), whose backward is a custom op, too
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ from torch import Tensor
 
 from sdpo_kernels import logps_op
 from sdpo_kernels.backends import choose_backend
-from sdpo_kernels.backends.base import EXTRAS, KEEP_DIRECTION, KEEP_NOTHING, STASH_MULTIPLE, Backend, Request
+from sdpo_kernels.backends.base import EXTRAS, STASH_MULTIPLE, Backend, Keep, Request
 from sdpo_kernels.head import Head
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
 
-# read once at import, where torch.compile does not see it; 16 GiB is assumed where the system cannot be asked
+# read once at import, where torch.compile does not see it; 16 GiB if the system does not tell
 HOST_MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**34
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -36,7 +38,7 @@ class LinearLogps(NamedTuple):
     log_sum_sq_probs: Tensor | None = None  # log Σ p²; carries no gradient
     mean_logits: Tensor | None = None  # mean over the vocabulary of the transformed logits; carries no gradient
     is_top1: Tensor | None = None  # bool: no other logit is above the target's
-    ref_logps: Tensor | None = None  # of ref_hidden, where it was given; carries no gradient
+    ref_logps: Tensor | None = None  # of ref_hidden, if given; carries no gradient
 
 
 def linear_logps(
@@ -59,16 +61,17 @@ def linear_logps(
     Args:
         hidden: [N, H] float32, bfloat16, float16 or float64.
         weight: [V, H], hidden's dtype. Under autocast both are rounded to the autocast dtype instead, chunk by chunk,
-            and the gradient of `weight` still comes in its own dtype, rounded once.
+            and the gradient of `weight` still has weight's own dtype, rounded once.
         targets: [N] int64 in [0, V); rows of −100 give log-prob 0 and no gradient.
         bias: [V], weight's dtype or float32.
         temperature, logit_scale, softcap: the head's transform; softcap None leaves the tanh out.
         outputs: extras from "entropy", "log_sum_sq_probs", "mean_logits", "is_top1".
-        rows: the scored rows, where they are known; spares finding them (one host synchronisation on CUDA).
-        ref_hidden: [N, H], hidden's dtype: a reference's hidden states before this very head (a LoRA model with its
-            adapter off). They are scored for the same targets in the same pass over the vocabulary, without gradient.
+        rows: the scored rows, if known; saves finding them (a host synchronisation on CUDA).
+        ref_hidden: [N, H], hidden's dtype: a reference's hidden states that go into the same head (a LoRA model with
+            its adapter off). They are scored for the same targets in the same pass over the vocabulary, without
+            gradient.
         backend: "auto" or a backend's name; the environment variable SDPO_BACKEND overrides "auto".
-        stash_bytes: memory the forward may spend to spare the backward its recomputation; 0 for none. "auto" is
+        stash_bytes: memory that the forward may use to save the backward recomputing logits; 0 for none. "auto" is
             min(2·N·V, 4·V·H, an eighth of the device's memory).
 
     Returns:
@@ -88,32 +91,25 @@ def linear_logps(
     head = Head(logit_scale, softcap, temperature)
     dtype = _check(hidden, weight, targets, bias, outputs, rows, ref_hidden)
     names = tuple(name for name in EXTRAS if name in outputs)
+    # by metadata alone, so that a compiled graph chooses once
     chosen = choose_backend(backend, Request(hidden.device, dtype, weight.dtype, head, names))
+
     if rows is not None:
         index: Tensor | None = rows.index
     elif torch.compiler.is_compiling():
-        index = None  # the number of scored rows depends on data: left to the op
+        index = None  # how many rows are scored depends on data, which a compiled graph cannot: left to the op
     else:
         index = (targets != IGNORE_INDEX).nonzero().squeeze(1)
     n_rows = hidden.shape[0] if index is None else index.shape[0]
     keep = _keep(chosen, hidden, weight, bias, n_rows, names, dtype, stash_bytes)
-    out = logps_op.linear_logps_op(
-        hidden,
-        weight,
-        targets,
-        bias,
-        index,
-        logit_scale,
-        softcap,
-        temperature,
-        ",".join(names),
-        dtype,
-        chosen.name,
-        keep,
-        None if ref_hidden is None else ref_hidden.detach(),
-    )
-    asked = {name: out[2 + i] for i, name in enumerate(EXTRAS) if name in names}
-    return LinearLogps(out[0], **asked, ref_logps=None if ref_hidden is None else out[-1])
+
+    found = logps_op.linear_logps_op(
+        hidden, weight, targets, bias, index, logit_scale, softcap, temperature, ",".join(names), dtype, chosen.name,
+        keep.encode(), None if ref_hidden is None else ref_hidden.detach(),
+    )  # fmt: skip
+    out = logps_op.Outputs(*found)
+    requested = {name: getattr(out, name) for name in names}
+    return LinearLogps(out.logps, **requested, ref_logps=None if ref_hidden is None else out.ref_logps)
 
 
 def _keep(
@@ -125,18 +121,22 @@ def _keep(
     outputs: tuple[str, ...],
     dtype: torch.dtype,
     stash_bytes: int | str,
-) -> int:
-    """What the forward keeps for the backward: nothing, a number of stashed columns, or the frozen head's direction."""
+) -> Keep:
+    """What the forward keeps for the backward."""
     budget = _stash_budget(hidden, weight, n_rows, stash_bytes)
+
     head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
     if not torch.is_grad_enabled() or not (hidden.requires_grad or head_trains):
-        return KEEP_NOTHING
+        return Keep.nothing()
+    # the direction is that of the log-prob alone: a gradient of the entropy needs the walk
     if not head_trains and "entropy" not in outputs:
-        return KEEP_DIRECTION
+        return Keep.direction()
+
+    # whole blocks of columns, as many as fit the budget
     per_column = n_rows * backend.stash_dtype(dtype, hidden.device).itemsize
     everything = -(-weight.shape[0] // STASH_MULTIPLE) * STASH_MULTIPLE
     columns = everything if per_column == 0 else budget // per_column
-    return min(columns // STASH_MULTIPLE * STASH_MULTIPLE, everything)
+    return Keep.columns(min(columns // STASH_MULTIPLE * STASH_MULTIPLE, everything))
 
 
 def _stash_budget(hidden: Tensor, weight: Tensor, n_rows: int, stash_bytes: int | str) -> int:
@@ -149,7 +149,7 @@ def _stash_budget(hidden: Tensor, weight: Tensor, n_rows: int, stash_bytes: int 
 
 
 def total_memory(device: torch.device) -> int:
-    """Total (never free) memory of `device` in bytes, so that a run repeated is the same run."""
+    """Total memory of `device` in bytes; not the free memory, so that a repeated run gives the same bits."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return HOST_MEMORY
@@ -164,7 +164,7 @@ def _check(
     rows: ScoredRows | None,
     ref_hidden: Tensor | None,
 ) -> torch.dtype:
-    """Raise ValueError for shapes, dtypes or devices that do not fit; return the dtype operands are rounded to."""
+    """Raise ValueError for shapes, dtypes or devices that do not match; return the dtype operands are rounded to."""
     if hidden.dim() != 2:
         raise ValueError(f"hidden: was of shape {list(hidden.shape)}, must be [N, H]")
     n_rows, width = hidden.shape
@@ -172,37 +172,44 @@ def _check(
         raise ValueError(f"weight: was of shape {list(weight.shape)}, must be [V, {width}], hidden's H")
     if weight.shape[0] == 0:
         raise ValueError("weight: was of shape [0, H], must have at least one row (V >= 1)")
+
     if targets.shape != (n_rows,) or targets.dtype != torch.int64:
         raise ValueError(f"targets: was {_describe(targets)}, must be int64 of shape [{n_rows}]")
     if bias is not None and bias.shape != (weight.shape[0],):
         raise ValueError(f"bias: was of shape {list(bias.shape)}, must be [{weight.shape[0]}], weight's V")
-    if rows is not None and not (rows.index.dim() == 1 and rows.index.dtype == torch.int64):
-        raise ValueError(f"rows: its index was {_describe(rows.index)}, must be int64 of shape [N_scored]")
-    if rows is not None and rows.index.device.type == hidden.device.type == "cpu" and not torch.compiler.is_compiling():
-        if bool((rows.index[1:] <= rows.index[:-1]).any()):
-            raise ValueError("rows: its index did not ascend, must hold each scored row once, in ascending order")
-        outside = (rows.index < 0) | (rows.index >= n_rows)
-        if bool(outside.any()):
-            wrong = rows.index[outside][0].item()
-            raise ValueError(f"rows: its index held {wrong}, must be in [0, {n_rows}), the rows of hidden")
+    if rows is not None:
+        _check_rows(rows, hidden)
     check_outputs(outputs)
+
+    # the reference's rows go through the same products, so they must look the same
     if ref_hidden is not None and (ref_hidden.shape, ref_hidden.dtype) != (hidden.shape, hidden.dtype):
         raise ValueError(f"ref_hidden: was {_describe(ref_hidden)}, must be {_describe(hidden)} as hidden is")
-    others = {
-        "ref_hidden": ref_hidden,
-        "weight": weight,
-        "targets": targets,
-        "bias": bias,
-        "rows": None if rows is None else rows.index,
-    }
+    others = {"ref_hidden": ref_hidden, "weight": weight, "targets": targets, "bias": bias}
+    others["rows"] = None if rows is None else rows.index
     for name, tensor in others.items():
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name}: was on {tensor.device}, must be on {hidden.device} as hidden is")
     return _check_dtypes(hidden, weight, bias)
 
 
+def _check_rows(rows: ScoredRows, hidden: Tensor) -> None:
+    """Its values are checked on the CPU only: on CUDA that would synchronise."""
+    if not (rows.index.dim() == 1 and rows.index.dtype == torch.int64):
+        raise ValueError(f"rows: its index was {_describe(rows.index)}, must be int64 of shape [N_scored]")
+    if not (rows.index.device.type == hidden.device.type == "cpu") or torch.compiler.is_compiling():
+        return
+
+    if bool((rows.index[1:] <= rows.index[:-1]).any()):
+        raise ValueError("rows: its index was not ascending, must hold each scored row once, in ascending order")
+    n_rows = hidden.shape[0]
+    outside = (rows.index < 0) | (rows.index >= n_rows)
+    if bool(outside.any()):
+        wrong = rows.index[outside][0].item()
+        raise ValueError(f"rows: its index held {wrong}, must be in [0, {n_rows}), the rows of hidden")
+
+
 def check_outputs(outputs: Sequence[str]) -> None:
-    """ValueError for what is no sequence of EXTRAS' names."""
+    """ValueError unless `outputs` is a sequence of names from EXTRAS."""
     if isinstance(outputs, str) or not set(outputs) <= set(EXTRAS):
         raise ValueError(f"outputs: was {outputs!r}, must be a sequence of names from {EXTRAS}")
 
@@ -210,6 +217,7 @@ def check_outputs(outputs: Sequence[str]) -> None:
 def _check_dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
     if hidden.dtype not in DTYPES:
         raise ValueError(f"hidden: was of dtype {hidden.dtype}, must be one of {', '.join(map(str, DTYPES))}")
+    # autocast rounds both operands; without it they must have one dtype, as in torch's own products
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind) and torch.float64 not in (hidden.dtype, weight.dtype):
         dtype = torch.get_autocast_dtype(kind)

@@ -1,24 +1,79 @@
 """The custom ops under `linear_logps`: rows gathered and scattered, fake kernels, autograd; only `logps.py` calls them.
 
-Nothing here allocates anything of size N×V but what the caller asked to keep.
+Nothing here allocates anything of size N×V except what the caller asked to keep.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sdpo_kernels.backends import get_backend
-from sdpo_kernels.backends.base import EXTRAS, KEEP_DIRECTION, KEEP_NOTHING, HeadCall, Saved
+from sdpo_kernels.backends.base import EXTRAS, HeadCall, Keep, Needs, Saved
 from sdpo_kernels.head import Head, product_dtype
 from sdpo_kernels.rows import IGNORE_INDEX
 
-N_INPUTS = 13  # of linear_logps_op
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # logps, state, EXTRAS …, kept, ref
+class Inputs(NamedTuple):
+    """One entry for each input of `linear_logps_op`: the inputs themselves, whether they need gradients, or gradients.
+
+    The fields are the op's parameters, in order; None is no gradient.
+    """
+
+    hidden: Any = None
+    weight: Any = None
+    targets: Any = None
+    bias: Any = None
+    index: Any = None
+    logit_scale: Any = None
+    softcap: Any = None
+    temperature: Any = None
+    outputs: Any = None
+    dtype: Any = None
+    backend: Any = None
+    keep: Any = None
+    ref_hidden: Any = None
+
+
+class Outputs(NamedTuple):
+    """What `linear_logps_op` returns; tensors not requested are of size 0."""
+
+    logps: Tensor  # [N]
+    state: Tensor  # [N, state_columns] float64
+    entropy: Tensor  # [N] each
+    log_sum_sq_probs: Tensor
+    mean_logits: Tensor
+    is_top1: Tensor
+    kept: Tensor  # for the backward, see base.Keep
+    ref_logps: Tensor  # [N]
+
+
+class _SavedTensors(NamedTuple):
+    """What the forward saves for the backward."""
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    bias: Tensor | None
+    index: Tensor | None  # type: ignore[assignment]  # in place of tuple.index
+    logps: Tensor
+    state: Tensor
+    entropy: Tensor
+    kept: Tensor
+
+
+class _Options(NamedTuple):
+    """The inputs that are not tensors, as the backward needs them."""
+
+    logit_scale: float
+    softcap: float | None
+    temperature: float
+    dtype: torch.dtype
+    backend: str
+    keep: int
 
 
 @torch.library.custom_op("sdpo_kernels::linear_logps", mutates_args=())
@@ -34,64 +89,82 @@ def linear_logps_op(
     outputs: str,  # names from EXTRAS, joined by commas
     dtype: torch.dtype,  # what operands are rounded to
     backend: str,
-    keep: int,
+    keep: int,  # Keep.encode()
     ref_hidden: Tensor | None,  # [N, H], scored by the same head without gradient
-) -> Outputs:
-    """logps [N], state [N, w], the four extras ([N] or [0]), what is kept for the backward, logps of ref_hidden."""
-    kept_rows = hidden.shape[0] if index is None else index.shape[0]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`Outputs`, as a plain tuple.
+
+    1. gather the scored rows
+    2. let the backend compute them
+    3. score the reference's rows, if the backend has not done it in the same pass
+    4. scatter the results to all rows
+    """
+    n_rows = hidden.shape[0]
+    # the fake kernel cannot know how many rows are scored, so what is kept then has all rows
+    kept_rows = n_rows if index is None else index.shape[0]
     if index is None:
         index = (targets != IGNORE_INDEX).nonzero().squeeze(1)
     head = Head(logit_scale, softcap, temperature)
     call = _scored(hidden, weight, targets, bias, index, head, dtype, outputs, kept_rows, ref_hidden)
     _check_targets(call, index)
-    out = get_backend(backend).forward(call, keep)
+
+    out = get_backend(backend).forward(call, Keep.decode(keep))
+
     ref_logps = out.ref_logps
     if call.ref_hidden is not None and ref_logps is None:
         alone = replace(call, hidden=call.ref_hidden, ref_hidden=None, outputs=(), kept_rows=0)
-        ref_logps = get_backend(backend).forward(alone, KEEP_NOTHING).logps
-    n_rows = hidden.shape[0]
+        ref_logps = get_backend(backend).forward(alone, Keep.nothing()).logps
 
-    def whole(value: Tensor | None, name: str) -> Tensor:
+    # rows that are not scored get 0; if all are scored, nothing is copied
+    out_dtype = product_dtype(dtype)
+
+    def whole(value: Tensor | None, empty_dtype: torch.dtype = out_dtype) -> Tensor:
         if value is None:
-            return hidden.new_empty(0, dtype=torch.bool if name == "is_top1" else product_dtype(dtype))
+            return hidden.new_empty(0, dtype=empty_dtype)
         if index.shape[0] == n_rows:
             return value
         return value.new_zeros(n_rows, *value.shape[1:]).index_copy_(0, index, value)
 
-    extras = [whole(getattr(out, name), name) for name in EXTRAS]
-    kept = hidden.new_empty((0, 0)) if out.kept is None else out.kept
-    return (
-        whole(out.logps, "logps"),
-        whole(out.state, "state"),
-        extras[0],
-        extras[1],
-        extras[2],
-        extras[3],
-        kept,
-        whole(ref_logps, "ref_logps"),
-    )
+    return Outputs(
+        logps=whole(out.logps),
+        state=whole(out.state),
+        entropy=whole(out.entropy),
+        log_sum_sq_probs=whole(out.log_sum_sq_probs),
+        mean_logits=whole(out.mean_logits),
+        is_top1=whole(out.is_top1, torch.bool),
+        kept=hidden.new_empty((0, 0)) if out.kept is None else out.kept,
+        ref_logps=whole(ref_logps),
+    )[:]  # a slice of a NamedTuple is the plain tuple that an op returns
 
 
 @linear_logps_op.register_fake
-def _(hidden, weight, targets, bias, index, logit_scale, softcap, temperature, outputs, dtype, backend, keep,
-      ref_hidden):  # fmt: skip
-    n_rows = hidden.shape[0]
-    kept_rows = n_rows if index is None else index.shape[0]
-    out = product_dtype(dtype)
-    extras = [
-        hidden.new_empty(n_rows if name in outputs.split(",") else 0, dtype=torch.bool if name == "is_top1" else out)
-        for name in EXTRAS
-    ]
-    chosen = get_backend(backend)
-    if keep == 0:
+def _(*inputs):
+    given = Inputs(*inputs)
+    hidden, backend, keep = given.hidden, get_backend(given.backend), Keep.decode(given.keep)
+    n_rows, names, dtype = hidden.shape[0], given.outputs.split(","), product_dtype(given.dtype)
+
+    # shapes must be those of the op, also where the number of scored rows is unknown
+    kept_rows = n_rows if given.index is None else given.index.shape[0]
+    if keep.is_direction:
+        kept = hidden.new_empty((kept_rows, hidden.shape[1]), dtype=dtype)
+    elif keep.n_columns == 0:
         kept = hidden.new_empty((0, 0))
-    elif keep == KEEP_DIRECTION:
-        kept = hidden.new_empty((kept_rows, hidden.shape[1]), dtype=out)
     else:
-        kept = hidden.new_empty((kept_rows, keep), dtype=chosen.stash_dtype(dtype, hidden.device))
-    state = hidden.new_empty((n_rows, chosen.state_columns), dtype=torch.float64)
-    ref_logps = hidden.new_empty(0 if ref_hidden is None else n_rows, dtype=out)
-    return (hidden.new_empty(n_rows, dtype=out), state, *extras, kept, ref_logps)
+        kept = hidden.new_empty((kept_rows, keep.n_columns), dtype=backend.stash_dtype(given.dtype, hidden.device))
+
+    def vector(wanted: bool, dtype: torch.dtype = dtype) -> Tensor:
+        return hidden.new_empty(n_rows if wanted else 0, dtype=dtype)
+
+    return Outputs(
+        logps=vector(True),
+        state=hidden.new_empty((n_rows, backend.state_columns), dtype=torch.float64),
+        entropy=vector("entropy" in names),
+        log_sum_sq_probs=vector("log_sum_sq_probs" in names),
+        mean_logits=vector("mean_logits" in names),
+        is_top1=vector("is_top1" in names, torch.bool),
+        kept=kept,
+        ref_logps=vector(given.ref_hidden is not None),
+    )[:]
 
 
 @torch.library.custom_op("sdpo_kernels::linear_logps_backward", mutates_args=())
@@ -113,29 +186,38 @@ def linear_logps_backward_op(
     dtype: torch.dtype,
     backend: str,
     keep: int,
-    needs: list[bool],  # hidden, weight, bias
+    needs: list[bool],  # base.Needs
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias, contiguous; [0]-sized where not needed."""
+    """Gradients of hidden, weight and bias, contiguous; of size 0 if not needed."""
     if index is None:
         index = (targets != IGNORE_INDEX).nonzero().squeeze(1)
     index, rows = _busy_rows(index, grad_logps, grad_entropy)
+    if rows is None and index.shape[0] != kept.shape[0]:  # the forward did not know the number of scored rows
+        rows = torch.arange(index.shape[0], device=index.device)
     head = Head(logit_scale, softcap, temperature)
     call = _scored(hidden, weight, targets, bias, index, head, dtype, "", 0)
 
     def scored(vector: Tensor) -> Tensor:
         return vector.index_select(0, index)
 
-    if rows is None and index.shape[0] != kept.shape[0]:
-        rows = torch.arange(index.shape[0], device=index.device)  # of a forward that could not know their number
-    saved = Saved(scored(logps), scored(state), None if grad_entropy is None else scored(entropy), kept, rows, keep)
+    saved = Saved(
+        logps=scored(logps),
+        state=scored(state),
+        entropy=None if grad_entropy is None else scored(entropy),
+        kept=kept,
+        rows=rows,
+        keep=Keep.decode(keep),
+    )
     h = None if grad_entropy is None else scored(grad_entropy)
-    dx, dw, db = get_backend(backend).backward(call, saved, scored(grad_logps), h, (needs[0], needs[1], needs[2]))
+    dx, dw, db = get_backend(backend).backward(call, saved, scored(grad_logps), h, Needs(*needs))
+
+    # rows that were left out get no gradient
     if dx is not None and index.shape[0] != hidden.shape[0]:
         dx = hidden.new_zeros(hidden.shape).index_copy_(0, index, dx)
     none = hidden.new_empty(0)
     return (
         none if dx is None else dx.contiguous(),
-        none.clone() if dw is None else dw,
+        none.clone() if dw is None else dw,  # an op's outputs may not share memory
         none.clone() if db is None else db,
     )
 
@@ -146,34 +228,42 @@ def _(grad_logps, grad_entropy, hidden, weight, targets, bias, index, logps, sta
     def like(tensor: Tensor | None, needed: bool) -> Tensor:
         return tensor.new_empty(tensor.shape) if needed and tensor is not None else hidden.new_empty(0)
 
-    return like(hidden, needs[0]), like(weight, needs[1]), like(bias, needs[2])
+    wanted = Needs(*needs)
+    return like(hidden, wanted.hidden), like(weight, wanted.weight), like(bias, wanted.bias)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    hidden, weight, targets, bias, index, *options = inputs
-    logps, state, entropy, *rest = output
-    unrequested = () if "entropy" in options[3].split(",") else (entropy,)
-    ctx.mark_non_differentiable(state, *rest, *unrequested)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    given, out = Inputs(*inputs), Outputs(*output)
+    unrequested = () if "entropy" in given.outputs.split(",") else (out.entropy,)
+    ctx.mark_non_differentiable(
+        out.state, out.log_sum_sq_probs, out.mean_logits, out.is_top1, out.kept, out.ref_logps, *unrequested
+    )
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, targets, bias, index, logps, state, entropy, rest[-2])
-    ctx.options = options[:7]
+
+    # the inputs themselves, [N]-sized vectors, and what `keep` asked for
+    saved = _SavedTensors(
+        hidden=given.hidden, weight=given.weight, targets=given.targets, bias=given.bias, index=given.index,
+        logps=out.logps, state=out.state, entropy=out.entropy, kept=out.kept,
+    )  # fmt: skip
+    ctx.save_for_backward(*saved)
+    ctx.options = _Options(given.logit_scale, given.softcap, given.temperature, given.dtype, given.backend, given.keep)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    hidden, weight, targets, bias, index, logps, state, entropy, kept = ctx.saved_tensors
-    logit_scale, softcap, temperature, _, dtype, backend, keep = ctx.options
-    grad_logps, grad_entropy = grads[0], grads[2]
-    if grad_logps is None and grad_entropy is None:
-        return (None,) * N_INPUTS
+    saved, options, grad = _SavedTensors(*ctx.saved_tensors), ctx.options, Outputs(*grads)  # type: ignore[arg-type]
+    grad_logps: Tensor | None = grad.logps
+    if grad.logps is None and grad.entropy is None:
+        return Inputs()[:]
     if grad_logps is None:
-        grad_logps = torch.zeros_like(logps)
-    needs = [bool(ctx.needs_input_grad[i]) for i in (0, 1, 3)]
-    found = linear_logps_backward_op(
-        grad_logps, grad_entropy, hidden, weight, targets, bias, index, logps, state, entropy, kept,
-        logit_scale, softcap, temperature, dtype, backend, keep, needs,
-    )  # fmt: skip
-    dx, dw, db = (grad if needed else None for grad, needed in zip(found, needs, strict=True))
-    return (dx, dw, None, db) + (None,) * (N_INPUTS - 4)
+        grad_logps = torch.zeros_like(saved.logps)
+
+    # only these three inputs are differentiable
+    needed = Inputs(*ctx.needs_input_grad)
+    needs = Needs(needed.hidden, needed.weight, needed.bias)
+    dx, dw, db = linear_logps_backward_op(grad_logps, grad.entropy, *saved, *options, list(needs))
+    return Inputs(
+        hidden=dx if needs.hidden else None, weight=dw if needs.weight else None, bias=db if needs.bias else None
+    )[:]
 
 
 linear_logps_op.register_autograd(_backward, setup_context=_setup_context)
@@ -191,7 +281,7 @@ def _scored(
     kept_rows: int,
     ref_hidden: Tensor | None = None,
 ) -> HeadCall:
-    """The problem on the scored rows alone."""
+    """The problem restricted to the scored rows."""
     if index.shape[0] != hidden.shape[0]:
         hidden, targets = hidden.index_select(0, index), targets.index_select(0, index)
         ref_hidden = None if ref_hidden is None else ref_hidden.index_select(0, index)
@@ -200,11 +290,11 @@ def _scored(
 
 
 def _check_targets(call: HeadCall, index: Tensor) -> None:
-    """Targets must lie in [0, V): a ValueError on CPU, a device assert on CUDA, which does not wait for the device."""
+    """Targets must be in [0, V): a ValueError on CPU; on CUDA a device assert, which does not synchronise."""
     n_columns = call.weight.shape[0]
     right = (call.targets >= 0) & (call.targets < n_columns)
     if call.targets.is_cuda:
-        torch._assert_async((index[1:] > index[:-1]).all(), "rows: its index must ascend")
+        torch._assert_async((index[1:] > index[:-1]).all(), "rows: its index must be ascending")
         torch._assert_async(right.all(), f"targets: must be in [0, {n_columns}) or {IGNORE_INDEX}")
     elif not bool(right.all()):
         wrong = call.targets[~right][0].item()
@@ -212,12 +302,12 @@ def _check_targets(call: HeadCall, index: Tensor) -> None:
 
 
 def _busy_rows(index: Tensor, grad_logps: Tensor, grad_entropy: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """On CPU, leave out rows whose coefficients are exactly 0: they would cost a GEMM's rows and change nothing.
+    """On CPU, leave out rows whose coefficients are exactly 0: they would add work to the GEMMs and change nothing.
 
-    Returns what is left of `index`, and which of its entries that is; None: all.
+    Returns the remaining part of `index`, and which of its entries remain; None: all.
     """
     if index.is_cuda:
-        return index, None  # finding them would wait for the device
+        return index, None  # finding them would synchronise with the device
     busy = grad_logps.index_select(0, index) != 0
     if grad_entropy is not None:
         busy |= grad_entropy.index_select(0, index) != 0

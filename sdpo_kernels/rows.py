@@ -1,8 +1,8 @@
 """Which rows of a batch are scored, and which sequence each belongs to.
 
 A row is one position of the flattened batch. Rows without a label (prompt, padding) never reach a GEMM.
-`ScoredRows` is made once, by a collator or from labels, and may be handed to every entry point: with it nothing
-has to be looked up on the device, so neither forward nor backward synchronises with the host.
+`ScoredRows` is made once, by a collator or from labels, and every entry point takes it: with it nothing has to be
+looked up on the device, so neither forward nor backward synchronises with the host.
 """
 
 from __future__ import annotations
@@ -24,17 +24,31 @@ class ScoredRows(NamedTuple):
 
     @classmethod
     def from_labels(cls, labels: Tensor, cu_seqlens: Tensor | None = None) -> ScoredRows:
-        """Find the scored rows of `labels`: [S, T], or packed [N] with `cu_seqlens` [S+1]. Waits for a CUDA device."""
+        """Find the scored rows of `labels`: [S, T], or packed [N] with `cu_seqlens` [S+1]. Synchronises with CUDA."""
         sequences = sequence_of_rows(labels, cu_seqlens)
         index = (labels.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)
         segment = sequences.index_select(0, index)
-        n_sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        counts = segment_sum(torch.ones_like(segment), segment, n_sequences)
+        counts = segment_sum(torch.ones_like(segment), segment, _number_of_sequences(labels, cu_seqlens))
         return cls(index, segment, counts)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> ScoredRows:
         """The same rows on another device."""
         return ScoredRows(*(t.to(device, non_blocking=non_blocking) for t in self))
+
+
+def all_rows(labels: Tensor, cu_seqlens: Tensor | None = None) -> ScoredRows:
+    """Every row, scored or not, with the counts of the scored ones: no shape depends on data, as compile requires.
+
+    Sums over these rows are right because the log-prob of a row that is not scored is 0.
+    """
+    segments = sequence_of_rows(labels, cu_seqlens)
+    is_scored = (labels.reshape(-1) != IGNORE_INDEX).long()
+    counts = segment_sum(is_scored, segments, _number_of_sequences(labels, cu_seqlens))
+    return ScoredRows(torch.arange(segments.shape[0], device=labels.device), segments, counts)
+
+
+def _number_of_sequences(labels: Tensor, cu_seqlens: Tensor | None) -> int:
+    return labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def sequence_of_rows(labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -46,6 +60,18 @@ def sequence_of_rows(labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor
         )
     rows = torch.arange(labels.shape[0], device=labels.device)
     return torch.searchsorted(cu_seqlens[1:].to(rows.dtype), rows, right=True)
+
+
+def sequence_logps(logps: Tensor, rows: ScoredRows, weights: Tensor | None = None) -> Tensor:
+    """Sum per-token `logps` [N] over the scored rows of each sequence into [S], in logps' dtype.
+
+    `weights` [N_scored] float64 weigh the rows. The sum is computed in float64, so that packed and padded batches agree
+    and long sequences lose no digits.
+    """
+    scored = logps.index_select(0, rows.index).double()
+    if weights is not None:
+        scored = scored * weights
+    return segment_sum(scored, rows.segment, rows.counts.shape[0]).to(logps.dtype)
 
 
 def segment_sum(values: Tensor, segment: Tensor, n_segments: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Weights that two losses need beside summed log-probs: of tokens (ld_dpo) and of pairs (wpo)."""
+"""Weights that two losses need in addition to summed log-probs: of tokens (ld_dpo) and of pairs (wpo)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ def length_weights(rows: ScoredRows, ld_alpha: float, scored: Tensor | None = No
     """Each row's weight, float64 [N_scored]: 1 up to the pair's shorter length, `ld_alpha` beyond (arXiv 2409.06411).
 
     Args:
-        rows: of 2B sequences, chosen half first; a sequence's rows ascend.
-        scored: bool [N_scored], where `rows` holds rows that are not scored too; `rows.counts` counts the scored ones.
+        rows: of 2B sequences, chosen half first; a sequence's rows are in ascending order.
+        scored: bool [N_scored], needed if `rows` also has unscored rows; `rows.counts` counts the scored ones.
     """
     segment, counts = rows.segment, rows.counts
-    order = segment.argsort(stable=True)  # the groups of a padded batch are not in the order of the sequences
+
+    # rank of each scored row within its sequence, from 1; rows may not be grouped by sequence, so sort first
+    order = segment.argsort(stable=True)
     ones = torch.ones_like(segment) if scored is None else scored.long()
     before = counts.cumsum(0) - counts
-    ranks = ones[order].cumsum(0) - before[segment[order]]  # 1 for a sequence's first scored row
+    ranks = ones[order].cumsum(0) - before[segment[order]]
+
     shorter = torch.minimum(*counts.chunk(2)).repeat(2)
     beyond = torch.empty_like(segment, dtype=torch.bool).index_put((order,), ranks > shorter[segment[order]])
     return torch.where(beyond, ld_alpha, 1.0).double()

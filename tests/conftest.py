@@ -1,4 +1,4 @@
-"""What all tests share: thread count, hypothesis profiles and the folder of real data."""
+"""Shared by all tests: thread count, hypothesis profiles and the folder of real data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """The real preference data beside the checkout, `../shared/data`."""
+    """The real preference data next to the checkout, `../shared/data`."""
     if not DATA.is_dir():
         pytest.skip(f"no real data at {DATA}")
     return DATA
@@ -33,8 +33,8 @@ def data_dir() -> Path:
 
 @pytest.fixture(scope="module", params=["eager", "native"])
 def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The module's tests run once a backend: "auto" prefers it, and takes eager for what it cannot serve."""
-    if request.param == "native" and (reason := backends.BACKENDS["native"].reason) is not None:
+    """Run the module's tests once per backend: "auto" prefers it, and uses eager for what it cannot serve."""
+    if request.param == "native" and (reason := backends.BACKENDS["native"].unavailable_reason) is not None:
         pytest.skip(reason)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("SDPO_BACKEND", raising=False)

@@ -1,4 +1,4 @@
-"""The truth the kernels are tested against: three lines of float64 log_softmax, and how errors are judged.
+"""The ground truth for the kernels: three lines of float64 log_softmax, and how errors are judged.
 
     case = Case(hidden, weight, targets, softcap=30.0)
     check(case, case.ours())
@@ -65,7 +65,7 @@ def extras_of(z: Tensor, targets: Tensor) -> dict[str, Tensor]:
 
 @dataclass(repr=False)
 class Case:
-    """One problem: a head, its options and the gradients that come from above."""
+    """One problem: a head, its options and the incoming gradients."""
 
     hidden: Tensor
     weight: Tensor
@@ -74,7 +74,7 @@ class Case:
     temperature: float = 1.0
     logit_scale: float = 1.0
     softcap: float | None = None
-    grad: Tensor | None = None  # of the log-probs, float64 [N]; ones where None
+    grad: Tensor | None = None  # of the log-probs, float64 [N]; None: ones
     grad_entropy: Tensor | None = None
     trains: tuple[str, ...] = ("hidden", "weight", "bias")
     outputs: tuple[str, ...] = ()
@@ -112,7 +112,7 @@ class Case:
         return self._found(run)
 
     def largest_terms(self) -> dict[str, float]:
-        """For each gradient the largest product that its sums may hold."""
+        """For each gradient the largest product that its sums may contain."""
         steep = abs(self.logit_scale / self.temperature)
         largest = steep * (1.0 if self.grad is None else size(self.grad))
         if self.grad_entropy is not None:
@@ -160,7 +160,7 @@ def size(tensor: Tensor) -> float:
 
 
 def check(case: Case, ours: Found, factor: float = 3.0, slack: float = 4.0) -> None:
-    """Our error is at most `factor` × plain torch's, plus `slack` roundings where plain torch was lucky.
+    """Our error is at most `factor` × plain torch's, plus `slack` roundings in case plain torch was lucky.
 
     A rounding is one of the largest number in the sum in question: for log-probs the largest of them or 1, for
     gradients the largest product of a coefficient and an operand.
@@ -177,7 +177,7 @@ def check(case: Case, ours: Found, factor: float = 3.0, slack: float = 4.0) -> N
             assert torch.equal(mine, theirs), name
             continue
         eps = torch.finfo(mine.dtype).eps
-        if name == "d_bias":  # summed from what the products take: rounded to their dtype once
+        if name == "d_bias":  # summed from the products' operands, which are rounded to their dtype once
             eps = max(eps, torch.finfo(case.hidden.dtype).eps / 2)
         rounding = eps * (terms[name] if name in terms else max(size(right), 1.0))
         allowed = factor * error(theirs, right) + slack * rounding
@@ -221,7 +221,7 @@ def scored_rows(targets: Tensor) -> ScoredRows:
 
 @contextmanager
 def chunk_columns(columns: int) -> Iterator[None]:
-    """The eager walk takes `columns` columns at a time, so that small shapes have several chunks."""
+    """Make the eager walk use chunks of `columns` columns, so that small shapes have several."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(eager, "CHUNK_ELEMENTS", 1)
         patch.setattr(eager, "MIN_CHUNK_COLUMNS", columns)

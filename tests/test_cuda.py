@@ -1,4 +1,4 @@
-"""All backends and the Hugging Face layer on a CUDA device; `benchmarks/gpu.sh` runs these where there is one."""
+"""All backends and the Hugging Face layer on a CUDA device; `benchmarks/gpu.sh` runs these tests if there is one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sdpo_kernels import ScoredRows, backends, fused_linear_dpo, linear_logps, logits_logps, logps_op
-from sdpo_kernels.backends.base import EXTRAS, KEEP_DIRECTION
+from sdpo_kernels.backends.base import EXTRAS, Keep
 from tests.reference import extras_of
 
 pytestmark = [
@@ -17,7 +17,7 @@ pytestmark = [
 
 @pytest.fixture(params=["eager", "triton", "native"], autouse=True)
 def backend(request, monkeypatch):
-    """ "auto" takes this backend where it serves, else eager."""
+    """ "auto" uses this backend if it serves the call, else eager."""
     monkeypatch.delenv("SDPO_BACKEND", raising=False)
     monkeypatch.setattr(backends, "AUTO_ORDER", (request.param, "eager"))
     monkeypatch.setattr(backends, "NOT_AUTO", set())
@@ -64,7 +64,7 @@ def test_values_and_gradients(dtype, options):
     (expected * coefficient).sum().backward()
     exact = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     assert error(out, expected) < 20 * exact
-    rounding = torch.finfo(dtype).eps  # gradients are rounded to the parameter's dtype; bf16 dlogits besides
+    rounding = torch.finfo(dtype).eps  # gradients are rounded to the parameter's dtype; and bf16 dlogits once more
     assert error(hidden.grad, twin[0].grad) < max(rounding, 100 * exact)
     assert error(weight.grad, twin[1].grad) < max(rounding, 100 * exact)
 
@@ -73,7 +73,7 @@ def test_values_and_gradients(dtype, options):
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_shapes_with_and_without_the_copy_engine(shape, frozen, bias):
-    """H 65 is no multiple of 16 bytes: descriptors cannot take it, pointers can."""
+    """H = 65 is not a multiple of 16 bytes: descriptors do not support it, pointers do."""
     hidden, weight, targets = problem(torch.bfloat16, *shape)
     weight.requires_grad_(not frozen)
     b = torch.randn(shape[2], device="cuda").bfloat16() - 40 if bias else None
@@ -91,7 +91,7 @@ def test_shapes_with_and_without_the_copy_engine(shape, frozen, bias):
 
 @pytest.mark.parametrize("stash_bytes", [0, 10**6, 10**9])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_rows_out_of_range_are_done_again(stash_bytes, frozen):
+def test_rows_out_of_range_are_recomputed(stash_bytes, frozen):
     hidden, weight, targets = problem(torch.float32, 64, 48, 700)
     weight.requires_grad_(not frozen)
     bias = torch.zeros(700, device="cuda")
@@ -158,7 +158,7 @@ def test_policy_and_reference_of_one_head(frozen):
 
 
 def test_data_parallel_of_one(tmp_path):
-    """Gradients through DistributedDataParallel are those of the bare module; buckets reduce while ours still runs."""
+    """Gradients through DistributedDataParallel equal the bare module's; buckets are reduced during our backward."""
     torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         hidden, weight, targets = problem(torch.bfloat16)
@@ -185,11 +185,11 @@ def test_data_parallel_of_one(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("keep", [0, 64, KEEP_DIRECTION])
+@pytest.mark.parametrize("keep", [Keep.nothing(), Keep.columns(64), Keep.direction()])
 def test_opcheck(keep, backend):
     hidden, weight, targets = problem(torch.float32, 20, 16, 100)
-    weight.requires_grad_(keep != KEEP_DIRECTION)
-    args = (hidden, weight, targets, None, None, 1.0, None, 1.0, "", torch.float32, backend, keep, None)
+    weight.requires_grad_(not keep.is_direction)
+    args = (hidden, weight, targets, None, None, 1.0, None, 1.0, "", torch.float32, backend, keep.encode(), None)
     torch.library.opcheck(logps_op.linear_logps_op, args)
 
 
@@ -202,7 +202,7 @@ def test_a_small_run_for_the_sanitizer():
         assert hidden.grad.isfinite().all()
 
 
-def test_no_synchronisation_where_rows_are_given():
+def test_no_synchronisation_if_rows_are_given():
     hidden = torch.randn(4, 16, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(1000, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     labels = torch.randint(1000, (4, 16), device="cuda")
@@ -217,7 +217,7 @@ def test_no_synchronisation_where_rows_are_given():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_same_bits_twice():
+def test_repeated_calls_give_the_same_bits():
     results = []
     for _ in range(2):
         hidden, weight, targets = problem(torch.bfloat16)
@@ -228,7 +228,7 @@ def test_same_bits_twice():
 
 
 def test_more_than_two_to_the_31_logits():
-    """All rows but a few at the end are alike: so are their log-probs and gradients."""
+    """All rows but a few at the end are equal, so their log-probs and gradients must be, too."""
     n, h, v = 36000, 16, 60100
     hidden, weight, _ = problem(torch.bfloat16, 8, h, v)
     many = torch.cat([hidden.detach()[:1].expand(n - 7, h), hidden.detach()[1:]]).requires_grad_()

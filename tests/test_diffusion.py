@@ -35,7 +35,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def mse_and_gradient(prediction, target, grad):
-    """Our values, and our gradient of prediction under `grad` from above."""
+    """Our values, and our gradient of `prediction` for the incoming gradient `grad`."""
     leaf = prediction.detach().requires_grad_()
     mse = sample_mse(leaf, target)
     return mse.detach(), torch.autograd.grad(mse, leaf, grad.to(mse.dtype))[0]
@@ -77,7 +77,7 @@ def test_mse_of_many_pieces(dtype):
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=4), st.integers(1, 30))
 def test_pieces_cover_each_element_once(shape, limit):
-    if 0 in shape[1:]:  # sample_mse refuses empty samples
+    if 0 in shape[1:]:  # sample_mse rejects empty samples
         shape[1:] = [max(1, size) for size in shape[1:]]
     seen = torch.zeros(shape)
     for piece in diffusion._pieces(shape, limit):
@@ -151,7 +151,7 @@ def test_no_float32_copy_in_forward_and_backward(tmp_path):
         leaf = prediction.clone().requires_grad_()
         with allocations(tmp_path / "trace.json") as found:
             mse(leaf, target).sum().backward()
-        return found["peak"] - whole  # less the gradient itself
+        return found["peak"] - whole  # without the gradient itself
 
     ours = peak(sample_mse)
     naive = peak(lambda p, t: (p.float() - t.float()).square().mean((1, 2, 3)))
@@ -161,7 +161,7 @@ def test_no_float32_copy_in_forward_and_backward(tmp_path):
 
 
 def written_out(prediction, target, reference, beta):
-    """The mean loss as the paper writes it, in float64."""
+    """The mean loss, as in the paper, in float64."""
     m, r = ((p - target).square().flatten(1).mean(1) for p in (prediction, reference))
     (m_w, m_l), (r_w, r_l) = m.chunk(2), r.chunk(2)
     z = -(beta / 2) * ((m_w - m_l) - (r_w - r_l))
@@ -185,7 +185,7 @@ def test_loss_and_gradients_in_float64(n_pairs, shape, beta, seed, given_mse):
 
 
 def test_slopes_are_half_beta_times_sigma():
-    """The coefficients the methods table gives: dL/dm_w = +(β/2)·σ(−z), dL/dm_l = −(β/2)·σ(−z)."""
+    """The coefficients of the methods table: dL/dm_w = +(β/2)·σ(−z), dL/dm_l = −(β/2)·σ(−z)."""
     beta, target = 7.0, torch.zeros(2, 1, dtype=torch.float64)
     leaf = torch.tensor([[0.5], [0.9]], dtype=torch.float64, requires_grad=True)  # m = leaf², dm/dleaf = 2 leaf
     ref_mse = torch.tensor([0.3, 0.7], dtype=torch.float64)
@@ -196,7 +196,7 @@ def test_slopes_are_half_beta_times_sigma():
     assert (found / (2 * leaf)).flatten().tolist() == pytest.approx([3.5 * s, -3.5 * s])
 
 
-def test_policy_that_is_its_reference_has_loss_ln_2():
+def test_policy_equal_to_its_reference_has_loss_ln_2():
     prediction = normal(6, 3, 4).bfloat16()
     out = diffusion_dpo(prediction, torch.zeros(6, 3, 4), ref_prediction=prediction)
     assert out.loss.item() == pytest.approx(math.log(2), rel=1e-6)
@@ -221,7 +221,7 @@ def test_paired_noise_shares_timestep_and_noise():
     assert t.dtype == torch.int64
     assert torch.equal(t[:3], t[3:])
     assert torch.equal(noise[:3], noise[3:])
-    assert len({row.sum().item() for row in noise[:3]}) == 3  # one a pair, not one for all
+    assert len({row.sum().item() for row in noise[:3]}) == 3  # one per pair, not one for all
     kept = alphas[t].reshape(6, 1, 1, 1)
     torch.testing.assert_close(noisy, kept.sqrt() * x0 + (1 - kept).sqrt() * noise)
     assert all(torch.equal(*same) for same in zip(drawn[0], drawn[1], strict=True))
@@ -289,7 +289,7 @@ def test_quick_example(tmp_path):
     assert [model["valid"]["of"] for model in record["models"]] == [80, 80]
 
 
-def test_judge_tells_the_kinds_apart_and_refuses_the_rest():
+def test_judge_distinguishes_the_kinds_and_rejects_the_rest():
     specs = shapes.draw_specs(500, torch.Generator().manual_seed(11))
     for kind in shapes.KINDS:
         verdict = judge(shapes.render(kind, specs))
@@ -323,7 +323,7 @@ def test_the_example_counts_shares_among_valid_shapes():
     assert not clear_win(found, empty)
 
 
-def test_pairs_differ_in_kind_alone():
+def test_pairs_differ_only_in_kind():
     chosen, rejected = shapes.shape_pairs(50, torch.Generator().manual_seed(2)).chunk(2)
     ours, others = judge(chosen), judge(rejected)
     assert ours.circle.all()

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdpo_kernels import FusedLinearDPOLoss, dpo, fused_linear_dpo
-from sdpo_kernels.dpo import DPOOutput, pair_output, sequence_logps
-from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
+from sdpo_kernels.dpo_output import DPOOutput, pair_output
+from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows, sequence_logps
 from tests.reference import chunk_columns, error, logits_of, size, target_logps
 
 pytestmark = pytest.mark.usefixtures("each_backend")
@@ -64,7 +64,7 @@ class Batch:
         return {"ref_hidden": self.ref_hidden, "ref_weight": self.ref_weight, "ref_bias": self.ref_bias}
 
     def sums(self, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **head) -> torch.Tensor:
-        """Summed log-probs [2B], as anyone would write them."""
+        """Summed log-probs [2B], in the most obvious way."""
         return target_logps(logits_of(states, weight, bias, **head), self.labels).sum(1)
 
 
@@ -73,7 +73,7 @@ def _floating(value: object) -> bool:
 
 
 def written_out(policy: torch.Tensor, ref: torch.Tensor, counts: torch.Tensor, beta: float, name: str, e: float = 0.0):
-    """The mean loss as the papers write it."""
+    """The mean loss, as in the papers."""
     (lw, ll), (rw, rl), (nw, nl) = policy.chunk(2), ref.chunk(2), counts.chunk(2)
     z = beta * ((lw - rw) - (ll - rl))
     if name == "sigmoid":
@@ -168,7 +168,7 @@ def test_packed_is_padded(dtype, rows_given):
     assert torch.equal(d_weight, found[1])
 
 
-def test_a_reference_scored_before_is_a_reference_scored_now():
+def test_cached_reference_logps_equal_those_scored_in_the_call():
     batch = Batch(3, 11, 8, 60, seed=4, bias=True).cast(torch.float32)
     now, gradients = with_gradients(batch, **batch.reference())
     cached = torch.cat([now.ref_chosen_logps, now.ref_rejected_logps])
@@ -178,7 +178,7 @@ def test_a_reference_scored_before_is_a_reference_scored_now():
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_reference_before_the_same_head_needs_no_pass_of_its_own(monkeypatch, frozen):
+def test_a_reference_with_the_same_head_needs_no_pass_of_its_own(monkeypatch, frozen):
     generator = torch.Generator().manual_seed(0)
     hidden, ref_hidden = torch.randn(2, 4, 6, 8, generator=generator).unbind(0)
     weight = torch.randn(70, 8, generator=generator).requires_grad_(not frozen)
@@ -209,7 +209,7 @@ def test_the_reference_gets_no_gradient():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["sigmoid", "robust"])
-def test_a_policy_equal_to_its_reference_loses_ln_2_with_margins_of_exactly_0(name, dtype):
+def test_a_policy_equal_to_its_reference_has_loss_ln_2_and_margins_of_exactly_0(name, dtype):
     batch = Batch(3, 20, 16, 500).cast(dtype)
     out, _ = with_gradients(batch, ref_hidden=batch.hidden, ref_weight=batch.weight, loss_type=name)
     assert abs(out.loss.item() - math.log(2)) <= EPS
@@ -239,7 +239,7 @@ def test_the_module_is_the_function():
             FusedLinearDPOLoss(label_smoothing=wrong)
 
 
-def test_the_same_bits_twice():
+def test_repeated_calls_give_the_same_bits():
     batch = Batch(4, 30, 16, 900).cast(torch.bfloat16)
     one, gradients = with_gradients(batch, **batch.reference())
     other, found = with_gradients(batch, **batch.reference())
@@ -309,7 +309,7 @@ NO_REFERENCE = {"ref_logps": None}
 
 
 def call(**changes):
-    """fused_linear_dpo on a good padded pair with `changes`."""
+    """fused_linear_dpo on a valid padded pair with `changes`."""
     inputs = {
         "hidden": torch.zeros(2, 3, 5),
         "weight": torch.zeros(9, 5),
@@ -320,7 +320,7 @@ def call(**changes):
     return fused_linear_dpo(inputs.pop("hidden"), inputs.pop("weight"), inputs.pop("labels"), **inputs)  # fmt: skip
 
 
-def test_the_good_calls_below_are_good():
+def test_the_valid_calls_are_accepted():
     assert abs(call().loss.item() - math.log(2)) <= EPS
     assert abs(call(**PACKED).loss.item() - math.log(2)) <= EPS
 
@@ -368,7 +368,7 @@ def test_the_good_calls_below_are_good():
     ],
     ids=str,
 )  # fmt: skip
-def test_bad_input_is_named_with_what_it_was_and_what_it_should_be(changes, message):
+def test_errors_name_the_argument_its_value_and_what_it_should_be(changes, message):
     with pytest.raises(ValueError, match="^" + message):
         call(**changes)
 
@@ -381,7 +381,7 @@ def test_bad_input_is_named_with_what_it_was_and_what_it_should_be(changes, mess
         ((4, 4, 2), r"counts: was of shape \[2\], must be \[4\]"),
     ],
 )
-def test_pair_output_names_what_does_not_fit(sizes, message):
+def test_errors_of_pair_output_name_the_argument(sizes, message):
     policy, ref, counts = (torch.ones(size) for size in sizes)
     with pytest.raises(ValueError, match="^" + message):
         pair_output(policy, ref, counts.long())

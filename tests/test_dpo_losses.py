@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sdpo_kernels import fused_linear_dpo, losses
-from sdpo_kernels.dpo import pair_output
+from sdpo_kernels.dpo_output import pair_output
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
 from sdpo_kernels.token_weights import length_weights
 from tests.reference import error, logits_of, size, target_logps
@@ -18,7 +18,7 @@ EVERY = [*(name for name in losses.loss_names() if name != "diffusion_dpo"), MIX
 
 
 def scored_by_hand(batch: Batch, states: torch.Tensor, weight: torch.Tensor, ld_alpha: float | None):
-    """Sums [2B] where tokens beyond the pair's shorter length weigh ld_alpha."""
+    """Sums [2B] in which tokens beyond the pair's shorter length weigh ld_alpha."""
     logps = target_logps(logits_of(states, weight, None), batch.labels)
     scored = batch.labels != IGNORE_INDEX
     if ld_alpha is not None:
@@ -29,7 +29,7 @@ def scored_by_hand(batch: Batch, states: torch.Tensor, weight: torch.Tensor, ld_
 
 
 def wpo_weights(batch: Batch) -> torch.Tensor:
-    """[B] as the paper writes them: a token's probability over that of agreeing with a token drawn at random."""
+    """[B] as in the paper: a token's probability over that of agreeing with a token drawn at random."""
     logits = logits_of(batch.hidden, batch.weight, None)
     token = (target_logps(logits, batch.labels).exp() / (logits.softmax(-1) ** 2).sum(-1)).log()
     scored = batch.labels != IGNORE_INDEX
@@ -61,7 +61,7 @@ def test_every_loss_from_hidden_states(loss):
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "hinge"])
-def test_an_f_divergence_does_not_go_the_fast_way(loss):
+def test_an_f_divergence_does_not_take_the_fast_path(loss):
     batch = Batch(3, 9, 6, 40, seed=3).cast(torch.float32)
     plain, js, reverse = (
         with_gradients(batch, **batch.reference(), loss_type=loss, **options)[0].loss
@@ -104,7 +104,7 @@ def test_losses_compile_without_a_graph_break(loss, options):
     assert error(a, b) <= 4 * EPS * size(b)
 
 
-def test_pair_weights_are_for_wpo_alone():
+def test_pair_weights_are_for_wpo_only():
     sums, counts = torch.zeros(2), torch.ones(2).long()
     with pytest.raises(ValueError, match=r"^pair_weights: was None, must be \[B\], which 'wpo' needs"):
         pair_output(sums, sums, counts, loss_type="wpo")

@@ -12,6 +12,7 @@ from examples.methods.judges import letters_in_place, share_in_place
 from examples.methods.prepare import prepare
 from sdpo_kernels.stepwise.common.progress import Reporter
 from sdpo_kernels.stepwise.settings.run_file import load_config
+from tests.stepwise.sources.bubblewrap import needs_bubblewrap
 
 pytestmark = pytest.mark.xdist_group("methods")
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "methods"
@@ -47,7 +48,9 @@ def output(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=needs_bubblewrap if name == "execution" else ()) for name in METHODS]
+)
 def test_every_method_trains_and_is_judged(method, output, monkeypatch):
     monkeypatch.chdir(FOLDER.parents[1])  # the checker in execution.yaml has a relative path
     row = train_and_judge(output, TINY.seed, method, TINY)

@@ -28,34 +28,6 @@ HEADING = r"(?:^(?P<verb>New file|At the end of|In) `(?P<path>[^`]+)`[^\n]*:\n\n
 BLOCK = re.compile(HEADING + r"^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.M | re.S)
 
 
-# TO BE REMOVED with `in_present_names` after merging wt-kernels and the move of stepwise/: target → present name
-PRESENT = {
-    "sdpo_kernels/stepwise/settings/source.py": "sdpo_kernels/stepwise/source_settings.py",
-    "sdpo_kernels.stepwise.settings.source": "sdpo_kernels.stepwise.settings.source",
-    "sdpo_kernels.stepwise.data.prompts": "sdpo_kernels.stepwise.data.prompts",
-}
-PRESENT_KEEP = {
-    "EXTRAS, Gradients, HeadCall, HeadForward, Keep, Needs, Request, Saved": (
-        "EXTRAS, KEEP_NOTHING, HeadCall, HeadForward, Request, Saved"
-    ),
-    "Keep.nothing()": "KEEP_NOTHING",
-    "return Gradients(": "return (",
-    "-> Gradients:": "-> tuple[Tensor | None, Tensor | None, Tensor | None]:",
-    "keep: Keep": "keep: int",
-    "needs: Needs": "needs: tuple[bool, bool, bool]",
-}
-
-
-def in_present_names(page: str) -> str:
-    if not (ROOT / "sdpo_kernels/stepwise/settings").is_dir():
-        for target, present in PRESENT.items():
-            page = page.replace(target, present)
-    if "class Keep" not in (ROOT / "sdpo_kernels/backends/base.py").read_text(encoding="utf-8"):
-        for target, present in PRESENT_KEEP.items():
-            page = page.replace(target, present)
-    return page
-
-
 class Step(NamedTuple):
     """A block of a page, and the file that it is about."""
 
@@ -125,13 +97,12 @@ def test_the_page_does_what_it_says(page, tmp_path):
     for name in COPIED:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
         copy(ROOT / name, tmp_path / name)
-    text = in_present_names(page.read_text(encoding="utf-8"))
+    text = page.read_text(encoding="utf-8")
     steps = steps_of(text)
     assert {step.verb for step in steps} >= {"In", None}
     for step in steps:
         take(step, tmp_path)
-    if text == page.read_text(encoding="utf-8"):  # present names sort otherwise; goes with in_present_names
-        check_style([step.path for step in steps if step.path is not None and step.path.endswith(".py")], tmp_path)
+    check_style([step.path for step in steps if step.path is not None and step.path.endswith(".py")], tmp_path)
 
 
 def test_there_is_a_page_for_each_kind():

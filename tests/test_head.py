@@ -1,4 +1,4 @@
-"""The head's options: the transform, its slope, and what is refused."""
+"""The head's options: the transform, its slope, and errors."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_saturated_softcap_has_slope_0_and_nan_stays_nan():
         ("softcap", math.nan, "finite"),
     ],
 )
-def test_a_bad_option_is_named_with_its_value_and_what_is_wanted(option, value, wanted):
+def test_errors_name_the_option_its_value_and_what_it_should_be(option, value, wanted):
     with pytest.raises(ValueError, match=f"^{option}: was {value!r}, must be .*{wanted}"):
         Head(**{option: value})
 

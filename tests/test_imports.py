@@ -42,8 +42,9 @@ FLOORS = [
 ]
 ROOM_OF = {
     "logps_op": "logps",
-    "pair_op": "logps",
+    "epilogue_op": "logps",
     "dpo_checks": "dpo",
+    "dpo_output": "dpo",
     "token_weights": "dpo",
 }  # files that live in another's room
 EXTRAS = {

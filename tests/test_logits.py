@@ -34,7 +34,7 @@ def naive(z: torch.Tensor, targets: torch.Tensor, grad: torch.Tensor, dtype: tor
 
 
 def ours(z: torch.Tensor, targets: torch.Tensor, grad: torch.Tensor, inplace: bool = False, **options):
-    """Values and gradient of logits_logps; the logits are the result of a computation, as a model's are."""
+    """Values and gradient of logits_logps; the logits are the result of a computation, like a model's."""
     leaf = z.detach().clone().requires_grad_()
     given = leaf * 1
     logps = logits_logps(given, targets, inplace_backward=inplace, **options)
@@ -63,7 +63,7 @@ def test_values_and_gradients(dtype, each_backend):
         truth = naive(z.double(), targets, grad, torch.float64, temperature)
         working = torch.float64 if dtype == torch.float64 else torch.float32
         plain = naive(z, targets, grad, working, temperature)
-        slack = 256 if dtype == torch.float64 else 4  # float64's truth has roundings of its own
+        slack = 256 if dtype == torch.float64 else 4  # float64 ground truth has roundings of its own
         assert logps.dtype == working
         assert gradient.dtype == dtype
         rounding = torch.finfo(working).eps * max(size(truth[0]), 1.0)
@@ -97,7 +97,7 @@ def test_near_certainty_nothing_is_lost():
 
 @pytest.mark.parametrize("row", [[torch.nan, 0.0, 1.0], [0.0, torch.inf, 1.0], [torch.inf, 0.0, 1.0]], ids=str)
 @pytest.mark.parametrize("inplace", [False, True])
-def test_nan_where_float64_has_nan_and_in_that_row_alone(row, inplace):
+def test_nan_where_float64_has_nan_and_only_in_that_row(row, inplace):
     z = torch.tensor([[0.0, 1.0, 2.0], row, [0.0, 1.0, 2.0]])
     logps, gradient = ours(z, torch.tensor([0, 0, 2]), torch.ones(3), inplace)
     assert logps.isnan().tolist() == [False, True, False]
@@ -136,7 +136,7 @@ def test_rows_not_scored_get_0_even_from_nan(inplace):
     assert not gradient[0].any()
 
 
-def test_a_tensor_that_upstream_still_needs_is_not_overwritten_unseen():
+def test_overwriting_a_tensor_that_upstream_needs_is_an_error():
     leaf = torch.zeros(2, 3, requires_grad=True)
     result = leaf.tanh()  # its backward reads its result
     loss = logits_logps(result, torch.tensor([0, 1]), inplace_backward=True).sum()
@@ -144,7 +144,7 @@ def test_a_tensor_that_upstream_still_needs_is_not_overwritten_unseen():
         loss.backward()
 
 
-def test_in_place_a_second_backward_is_refused_not_wrong():
+def test_a_second_backward_in_place_raises():
     given = torch.zeros(2, 3, requires_grad=True) * 1
     loss = logits_logps(given, torch.tensor([0, 1]), inplace_backward=True).sum()
     loss.backward(retain_graph=True)
@@ -229,7 +229,7 @@ LEAF = torch.zeros(4, 9, requires_grad=True)
     ],
     ids=str,
 )  # fmt: skip
-def test_bad_input_is_named_with_what_it_was_and_what_it_should_be(changes, message):
+def test_errors_name_the_argument_its_value_and_what_it_should_be(changes, message):
     inputs = {"logits": torch.zeros(4, 9), "targets": torch.zeros(4, dtype=torch.int64)} | changes
     with pytest.raises(ValueError, match="^" + message):
         logits_logps(inputs.pop("logits"), inputs.pop("targets"), **inputs)

@@ -1,4 +1,4 @@
-"""linear_logps: values and gradients of every option against float64, what is scored, what is refused."""
+"""linear_logps: values and gradients of every option against float64, scored rows, errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdpo_kernels import backends, linear_logps, logps_op
-from sdpo_kernels.backends.base import EXTRAS, KEEP_DIRECTION
+from sdpo_kernels.backends.base import EXTRAS, Keep
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
 from tests.reference import Case, check, chunk_columns, random_case, scored_rows
 
@@ -55,7 +55,7 @@ def test_values_and_gradients_of_every_option(dtype, each_backend):
     def holds(case, columns):
         with chunk_columns(columns):
             ours = case.ours()
-        check(case, ours, slack=256 if dtype == torch.float64 else 4)  # float64's truth has roundings of its own
+        check(case, ours, slack=256 if dtype == torch.float64 else 4)  # float64 ground truth has roundings of its own
         for name in case.trains:
             if (grad := ours.get(f"d_{name}")) is not None:
                 assert grad.dtype == dtype
@@ -73,35 +73,35 @@ def test_a_middling_head_at_its_own_chunk_size(dtype, trains, stash_bytes):
     check(case, case.ours(), factor=2.0)
 
 
-def test_the_ways_of_keeping_are_what_this_file_means_by_them(monkeypatch):
+def test_what_the_forward_keeps_for_each_setting(monkeypatch):
     monkeypatch.setattr(backends, "AUTO_ORDER", ("eager",))
     seen = []
     op = logps_op.linear_logps_op
     monkeypatch.setattr(logps_op, "linear_logps_op", lambda *args: seen.append(args[11]) or op(*args))
 
-    def keep(trains: tuple[str, ...], stash_bytes: int | str, outputs: tuple[str, ...] = ()) -> int:
+    def keep(trains: tuple[str, ...], stash_bytes: int | str, outputs: tuple[str, ...] = ()) -> Keep:
         random_case(8, 4, 200, trains=trains, outputs=outputs, bias=True, settings={"stash_bytes": stash_bytes}).ours()
-        return seen.pop()
+        return Keep.decode(seen.pop())
 
     both = ("hidden", "weight")
-    assert keep(both, 0) == 0
-    assert keep(both, 4 * 8 * 150) == 128
-    assert keep(both, ALL) == 256  # 200, in whole blocks of 64
-    assert keep(both, "auto") == 64  # min(2·N·V, 4·V·H) = 3200 bytes of 32 a column
-    assert keep(("bias",), ALL) == 256
-    assert keep(("hidden",), 0) == KEEP_DIRECTION
-    assert keep(("hidden",), 0, ("entropy",)) == 0  # its gradient may be asked for
-    assert keep((), ALL) == 0
+    assert keep(both, 0) == Keep.nothing()
+    assert keep(both, 4 * 8 * 150) == Keep.columns(128)
+    assert keep(both, ALL) == Keep.columns(256)  # 200, in whole blocks of 64
+    assert keep(both, "auto") == Keep.columns(64)  # min(2·N·V, 4·V·H) = 3200 bytes, 32 per column
+    assert keep(("bias",), ALL) == Keep.columns(256)
+    assert keep(("hidden",), 0) == Keep.direction()
+    assert keep(("hidden",), 0, ("entropy",)) == Keep.nothing()  # its gradient may be needed
+    assert keep((), ALL) == Keep.nothing()
     with torch.no_grad():
         linear_logps(torch.zeros(1, 1, requires_grad=True), torch.zeros(2, 1), torch.tensor([0]))
-    assert seen.pop() == 0
+    assert Keep.decode(seen.pop()) == Keep.nothing()
 
 
 @pytest.mark.parametrize("stash_bytes", [0, ALL])
 @pytest.mark.parametrize("trains", [("hidden", "weight", "bias"), ("hidden",), ()], ids="+".join)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_reference_of_the_same_head_is_scored_beside(dtype, trains, stash_bytes):
-    """Bit for bit what each gives alone, and no gradient flows into the reference."""
+def test_a_reference_with_the_same_head_is_scored_in_the_same_call(dtype, trains, stash_bytes):
+    """The bits are those of separate calls, and no gradient flows into the reference."""
     case = random_case(9, 12, 200, dtype=dtype, masked=0.3, bias=True, trains=trains)
     case.settings["stash_bytes"] = stash_bytes
     ref_hidden = random_case(9, 12, 200, dtype=dtype, seed=1).hidden.requires_grad_()
@@ -116,7 +116,7 @@ def test_a_reference_of_the_same_head_is_scored_beside(dtype, trains, stash_byte
     assert ref_hidden.grad is None
 
 
-def test_a_reference_that_does_not_fit_is_named():
+def test_a_mismatched_reference_is_an_error():
     with pytest.raises(
         ValueError, match=r"ref_hidden: was float32 of shape \[2, 4\], must be float32 of shape \[3, 4\]"
     ):
@@ -134,7 +134,7 @@ def test_float32_hidden_bias_with_a_bfloat16_head():
 
 
 @pytest.mark.parametrize("rows_given", [False, True])
-def test_rows_not_scored_get_0_and_their_garbage_goes_nowhere(rows_given):
+def test_unscored_rows_get_0_and_their_garbage_has_no_effect(rows_given):
     case = random_case(6, 5, 40, bias=True, outputs=EXTRAS, grad_entropy=torch.ones(6))
     case.targets[[1, 4]] = IGNORE_INDEX
     clean = case.ours()
@@ -174,7 +174,7 @@ def test_rows_of_coefficient_0_get_no_gradient_even_from_nan(trains):
     assert all(ours[f"d_{name}"].isfinite().all() for name in trains)
 
 
-def test_the_unrequested_is_none_and_only_log_probs_and_entropy_carry_gradient():
+def test_unrequested_outputs_are_none_and_only_log_probs_and_entropy_carry_gradients():
     hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
     targets = torch.tensor([0, 8, -100])
     assert linear_logps(hidden, weight, targets)[1:] == (None,) * 5
@@ -204,7 +204,7 @@ def test_order_and_repetition_of_outputs_do_not_matter():
         assert a is b is None or torch.equal(a, b)
 
 
-def test_a_second_derivative_is_refused_not_wrong():
+def test_a_second_derivative_raises():
     hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(9, 4)
     logps = linear_logps(hidden, weight, torch.tensor([1, 2, 3])).logps
     (grad,) = torch.autograd.grad(logps.sum(), hidden, create_graph=True)
@@ -228,7 +228,7 @@ def test_strided_inputs():
     check(case, strided.ours())
 
 
-def test_the_same_bits_twice():
+def test_repeated_calls_give_the_same_bits():
     case = random_case(33, 17, 900, dtype=torch.bfloat16, masked=0.3)
     one, other = case.ours(), case.ours()
     assert all(torch.equal(one[name], other[name]) for name in ("logps", "d_hidden", "d_weight"))
@@ -238,7 +238,7 @@ def test_the_same_bits_twice():
 
 
 def call(**changes):
-    """linear_logps on a good call with `changes`."""
+    """linear_logps on a valid call with `changes`."""
     inputs = {"hidden": torch.zeros(4, 3), "weight": torch.zeros(9, 3), "targets": torch.tensor([0, 8, -100, 3])}
     inputs |= changes
     return linear_logps(inputs.pop("hidden"), inputs.pop("weight"), inputs.pop("targets"), **inputs)
@@ -276,8 +276,8 @@ META = torch.device("meta")
         ({"outputs": ["perplexity"]}, r"outputs: was \['perplexity'\], must be a sequence of names from"),
         ({"outputs": "entropy"}, r"outputs: was 'entropy', must be a sequence of names from"),
         ({"rows": rows_of(torch.zeros(4, dtype=torch.int32))}, r"rows: its index was int32 of shape \[4\], must"),
-        ({"rows": rows_of(torch.tensor([2, 1]))}, r"rows: its index did not ascend"),
-        ({"rows": rows_of(torch.tensor([1, 1]))}, r"rows: its index did not ascend"),
+        ({"rows": rows_of(torch.tensor([2, 1]))}, r"rows: its index was not ascending"),
+        ({"rows": rows_of(torch.tensor([1, 1]))}, r"rows: its index was not ascending"),
         ({"rows": rows_of(torch.tensor([0, 4]))}, r"rows: its index held 4, must be in \[0, 4\)"),
         ({"rows": rows_of(torch.tensor([-1, 2]))}, r"rows: its index held -1, must be in \[0, 4\)"),
         ({"rows": rows_of(torch.zeros(4, device=META, dtype=torch.int64))}, r"rows: was on meta, must be on cpu"),
@@ -289,12 +289,12 @@ META = torch.device("meta")
     ],
     ids=str,
 )  # fmt: skip
-def test_bad_input_is_named_with_what_it_was_and_what_it_should_be(changes, message):
+def test_errors_name_the_argument_its_value_and_what_it_should_be(changes, message):
     with pytest.raises(ValueError, match="^" + message):
         call(**changes)
 
 
-def test_under_autocast_a_head_of_integers_is_still_refused():
+def test_an_integer_head_is_rejected_under_autocast_too():
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match=r"^weight: was of dtype"):
         call(weight=torch.zeros(9, 3, dtype=torch.int32))
 
@@ -308,14 +308,14 @@ def test_the_environment_overrides_auto_but_not_an_explicit_backend(monkeypatch)
     call()
 
 
-def test_a_backend_that_cannot_serve_says_why_and_auto_passes_over_it_once(monkeypatch, caplog):
+def test_a_backend_that_cannot_serve_says_why_and_auto_warns_once(monkeypatch, caplog):
     class Picky(type(backends.BACKENDS["eager"])):
         name = "picky"
 
         def supports(self, request):
             return "it serves nobody"
 
-    backends._say_once.cache_clear()
+    backends._warn_once.cache_clear()
     monkeypatch.setitem(backends.BACKENDS, "picky", Picky())
     monkeypatch.setattr(backends, "AUTO_ORDER", ("picky", "eager"))
     monkeypatch.delenv("SDPO_BACKEND", raising=False)
@@ -324,7 +324,7 @@ def test_a_backend_that_cannot_serve_says_why_and_auto_passes_over_it_once(monke
     with caplog.at_level("WARNING", logger="sdpo_kernels.backends"):
         call()
         call()
-    assert [record.getMessage() for record in caplog.records] == ["backend picky passed over: it serves nobody"]
+    assert [record.getMessage() for record in caplog.records] == ["backend picky skipped: it serves nobody"]
     monkeypatch.setattr(backends, "AUTO_ORDER", ("picky",))
     with pytest.raises(ValueError, match=r"^backend: none supports this call: Request"):
         call()

@@ -1,4 +1,4 @@
-"""linear_logps where arithmetic breaks first: certainty, hopeless targets, infinities, huge vocabularies."""
+"""linear_logps where arithmetic breaks first: certainty, very unlikely targets, infinities, huge vocabularies."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_near_certainty_nothing_is_lost(gap, stash_bytes, columns, each_backend)
     rest = z[1:].logsumexp(0) - z[0]  # float64 log_softmax itself loses 1 − p here
     p_rest = torch.sigmoid(rest)
     truth = -(z[1:] - z[1:].logsumexp(0)).exp() * p_rest
-    if each_backend == "native" and gap > 47:  # its range ends there: what is left of 1 − p is below 1e-20
+    if each_backend == "native" and gap > 47:  # its range ends there: 1 − p is below 1e-20
         assert ours["logps"] == 0
         assert not ours["d_weight"].any()
         return
@@ -45,7 +45,7 @@ def test_near_certainty_nothing_is_lost(gap, stash_bytes, columns, each_backend)
     assert relative(ours["d_weight"][0], p_rest) <= 4 * EPS
     assert relative(ours["d_weight"][1:, 0], truth) <= 4 * rounding
     if gap >= 25:
-        assert case.plain()["d_weight"][0] == 0.0  # what plain float32 gives instead
+        assert case.plain()["d_weight"][0] == 0.0  # what plain float32 returns instead
 
 
 @pytest.mark.parametrize("gap", [12.0, 25.0, 40.0])
@@ -60,7 +60,7 @@ def test_near_certainty_a_frozen_head_loses_nothing_either(gap):
 
 @pytest.mark.parametrize("trains", [("hidden", "weight", "bias"), ("hidden",)], ids="+".join)
 @pytest.mark.parametrize("gap", [100.0, 300.0])
-def test_hopeless_targets(gap, trains):
+def test_very_unlikely_targets(gap, trains):
     case = random_case(4, 3, 50, bias=True, trains=trains)
     case.bias[7] = -gap
     case.targets[:] = 7
@@ -95,7 +95,7 @@ def test_columns_masked_out_by_a_bias_of_minus_infinity(trains):
     outputs = ("entropy", "log_sum_sq_probs", "is_top1")
     grad_entropy = torch.ones(5) if "weight" in trains else None
     case = random_case(5, 4, 60, bias=True, outputs=outputs, grad_entropy=grad_entropy, trains=trains)
-    case.bias[[0, 1, 2, 3, 17, 59]] = -torch.inf  # the first chunk has nothing else
+    case.bias[[0, 1, 2, 3, 17, 59]] = -torch.inf  # the first chunk has no other columns
     case.targets[:] = torch.tensor([5, 6, 16, 18, 58])
     with chunk_columns(4):
         ours = case.ours()

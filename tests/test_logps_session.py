@@ -1,4 +1,4 @@
-"""linear_logps in its surroundings: autocast, the session's matmul settings, torch.compile, memory."""
+"""linear_logps within a session: autocast, matmul settings, torch.compile, memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sdpo_kernels import linear_logps, logps_op
-from sdpo_kernels.backends.base import EXTRAS, KEEP_DIRECTION
+from sdpo_kernels.backends.base import EXTRAS, Keep
 from sdpo_kernels.rows import IGNORE_INDEX
 from tests.reference import allocations, check, chunk_columns, error, random_case, scored_rows
 
@@ -21,10 +21,10 @@ def test_no_tensor_of_all_logits_and_flat_memory(tmp_path):
     peaks = []
     for n_columns in (32768, 65536):
         case = random_case(n_rows, width, n_columns, masked=0.1, settings={"stash_bytes": 0})
-        case.ours()  # what torch sets up once
+        case.ours()  # torch's one-time initialisation
         with allocations(tmp_path / "trace.json") as found:
             case.ours()
-        assert found["largest"] < 2 * n_rows * n_columns  # bfloat16 logits would be as much
+        assert found["largest"] < 2 * n_rows * n_columns  # the size of bfloat16 logits
         peaks.append(found["peak"] - 2 * 4 * width * n_columns)  # less the copy of the weight and its gradient
     assert peaks[1] < 1.05 * peaks[0]
 
@@ -53,7 +53,7 @@ def test_autocast_equals_casting_by_hand():
     assert torch.equal(auto["logps"], by_hand["logps"])
     assert auto["d_weight"].dtype == torch.float32
     assert torch.equal(auto["d_weight"].bfloat16(), by_hand["d_weight"])
-    assert not torch.equal(auto["d_weight"].bfloat16().float(), auto["d_weight"])  # it was not rounded on its way
+    assert not torch.equal(auto["d_weight"].bfloat16().float(), auto["d_weight"])  # it was not rounded in between
     assert auto["d_hidden"].dtype == torch.float32
     assert torch.equal(auto["d_hidden"].bfloat16(), by_hand["d_hidden"])
     assert torch.equal(auto["d_bias"], by_hand["d_bias"])
@@ -104,7 +104,7 @@ def test_the_sessions_matmul_precision_changes_nothing_and_is_not_changed():
 
 
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
-def test_the_newer_setting_of_the_same(precision):
+def test_the_newer_precision_setting(precision):
     case = random_case(64, 256, 300)
     before = case.ours()
     setting = torch.backends.mkldnn.matmul
@@ -126,10 +126,10 @@ def test_the_newer_setting_of_the_same(precision):
 @pytest.mark.parametrize(
     ("keep", "outputs", "trains"),
     [
-        (0, ",".join(EXTRAS), (True, True, True)),
-        (64, "", (True, True, False)),
-        (192, "", (False, True, True)),
-        (KEEP_DIRECTION, "", (True, False, False)),
+        (Keep.nothing(), ",".join(EXTRAS), (True, True, True)),
+        (Keep.columns(64), "", (True, True, False)),
+        (Keep.columns(192), "", (False, True, True)),
+        (Keep.direction(), "", (True, False, False)),
     ],
 )
 def test_opcheck(keep, outputs, trains, given, dtype, each_backend):
@@ -151,7 +151,7 @@ def test_opcheck(keep, outputs, trains, given, dtype, each_backend):
         outputs,
         dtype,
         each_backend,
-        keep,
+        keep.encode(),
         case.hidden.detach() if given else None,
     )
     torch.library.opcheck(logps_op.linear_logps_op, args)
@@ -160,7 +160,7 @@ def test_opcheck(keep, outputs, trains, given, dtype, each_backend):
         grad_entropy = torch.ones(5) if "entropy" in outputs else None
         backward = (
             torch.ones(5), grad_entropy, hidden, weight, case.targets, bias, index, logps, state, entropy, kept,
-            *settings, dtype, each_backend, keep, list(trains),
+            *settings, dtype, each_backend, keep.encode(), list(trains),
         )  # fmt: skip
         torch.library.opcheck(logps_op.linear_logps_backward_op, backward)
 
@@ -181,7 +181,7 @@ def test_compile_without_a_graph_break(given):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compile_with_tensors_that_lie_otherwise(backend):
+def test_compile_with_strided_tensors(backend):
     """A head stored [H, V], as Conv1D does, and hidden states stored [H, N]."""
     torch._dynamo.reset()
     case = random_case(7, 5, 90)
@@ -198,14 +198,14 @@ def test_compile_with_tensors_that_lie_otherwise(backend):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_compile_where_nothing_is_scored(frozen):
+def test_compile_with_nothing_scored(frozen):
     torch._dynamo.reset()
     case = random_case(7, 5, 90, masked=1.0, trains=("hidden",) if frozen else ("hidden", "weight"))
     found = case.ours(torch.compile(linear_logps, backend="aot_eager"))
     assert not any(value.any() for value in found.values() if value is not None)
 
 
-def test_hidden_states_of_no_width():
+def test_hidden_states_of_width_0():
     """All logits are the bias, whatever memory held before."""
     linear_logps(torch.randn(64, 64), torch.randn(300, 64), torch.zeros(64, dtype=torch.int64))
     found = linear_logps(torch.zeros(3, 0), torch.zeros(100, 0), torch.tensor([0, 5, 99])).logps

@@ -1,4 +1,4 @@
-"""Pair losses: values and both gradients against the formulas of the papers, written out a second time."""
+"""Pair losses: values and both gradients against the papers' formulas, written here independently."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def gradients(loss, pair):
     return torch.autograd.grad(loss.sum(), (pair.chosen, pair.rejected), allow_unused=True, materialize_grads=True)
 
 
-# ---- every formula a second time: p is the pair, d = Δ, o the options ----
+# ---- every formula once more: p is the pair, d = Δ, o the options ----
 
 
 def soft(x: torch.Tensor) -> torch.Tensor:
-    """log(1 + e^x) = −log σ(−x)."""
+    """log1p(exp(x)) = −log σ(−x)."""
     return torch.logaddexp(x, torch.zeros_like(x))
 
 
@@ -159,7 +159,7 @@ RANGES = {
 
 
 def on_a_kink(name, pair, beta, o):
-    """Where a slope jumps, or ranks are tied: those places have tests of their own."""
+    """Whether a slope jumps here, or there are ties: those points have tests of their own."""
     if name == "hinge":
         return bool(((margin(pair, beta, o) - 1).abs() < 1e-9).any())
     if name in ("minor_dpo", "dpop"):
@@ -195,7 +195,7 @@ def drawn(draw, name, ends=ENDS):
     return pairs_of(rows, counts, weights), draw(st.floats(0.01, 2)), options
 
 
-def test_every_loss_is_written_out_a_second_time():
+def test_every_loss_has_a_formula_here():
     assert sorted(FORMULAS) == loss_names()
 
 
@@ -250,7 +250,7 @@ def test_dpops_penalty_just_below_0_is_on():
 
 @pytest.mark.parametrize("name", loss_names())
 @pytest.mark.parametrize("f", [{}, *DIVERGENCES], ids=str)
-def test_only_those_that_say_so_lose_ln_2_where_policy_equals_reference(name, f):
+def test_only_losses_marked_so_are_ln_2_where_policy_equals_reference(name, f):
     if f and "f_divergence" not in loss_options(name):
         return
     pair = pairs_of([(-7.0, -9.0) * 2, (-3.0, -1.0) * 2], [(3, 4), (8, 2)], [1.0, 0.5])
@@ -261,7 +261,7 @@ def test_only_those_that_say_so_lose_ln_2_where_policy_equals_reference(name, f)
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "robust", "ld_dpo", "aot"])
-def test_smoothing_leaves_ln_2(name):
+def test_smoothing_keeps_ln_2(name):
     loss = pair_loss(name, pair_of(-7.0, -9.0, -7.0, -9.0), beta=0.1, label_smoothing=0.2)
     assert loss.item() == pytest.approx(math.log(2), rel=1e-15)
 
@@ -286,7 +286,7 @@ def test_at_80_nothing_overflows(f, dtype):
     rows = [(w, r, x, y) for w in ends for r in ends for x in ends for y in ends]
     for name in loss_names():
         if f and ("f_divergence" not in loss_options(name) or (name == "ipo" and dtype == torch.float32)):
-            continue  # IPO squares what exp(80) makes
+            continue  # IPO squares exp(80)
         pair = pairs_of(rows, [(2, 7)] * len(rows), [1.0] * len(rows), dtype)
         loss = pair_loss(name, pair, **f)
         assert loss.isfinite().all(), name

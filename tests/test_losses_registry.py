@@ -1,4 +1,4 @@
-"""The registry of losses: names, options, what each needs, weighted sums, and every refusal."""
+"""The registry of losses: names, options, what each needs, weighted sums, and every error."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_aliases_are_the_same_loss(alias):
 
 
 def test_a_longer_chosen_answer_lowers_length_dpos_loss():
-    """The term is +α(|w|−|l|) inside σ: what length explains is not learnt a second time."""
+    """The term is +α(|w|−|l|) inside σ: the policy need not learn what length already explains."""
     long, short = pair_of(-5.0, -5.0, -5.0, -5.0, 90, 10), pair_of(-5.0, -5.0, -5.0, -5.0, 10, 90)
     assert pair_loss("length_dpo", long, length_alpha=0.1) < math.log(2) < pair_loss("length_dpo", short)
 
@@ -51,7 +51,7 @@ def test_the_default_beta_is_diffusion_dpos_own():
     assert pair_loss("sigmoid", pair).item() == pair_loss("sigmoid", pair, 0.1).item()
 
 
-def test_a_new_loss_is_entered_under_its_name(monkeypatch):
+def test_a_new_loss_is_registered_under_its_name(monkeypatch):
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
 
     @register("twice", "double")
@@ -60,7 +60,7 @@ def test_a_new_loss_is_entered_under_its_name(monkeypatch):
 
     assert pair_loss("twice", pair_of(3.0, 1.0, 0.0, 0.0), beta=0.5, by=4.0).item() == 4.0
     assert pair_loss("double", pair_of(3.0, 1.0, 0.0, 0.0), beta=0.5).item() == 2.0
-    with pytest.raises(ValueError, match=r"^loss_type: 'twice' is registered already"):
+    with pytest.raises(ValueError, match=r"^loss_type: 'twice' is already registered"):
         register("twice")(twice)
     with pytest.raises(ValueError, match=r"^by: was nan, must be a finite number"):
         pair_loss("twice", pair_of(3.0, 1.0, 0.0, 0.0), by=math.nan)
@@ -92,7 +92,7 @@ def test_a_sum_knows_what_its_terms_need():
     assert loss_sum("sigmoid").label == "sigmoid"
 
 
-def test_weights_of_pairs_must_be_there():
+def test_missing_pair_weights_are_an_error():
     with pytest.raises(ValueError, match=r"^weights: was None, must be the weights \[B\] of the pairs"):
         pair_loss([{"name": "wpo"}, {"name": "sft"}], pair_of(1.0, 0.0, 0.0, 0.0)._replace(weights=None))
 
@@ -120,19 +120,19 @@ def test_weights_of_pairs_must_be_there():
         ("hinge", 0.1, {"f_alpha": 0.3}, r"^f_alpha: was 0.3, but only f_divergence='alpha' uses it"),
         ("apo_zero", 0.1, {"f_divergence": "js"}, r"^f_divergence: the loss 'apo_zero' does not use it"),
         ([], 0.1, {}, r"^loss_type: was \[\], must be a name or a list"),
-        (MPO, 0.1, {"label_smoothing": 0.1}, r"^label_smoothing: was given beside a list of losses, must stand in"),
-        (["sigmoid"], 0.1, {}, r"^0: was 'sigmoid', must be of the keys name, weight, options"),
+        (MPO, 0.1, {"label_smoothing": 0.1}, r"^label_smoothing: was given with a list of losses, must be in"),
+        (["sigmoid"], 0.1, {}, r"^0: was 'sigmoid', must have the keys name, weight, options"),
         ([{"nmae": "sigmoid"}], 0.1, {}, r"^0.nmae: unknown key, .*; did you mean 'name'\?"),
         ([{"weight": 1}], 0.1, {}, r"^0.name: is required"),
         ([*MPO, {"name": "sigmod"}], 0.1, {}, r"^3.name: was 'sigmod', must be one of: .*; did you mean 'sigmoid'\?"),
         ([{"name": "ipo", "weight": 0}], 0.1, {}, r"^0.weight: was 0, must be a finite number above 0"),
         ([{"name": "ipo", "options": 3}], 0.1, {}, r"^0.options: was 3, must be keys with values"),
         ([{"name": "dpop", "options": {"x": 1}}], 0.1, {}, r"^0.options.x: the loss 'dpop' does not use it"),
-        ([{"name": "ld_dpo"}, {"name": "sft"}], 0.1, {}, r"^loss_type: 'ld_dpo' weighs tokens in the sums, must stand"),
+        ([{"name": "ld_dpo"}, {"name": "sft"}], 0.1, {}, r"^loss_type: 'ld_dpo' weighs .*, must be the only loss"),
     ],
     ids=str,
 )  # fmt: skip
-def test_bad_settings_are_refused_by_name(loss_type, beta, options, message):
+def test_errors_name_the_setting(loss_type, beta, options, message):
     with pytest.raises(ValueError, match=message):
         check_loss(loss_type, beta, **options)
     with pytest.raises(ValueError, match=message):

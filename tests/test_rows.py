@@ -1,4 +1,4 @@
-"""Scored rows: the same rows from padded and packed labels, found by loops as a person would."""
+"""Scored rows: the same rows from padded and packed labels, compared with plain loops."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_rows_of_packed_and_padded_labels(sequences):
         assert tuple(t.tolist() for t in found) == by_hand(sequences, starts[:-1])
 
 
-def test_sequences_of_length_0_own_no_rows():
+def test_sequences_of_length_0_have_no_rows():
     labels = torch.tensor([1, 2, 3])
     assert sequence_of_rows(labels, torch.tensor([0, 0, 2, 2, 3])).tolist() == [1, 1, 3]
 

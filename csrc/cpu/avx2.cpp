@@ -1,6 +1,6 @@
 // Chips with AVX2 and FMA.
 #if defined(__x86_64__)
-#include <cmath>  // the standard headers come before the target: no inline function of theirs may use these instructions
+#include <cmath>  // standard headers come before the target: their inline functions must not use these instructions
 #include <cstdint>
 #include <cstring>
 

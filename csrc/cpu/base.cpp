@@ -1,4 +1,4 @@
-// Any chip: what the compiler makes for the build's default target.
+// Any chip: compiled for the build's default target.
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -37,7 +37,7 @@ const Chip CHIPS[] = {
 const Chip* best() {
   for (const Chip& chip : CHIPS)
     if (chip.here()) return &chip;
-  return nullptr;  // never: the last one is everywhere
+  return nullptr;  // never reached: the last one runs everywhere
 }
 
 std::atomic<const Chip*>& current() {

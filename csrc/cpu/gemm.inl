@@ -1,4 +1,4 @@
-// Packing and the register tile of the matrix products. Included inside one namespace a chip (see avx2.cpp), after
+// Packing and the register tile of the matrix products. Included inside one namespace per chip (see avx2.cpp), after
 // SDPO_LANES (floats in a vector register) and SDPO_TILE_VECTORS (registers across a tile) are defined.
 
 typedef float Vector __attribute__((vector_size(4 * SDPO_LANES)));
@@ -42,7 +42,7 @@ SDPO_HD int64_t units_of(int64_t count) {
 
 // --- the register tile: rows × 64 columns, over any number of units ---
 
-// The left operand: row r's unit u of step s stands at row[r][s·step + u·STRIDE].
+// The left operand: unit u of step s of row r is row[r][s·step + u·STRIDE].
 template <class Type, int ROWS, int STRIDE>
 SDPO_HD void tile(const Unit* const* row, int64_t steps, int64_t step, int64_t units, const Unit* panel, float* c,
                   int64_t c_stride, bool add) {
@@ -53,10 +53,11 @@ SDPO_HD void tile(const Unit* const* row, int64_t steps, int64_t step, int64_t u
       const Unit* a[ROWS];
       for (int r = 0; r < ROWS; r++) {
         a[r] = row[r] + s * step;
-        // the next step of these rows lies far away, where the chip does not look by itself
+        // the next step of these rows is too far away for the hardware prefetcher
         if (s + 1 < steps)
           for (int64_t u = 0; u < units * STRIDE; u += 16) __builtin_prefetch(a[r] + step + u);
       }
+
       for (int64_t u = 0; u < units; u++, b += PANEL) {
         Vector right[TILE_VECTORS];
 #pragma GCC unroll 8
@@ -69,6 +70,7 @@ SDPO_HD void tile(const Unit* const* row, int64_t steps, int64_t step, int64_t u
         }
       }
     }
+
     for (int r = 0; r < ROWS; r++)
       for (int v = 0; v < TILE_VECTORS; v++) {
         float* to = c + r * c_stride + first + v * SDPO_LANES;
@@ -99,7 +101,7 @@ __attribute__((noinline)) void any_tile(int64_t rows, const Unit* const* row, in
 
 // --- packing ---
 
-// A unit of consecutive numbers of a row, those past the row's end 0.
+// A unit of consecutive numbers of a row; numbers past its end are 0.
 SDPO_HD Unit row_unit(F32, const Matrix& m, int64_t row, int64_t unit) { return bits_of_float(m.number(row, unit)); }
 
 SDPO_HD Unit pair(uint16_t low, uint16_t high) { return Unit(low) | Unit(high) << 16; }
@@ -124,7 +126,7 @@ void load_rows(const Matrix& from, int64_t begin, int64_t end, Unit* to) {
 }
 
 #if SDPO_LANES == 16
-// 16 rows of 16 units, `stride` units apart → the transpose, rows 64 units apart.
+// Transposes 16 rows of 16 units, `stride_bytes` apart, into rows 64 units apart.
 SDPO_HD void transpose_16(const char* from, int64_t stride_bytes, Unit* to) {
   __m512i r[16], t[16];
 #pragma GCC unroll 16
@@ -154,13 +156,13 @@ SDPO_HD void transpose_16(const char* from, int64_t stride_bytes, Unit* to) {
 }
 #endif
 
-// Units [begin, end) of 64 rows of `from`, from row `first` on, turned: panel[unit][row]; rows past the last are 0.
+// Units [begin, end) of 64 rows of `from`, from row `first` on, transposed: panel[unit][row]; rows past the last are 0.
 template <class Type>
 void pack_turned(const Matrix& from, int64_t first, int64_t begin, int64_t end, Unit* panel) {
   int64_t rows = from.rows - first < PANEL ? from.rows - first : PANEL;
   int64_t u = begin;
 #if SDPO_LANES == 16
-  if (from.bf16 == Type::bf16 && rows == PANEL && (Type::bf16 || !from.round)) {  // as they lie in memory
+  if (from.bf16 == Type::bf16 && rows == PANEL && (Type::bf16 || !from.round)) {  // memory holds the units as they are
     int64_t whole = from.columns / Type::PER_UNIT;
     int64_t bytes = from.stride * sizeof(typename Type::Element);
     for (; u + 16 <= end && u + 16 <= whole; u += 16)
@@ -173,7 +175,7 @@ void pack_turned(const Matrix& from, int64_t first, int64_t begin, int64_t end, 
       panel[(u - begin) * PANEL + row] = row < rows ? row_unit(Type{}, from, first + row, u) : 0;
 }
 
-// Rows [first, first + count) of `from`, columns 64·panel … +63: panel[unit of rows][column]; outside is 0.
+// Rows [first, first + count) of `from`, 64 columns from `column` on: panel[unit of rows][column]; 0 outside.
 SDPO_HD void pack_rows(F32, const Matrix& from, int64_t first, int64_t count, int64_t column, Unit* panel) {
   int64_t columns = from.columns - column < PANEL ? from.columns - column : PANEL;
   int64_t inside = from.rows - first < count ? from.rows - first : count;
@@ -204,6 +206,7 @@ SDPO_HD void pack_rows(Bf16, const Matrix& from, int64_t first, int64_t count, i
       pair_rows(data, data + from.stride, panel + u * PANEL);
       continue;
     }
+
     for (int half = 0; half < 2; half++)
       for (int64_t c = 0; c < PANEL; c++) {
         bool inside = c < columns && top + half < from.rows && 2 * u + half < count;

@@ -1,9 +1,9 @@
-// What one file compiled for one kind of chip offers: a table of tasks. A task is a piece of work for one thread; tasks
-// of one call write to different places, so that results do not depend on how many threads there are.
+// The table of tasks that each file compiled for one kind of chip provides. A task is a piece of work for one thread;
+// tasks of one call write to different places, so results do not depend on the number of threads.
 //
 // A unit is 32 bits of a row of operands along the summed dimension: one float, or two bfloat16. A panel holds 64
-// columns of the right-hand operand, unit by unit: [units][64]. Matrix products see units only; whether a unit is one
-// float or a pair of bfloat16 is known to the packers, to the multiply-add and to what stores S.
+// columns of the right-hand operand, unit by unit: [units][64]. Matrix products see units only; only the packers, the
+// multiply-add and the code that stores S know whether a unit is one float or a pair of bfloat16.
 #pragma once
 
 #include <cstdint>
@@ -16,10 +16,10 @@ using Unit = uint32_t;
 constexpr int64_t TILE_ROWS = 6;         // 6×64 accumulators fill the registers of AVX-512
 constexpr int64_t UNITS_AT_ONCE = 1024;  // of the summed dimension: a panel of 256 KiB stays in the second-level cache
 
-constexpr int64_t UNITS_OF_A_SUM = 128;  // a logit is a sum of sums this long: less rounding than one long sum
+constexpr int64_t UNITS_OF_A_SUM = 128;  // a logit is a sum of sums of this length: less rounding than one long sum
 constexpr int64_t BLOCKS_AT_ONCE = 16;   // of S that a task of dX sums over at a time: 1024 columns of V
 
-// What the extras need of a row's 64 logits, the target left out of all but `all`; e_j = exp(z_j − top).
+// The extras' sums over 64 logits of a row, without the target except in `all`; e_j = exp(z_j - top).
 struct BlockExtras {
   float top, sum, sum_z, sum_sq, all;  // max z, Σ e, Σ e·(z − top), Σ e², Σ z
 };
@@ -35,10 +35,10 @@ struct Logits {
   Head head;
   int64_t first_block;  // the chunk's first block of 64 columns
   float* sums;    // [blocks of the chunk][n_rows]: Σ E over the block's columns without the target; null: not wanted
-  float* maxima;  // the same shape, or null; given: Σ exp(z − maximum of the block), nothing stored
+  float* maxima;  // the same shape, or null; if given, sums are Σ exp(z - maximum of the block) and no S is stored
   Blocks out;
   BlockExtras* extras = nullptr;  // the shape of sums, or null
-  float* target_z = nullptr;      // [n_rows] the target's logit as these products have it; with extras
+  float* target_z = nullptr;      // [n_rows] the target's logit as these products give it; with extras
 };
 
 // dX += S·W over a chunk.
@@ -79,7 +79,7 @@ struct Kernels {
   // db of a block: Σ_i r_i S_ij
   void (*bias_gradient)(const Blocks&, int64_t n_rows, int64_t block, const float* r, float* to);
   void (*set)(const Blocks&, int64_t block, int64_t row, int64_t column, float value);
-  // rows of logits that exist: see logits.cpp
+  // existing logits, row by row: see logits.cpp
   void (*row_sum)(const Matrix& logits, int64_t row, int64_t target, const Reciprocal& temperature, float shift,
                   bool online, double* sum, double* maximum);
   void (*row_gradient)(const Matrix& logits, int64_t row, int64_t target, const Reciprocal& temperature, double lse,

@@ -7,8 +7,8 @@ namespace sdpo::cpu {
 
 namespace {
 
-constexpr int64_t CHUNK_ELEMENTS = int64_t(1) << 22;   // of S that is made and used at once: 8 MiB in bfloat16
-constexpr int64_t CHUNK_SUMS = int64_t(1) << 20;       // partial sums of a chunk of which nothing is stored: 4 MiB
+constexpr int64_t CHUNK_ELEMENTS = int64_t(1) << 22;   // of S in one chunk: 8 MiB in bfloat16
+constexpr int64_t CHUNK_SUMS = int64_t(1) << 20;       // partial sums of a chunk without S: 4 MiB
 constexpr int64_t CACHED_ELEMENTS = int64_t(1) << 21;  // of S that every panel of dX reads again: 4 MiB in bfloat16
 
 int64_t blocks_of_chunk(int64_t n_rows, bool stored) {
@@ -27,7 +27,7 @@ void store(const Matrix& like, void* out, int64_t at, float value) {
     static_cast<float*>(out)[at] = value;
 }
 
-// How the rows of a chunk with `blocks` tasks are divided so that every thread has several tasks.
+// Into how many parts the rows of a chunk of `blocks` blocks are split, so that every thread has several tasks.
 int64_t row_parts(int64_t blocks, int64_t n_rows) {
   int64_t wanted = 4 * int64_t(torch::stable::get_num_threads());
   int64_t parts = blocks >= wanted ? 1 : (wanted + blocks - 1) / blocks;
@@ -54,6 +54,7 @@ void Leaves::begin_forward(const Call& the_call) {
   total = make_buffer<double>(n_rows);
   std::memset(total.get(), 0, n_rows * sizeof(double));
   find_target_logits();
+
   if (!row_extras) return;
   target_z = make_buffer<float>(n_rows);
   std::fill_n(row_extras, n_rows, RowExtras{});
@@ -73,7 +74,7 @@ void Leaves::load_rows() {
   x = x_copy.get();
 }
 
-// z_y in double, from operands rounded as the products' are: exact where the sum of all columns is only nearly so.
+// z_y in double, from operands rounded like those of the products.
 void Leaves::find_target_logits() {
   parallel_rows(n_rows, 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
@@ -81,6 +82,7 @@ void Leaves::find_target_logits() {
       double a[4] = {};
       for (int64_t h = 0; h < call.hidden.columns; h++)
         a[h % 4] += double(call.hidden.number(i, h)) * double(call.weight.number(y, h));
+
       double sum = (a[0] + a[1]) + (a[2] + a[3]) + (call.bias ? call.bias[y] : 0.0f), slope;
       target_logits[i] = logit_double(call.head, call.softcap, call.temperature, sum, &slope);
       shift[i] = float(std::isfinite(target_logits[i]) ? target_logits[i] : 0.0);
@@ -107,6 +109,7 @@ void Leaves::logits(int64_t first, int64_t count, const Blocks& out) {
     sums = make_buffer<float>(sums_size);
     if (row_extras) block_extras = make_buffer<BlockExtras>(sums_size);
   }
+
   run_logits({x, n_rows, x_units, call.weight, call.bias, call.targets, shift.get(), call.head, first,
               summed ? sums.get() : nullptr, nullptr, out, block_extras.get(), target_z.get()},
              count);
@@ -143,6 +146,8 @@ void Leaves::start_hidden_gradient() {
 void Leaves::add_hidden_gradient(int64_t first, int64_t count, const Blocks& s) {
   if (!hidden_sum) start_hidden_gradient();
   if (n_rows == 0 || sum_stride == 0) return;
+
+  // every panel of 64 columns of H reads S again: few enough blocks at a time that S stays in cache
   int64_t panels = sum_stride / PANEL, parts = row_parts(panels, n_rows);
   int64_t step = std::max(BLOCKS_AT_ONCE, CACHED_ELEMENTS / (PANEL * n_rows) / BLOCKS_AT_ONCE * BLOCKS_AT_ONCE);
   for_chunks(count, 0, 1, step, [&](int64_t begin, int64_t blocks) {
@@ -196,6 +201,7 @@ void Leaves::log_sums_online(const std::vector<int64_t>& rows, const Unit* few, 
                 maxima.get(),
                 {}},
                blocks);
+
     for (int64_t at = 0; at < blocks * count; at++) {
       int64_t i = at % count;
       if (maxima[at] == -INFINITY) continue;
@@ -210,7 +216,11 @@ void Leaves::log_sums_online(const std::vector<int64_t>& rows, const Unit* few, 
   for (int64_t i = 0; i < count; i++) rest[i] = top[i] + std::log(sum[i]);
 }
 
-// Rows whose sum left the range of float (an unlikely target, or one of probability 0) are done again with k = lse.
+// Recomputes rows whose sum is out of float's range (an unlikely target, or one of probability 0):
+//     1. gather them
+//     2. their logsumexp, with a running maximum: log-prob, and k
+//     3. their rows of the stash
+//     4. for a frozen head, their Σ S·W
 void Leaves::redo_rows_out_of_range(const Kept& kept, float* logps, double* state) {
   std::vector<int64_t> rows, targets;
   for (int64_t i = 0; i < n_rows; i++)
@@ -219,6 +229,7 @@ void Leaves::redo_rows_out_of_range(const Kept& kept, float* logps, double* stat
       targets.push_back(call.targets[i]);
     }
   if (rows.empty()) return;
+
   Leaves few(on);
   few.call = call;
   few.n_rows = few.call.hidden.rows = int64_t(rows.size());
@@ -229,6 +240,7 @@ void Leaves::redo_rows_out_of_range(const Kept& kept, float* logps, double* stat
   few.shift = make_buffer<float>(few.n_rows);
   for (int64_t i = 0; i < few.n_rows; i++)
     std::memcpy(few.x_copy.get() + i * x_units, x + rows[i] * x_units, x_units * sizeof(Unit));
+
   std::vector<double> rest(rows.size());
   log_sums_online(rows, few.x, few.call.targets, rest.data());
   for (int64_t i = 0; i < few.n_rows; i++) {
@@ -238,11 +250,13 @@ void Leaves::redo_rows_out_of_range(const Kept& kept, float* logps, double* stat
     few.shift[i] = float(row.lse);
     state[2 * rows[i] + 1] = few.shift[i];
   }
+
   for_chunks(kept.blocks, 0, 1, blocks_of_chunk(few.n_rows, false), [&](int64_t first, int64_t count) {
     Blocks s = part(kept.stash, first);
     s.row_of = rows.data();
     few.logits(first, count, s);
   });
+
   if (!kept.direction) return;
   int64_t step = blocks_of_chunk(few.n_rows, true);
   for_chunks(call.blocks(), 0, 1, step, [&](int64_t first, int64_t count) {
@@ -283,6 +297,7 @@ void Leaves::begin_backward(const Call& the_call, const float* logps, const doub
     shift[i] = float(state[2 * i + 1]);
     r[i] = gradient_factor(grad[i], call.head.gain, state[2 * i + 1], state[2 * i]);
   }
+
   if (wanted.hidden) start_hidden_gradient();
   if (!wanted.weight) return;
   int64_t panels = panels_of(call.hidden.columns), panel_units = on.units(n_rows) * PANEL;

@@ -1,4 +1,4 @@
-// The CPU's leaves of the walk: each fills in a task's structure and hands its tasks to the threads.
+// The CPU's leaves of the walk: each fills in a task's structure and gives its tasks to the threads.
 #pragma once
 
 #include <vector>
@@ -18,7 +18,7 @@ class Leaves {
   void begin_forward(const Call& call);
   void begin_backward(const Call& call, const float* logps, const double* state, const float* grad, const Gradients&);
 
-  // How many blocks make a chunk: of which S is stored, or nothing; of a stash of `kept` blocks.
+  // Blocks per chunk: with S stored or not; of a stash of `kept` blocks.
   int64_t chunk_blocks(bool stored) const;
   int64_t stash_blocks(int64_t kept) const;
 

@@ -16,12 +16,16 @@ void logits_forward(const Kernels& on, const Matrix& logits, const int64_t* targ
       logps[i] = 0.0f;
       lse[i] = 0.0;
       if (y == IGNORE_INDEX) continue;
+
       float logit = logits.bf16 ? float_of_bf16(static_cast<const uint16_t*>(logits.data)[at])
                                 : static_cast<const float*>(logits.data)[at];
       double target = double(logit) / temperature, sum, by;
+
+      // exp-direct with k = the target's logit; rows out of range once more, with a running maximum
       on.row_sum(logits, i, y, by_temperature, float(target), false, &sum, &by);
       by += SHIFT;
       if (sum > LARGEST_SUM || std::isinf(target)) on.row_sum(logits, i, y, by_temperature, 0.0f, true, &sum, &by);
+
       double rest = by + std::log(sum), logp = target == INFINITY ? NAN : logp_of(target, rest);
       logps[i] = float(logp);
       lse[i] = target == -INFINITY ? rest : target - logp;

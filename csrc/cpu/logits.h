@@ -1,4 +1,4 @@
-// Log-probs of rows of logits that exist, and their gradient, which may be written over the logits.
+// Log-probs of existing logits, row by row, and their gradient, which may be written over the logits.
 #pragma once
 
 #include "kernels.h"

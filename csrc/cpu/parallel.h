@@ -1,4 +1,4 @@
-// Torch's own thread pool, and memory for a call.
+// Work for torch's own thread pool, and memory for a call.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -33,7 +33,7 @@ inline void* thread_scratch(int64_t bytes) {
   thread_local Buffer<char> memory;
   thread_local int64_t size = 0;
   if (size < bytes) {
-    size = 0;  // should there be no memory, the next task must not believe in the old
+    size = 0;  // if there is no memory, the next task must not use the old one
     memory.reset();
     memory = make_buffer<char>(bytes);
     size = bytes;
@@ -41,8 +41,8 @@ inline void* thread_scratch(int64_t bytes) {
   return memory.get();
 }
 
-// f(task, scratch) for every task once. Whichever thread is free takes the next one, so a thread that the machine
-// slows down does not hold up the rest; results may not depend on which.
+// f(task, scratch) once for every task. The next free thread takes the next task, so a slow thread does not delay the
+// others; results must not depend on which thread it is.
 template <class F>
 void parallel_tasks(int64_t tasks, int64_t scratch_bytes, const F& f) {
   std::atomic<int64_t> next{0};

@@ -1,6 +1,7 @@
-// Rows of logits that exist (logits_logps): one read forward, one read and one write backward.
+// Existing logits, row by row (logits_logps): one read in the forward, one read and one write in the backward.
 
-// 2⁻⁵⁸·Σ exp(z_j − shift) over all columns but the target, z = logit/temperature; online: Σ exp(z_j − maximum).
+// 2⁻⁵⁸·Σ exp(z_j − shift) = 2**-58 * sum(exp(z_j - shift)) over all columns but the target, z = logit/temperature;
+// online: sum(exp(z_j - maximum)), with a running maximum.
 template <bool BF16>
 void sum_row(const void* data, int64_t n, int64_t target, const Reciprocal& temperature, float shift, bool online,
              double* sum, double* maximum) {
@@ -14,6 +15,7 @@ void sum_row(const void* data, int64_t n, int64_t target, const Reciprocal& temp
       z[j] = divided(BF16 ? float_of_bf16(((const uint16_t*)data)[start + j]) : ((const float*)data)[start + j],
                      temperature);
     if (target >= start && target < start + count) z[target - start] = -INFINITY;
+
     double part_shift = shift;
     if (online) {
       float largest = -INFINITY;
@@ -21,10 +23,12 @@ void sum_row(const void* data, int64_t n, int64_t target, const Reciprocal& temp
       if (largest == -INFINITY) continue;
       part_shift = largest;
     }
+
     float by = float(part_shift), part = 0.0f;
     for (int64_t j = 0; j < count; j++) e[j] = online ? exp_of(z[j] - by) : exp_shifted(z[j] - by);
 #pragma omp simd reduction(+ : part)
     for (int64_t j = 0; j < count; j++) part += e[j];
+
     if (!online) {
       total += part;
     } else if (part_shift > top) {
@@ -52,7 +56,7 @@ inline void row_sum(const Matrix& logits, int64_t row, int64_t target, const Rec
 inline void row_gradient(const Matrix& logits, int64_t row, int64_t target, const Reciprocal& temperature, double lse,
                          float g, float at_target, void* to) {
   float rounded = float(lse);
-  float by = -g * temperature.high * float(exp(rounded - lse));  // what rounding cut off the logsumexp, taken back
+  float by = -g * temperature.high * float(exp(rounded - lse));  // puts back what rounding the logsumexp lost
   int64_t n = logits.columns;
   if (logits.bf16) {
     auto* from = (const uint16_t*)logits.data + row * logits.stride;

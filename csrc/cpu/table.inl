@@ -1,4 +1,4 @@
-// The table of one chip and operand type.
+// The table of tasks for one chip and operand type.
 template <class Type>
 const Kernels* table(const char* name) {
   static const Kernels kernels = {

@@ -10,8 +10,8 @@ void* block_row(const Blocks& s, int64_t block, int64_t row) {
 
 // --- logits ---
 
-// One row's 64 products → Σ E, and S where `out` is given. Column `skip`, the target's, and those from `columns` on are
-// 0.
+// One row's 64 products → Σ E, and S if `out` is given. Column `skip`, the target's, and columns from `columns` on
+// count as 0.
 template <class Type, bool CAPPED>
 SDPO_HD float exp_row(const float* product, const float* bias, const Head& head, float shift, int skip, int columns,
                       typename Type::Element* out) {
@@ -25,8 +25,10 @@ SDPO_HD float exp_row(const float* product, const float* bias, const Head& head,
     e[j] = value;
     s[j] = CAPPED ? value * slope : value;
   }
+
   if (out)
     for (int j = 0; j < PANEL; j++) out[j] = Type::element(s[j]);
+
   float total = 0.0f;
 #pragma omp simd reduction(+ : total)
   for (int j = 0; j < PANEL; j++) total += e[j];
@@ -45,27 +47,31 @@ float online_row(const float* product, const float* bias, const Head& head, int 
     no_number |= z[j] != z[j];
   }
   if (no_number) top = NAN;
+
   for (int j = 0; j < columns; j++)
     if (j != skip && top != -INFINITY) total += exp_of(z[j] - top);  // NaN where top is
   *largest = top;
   return total;
 }
 
-// One row's 64 logits for the extras, relative to their own largest: any z is in range.
+// One row's 64 logits for the extras, relative to their own maximum: any z is in range.
 SDPO_HD void extras_row(const float* product, const float* bias, const Head& head, int skip, int columns,
                         BlockExtras* out, float* target_z) {
   float z[PANEL], slope, top = -INFINITY, all = 0.0f, sum = 0.0f, sum_z = 0.0f, sum_sq = 0.0f;
   for (int j = 0; j < PANEL; j++) z[j] = logit(head, product[j] + bias[j], &slope);
   if (skip >= 0) *target_z = z[skip];
+
+  // the mean logit is over all columns, everything else without the target
   for (int j = 0; j < columns; j++) all += z[j];
   for (int j = 0; j < PANEL; j++) z[j] = j == skip || j >= columns ? -INFINITY : z[j];
 #pragma omp simd reduction(max : top)
   for (int j = 0; j < PANEL; j++) top = z[j] > top ? z[j] : top;
+
   float by = top == -INFINITY ? 0.0f : top;
 #pragma omp simd reduction(+ : sum, sum_z, sum_sq)
   for (int j = 0; j < PANEL; j++) {
     float d = z[j] - by, e = exp_of(d);
-    d = d < -1e30f ? -1e30f : d;  // −∞ times 0 is no number
+    d = d < -1e30f ? -1e30f : d;  // -inf * 0 is NaN
     sum += e;
     sum_z += e * d;
     sum_sq += e * e;
@@ -80,6 +86,7 @@ void finish_rows(const Logits& l, int64_t block, int64_t first, int64_t rows, co
   for (int64_t r = 0; r < rows; r++) {
     int64_t row = first + r, at = block * l.n_rows + row, from_start = l.targets[row] - start;
     int skip = from_start >= 0 && from_start < PANEL ? int(from_start) : -1;
+
     auto* out = l.out.data ? (typename Type::Element*)block_row<Type>(l.out, block, row) : nullptr;
     const float* product = c + r * PANEL;
     float sum = l.maxima        ? online_row<Type>(product, bias, l.head, skip, columns, l.maxima + at)
@@ -96,6 +103,8 @@ int64_t logits_scratch(const Logits& l, int64_t rows) {
   return panel + (l.x_units > UNITS_AT_ONCE ? rows : TILE_ROWS) * PANEL * 4;
 }
 
+// One block of 64 columns and some rows: pack the columns of W, multiply, and finish the rows while they are in cache.
+// A width that does not fit one panel is summed in several passes over the rows.
 template <class Type>
 void logits(const Logits& l, int64_t block, int64_t row_begin, int64_t row_end, void* scratch) {
   Unit* panel = (Unit*)scratch;
@@ -104,20 +113,25 @@ void logits(const Logits& l, int64_t block, int64_t row_begin, int64_t row_end, 
   int64_t start = (l.first_block + block) * PANEL;
   float bias[PANEL] = {};
   for (int64_t j = 0; l.bias && j < PANEL && start + j < l.weight.rows; j++) bias[j] = l.bias[start + j];
+
   for (int64_t u = 0; u == 0 || u < l.x_units; u += UNITS_AT_ONCE) {
     int64_t units = smaller(UNITS_AT_ONCE, l.x_units - u);
     pack_turned<Type>(l.weight, start, u, u + units, panel);
+
     for (int64_t first = row_begin; first < row_end; first += TILE_ROWS) {
       int64_t rows = smaller(TILE_ROWS, row_end - first);
       const Unit* a[TILE_ROWS];
       for (int64_t r = 0; r < rows; r++) a[r] = l.x + (first + r) * l.x_units + u;
       float* tile_c = at_once ? c : c + (first - row_begin) * PANEL;
       if (units == 0) memset(tile_c, 0, rows * PANEL * sizeof(float));
+
+      // sums of sums: less rounding than one long sum
       for (int64_t part = 0; part < units; part += UNITS_OF_A_SUM) {
         int64_t few = smaller(UNITS_OF_A_SUM, units - part);
         any_tile<Type, 1>(rows, a, 1, 0, few, panel + part * PANEL, tile_c, PANEL, u + part > 0);
         for (int64_t r = 0; r < rows; r++) a[r] += few;
       }
+
       if (u + units >= l.x_units) finish_rows<Type>(l, block, first, rows, tile_c, bias);
     }
   }
@@ -130,6 +144,7 @@ int64_t hidden_gradient_scratch() {
   return BLOCKS_AT_ONCE * units_of<Type>(PANEL) * PANEL * 4;
 }
 
+// dX += S·W for 64 columns of H and some rows, over all blocks of the chunk.
 template <class Type>
 void hidden_gradient(const HiddenGradient& h, int64_t panel, int64_t row_begin, int64_t row_end, void* scratch) {
   constexpr int64_t BLOCK_UNITS = PANEL / Type::PER_UNIT;
@@ -137,6 +152,7 @@ void hidden_gradient(const HiddenGradient& h, int64_t panel, int64_t row_begin, 
   for (int64_t block = 0; block < h.n_blocks; block += BLOCKS_AT_ONCE) {
     int64_t blocks = smaller(BLOCKS_AT_ONCE, h.n_blocks - block);
     pack_rows(Type{}, h.weight, (h.first_block + block) * PANEL, blocks * PANEL, panel * PANEL, packed);
+
     for (int64_t first = row_begin; first < row_end; first += TILE_ROWS) {
       int64_t rows = smaller(TILE_ROWS, row_end - first);
       const Unit* a[TILE_ROWS];
@@ -203,12 +219,14 @@ void store_tile(const WeightGradient& w, int64_t row, int64_t column, const floa
   }
 }
 
+// dW = Sᵀ·(r ⊙ X) for one block: 64 rows of W, all of H.
 template <class Type>
 void weight_gradient(const WeightGradient& w, int64_t block, void* scratch) {
   Unit* packed = (Unit*)scratch;
   pack_block<Type>(w.s, w.n_rows, block, packed);
   int64_t all_units = units_of<Type>(w.n_rows), start = (w.first_block + block) * PANEL;
   int64_t columns = smaller(PANEL, w.n_columns - start);
+
   float c[PANEL * PANEL];
   for (int64_t panel = 0; panel * PANEL < w.width; panel++) {
     const Unit* right = w.scaled_x + panel * all_units * PANEL;

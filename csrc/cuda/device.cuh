@@ -1,4 +1,4 @@
-// What every kernel file shares: numbers in and out, sums over a warp and a block, launch checks.
+// Shared by all kernel files: loads and stores, sums over a warp and a block, launch checks.
 #pragma once
 
 #if defined(SDPO_EMULATED)  // the tests' stand-in for CUDA on the CPU, tests/backends/emulator
@@ -37,7 +37,7 @@ struct Max {  // a NaN is kept
   static __device__ float combine(float a, float b) { return a > b || a != a ? a : b; }
 };
 
-// Every lane gets the result, by one order of operations.
+// Every lane gets the result; the order of operations is fixed.
 template <class Op, class T>
 __device__ T over_warp(T value) {
 #pragma unroll
@@ -45,12 +45,12 @@ __device__ T over_warp(T value) {
   return value;
 }
 
-// Every thread of the block gets the result; `shared` holds one number a warp.
+// Every thread of the block gets the result; `shared` holds one number per warp.
 template <class Op, class T>
 __device__ T over_block(T value, T* shared) {
   value = over_warp<Op>(value);
   int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  __syncthreads();  // `shared` may still be read for the last sum
+  __syncthreads();  // the previous sum may still be reading `shared`
   if (threadIdx.x % 32 == 0) shared[warp] = value;
   __syncthreads();
   T result = shared[0];
@@ -58,7 +58,7 @@ __device__ T over_block(T value, T* shared) {
   return result;
 }
 
-// Two numbers as a pair of bfloat16, rounded to nearest even.
+// Two numbers as two bfloat16 in one word, rounded to nearest even.
 __device__ inline uint32_t pair_of(float low, float high) {
   __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   uint32_t bits;
@@ -73,7 +73,7 @@ __device__ inline void store_number(void* out, bool bf16, int64_t at, float valu
     static_cast<float*>(out)[at] = value;
 }
 
-// 8 numbers at `from`, which is aligned to them.
+// 8 numbers at `from`, aligned to their size.
 __device__ inline void load_8(const float* from, float* to) {
   float4 a = *reinterpret_cast<const float4*>(from), b = *reinterpret_cast<const float4*>(from + 4);
   to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w, to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;

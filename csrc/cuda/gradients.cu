@@ -1,4 +1,4 @@
-// What surrounds the two products of the backward: r ⊙ X before, r ⊙ ΣS·W after, columns of S summed for the bias.
+// Kernels around the two products of the backward: r ⊙ X before, r ⊙ ΣS·W after, column sums of S for the bias.
 //
 // Register budget: 48.
 #include "device.cuh"
@@ -34,7 +34,7 @@ __global__ void add_kernel(float* sum, const float* part, int64_t count) {
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += stride) sum[i] += part[i];
 }
 
-// A block sums 32 pairs of columns; its warps take every eighth row each, and are added in one order.
+// A block sums 32 pairs of columns; each warp takes every eighth row, and the warps' sums are added in a fixed order.
 template <class Element>
 __global__ void __launch_bounds__(THREADS) bias_gradient_kernel(const Element* s, int64_t s_stride, const float* r,
                                                                 int64_t n_rows, int64_t columns, float* out) {
@@ -54,8 +54,10 @@ __global__ void __launch_bounds__(THREADS) bias_gradient_kernel(const Element* s
     }
     low += double(two[0]) * r[row], high += double(two[1]) * r[row];
   }
+
   shared[warp][2 * lane] = low, shared[warp][2 * lane + 1] = high;
   __syncthreads();
+
   int64_t column = int64_t(blockIdx.x) * 64 + threadIdx.x;
   if (threadIdx.x >= 64 || column >= columns) return;
   double sum = 0.0;
@@ -69,6 +71,7 @@ __global__ void finish_direction_kernel(Call call, const float* hidden_sum, cons
   double lse = state[2 * row], logp = logps[row];
   double slope = slope_at(call.head, call.softcap, call.temperature, lse + logp);
   DirectionFactors by = direction_factors(call.head.gain, logp, lse, state[2 * row + 1], slope);
+
   for (int64_t h = threadIdx.x; h < width; h += blockDim.x) {
     int64_t at = row * width + h;
     direction[at] = by.of_sum * hidden_sum[at] + by.of_target * call.weight.number(target, h);

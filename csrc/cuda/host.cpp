@@ -1,4 +1,4 @@
-// torch on CUDA by its stable ABI: memory from its allocator, its current stream, its matrix products.
+// torch on CUDA through its stable ABI: memory from its allocator, its current stream, its matrix products.
 #include "host.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -34,14 +34,14 @@ cudaStream_t Host::stream() const {
   return static_cast<cudaStream_t>(stream);
 }
 
-// `mm.dtype_out` gives float for bfloat16 operands; with one type for all, `mm.out`.
+// `mm.dtype_out` returns float for bfloat16 operands; if all have one type, `mm.out`.
 void Host::product(const View& a, const View& b, const View& out) const {
   using torch::stable::detail::from;
   Tensor left = tensor_of(a, device), right = tensor_of(b, device), into = tensor_of(out, device);
   if (a.bf16 == out.bf16) {
     std::array<StableIValue, 3> stack{from(left), from(right), from(into)};
     STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-    torch::stable::detail::to<Tensor>(stack[0]);  // `into` once more: takes its reference
+    torch::stable::detail::to<Tensor>(stack[0]);  // the result, `into` again: takes over its reference
   } else {
     std::array<StableIValue, 4> stack{from(left), from(right), from(type_of(out)), from(into)};
     STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION));

@@ -1,5 +1,5 @@
-// What the walk asks of torch on CUDA: memory, the stream, matrix products. host.cpp answers through the stable ABI;
-// the tests' emulator answers on the CPU.
+// What the walk needs from torch on CUDA: memory, the stream, matrix products. host.cpp implements it with the stable
+// ABI, the tests' emulator on the CPU.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,8 @@ class Host {
  public:
   explicit Host(int device) : device(device) {}
 
-  // From torch's allocator, aligned to 512 bytes; given back when the last copy goes, which the stream's order allows.
+  // From torch's allocator, aligned to 512 bytes; freed with the last copy, which is safe because work on the stream is
+  // in order.
   std::shared_ptr<void> allocate(int64_t bytes) const;
   cudaStream_t stream() const;
   // out = a·b, summed in float and rounded once to out's type; a and b of one type.

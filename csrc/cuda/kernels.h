@@ -1,5 +1,5 @@
-// What the CUDA kernels offer the host: one launcher a kernel, on a stream. No torch in here. Sizes of 0 launch
-// nothing; every launcher throws std::runtime_error where CUDA refuses.
+// The CUDA kernels' interface for the host: one launcher per kernel, on a stream, without torch. Sizes of 0 launch
+// nothing; every launcher throws std::runtime_error if CUDA reports an error.
 #pragma once
 
 #include <string>
@@ -11,17 +11,17 @@ using cudaStream_t = CUstream_st*;  // as in cuda_runtime_api.h
 
 namespace sdpo::cuda {
 
-// Why the current device cannot run these kernels: a driver too old for them, a chip they are not built for; "" if it
+// Why the current device cannot run these kernels: a driver that is too old, a chip they are not built for; "" if it
 // can.
 std::string why_not();
 
-constexpr int64_t SLAB = 8192;  // columns whose sum of E is one number of a row: one block's work
+constexpr int64_t SLAB = 8192;  // columns that one block sums for a row
 
 // Logits of some columns, in float: E, S and row sums in one read.
 struct Chunk {
   const float* products;   // [N, padded] x·w
   int64_t n_rows, padded;  // a row's elements; a multiple of 64
-  int64_t first, columns;  // of the vocabulary, those that are real
+  int64_t first, columns;  // of the vocabulary, without padding
   const float* bias;       // [V] or null
   const int64_t* targets;  // [N]
   const float* shift;      // [N] k
@@ -42,7 +42,7 @@ void target_logits(const Call& call, double* target_logits, float* shift, double
 void finish_rows(const double* total, const double* target_logits, const float* shift, int64_t n_rows, float* logps,
                  double* state, cudaStream_t stream);
 
-// Always launched, a block a row: rows in range leave at once.
+// Always launched, one block per row; rows in range return at once.
 struct Redo {
   Call call;
   const double* total;
@@ -56,7 +56,7 @@ struct Redo {
 };
 void redo_rows(const Redo& redo, cudaStream_t stream);
 
-// S's entries at the targets among columns `first` … `first + columns − 1`.
+// Writes the entries of S at the targets among columns `first` … `first + columns − 1`.
 void set_targets(const Call& call, int64_t first, int64_t columns, void* s, int64_t s_stride, bool bf16,
                  const float* logps, const double* state, cudaStream_t stream);
 
@@ -80,15 +80,15 @@ void bias_gradient(const void* s, int64_t s_stride, bool bf16, const float* r, i
 void finish_direction(const Call& call, const float* hidden_sum, const float* logps, const double* state,
                       float* direction, cudaStream_t stream);
 
-// Rows of logits that exist.
+// Existing logits, row by row.
 void logits_forward(const Matrix& logits, const int64_t* targets, double temperature, float* logps, double* lse,
                     cudaStream_t stream);
 void logits_backward(const Matrix& logits, const int64_t* targets, double temperature, const float* logps,
                      const double* lse, const float* grad, void* out, cudaStream_t stream);
 
 struct Pairs {
-  const float* logps;    // [n_rows] of tokens, or [2B] summed already
-  const int64_t* index;  // rows that count, sequence after sequence; null: logps are the sums
+  const float* logps;    // [n_rows] of tokens, or [2B] already summed
+  const int64_t* index;  // scored rows, sequence after sequence; null: logps are the sums
   int64_t n_pairs;
   const float* ref;       // [2B]
   const int64_t* counts;  // [2B] scored tokens

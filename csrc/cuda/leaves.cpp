@@ -1,4 +1,4 @@
-// CUDA's leaves: which columns make a chunk, and the launches and products of each step of the walk.
+// CUDA's leaves: the columns of a chunk, and the launches and products of each step of the walk.
 #include "leaves.h"
 
 #include <algorithm>
@@ -7,12 +7,12 @@ namespace sdpo::cuda {
 
 namespace {
 
-// Chunk sizes depend on shapes alone. Logits pass through a buffer that stays in the second-level cache between the
-// product that writes them and the kernel that reads them.
+// Chunk sizes depend on shapes only. Logits go through a buffer that is small enough to stay in the second-level cache
+// between the product that writes it and the kernel that reads it.
 constexpr int64_t CACHED_LOGITS = int64_t(1) << 23;   // 32 MiB of float
 constexpr int64_t LEAST_COLUMNS = 256;                // of a product
-constexpr int64_t CHUNK_ELEMENTS = int64_t(1) << 27;  // of S that is made and used at once: 256 MiB in bfloat16
-constexpr int64_t CHUNK_SUMS = int64_t(1) << 23;      // partial sums of a chunk of which nothing is stored: 32 MiB
+constexpr int64_t CHUNK_ELEMENTS = int64_t(1) << 27;  // of S in one chunk: 256 MiB in bfloat16
+constexpr int64_t CHUNK_SUMS = int64_t(1) << 23;      // partial sums of a chunk without S: 32 MiB
 
 int64_t whole_blocks(int64_t columns) { return (columns + PANEL - 1) / PANEL * PANEL; }
 int64_t slabs_of(int64_t columns) { return (columns + SLAB - 1) / SLAB; }
@@ -37,7 +37,7 @@ int64_t Leaves::chunk_blocks(bool stored) const {
   return std::max<int64_t>(4, parts * columns_at_once() / PANEL);
 }
 
-// One product for the whole stash, but where W has to be converted for it.
+// One product takes the whole stash, unless W has to be converted for it.
 int64_t Leaves::stash_blocks(int64_t kept) const {
   return call.weight.bf16 == bf16 ? std::max<int64_t>(kept, 1) : chunk_blocks(true);
 }
@@ -49,6 +49,7 @@ void Leaves::begin(const Call& the_call) {
   n_rows = call.hidden.rows, width = call.hidden.columns;
   stream = host.stream();
   x = call.hidden;
+
   if (call.hidden.bf16 == bf16) return;
   x_copy = host.allocate(n_rows * width * element());
   convert_rows(call.hidden, x_copy.get(), bf16, stream);
@@ -94,17 +95,20 @@ void Leaves::logits(int64_t first, int64_t count, const Blocks& out) {
   int64_t begin = first * PANEL, end = columns_until(first + count), at_once = columns_at_once();
   int64_t most_slabs = (end - begin + at_once - 1) / at_once * slabs_of(at_once);
   bool summed = total != nullptr;
+
   if (!products) products = host.allocate(n_rows * at_once * int64_t(sizeof(float)));
   if (summed && sums_size < most_slabs * n_rows) {
     sums_size = most_slabs * n_rows;
     sums = host.allocate(sums_size * int64_t(sizeof(float)));
   }
+
   View operand{const_cast<void*>(x.data), n_rows, width, x.stride, 1, bf16};
   slabs = 0;
   for (int64_t column = begin; column < end; column += at_once) {
     int64_t columns = std::min(at_once, end - column), padded = whole_blocks(columns);
     host.product(operand, rows_of_weight(column, columns).transposed(),
                  {products.get(), n_rows, columns, padded, 1, false});
+
     Chunk chunk{static_cast<const float*>(products.get()),
                 n_rows,
                 padded,
@@ -133,6 +137,8 @@ void Leaves::add_hidden_gradient(int64_t first, int64_t count, const Blocks& s) 
   Memory& into = started ? hidden_part : hidden_sum;
   if (!into) into = host.allocate(n_rows * width * int64_t(sizeof(float)));
   host.product(view_of(s, columns), rows_of_weight(begin, columns), {into.get(), n_rows, width, width, 1, false});
+
+  // mm.out overwrites its result: later chunks have a buffer of their own
   if (started)
     add(static_cast<float*>(hidden_sum.get()), static_cast<float*>(hidden_part.get()), n_rows * width, stream);
   started = true;
@@ -166,6 +172,7 @@ void Leaves::begin_backward(const Call& the_call, const float* logps, const doub
   r = vector<float>(r_memory);
   shift = vector<float>(shift_memory);
   cuda::begin_backward(grad, state, call.head.gain, n_rows, r, shift, stream);
+
   if (!wanted.weight) return;
   scaled_x = host.allocate(n_rows * width * element());
   scale_rows(x, r, scaled_x.get(), stream);
@@ -179,6 +186,7 @@ void Leaves::weight_gradient(int64_t first, int64_t count, const Blocks& s, void
     host.product(view_of(s, columns).transposed(), x_part, {rows, columns, width, width, 1, call.weight.bf16});
     return;
   }
+
   // torch has no product of float operands into bfloat16
   Memory whole = host.allocate(columns * width * int64_t(sizeof(float)));
   host.product(view_of(s, columns).transposed(), x_part, {whole.get(), columns, width, width, 1, false});

@@ -1,5 +1,5 @@
-// CUDA's leaves of the walk: each makes its launches and products on the current stream; nothing waits for the device.
-// S is laid out by rows, [N, columns], as cuBLAS reads it.
+// CUDA's leaves of the walk: each enqueues its launches and products on the current stream and waits for nothing.
+// S is stored by rows, [N, columns], as cuBLAS reads it.
 #pragma once
 
 #include "../walk.h"
@@ -15,7 +15,7 @@ class Leaves {
   void begin_forward(const Call& call);
   void begin_backward(const Call& call, const float* logps, const double* state, const float* grad, const Gradients&);
 
-  // How many blocks make a chunk: of which S is stored, or nothing; of a stash of `kept` blocks.
+  // Blocks per chunk: with S stored or not; of a stash of `kept` blocks.
   int64_t chunk_blocks(bool stored) const;
   int64_t stash_blocks(int64_t kept) const;
 

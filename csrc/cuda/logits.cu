@@ -1,5 +1,5 @@
-// Rows of logits that exist (logits_logps): one read forward, one read and one write backward, over the logits
-// themselves where the caller wants that. A block a row; 128-bit loads where rows are aligned to 16 bytes.
+// Existing logits, row by row (logits_logps): one read in the forward, one read and one write in the backward, over the
+// logits themselves if the caller wants that. One block per row; 128-bit loads if rows are aligned to 16 bytes.
 //
 // Register budget: 64.
 #include "device.cuh"
@@ -15,7 +15,7 @@ constexpr int64_t IGNORE_INDEX = -100;
 __device__ inline float number(const float* at) { return *at; }
 __device__ inline float number(const uint16_t* at) { return float_of_bf16(*at); }
 
-// f(j, logit) for every column of the row that this thread takes, 8 at a time where they are aligned.
+// f(j, logit) for every column of the row that this thread handles, 8 at a time if they are aligned.
 template <class Element, class F>
 __device__ void each_logit(const Element* row, int64_t columns, const F& f) {
   bool aligned = reinterpret_cast<uintptr_t>(row) % 16 == 0;
@@ -41,12 +41,15 @@ __global__ void __launch_bounds__(THREADS)
     if (threadIdx.x == 0) logps[at] = 0.0f, lse[at] = 0.0;
     return;
   }
+
+  // exp-direct, with k = the target's logit
   double target = double(number(row + y)) / temperature, sum = 0.0;
   float k = float(target);
   each_logit(row, columns, [&](int64_t j, float a) { sum += j == y ? 0.0f : exp_shifted(divided(a, by) - k); });
   sum = over_block<Sum>(sum, sums);
   double rest = rest_of_sum(sum, k);
-  if (out_of_range(sum, target)) {  // the same for the whole block: again, from the row's maximum
+
+  if (out_of_range(sum, target)) {  // the same for the whole block: once more, relative to the row's maximum
     float top = -INFINITY;
     each_logit(row, columns, [&](int64_t j, float a) { top = j == y ? top : Max::combine(top, divided(a, by)); });
     top = over_block<Max>(top, tops);
@@ -56,6 +59,7 @@ __global__ void __launch_bounds__(THREADS)
     again = over_block<Sum>(again, sums);
     rest = double(top) + log(again);
   }
+
   if (threadIdx.x) return;
   RowResult result = row_result(target, rest);
   logps[at] = float(result.logp);
@@ -72,12 +76,13 @@ __global__ void __launch_bounds__(THREADS)
   Element* to = out + at * columns;
   bool scored = y != IGNORE_INDEX;
   float rounded = scored ? float(lse[at]) : 0.0f, g = scored ? grad[at] : 0.0f;
-  // what rounding cut off the logsumexp, taken back
+  // puts back what rounding the logsumexp lost
   float factor = scored ? -g * by.high * float(exp(rounded - lse[at])) : 0.0f;
   float at_target = scored ? float(-expm1(double(logps[at])) * g / temperature) : 0.0f;
   auto gradient = [&](int64_t j, float a) {
     return !scored ? 0.0f : j == y ? at_target : factor * exp_of(divided(a, by) - rounded);
   };
+
   bool aligned = reinterpret_cast<uintptr_t>(row) % 16 == 0 && reinterpret_cast<uintptr_t>(to) % 16 == 0;
   int64_t whole = aligned ? columns / AT_ONCE * AT_ONCE : 0;
   for (int64_t j = threadIdx.x * AT_ONCE; j < whole; j += THREADS * AT_ONCE) {

@@ -1,4 +1,4 @@
-// The operators on CUDA. Their schemas are defined by the CPU's library (../ops.cpp), which is loaded first.
+// The operators on CUDA. Their schemas are defined by the CPU library (../ops.cpp), which is loaded first.
 #include "../operators.h"
 
 #include <torch/csrc/stable/accelerator.h>
@@ -7,7 +7,7 @@
 
 #include "leaves.h"
 
-#if defined(SDPO_EMULATED)  // the tests' stand-in for CUDA, on CPU tensors and in a namespace of its own
+#if defined(SDPO_EMULATED)  // the tests' emulator of CUDA, on CPU tensors and in a namespace of its own
 #define SDPO_NAMESPACE sdpo_emulated
 #define SDPO_KEY CPU
 #else
@@ -19,7 +19,7 @@ namespace sdpo {
 
 namespace {
 
-// A pointer of another device would be read as one of this.
+// A pointer of another device would be read as one of this device.
 #if defined(SDPO_EMULATED)
 template <class... Tensors>
 void same_device(const Tensors&...) {}
@@ -37,7 +37,7 @@ void same_device(const Tensor& first, const Tensors&... others) {
 }
 #endif
 
-// The device of a call's tensors becomes the current one while it lasts.
+// Makes the device of a call's tensors the current one for the duration of the call.
 struct On {
 #if defined(SDPO_EMULATED)
   explicit On(const Tensor&) {}
@@ -66,7 +66,7 @@ void linear_forward(Tensor hidden, Tensor weight, MaybeTensor bias, Tensor targe
           pointer<float>(logps), pointer<double>(state));
 }
 
-// `row_of` must be absent: rows are gathered by the caller here.
+// `row_of` must be absent: on CUDA the caller gathers the rows.
 void linear_backward(Tensor hidden, Tensor weight, MaybeTensor bias, Tensor targets, double scale, double softcap,
                      double temperature, bool bf16, Tensor logps, Tensor state, MaybeTensor stash, MaybeTensor row_of,
                      Tensor grad, MaybeTensor grad_hidden, MaybeTensor grad_weight, MaybeTensor grad_bias) {
@@ -95,7 +95,7 @@ void logits_backward(Tensor grad, Tensor logits, Tensor targets, Tensor logps, T
                         pointer<double>(lse), pointer<float>(grad), out.data_ptr(), on.stream());
 }
 
-// The rows of a sequence stand one after the other in `index`; `segment` says the same and is not read.
+// The rows of a sequence are consecutive in `index`; `segment` says the same and is not read.
 void pair_epilogue(Tensor logps, MaybeTensor index, MaybeTensor segment, Tensor ref, Tensor counts, int64_t loss_type,
                    double beta, double smoothing, Tensor loss, Tensor sums, Tensor metrics, Tensor slopes) {
   (void)segment;

@@ -1,6 +1,9 @@
-// Rows whose sum left the range of float, or whose target is infinite: again, with a running maximum and then
-// k = logsumexp. One block a row, always launched: others leave at once, so that nothing waits for the host. Logits are
-// dot products here, a warp a column: slow, rare, right.
+// Recomputes rows whose sum is out of float's range, or whose target is infinite.
+//     1. a running maximum over all columns but the target: the logsumexp
+//     2. log-prob and k = logsumexp
+//     3. if S or Σ S·W is kept: both with the new k
+// One block per row, always launched, so that nothing waits for the host; blocks of other rows return at once. Logits
+// are dot products here, one warp per column: slow, rare and correct.
 //
 // Register budget: 80.
 #include "device.cuh"
@@ -44,8 +47,10 @@ __device__ double log_sum_of_rest(const Call& call, int64_t row, int64_t target)
     float slope, z = column_logit(call, row, j, &slope);
     if (j != target) mine.add(z, 1.0f, z != z);
   }
+
   tops[warp] = mine.top, totals[warp] = mine.total, no_numbers[warp] = mine.no_number;
   __syncthreads();
+
   Running all{-INFINITY, 0.0f, false};
   for (int i = 0; i < WARPS; i++) all.add(tops[i], totals[i], no_numbers[i]);
   return all.no_number ? double(NAN) : double(all.top) + log(double(all.total));
@@ -68,8 +73,9 @@ __device__ void store_row(const Redo& r, int64_t row, int64_t target, float shif
     }
     if (r.stash && j < columns && j < r.stash_columns && threadIdx.x % 32 == 0)
       store_number(r.stash, r.bf16, row * r.stash_stride + j, s);
+
     if (!r.hidden_sum) continue;
-    __syncthreads();  // `some` may still be read
+    __syncthreads();  // the last columns may still be reading `some`
     if (threadIdx.x % 32 == 0) some[warp] = s;
     __syncthreads();
     for (int64_t h = threadIdx.x; h < width; h += THREADS) {
@@ -86,6 +92,7 @@ __global__ void __launch_bounds__(THREADS) redo_rows_kernel(Redo r) {
   int64_t target = r.call.targets[row];
   RowResult result = row_result(r.target_logits[row], log_sum_of_rest(r.call, row, target));
   float shift = float(result.lse);
+
   if (threadIdx.x == 0) {
     r.logps[row] = float(result.logp);
     r.state[2 * row] = result.lse;

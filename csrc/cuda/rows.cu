@@ -1,6 +1,6 @@
-// The rows of a chunk of logits: targets' logits, E and S with their sums, and what follows from the sums.
+// The rows of a chunk of logits: the targets' logits, E and S with their sums, and what follows from the sums.
 //
-// Register budget: 48 (every file's is held by tests/backends/test_cuda_library.py, on every architecture).
+// Register budget: 48 (tests/backends/test_cuda_library.py checks every file's on every architecture).
 #include "device.cuh"
 #include "kernels.h"
 
@@ -9,9 +9,9 @@ namespace sdpo::cuda {
 namespace {
 
 constexpr int THREADS = 128;
-constexpr int AT_ONCE = 8;  // numbers of a thread: two 128-bit loads of float, one 128-bit store of bfloat16
+constexpr int AT_ONCE = 8;  // numbers per thread: two 128-bit loads of float, one 128-bit store of bfloat16
 
-// One block a row and slab. Reads each product once.
+// One block per row and slab. Reads each product once.
 template <bool CAPPED, class Element>
 __global__ void __launch_bounds__(THREADS) exp_rows_kernel(Chunk c) {
   __shared__ float shared[THREADS / 32];
@@ -20,6 +20,7 @@ __global__ void __launch_bounds__(THREADS) exp_rows_kernel(Chunk c) {
   const float* products = c.products + row * c.padded;
   Element* s = c.s ? static_cast<Element*>(c.s) + row * c.s_stride : nullptr;
   float shift = c.shift[row], total = 0.0f;
+
   for (int64_t j = start + threadIdx.x * AT_ONCE; j < stop; j += THREADS * AT_ONCE) {
     float a[AT_ONCE], out[AT_ONCE];
     load_8(products + j, a);
@@ -34,6 +35,7 @@ __global__ void __launch_bounds__(THREADS) exp_rows_kernel(Chunk c) {
     }
     if (s) store_8(s + j, out);
   }
+
   if (!c.sums) return;
   total = over_block<Sum>(total, shared);
   if (threadIdx.x == 0) c.sums[int64_t(blockIdx.y) * c.n_rows + row] = total;
@@ -47,7 +49,7 @@ __global__ void add_sums_kernel(const float* sums, int64_t slabs, int64_t n_rows
   total[row] = sum;
 }
 
-// One warp a row; products are exact in double.
+// One warp per row; products are exact in double.
 __global__ void target_logits_kernel(Call call, double* target_logits, float* shift, double* total) {
   int64_t row = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
   if (row >= call.hidden.rows) return;
@@ -56,6 +58,7 @@ __global__ void target_logits_kernel(Call call, double* target_logits, float* sh
   for (int64_t h = threadIdx.x % 32; h < call.hidden.columns; h += 32)
     sum += double(call.hidden.number(row, h)) * double(call.weight.number(y, h));
   sum = over_warp<Sum>(sum);
+
   if (threadIdx.x % 32) return;
   double slope,
       z = logit_double(call.head, call.softcap, call.temperature, sum + (call.bias ? call.bias[y] : 0.0f), &slope);

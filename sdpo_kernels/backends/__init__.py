@@ -1,10 +1,10 @@
-"""Backends: one small class each, with the same three methods, chosen by name or by `auto`.
+"""Backends: one small class each, with the interface `base.Backend`, chosen by name or by `auto`.
 
     backend = choose_backend("auto", request)    # the first of AUTO_ORDER that supports the request
 
-A backend receives the scored rows only (see `base.HeadCall`). An explicit request that cannot be met raises and says
-why; `auto` falls back, and where only plain torch is left says so once in the log. To add one: write its class beside
-`eager.py`, enter it below.
+A backend receives the scored rows only (see `base.HeadCall`). A named backend that cannot serve a request raises and
+says why. `auto` falls back to the next one, and logs a warning once if only plain torch is left. To add a backend,
+write its class next to `eager.py` and enter it below.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 BACKENDS: dict[str, Backend] = {"native": NativeBackend(), "triton": TritonBackend(), "eager": EagerBackend()}
 AUTO_ORDER = ("triton", "native", "eager")  # fastest first
-NOT_AUTO = {("native", "cuda")}  # served where it is asked for: no measurement has put it anywhere yet
+NOT_AUTO = {("native", "cuda")}  # only on explicit request: not yet measured against the others
 ENVIRONMENT_VARIABLE = "SDPO_BACKEND"  # overrides "auto", never an explicit choice
 
 
@@ -35,12 +35,12 @@ def choose_backend(name: str, request: Request) -> Backend:
 
 
 def choose_backend_of_rows(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend for rows that exist: logits of `dtype` on `device`, or log-probs to be summed over pairs."""
+    """The backend for existing rows: logits of `dtype` on `device`, or log-probs to be summed over pairs."""
     return _choose(name, device, lambda backend: backend.supports_rows(device, dtype), f"rows of {dtype} on {device}")
 
 
 def pair_backend(name: str, device: torch.device) -> Backend | None:
-    """The backend whose pair epilogue serves `device`; None: autograd through losses.py."""
+    """The backend whose pair epilogue serves `device`; None: autograd through losses/."""
     if name == "auto":
         name = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
     candidates = _auto_order(device) if name == "auto" else [name]
@@ -54,23 +54,26 @@ def _auto_order(device: torch.device) -> list[str]:
 def _choose(name: str, device: torch.device, reason_against: Callable[[Backend], str | None], asked: object) -> Backend:
     if name == "auto":
         name = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+
+    # a backend asked for by name serves the call or raises: a silent fallback would hide a mistake
     if name != "auto":
         backend = get_backend(name)
         reason = reason_against(backend)
         if reason is not None:
             raise ValueError(f"backend: {name!r} cannot serve this call: {reason}")
         return backend
+
     missed: list[tuple[str, str]] = []
     for candidate in _auto_order(device):
         backend = BACKENDS[candidate]
         if backend.device_types is not None and device.type not in backend.device_types:
-            continue  # nothing is fallen back from: it was never meant for this device
+            continue  # not a fallback: it was never meant for this device
         reason = reason_against(backend)
         if reason is None:
-            # the compiler cannot trace a log
+            # torch.compile cannot trace a log call
             if candidate == AUTO_ORDER[-1] and not torch.compiler.is_compiling():
-                for name_of_other, why in missed:
-                    _say_once(name_of_other, why)
+                for missed_name, missed_reason in missed:
+                    _warn_once(missed_name, missed_reason)
             return backend
         missed.append((candidate, reason))
     raise ValueError(f"backend: none supports this call: {asked}")
@@ -84,5 +87,5 @@ def get_backend(name: str) -> Backend:
 
 
 @cache
-def _say_once(name: str, reason: str) -> None:
-    logger.warning("backend %s passed over: %s", name, reason)
+def _warn_once(name: str, reason: str) -> None:
+    logger.warning("backend %s skipped: %s", name, reason)

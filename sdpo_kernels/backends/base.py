@@ -1,4 +1,4 @@
-"""What a backend is asked and what it answers: the contract between `logps.py` and the kernels."""
+"""The contract between `logps.py` and the backends: what a backend is asked and what it returns."""
 
 from __future__ import annotations
 
@@ -11,90 +11,141 @@ from torch import Tensor
 from sdpo_kernels.head import Head
 
 EXTRAS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+STASH_MULTIPLE = 64  # a stash has a multiple of this many columns; those past V are padding
 
-KEEP_NOTHING = 0  # backward recomputes every chunk; a positive number = vocabulary columns to stash
-STASH_MULTIPLE = 64  # of a stash's columns; those past V are padding
-KEEP_DIRECTION = -1  # frozen head: forward also accumulates dlogp/dhidden up to one factor a row, no backward GEMM
+_DIRECTION_CODE = -1  # of Keep in the ops' schemas
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What a forward keeps for its backward; made by `nothing`, `columns` or `direction`."""
+
+    n_columns: int = 0
+    is_direction: bool = False
+
+    @classmethod
+    def nothing(cls) -> Keep:
+        """The backward recomputes every chunk."""
+        return cls()
+
+    @classmethod
+    def columns(cls, n_columns: int) -> Keep:
+        """A stash of the vocabulary's first columns, a multiple of STASH_MULTIPLE; 0 is `nothing`."""
+        return cls(n_columns=n_columns)
+
+    @classmethod
+    def direction(cls) -> Keep:
+        """For a frozen head: d logp / d hidden up to one factor per row, so that the backward needs no GEMM."""
+        return cls(is_direction=True)
+
+    @classmethod
+    def decode(cls, code: int) -> Keep:
+        """The inverse of `encode`."""
+        return cls.direction() if code == _DIRECTION_CODE else cls.columns(code)
+
+    def encode(self) -> int:
+        """The int that the custom ops take: -1 for the direction, else the number of columns."""
+        return _DIRECTION_CODE if self.is_direction else self.n_columns
 
 
 @dataclass(frozen=True)
 class Request:
-    """What has to be known to choose a backend; made of metadata only."""
+    """What is needed to choose a backend; metadata only."""
 
     device: torch.device
     dtype: torch.dtype  # the dtype the products' operands are rounded to
     weight_dtype: torch.dtype
     head: Head
-    outputs: tuple[str, ...]  # which of EXTRAS
+    outputs: tuple[str, ...]  # a subset of EXTRAS
 
 
 @dataclass(frozen=True)
 class HeadCall:
-    """One problem: N scored rows against a head of V columns."""
+    """One problem: N scored rows and a head of V columns."""
 
     hidden: Tensor  # [N, H]
-    weight: Tensor  # [V, H]; may be of another dtype than `dtype`: backends cast it chunk by chunk
+    weight: Tensor  # [V, H]; its dtype may differ from `dtype`: backends cast it chunk by chunk
     bias: Tensor | None  # [V]
     targets: Tensor  # [N] int64 in [0, V)
     head: Head
     dtype: torch.dtype  # float32, bfloat16, float16 or float64: what operands are rounded to
     outputs: tuple[str, ...]
-    kept_rows: int  # rows of what a forward keeps: N, or more where the fake kernel could not know N; the rest is 0
-    ref_hidden: Tensor | None = None  # [N, H] of a reference with this very head: its log-probs alone are wanted
+    kept_rows: int  # rows of what a forward keeps: N, or more if the fake kernel could not know N; the rest is 0
+    ref_hidden: Tensor | None = None  # [N, H] of a reference with this very head: only its log-probs are wanted
 
 
 class HeadForward(NamedTuple):
-    """A forward's answer: float32 (float64 for float64 operands) vectors [N]; extras not asked for are None."""
+    """Result of a forward: float32 (float64 for float64 operands) vectors [N]; extras not requested are None."""
 
     logps: Tensor
-    state: Tensor  # [N, state_columns] float64: what the backward needs to know of each row
+    state: Tensor  # [N, state_columns] float64: what the backward needs to know about each row
     entropy: Tensor | None
     log_sum_sq_probs: Tensor | None
     mean_logits: Tensor | None
     is_top1: Tensor | None  # bool: no other column's logit is above the target's
-    kept: Tensor | None  # stash [kept_rows, columns] or direction [kept_rows, H], see KEEP_*; laid out as it likes
-    ref_logps: Tensor | None = None  # of ref_hidden; a backend that leaves it out is asked again for those rows alone
+    kept: Tensor | None  # stash [kept_rows, columns] or direction [kept_rows, H], see Keep; the layout is the backend's
+    ref_logps: Tensor | None = None  # of ref_hidden; a backend that leaves it out is called again for those rows alone
 
 
 class Saved(NamedTuple):
-    """What a backward gets back of its forward."""
+    """What a backward gets back from its forward."""
 
     logps: Tensor
     state: Tensor
-    entropy: Tensor | None  # given where its gradient is wanted
+    entropy: Tensor | None  # given if its gradient is wanted
     kept: Tensor | None  # as the forward left it
     rows: Tensor | None  # [N] int64: which rows of the forward these are; None: all, in order
-    keep: int
+    keep: Keep
+
+
+class Needs(NamedTuple):
+    """Which gradients a backward computes."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class Gradients(NamedTuple):
+    """Gradients, each in the dtype of its tensor; None if not needed."""
+
+    hidden: Tensor | None  # [N, H]
+    weight: Tensor | None  # [V, H]
+    bias: Tensor | None  # [V]
+
+
+class PairOutputs(NamedTuple):
+    """What a pair epilogue computes for B pairs."""
+
+    loss: Tensor  # scalar, mean over pairs
+    sums: Tensor  # [2B] log-probs summed over each sequence
+    metrics: Tensor  # [4, B] rewards of chosen and rejected, margins, accuracy (1 or 0)
+    slopes: Tensor  # [2B] d loss / d sums
 
 
 class Backend(Protocol):
-    """What is asked of a backend: the answers depend on shapes, dtypes and the machine, never on values."""
+    """A backend's interface; its results depend on shapes, dtypes and the machine, never on values."""
 
     name: str
     device_types: tuple[str, ...] | None  # where it runs at all; None: anywhere
-    state_columns: int  # float64 numbers of a row that a forward saves for its backward
+    state_columns: int  # float64 numbers per row that a forward saves for its backward
 
     def stash_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-        """What a stash holds for operands of `dtype` on `device`."""
+        """The dtype of a stash for operands of `dtype` on `device`."""
 
     def supports(self, request: Request) -> str | None:
-        """None where the request can be served, else the reason it cannot."""
+        """None if the request can be served, else the reason it cannot."""
 
-    def forward(self, call: HeadCall, keep: int) -> HeadForward:
+    def forward(self, call: HeadCall, keep: Keep) -> HeadForward:
         """Log-probs and extras of the scored rows, and what `keep` asks to keep for the backward."""
 
     def backward(
-        self,
-        call: HeadCall,
-        saved: Saved,
-        grad_logps: Tensor,
-        grad_entropy: Tensor | None,
-        needs: tuple[bool, bool, bool],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of hidden [N, H], weight [V, H] and bias [V], each in its tensor's dtype; None where not needed."""
+        self, call: HeadCall, saved: Saved, grad_logps: Tensor, grad_entropy: Tensor | None, needs: Needs
+    ) -> Gradients:
+        """Gradients of hidden [N, H], weight [V, H] and bias [V]."""
 
     def supports_pairs(self, device: torch.device) -> str | None:
-        """None where the pair epilogue is there for `device`, else the reason it is not."""
+        """None if there is a pair epilogue for `device`, else the reason there is not."""
 
     def pair_epilogue(
         self,
@@ -106,15 +157,15 @@ class Backend(Protocol):
         loss_type: int,
         beta: float,
         smoothing: float,
-        out: tuple[Tensor, Tensor, Tensor, Tensor],
+        out: PairOutputs,
     ) -> None:
-        """Fill `out`: loss, sums [2B], metrics [4, B], slopes [2B]; see `pair_op.py`."""
+        """Fill `out`; see `epilogue_op.py`."""
 
     def supports_rows(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """None where rows (of logits, of log-probs) can be served, else the reason they cannot."""
+        """None if existing rows (of logits, of log-probs) can be served, else the reason they cannot."""
 
     def logits_forward(self, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """logps [N] float32 (float64) and logsumexp [N] float64 of logits [N, V]/temperature; 0 where not scored."""
+        """logps [N] float32 (float64) and logsumexp [N] float64 of logits [N, V]/temperature; 0 if not scored."""
 
     def logits_backward(
         self,

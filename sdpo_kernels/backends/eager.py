@@ -1,6 +1,17 @@
 """The eager backend: plain torch on any device and dtype, one walk over the vocabulary in chunks with all rows in each.
 
-Logits are float32 whatever the operands' dtype (float64 for float64); what is done with them is in `chunk_math.py`.
+Logits are float32 whatever the operands' dtype (float64 for float64); the arithmetic on them is in `chunk_math.py`.
+
+Forward:
+    1. take the next chunk of W and multiply it by all rows: logits z
+    2. stash z, if the backward gets a stash
+    3. add z to the running sums
+    4. frozen head only: add the chunk's part of d logp / d hidden
+    5. after the last chunk: log-probs and extras from the sums
+
+Backward:
+    1. frozen head: one product with what the forward kept, and no walk
+    2. else walk again: logits from the stash or recomputed, dL/dz, and with it dX, dW and db
 """
 
 from __future__ import annotations
@@ -12,24 +23,24 @@ import torch
 from torch import Tensor
 
 from sdpo_kernels.backends import eager_logits, precision
-from sdpo_kernels.backends.base import KEEP_DIRECTION, KEEP_NOTHING, HeadCall, HeadForward, Request, Saved
+from sdpo_kernels.backends.base import Gradients, HeadCall, HeadForward, Keep, Needs, Request, Saved
 from sdpo_kernels.backends.chunk_math import RunningSums, dlogits
 from sdpo_kernels.head import product_dtype
 
 CHUNK_ELEMENTS = 2**23  # logits plus weights of one chunk: 32 MiB in float32
-CUDA_CHUNK = 8  # times as much on a CUDA device, whose products want to be large
+CUDA_CHUNK = 8  # times as much on a CUDA device, where large products are faster
 MIN_CHUNK_COLUMNS = 128
 
 
 class EagerBackend:
-    """Plain torch; the twin that faster backends are compared with."""
+    """Plain torch; the reference implementation that faster backends are compared with."""
 
     name = "eager"
     device_types: tuple[str, ...] | None = None
-    state_columns = 1  # logsumexp over all columns: as float32, one of 20 would cost gradients 1e-6
+    state_columns = 1  # logsumexp over all columns, float64: rounded to float32, one of 20 would cost gradients 1e-6
 
     def stash_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-        """The stash holds logits as the products are summed."""
+        """The stash holds logits in the dtype that products are summed in."""
         return product_dtype(dtype)
 
     def supports(self, request: Request) -> str | None:
@@ -37,11 +48,11 @@ class EagerBackend:
         return None
 
     def supports_pairs(self, device: torch.device) -> str | None:
-        """No: autograd through losses.py is its pair epilogue."""
-        return "it takes pair losses through autograd"
+        """No: autograd through losses/ is its pair epilogue."""
+        return "it computes pair losses by autograd"
 
     def pair_epilogue(self, *_: Any) -> None:
-        """Not there, see `supports_pairs`."""
+        """Not implemented, see `supports_pairs`."""
         raise NotImplementedError
 
     def supports_rows(self, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -51,71 +62,71 @@ class EagerBackend:
     logits_forward = staticmethod(eager_logits.logits_forward)
     logits_backward = staticmethod(eager_logits.logits_backward)
 
-    def forward(self, call: HeadCall, keep: int) -> HeadForward:
+    def forward(self, call: HeadCall, keep: Keep) -> HeadForward:
         """See `base.Backend.forward`."""
         with precision.full(call.hidden.device):
             return self._forward(call, keep)
 
-    def _forward(self, call: HeadCall, keep: int) -> HeadForward:
+    def _forward(self, call: HeadCall, keep: Keep) -> HeadForward:
         x = _operand(call.hidden, call)
         sums = RunningSums(x.shape[0], x.device, product_dtype(call.dtype), call.outputs)
-        width = call.weight.shape[1] if keep == KEEP_DIRECTION else keep
+
+        # rows past N and columns past V are padding, which must hold no garbage
+        width = call.weight.shape[1] if keep.is_direction else keep.n_columns
         kept = x.new_empty((call.kept_rows, width), dtype=product_dtype(call.dtype))
         kept[x.shape[0] :].zero_()
         kept[:, call.weight.shape[0] :].zero_()
-        direction = kept[: x.shape[0]].zero_() if keep == KEEP_DIRECTION else None
-        stash = kept[: x.shape[0], : max(keep, 0)]
-        for start, stop in vocabulary_chunks(call):  # whatever is kept: policy and reference get the same bits
+        direction = kept[: x.shape[0]].zero_() if keep.is_direction else None
+        stash = kept[: x.shape[0], : keep.n_columns]
+
+        # chunks do not depend on what is kept: policy and reference get the same bits
+        for start, stop in vocabulary_chunks(call):
             w = _operand(call.weight[start:stop], call)
             z = _logits(x, w, call, start, stop)
-            if start < keep:
-                stash[:, start:stop] = z[:, : keep - start]
-            probs, shrink = sums.add(z, call.targets - start)  # of this chunk in, and of all before by, the new sum
+            if start < keep.n_columns:
+                stash[:, start:stop] = z[:, : keep.n_columns - start]
+            probs, shrink = sums.add(z, call.targets - start)
+
+            # `probs` are relative to the sum so far, so what earlier chunks added shrinks as the sum grows
             if direction is not None:
                 call.head.times_slope_(probs, z)
                 direction.mul_(shrink.unsqueeze(1)).sub_(precision.matmul(probs.to(w.dtype), w))
+
         if direction is not None:
-            slope = call.head.times_slope_(
-                torch.ones_like(direction[:, 0]), sums.z_target.to(direction.dtype, copy=True)
-            )
-            w_target = call.weight.index_select(0, call.targets).to(call.dtype)
-            direction.addcmul_(slope.unsqueeze(1), w_target.to(direction.dtype))
-        return sums.finish(call.weight.shape[0], kept if keep != KEEP_NOTHING else None)
+            self._add_target_(direction, call, sums.z_target)
+        keeps_nothing = keep == Keep.nothing()
+        return sums.finish(call.weight.shape[0], None if keeps_nothing else kept)
+
+    def _add_target_(self, direction: Tensor, call: HeadCall, z_target: Tensor) -> None:
+        """Add the targets' rows of W, times their slopes, to `direction` [N, H]."""
+        ones = torch.ones_like(direction[:, 0])
+        slope = call.head.times_slope_(ones, z_target.to(direction.dtype, copy=True))
+        w_target = call.weight.index_select(0, call.targets).to(call.dtype)
+        direction.addcmul_(slope.unsqueeze(1), w_target.to(direction.dtype))
 
     def backward(
-        self,
-        call: HeadCall,
-        saved: Saved,
-        grad_logps: Tensor,
-        grad_entropy: Tensor | None,
-        needs: tuple[bool, bool, bool],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        self, call: HeadCall, saved: Saved, grad_logps: Tensor, grad_entropy: Tensor | None, needs: Needs
+    ) -> Gradients:
         """See `base.Backend.backward`."""
         coefficient = grad_logps.to(saved.logps.dtype)
-        if saved.keep == KEEP_DIRECTION:
-            assert saved.kept is not None
-            rest_prob = -torch.expm1(saved.logps)
-            return (
-                (_rows_of(saved.kept, saved.rows) * (coefficient * rest_prob).unsqueeze(1)).to(call.hidden.dtype),
-                None,
-                None,
-            )
-        with precision.full(call.hidden.device):
-            return self._backward(call, saved, coefficient, grad_entropy, needs)
+        if not saved.keep.is_direction:
+            with precision.full(call.hidden.device):
+                return self._backward(call, saved, coefficient, grad_entropy, needs)
+
+        assert saved.kept is not None
+        rest_prob = -torch.expm1(saved.logps)
+        dx = _rows_of(saved.kept, saved.rows) * (coefficient * rest_prob).unsqueeze(1)
+        return Gradients(dx.to(call.hidden.dtype), None, None)
 
     def _backward(
-        self,
-        call: HeadCall,
-        saved: Saved,
-        coefficient: Tensor,
-        grad_entropy: Tensor | None,
-        needs: tuple[bool, bool, bool],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        self, call: HeadCall, saved: Saved, coefficient: Tensor, grad_entropy: Tensor | None, needs: Needs
+    ) -> Gradients:
         x = _operand(call.hidden, call)
-        dx = torch.zeros_like(x, dtype=product_dtype(call.dtype)) if needs[0] else None
-        dw = call.weight.new_empty(call.weight.shape) if needs[1] else None
-        db = call.bias.new_empty(call.bias.shape) if needs[2] and call.bias is not None else None
-        stashed = min(max(saved.keep, 0), call.weight.shape[0])
+        dx = torch.zeros_like(x, dtype=product_dtype(call.dtype)) if needs.hidden else None
+        dw = call.weight.new_empty(call.weight.shape) if needs.weight else None
+        db = call.bias.new_empty(call.bias.shape) if needs.bias and call.bias is not None else None
+
+        stashed = min(saved.keep.n_columns, call.weight.shape[0])
         for start, stop in vocabulary_chunks(call, stashed):
             w = _operand(call.weight[start:stop], call)
             if stop <= stashed:
@@ -123,8 +134,12 @@ class EagerBackend:
                 z = _rows_of(saved.kept[:, start:stop], saved.rows).clone()
             else:
                 z = _logits(x, w, call, start, stop)
+
+            # dL/dz, then by the chain rule dL/da of a = x·w + b; z is scratch from here on
             grad = dlogits(z, call.targets - start, saved, coefficient, grad_entropy)
             call.head.times_slope_(grad, z)
+
+            # db is summed before the gradient is rounded to the operands' dtype
             if db is not None:
                 db[start:stop] = grad.sum(0)
             grad = grad.to(w.dtype)
@@ -132,11 +147,11 @@ class EagerBackend:
                 dw[start:stop] = precision.matmul(grad.t(), x)
             if dx is not None:
                 dx += precision.matmul(grad, w)
-        return (None if dx is None else dx.to(call.hidden.dtype)), dw, db
+        return Gradients(None if dx is None else dx.to(call.hidden.dtype), dw, db)
 
 
 def vocabulary_chunks(call: HeadCall, border: int = 0) -> Iterator[tuple[int, int]]:
-    """(start, stop) of the walk's chunks; borders depend on shapes and kind of device only, one of them is `border`."""
+    """(start, stop) of the walk's chunks; they depend on shapes and kind of device only, and one ends at `border`."""
     n_columns, width = call.weight.shape
     elements = CHUNK_ELEMENTS * (CUDA_CHUNK if call.hidden.is_cuda else 1)
     step = max(MIN_CHUNK_COLUMNS, elements // (call.hidden.shape[0] + width))
@@ -158,7 +173,7 @@ def _logits(x: Tensor, w: Tensor, call: HeadCall, start: int, stop: int) -> Tens
 
 
 def _operand(tensor: Tensor, call: HeadCall) -> Tensor:
-    """`tensor` rounded to the call's dtype, then as the products want it."""
+    """`tensor` rounded to the call's dtype, then cast to what the products take."""
     rounded = tensor.to(call.dtype)
     if rounded.is_cuda and call.dtype == torch.bfloat16:
         return rounded  # tensor cores sum bf16 products in float32; elsewhere they have to be upcast

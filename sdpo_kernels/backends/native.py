@@ -1,7 +1,15 @@
-"""The native backend: the C++ and CUDA kernels of csrc/. Exp-direct, one walk, stash (docs/architecture.md).
+"""The native backend: the C++ and CUDA kernels of csrc/.
 
-On the CPU operands are multiplied in bfloat16 where the chip has AVX-512-BF16, in float32 elsewhere; on CUDA by cuBLAS.
-Sums and logits are float32 everywhere.
+How a call is computed ("Exp-direct" in docs/architecture.md gives the formulas; csrc/walk.h is the walk):
+
+    1. each row's target logit, by a dot product in float64: k
+    2. one walk over the vocabulary: E = 2**-58 · exp(z − k) (2⁻⁵⁸) and the rows' sums of E
+    3. rows out of range are recomputed with k = their logsumexp
+    4. log-probs from the sums; for the backward, a stash of S = E · dz/da, or the direction of a frozen head
+    5. backward: dX and dW are two products with S, stashed or recomputed
+
+On the CPU, operands are multiplied in bfloat16 if the chip has AVX-512-BF16, else in float32; on CUDA by cuBLAS. Sums
+and logits are float32 everywhere.
 """
 
 from __future__ import annotations
@@ -14,7 +22,17 @@ import torch
 from torch import Tensor
 
 from sdpo_kernels.backends import native_library, precision
-from sdpo_kernels.backends.base import EXTRAS, KEEP_DIRECTION, KEEP_NOTHING, HeadCall, HeadForward, Request, Saved
+from sdpo_kernels.backends.base import (
+    EXTRAS,
+    Gradients,
+    HeadCall,
+    HeadForward,
+    Keep,
+    Needs,
+    PairOutputs,
+    Request,
+    Saved,
+)
 from sdpo_kernels.backends.chunk_math import entropy_of, log_sum_sq_of
 from sdpo_kernels.backends.eager import EagerBackend
 
@@ -25,8 +43,8 @@ _EAGER = EagerBackend()
 
 @torch.compiler.assume_constant_result
 @functools.cache
-def _cuda_reason(device: int) -> str | None:
-    """Loads CUDA's library when a CUDA tensor comes first; None, or why it cannot serve `device`."""
+def _cuda_unavailable_reason(device: int) -> str | None:
+    """Load the CUDA library at the first CUDA tensor; None, or why it cannot serve `device`."""
     try:
         reason = native_library.load_cuda()
     except RuntimeError as error:
@@ -37,9 +55,9 @@ def _cuda_reason(device: int) -> str | None:
 
 
 class NativeBackend:
-    """The CPU's library is loaded with the package, CUDA's when a CUDA tensor comes.
+    """The CPU library is loaded with the package, the CUDA library at the first CUDA tensor.
 
-    A library that is there but does not fit is an error where it is wanted.
+    A library that exists but cannot be loaded raises an error when it is needed.
     """
 
     name = "native"
@@ -47,105 +65,112 @@ class NativeBackend:
     state_columns = 2  # the logsumexp, and k: what the stash's exponentials are relative to
 
     def __init__(self) -> None:
-        self.reason: str | None = None  # why the CPU's library is not there; None: it is loaded
-        self.misfit: str | None = None  # why the one that is there cannot be used
+        self.unavailable_reason: str | None = None  # why there is no CPU library; None: it is loaded
+        self.load_error: str | None = None  # why the one that exists cannot be used
         try:
-            self.reason = native_library.load()
+            self.unavailable_reason = native_library.load()
         except RuntimeError as error:
-            self.misfit = str(error)
-        usable = self.reason is None and self.misfit is None
+            self.load_error = str(error)
+
+        usable = self.unavailable_reason is None and self.load_error is None
         self.bf16_products = usable and torch.ops.sdpo_native.cpu_chip() == "avx512bf16"
 
     @property
     def operators(self) -> Any:
-        """The libraries' operators; torch's dispatcher knows which device's."""
+        """The libraries' operators; torch's dispatcher picks the device's."""
         return torch.ops.sdpo_native
 
     def on_cuda(self, tensor: Tensor) -> bool:
-        """Whether CUDA's kernels serve `tensor`: their stash lies by rows, not by blocks of columns."""
+        """Whether the CUDA kernels serve `tensor`: their stash is stored by rows, not by blocks of columns."""
         return tensor.is_cuda
 
     def stash_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-        """S, the unnormalised probabilities, as the backward multiplies them."""
+        """S, the unnormalised probabilities, in the dtype that the backward multiplies."""
         bf16 = dtype == torch.bfloat16 and (device.type == "cuda" or self.bf16_products)
         return torch.bfloat16 if bf16 else torch.float32
 
     def supports(self, request: Request) -> str | None:
-        """float32 and bfloat16; on CUDA log-probs alone."""
+        """float32 and bfloat16; on CUDA log-probs only."""
         for dtype in (request.dtype, request.weight_dtype):
             if dtype not in DTYPES:
                 return f"it takes float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
         if request.outputs and request.device.type != "cpu":
-            return f"on {request.device.type} it gives log-probs alone, none of: {', '.join(EXTRAS)}"
+            return f"on {request.device.type} it computes log-probs only, none of: {', '.join(EXTRAS)}"
         return self._library(request.device)
 
     def _library(self, device: torch.device) -> str | None:
         if device.type not in ("cpu", "cuda"):
             return f"it runs on the CPU and on CUDA, not on {device.type}"
-        if self.misfit is not None:
-            raise RuntimeError(f"backend: native: {self.misfit}, or set SDPO_BACKEND=eager")
-        if self.reason is not None or device.type == "cpu":
-            return self.reason
+        if self.load_error is not None:
+            raise RuntimeError(f"backend: native: {self.load_error}, or set SDPO_BACKEND=eager")
+        if self.unavailable_reason is not None or device.type == "cpu":
+            return self.unavailable_reason
         if torch.version.cuda is None:
             return "this torch is built without CUDA"
-        return _cuda_reason(torch.cuda.current_device() if device.index is None else device.index)
+        return _cuda_unavailable_reason(torch.cuda.current_device() if device.index is None else device.index)
 
-    def forward(self, call: HeadCall, keep: int) -> HeadForward:
+    def forward(self, call: HeadCall, keep: Keep) -> HeadForward:
         """See `base.Backend.forward`.
 
-        The stash lies in blocks of 64 columns, each [kept_rows, 64], on the CPU, and by rows on CUDA.
+        On the CPU the stash is stored in blocks of 64 columns, each [kept_rows, 64]; on CUDA by rows.
         """
         n_rows, width = call.hidden.shape
+        # operators write into tensors that the caller allocates: torch's allocator, no copies
         logps = call.hidden.new_empty(n_rows, dtype=torch.float32)
         state = call.hidden.new_empty((n_rows, 2), dtype=torch.float64)
+
+        # rows that the operator does not write must be 0
         new = call.hidden.new_empty if call.kept_rows == n_rows else call.hidden.new_zeros
         stash = direction = None
-        if keep > KEEP_NOTHING:
-            stash = new((call.kept_rows, keep), dtype=self.stash_dtype(call.dtype, call.hidden.device))
-        elif keep == KEEP_DIRECTION:
+        if keep.is_direction:
             direction = new((call.kept_rows, width), dtype=torch.float32)
+        elif keep.n_columns:
+            stash = new((call.kept_rows, keep.n_columns), dtype=self.stash_dtype(call.dtype, call.hidden.device))
         kept = direction if stash is None else stash
+
         if call.outputs:
             sums = call.hidden.new_empty((n_rows, len(_ROW_EXTRAS)), dtype=torch.float64)
             self.operators.linear_forward_extras(*_inputs(call), logps, state, stash, direction, sums)
             return HeadForward(logps, state, **_extras(call, logps, sums), kept=kept)
+
         with self._full_precision(call.hidden):
             self.operators.linear_forward(*_inputs(call), logps, state, stash, direction)
         return HeadForward(logps, state, None, None, None, None, kept)
 
     def backward(
-        self,
-        call: HeadCall,
-        saved: Saved,
-        grad_logps: Tensor,
-        grad_entropy: Tensor | None,
-        needs: tuple[bool, bool, bool],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """See `base.Backend.backward`. With a gradient of the entropy it is the eager backend's."""
+        self, call: HeadCall, saved: Saved, grad_logps: Tensor, grad_entropy: Tensor | None, needs: Needs
+    ) -> Gradients:
+        """See `base.Backend.backward`. A gradient of the entropy, rare, is left to the eager backend."""
         if grad_entropy is not None:
-            anew = Saved(saved.logps, saved.state[:, :1], saved.entropy, None, None, KEEP_NOTHING)
-            return _EAGER.backward(call, anew, grad_logps, grad_entropy, needs)
-        if saved.keep == KEEP_DIRECTION:
+            recomputed = Saved(saved.logps, saved.state[:, :1], saved.entropy, None, None, Keep.nothing())
+            return _EAGER.backward(call, recomputed, grad_logps, grad_entropy, needs)
+        if saved.keep.is_direction:
             assert saved.kept is not None
             direction = saved.kept if saved.rows is None else saved.kept.index_select(0, saved.rows)
-            return (direction * grad_logps.unsqueeze(1)).to(call.hidden.dtype), None, None
+            return Gradients((direction * grad_logps.unsqueeze(1)).to(call.hidden.dtype), None, None)
+
+        # each gradient has its tensor's dtype, rounded once from float32 sums
         hidden = _known(call.hidden)
-        dx = hidden.new_empty(hidden.shape) if needs[0] else None
-        dw = call.weight.new_empty(call.weight.shape) if needs[1] else None
-        db = call.hidden.new_empty(call.weight.shape[0], dtype=torch.float32) if needs[2] else None
-        stash, rows = (saved.kept if saved.keep > KEEP_NOTHING else None), saved.rows
+        dx = hidden.new_empty(hidden.shape) if needs.hidden else None
+        dw = call.weight.new_empty(call.weight.shape) if needs.weight else None
+        db = call.hidden.new_empty(call.weight.shape[0], dtype=torch.float32) if needs.bias else None
+
+        # the CPU kernels skip rows of the stash by index; cuBLAS needs them next to each other
+        stash, rows = (saved.kept if saved.keep.n_columns else None), saved.rows
         if self.on_cuda(call.hidden):
             stash, rows = (stash if stash is None or rows is None else stash.index_select(0, rows)), None
+
         with self._full_precision(call.hidden):
             self.operators.linear_backward(
                 *_inputs(call), saved.logps, saved.state, stash, rows, grad_logps.float().contiguous(), dx, dw, db
             )
+
         if db is not None and call.bias is not None:
             db = db.to(call.bias.dtype)
-        return (None if dx is None else dx.to(call.hidden.dtype)), dw, db
+        return Gradients(None if dx is None else dx.to(call.hidden.dtype), dw, db)
 
     def _full_precision(self, tensor: Tensor) -> AbstractContextManager[object]:
-        """On CUDA the products are torch's, whose settings may allow less."""
+        """On CUDA the products are torch's, whose settings may allow lower precision."""
         return precision.full(tensor.device) if self.on_cuda(tensor) else nullcontext()
 
     def supports_pairs(self, device: torch.device) -> str | None:
@@ -162,7 +187,7 @@ class NativeBackend:
         loss_type: int,
         beta: float,
         smoothing: float,
-        out: tuple[Tensor, Tensor, Tensor, Tensor],
+        out: PairOutputs,
     ) -> None:
         """See `base.Backend.pair_epilogue`."""
         self.operators.pair_epilogue(logps, index, segment, ref, counts, loss_type, beta, smoothing, *out)
@@ -174,7 +199,7 @@ class NativeBackend:
         return self._library(device)
 
     def logits_forward(self, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """See `base.Backend.logits_forward`: one read of the logits."""
+        """See `base.Backend.logits_forward`: the logits are read once."""
         logps = logits.new_empty(logits.shape[0], dtype=torch.float32)
         lse = logits.new_empty(logits.shape[0], dtype=torch.float64)
         self.operators.logits_forward(_rows(logits), targets.contiguous(), temperature, logps, lse)
@@ -190,18 +215,21 @@ class NativeBackend:
         temperature: float,
         out: Tensor,
     ) -> None:
-        """See `base.Backend.logits_backward`: one read and one write."""
+        """See `base.Backend.logits_backward`: the logits are read once and their gradient is written once."""
         grad = grad.float().contiguous()
         self.operators.logits_backward(grad, _rows(logits), targets.contiguous(), logps, lse, temperature, out)
 
 
 def _extras(call: HeadCall, logps: Tensor, sums: Tensor) -> dict[str, Tensor | None]:
-    """The extras asked for, from what the kernel has summed over the columns without the target."""
+    """The requested extras, from the kernel's sums over all columns but the target's."""
     row = dict(zip(_ROW_EXTRAS, sums.unbind(1), strict=True))
     exact = logps.double()
-    there = row["sum"] > 0  # else the target is the only column, or NaN
-    mean_log_prob = torch.where(there, row["sum_z"] / row["sum"] - row["sum"].log(), 0 * row["sum"])
-    sum_sq_probs = torch.where(there, row["sum_sq"] / row["sum"].square(), 0 * row["sum"])
+
+    # Σ q log q and Σ q² of the softmax q over the rest; 0 (or NaN) if the target is the only column
+    has_rest = row["sum"] > 0
+    mean_log_prob = torch.where(has_rest, row["sum_z"] / row["sum"] - row["sum"].log(), 0 * row["sum"])
+    sum_sq_probs = torch.where(has_rest, row["sum_sq"] / row["sum"].square(), 0 * row["sum"])
+
     answers = {
         "entropy": entropy_of(exact, mean_log_prob).float(),
         "log_sum_sq_probs": log_sum_sq_of(exact, sum_sq_probs).float(),
@@ -212,7 +240,7 @@ def _extras(call: HeadCall, logps: Tensor, sums: Tensor) -> dict[str, Tensor | N
 
 
 def _inputs(call: HeadCall) -> tuple[object, ...]:
-    """The leading arguments of both operators."""
+    """The leading arguments of the operators `linear_forward` and `linear_backward`."""
     bias = None if call.bias is None else call.bias.detach().to(torch.float32).contiguous()
     head = call.head
     return (
@@ -222,11 +250,11 @@ def _inputs(call: HeadCall) -> tuple[object, ...]:
 
 
 def _known(hidden: Tensor) -> Tensor:
-    """`hidden`, or, of another dtype under autocast, its numbers in float32: the kernels round them."""
+    """`hidden`, in float32 if the kernels do not know its dtype (under autocast); they round it themselves."""
     return hidden if hidden.dtype in DTYPES else hidden.float()
 
 
 def _rows(matrix: Tensor) -> Tensor:
-    """`matrix` itself, or a copy whose rows lie in one piece each."""
+    """`matrix` itself, or a copy with contiguous rows."""
     matrix = matrix.detach()
     return matrix if matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1] else matrix.contiguous()

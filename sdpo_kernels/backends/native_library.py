@@ -1,7 +1,8 @@
-"""Loads the compiled libraries of the `native` backend and says, where it cannot, why and what to do.
+"""Loads the compiled libraries of the `native` backend; if it cannot, its errors say why and what to do.
 
-They hold operators for torch's dispatcher and nothing of Python. They are built when the package is installed, where
-there is a C++ compiler, and nvcc for CUDA's (setup.py). The CPU's defines the operators, so it is loaded first.
+The libraries register operators with torch's dispatcher and do not use Python. setup.py builds them when the package is
+installed, if there is a C++ compiler (and nvcc for the CUDA library). The CPU library defines the operators, so it is
+loaded first.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import torch
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CUDA_LIBRARY = PACKAGE / "_cuda.so"
-LIBRARY = Path(os.environ.get("SDPO_NATIVE_LIBRARY", PACKAGE / "_cpu.so"))  # another one for `make sanitize`
-SOURCES = PACKAGE.parent / "csrc"  # in a checkout; beside an installed wheel it may be somebody else's
+LIBRARY = Path(os.environ.get("SDPO_NATIVE_LIBRARY", PACKAGE / "_cpu.so"))  # `make sanitize` sets another one
+SOURCES = PACKAGE.parent / "csrc"  # in a checkout; next to an installed wheel it may belong to something else
 SUFFIXES = (".cpp", ".h", ".inl", ".cu", ".cuh")
 
 
 def source_digest(sources: Path, cuda: bool) -> str:
-    """Names what a library was built from: a digest of the files under `sources` that it is made of."""
+    """A digest of the files under `sources` that go into a library."""
     digest = hashlib.sha256()
     other = "cpu" if cuda else "cuda"
     for path in sorted(path for path in sources.rglob("*") if path.suffix in SUFFIXES):
@@ -33,23 +34,23 @@ def source_digest(sources: Path, cuda: bool) -> str:
 
 
 def is_checkout() -> bool:
-    """Whether this package lies beside its own sources."""
+    """Whether this package is in a checkout, next to its own sources."""
     return (SOURCES / "walk.h").is_file()
 
 
 def how_to_build() -> str:
-    """The command that builds the library of this installation anew."""
+    """The command that rebuilds the library of this installation."""
     if is_checkout():
         return f"cd {SOURCES.parent} && python setup.py build_ext --inplace"
     return "python -m pip install --no-build-isolation --no-deps --force-reinstall --no-binary :all: sdpo-kernels"
 
 
 def is_whole(library: Path) -> bool:
-    """False where an ELF file ends before its last table: loading such a one may kill the process, not just fail."""
+    """False if an ELF file ends before its last table: loading such a file can kill the process."""
     content = library.read_bytes()[:64]
     if len(content) < 64:
         return False
-    if content[:6] != b"\x7fELF\x02\x01":  # another format than 64-bit little-endian ELF: left to the loader
+    if content[:6] != b"\x7fELF\x02\x01":  # not 64-bit little-endian ELF: left to the loader
         return True
     (table_at,) = struct.unpack_from("<Q", content, 40)
     size, count = struct.unpack_from("<HH", content, 58)
@@ -57,12 +58,12 @@ def is_whole(library: Path) -> bool:
 
 
 def load() -> str | None:
-    """Load the CPU's library; None, or why there is none. Raises RuntimeError where there is one that does not fit."""
+    """Load the CPU library; None, or why there is none. RuntimeError if there is one that cannot be used."""
     return _load(LIBRARY, "a C++ compiler", lambda: torch.ops.sdpo_native.built_from(), cuda=False)
 
 
 def load_cuda() -> str | None:
-    """The same for CUDA's, after the CPU's."""
+    """The same for the CUDA library, after the CPU library."""
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
     return _load(CUDA_LIBRARY, "nvcc", lambda: torch.ops.sdpo_native.cuda_built_from(), cuda=True)
@@ -70,15 +71,20 @@ def load_cuda() -> str | None:
 
 def _load(library: Path, compiler: str, built_from: Callable[[], str], cuda: bool) -> str | None:
     if not library.exists():
-        return f"{library} is not there (built at installation where {compiler} is found); build it: {how_to_build()}"
+        return f"{library} does not exist (built at installation if {compiler} is found); to build it: {how_to_build()}"
+
+    # the library exists: from here on a problem is an error, not a reason to use another backend
     if not is_whole(library):
-        raise RuntimeError(f"{library} is cut short (a build that was stopped?); build it anew: {how_to_build()}")
+        raise RuntimeError(f"{library} is truncated (was its build interrupted?); to rebuild it: {how_to_build()}")
+
     try:
         torch.ops.load_library(str(library))
         digest = built_from()
     except (OSError, AttributeError, RuntimeError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RuntimeError(f"{library} cannot be loaded ({first}); build it anew: {how_to_build()}") from error
+        raise RuntimeError(f"{library} cannot be loaded ({first}); to rebuild it: {how_to_build()}") from error
+
+    # a checkout's library must match its sources; an installed one has none to compare with
     if is_checkout() and digest != source_digest(SOURCES, cuda):
-        raise RuntimeError(f"{library} was built from other sources than {SOURCES}; build it anew: {how_to_build()}")
+        raise RuntimeError(f"{library} was built from other sources than {SOURCES}; to rebuild it: {how_to_build()}")
     return None

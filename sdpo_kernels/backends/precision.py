@@ -1,4 +1,4 @@
-"""Matrix products summed and given in float32, whatever the session's settings are."""
+"""Matrix products that are summed and returned in float32, whatever the session's settings are."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 _lock = threading.Lock()
-_inside: dict[str, int] = {}  # how many calls need full precision now; the settings belong to the whole process
-_before: dict[str, tuple[str, bool, bool]] = {}  # what the first of them found
+_inside: dict[str, int] = {}  # how many calls need full precision now; the settings are process-wide
+_before: dict[str, tuple[str, bool, bool]] = {}  # the settings that the first of them found
 
 
 @contextmanager
 def full(device: torch.device) -> Iterator[None]:
-    """No autocast, TF32, bf16 shortcuts or bf16 split-K sums inside; the session's settings come back afterwards.
+    """No autocast, TF32, bf16 shortcuts or bf16 split-K sums inside; the session's settings are restored afterwards.
 
-    Calls may overlap, as those of autograd's threads for several devices do: the last one out restores.
+    Calls may overlap, as in autograd's threads for several devices: the last one to leave restores the settings.
     """
+    # only the first call saves and changes the settings, and only the last one restores them
     kind = "cuda" if device.type == "cuda" else "cpu"
     with _lock:
         _inside[kind] = _inside.get(kind, 0) + 1
@@ -43,9 +44,12 @@ def _setting(kind: str) -> Any:
 
 def _begin(kind: str) -> None:
     setting, cuda = _setting(kind), torch.backends.cuda.matmul
-    # torch 2.10 has one flag for reduced sums; later ones a second, whether split-K is allowed at all
+    # torch 2.10 has one flag for reduced sums; later versions have a second one that allows split-K at all
     split_k = getattr(cuda, "allow_bf16_reduced_precision_reduction_split_k", True)
+
     _before[kind] = (setting.fp32_precision, cuda.allow_bf16_reduced_precision_reduction, split_k)
+
+    # "none": nothing is set, which is full precision, too; leaving it alone keeps it inherited
     if setting.fp32_precision not in ("ieee", "none"):
         setting.fp32_precision = "ieee"
     if kind == "cuda":
@@ -55,8 +59,9 @@ def _begin(kind: str) -> None:
 def _end(kind: str) -> None:
     setting, cuda = _setting(kind), torch.backends.cuda.matmul
     fp32, reduced, split_k = _before.pop(kind)
+
     if setting.fp32_precision != fp32:
-        setting.fp32_precision = "none"  # where it was inherited it shall be inherited again
+        setting.fp32_precision = "none"  # if it was inherited, it must be inherited again
         if setting.fp32_precision != fp32:
             setting.fp32_precision = fp32
     if kind == "cuda":
@@ -81,9 +86,11 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def vector_matmul(v: Tensor, m: Tensor) -> Tensor:
-    """v @ m in float32, `v` [N] float32, `m` [N, C] bfloat16 or float32: a bfloat16 product takes v in three parts."""
+    """v @ m in float32, `v` [N] float32, `m` [N, C] bfloat16 or float32."""
     if m.dtype != torch.bfloat16:
         return torch.mv(m.t(), v)
+
+    # three bfloat16 numbers hold all 24 bits of a float32 one
     parts, rest = [], v
     for _ in range(3):
         parts.append(rest.to(torch.bfloat16))

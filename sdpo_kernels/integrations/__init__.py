@@ -1,1 +1,1 @@
-"""Adapters that let other people's models and trainers use the kernels."""
+"""Adapters for models and trainers of other libraries."""

@@ -1,10 +1,15 @@
-"""Attention over sequences that lie end to end in one row, without a mask: `attn_implementation="sdpo_packed"`.
+"""Attention over packed sequences, end to end in one row, without a mask: `attn_implementation="sdpo_packed"`.
 
 Importing this file registers the attention and its mask function with transformers; `packed_attention.py` switches
-models to it. Boundaries are where `position_ids` [1, N] restart. Every sequence gets a scaled-dot-product attention of
-its own, so no padding is computed, no [N, N] mask exists, and the scores of a sequence do not depend on what it is
-packed with. Anything that is not a packed row (padded batches, generation with a cache) gets the usual mask and the
-usual attention.
+models to it. A sequence begins where `position_ids` [1, N] restart. Every sequence gets a scaled-dot-product attention
+of its own: no padding is computed, there is no [N, N] mask, and the scores of a sequence do not depend on what it is
+packed with. Anything else (padded batches, generation with a cache) gets the usual mask and attention.
+
+For each layer:
+    1. a mask, a cache or a bidirectional layer: ordinary attention
+    2. else split the row into its sequences, attend within each, and concatenate the results
+    3. within a sequence: torch's fused attention, or blocks of queries where those are faster or the fused one cannot
+       do it (softcap, sinks)
 """
 
 from __future__ import annotations
@@ -18,12 +23,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-BLOCK = 64  # queries that attend together in _attend_in_blocks
+BLOCK = 64  # queries per block in _attend_in_blocks
+
 # In bfloat16 on CPU, blocks of float32 products beat torch's fused attention: forward + backward of stories260K under
 # autocast 30 -> 22, 118 -> 65 and 186 -> 152 ms at mean lengths 35, 124 and 256. In float32 the fused kernel wins.
-# Blocks keep their probabilities for the backward, so above this length the fused kernel's memory wins too.
+# Blocks keep their probabilities for the backward, so above this length the fused kernel's lower memory matters more.
 BLOCKS_UP_TO = 512
-PACKED = "sdpo_packed"  # a name with "sdpa" in it would be refused by models that switch SDPA off (Gemma 2)
+
+PACKED = "sdpo_packed"  # models that switch SDPA off (Gemma 2) refuse a name that contains "sdpa"
 
 
 def packed_attention(
@@ -42,14 +49,14 @@ def packed_attention(
     position_bias: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function; kwargs it knows no use for are those other implementations read.
+    """transformers' attention function; it ignores kwargs that only other implementations read.
 
     Args:
         query: [B, heads, N, D]; key, value: [B, kv_heads, M, D].
-        attention_mask: None, or [B, 1, N, M] bool (True: attend) where `packed_mask` found one to be needed.
-        sliding_window: a position attends to the last `sliding_window` positions, itself among them.
-        softcap: scores become softcap·tanh(score/softcap). s_aux: [heads], one more score a row that takes no value.
-        position_ids: [1, N] or [B, N]; a sequence begins where a position does not follow from the one before.
+        attention_mask: None, or [B, 1, N, M] bool (True: attend) if `packed_mask` found that one is needed.
+        sliding_window: a position attends to the last `sliding_window` positions, including itself.
+        softcap: scores become softcap·tanh(score/softcap). s_aux: [heads], one more score per row, without a value.
+        position_ids: [1, N] or [B, N]; a sequence begins where a position is not the previous one plus 1.
 
     Returns:
         [B, N, heads, D] and None.
@@ -58,10 +65,13 @@ def packed_attention(
         raise ValueError(f"position_bias: was given to {PACKED} attention, must be None")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     options: dict[str, Any] = {"dropout": dropout, "scaling": scaling, "softcap": softcap, "sinks": s_aux}
+
+    # not a packed row: ordinary attention
     if attention_mask is not None or not causal or query.shape[2] != key.shape[2]:
         return _attend_masked(query, key, value, attention_mask, **options).transpose(1, 2).contiguous(), None
+
+    # split and cat: with slices, the backward would build a gradient of the whole row for every sequence
     lengths = _lengths(position_ids, query)
-    # split and cat: slicing would give the backward a gradient of the whole row for every sequence
     parts = [
         _attend_causal(q, k, v, sliding_window, **options)
         for q, k, v in zip(*(t.split(lengths, 2) for t in (query, key, value)), strict=True)
@@ -78,7 +88,7 @@ def packed_mask(
     use_vmap: bool = False,
     **kwargs: Any,
 ) -> Tensor | None:
-    """No mask for a row without padding; sdpa's for padding, a cache (M != N) or a model's own overlay (use_vmap)."""
+    """None for a row without padding; sdpa's mask for padding, a cache (M != N) or a model's own overlay (use_vmap)."""
     padded = attention_mask is not None and not bool(attention_mask.all())
     if not padded and not use_vmap and q_length == kv_length:
         return None
@@ -91,7 +101,7 @@ AttentionMaskInterface.register(PACKED, packed_mask)
 
 
 def _lengths(position_ids: Tensor | None, query: Tensor) -> list[int]:
-    """Lengths of the sequences in the row. Every layer works them out anew: keeping them showed no gain."""
+    """Lengths of the sequences in the row. Every layer computes them again: caching them showed no gain."""
     if position_ids is None:
         raise ValueError(f"position_ids: did not reach the attention layer, {PACKED} attention needs them")
     lengths = sequence_lengths(position_ids)
@@ -120,6 +130,8 @@ def _attend_causal(
     blocks_pay = q.device.type == "cpu" and half and length <= BLOCKS_UP_TO
     if blocks_pay or _is_special(**special):
         return _attend_in_blocks(q, k, v, window, dropout=dropout, scaling=scaling, **special)
+
+    # torch's fused kernels take a causal flag, or a mask, but know no window
     mask = None
     if window is not None:
         position = torch.arange(length, device=q.device)
@@ -131,15 +143,18 @@ def _attend_causal(
 
 
 def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int | None, **options: Any) -> Tensor:
-    """Causal attention [1, heads, L, D], 64 queries at a time, each block with the keys it can see and no others."""
+    """Causal attention [1, heads, L, D], 64 queries at a time, each block with only the keys that it can see."""
     out, begin = [], 0
     for block in q.split(BLOCK, 2):
         end = begin + block.shape[2]
         start = 0 if window is None else max(0, begin - window + 1)
+
+        # −inf above the diagonal, and for keys that have left the window
         shape, lead = (end - begin, end - start), begin - start
         bias = torch.full(shape, float("-inf"), device=q.device).triu_(lead + 1)
         if window is not None:
             bias += torch.full(shape, float("-inf"), device=q.device).tril_(lead - window)
+
         out.append(_explicit(block, k[:, :, start:end], v[:, :, start:end], bias, **options))
         begin = end
     return torch.cat(out, 2)
@@ -148,19 +163,19 @@ def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int | None, **opt
 def _attend_masked(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: float, scaling: float | None, **special: Any
 ) -> Tensor:
-    """[B, heads, N, D] of a batch with a mask [B, 1, N, M], or of queries that may see every key."""
+    """[B, heads, N, D] of a batch with a mask [B, 1, N, M], or of queries that see every key."""
     if not _is_special(**special):
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scaling, enable_gqa=grouped)
     bias = torch.zeros((), device=q.device)
     if mask is not None:
-        lowest = torch.finfo(torch.float32).min  # not -inf: the rows of padding see no key at all
+        lowest = torch.finfo(torch.float32).min  # not -inf: padding rows see no key at all
         bias = torch.zeros(mask.shape, device=q.device).masked_fill_(~mask, lowest).unsqueeze(2)
     return _explicit(q, k, v, bias, dropout=dropout, scaling=scaling, **special)
 
 
 def _is_special(softcap: float | None, sinks: Tensor | None) -> bool:
-    """Whether torch's attention cannot do it."""
+    """Whether torch's fused attention cannot compute it."""
     return softcap is not None or sinks is not None
 
 
@@ -181,10 +196,12 @@ def _explicit(
     """
     (batch, heads, length, width), kv_heads = q.shape, k.shape[1]
     dtype, out_dtype = torch.promote_types(q.dtype, torch.float32), v.dtype
+    # scores are float32 or wider, whatever the session's autocast
     with torch.autocast(q.device.type, enabled=False):
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         q = q * (width**-0.5 if scaling is None else scaling)
-        # the query heads that share a key head are more rows of one product
+
+        # query heads that share a key head are additional rows of one product
         scores = q.reshape(batch, kv_heads, -1, width) @ k.transpose(2, 3)
         scores = scores.view(batch, kv_heads, heads // kv_heads, length, k.shape[2])
         if softcap is not None:
@@ -193,6 +210,7 @@ def _explicit(
         if sinks is not None:
             column = sinks.to(dtype).view(1, kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
             scores = torch.cat([scores, column], -1)
+
         probs = F.dropout(scores.softmax(-1)[..., : k.shape[2]], dropout)
         out = probs.reshape(batch, kv_heads, -1, k.shape[2]) @ v
     return out.view(batch, heads, length, v.shape[3]).to(out_dtype)

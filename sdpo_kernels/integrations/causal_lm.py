@@ -1,14 +1,13 @@
-"""Hugging Face causal language models with the fused head: token log-probs straight from `model(...)`, without logits.
+"""Hugging Face causal language models with the fused head: token log-probs directly from `model(...)`, no logits.
 
     model = AutoModelForCausalLM.from_pretrained(...)
     disable_dropout(model)
     attach_fused_head(model)                      # before PEFT, accelerate, DDP or FSDP wrap it
-    check_head(model, input_ids)                  # the fused log-probs against the model's own logits
+    check_head(model, input_ids)                  # compares the fused log-probs with the model's own logits
     out = model(input_ids=..., position_ids=..., logp_targets=...)   # out.logps [N] fp32
 
-The head runs inside the model's own `forward`, so the hooks of whatever wraps the model later (DDP's gradient
-synchronisation, FSDP's gathering, accelerate's autocast) fire as they do for any other forward. Without `logp_targets`
-the model behaves as before.
+The head runs inside the model's own `forward`, so the hooks of later wrappers (DDP's gradient synchronisation, FSDP's
+gathering, accelerate's autocast) fire as in any other forward. Without `logp_targets` the model behaves as before.
 """
 
 from __future__ import annotations
@@ -44,16 +43,16 @@ __all__ = [
 
 Model = TypeVar("Model", bound=nn.Module)
 
-CHECK_TOKENS = 128  # how much of the sequence check_head looks at: its logits are built whole
+CHECK_TOKENS = 128  # check_head uses this many tokens: it computes all their logits
 RANDOM_RATE = re.compile("drop|jitter")  # jitter: the noise of some mixture-of-experts routers
 
 
 @dataclass
 class LogpsOutput(ModelOutput):
-    """What the model returns when it gets `logp_targets`."""
+    """What the model returns if it gets `logp_targets`."""
 
     logps: Tensor | None = None  # [N] fp32, N = the batch's flattened rows; 0 where a row is not scored
-    entropy: Tensor | None = None  # these, where logp_outputs names them, as in `LinearLogps`
+    entropy: Tensor | None = None  # the following if logp_outputs names them, as in `LinearLogps`
     log_sum_sq_probs: Tensor | None = None
     mean_logits: Tensor | None = None
     is_top1: Tensor | None = None
@@ -61,39 +60,41 @@ class LogpsOutput(ModelOutput):
 
 @dataclass(frozen=True)
 class _Fused:
-    """What attach_fused_head leaves on the model."""
+    """What attach_fused_head stores on the model."""
 
     backend: str
     stash_bytes: int | str
-    previous: Callable[..., Any] | None  # an instance's own forward that was there before, if any
+    previous: Callable[..., Any] | None  # the instance's own forward before that, if it had one
 
 
 def attach_fused_head(model: Model, *, backend: str = "auto", stash_bytes: int | str = "auto") -> Model:
-    """Let `model` answer `model(input_ids=..., logp_targets=...)` with log-probs; returns the same object.
+    """Make `model(input_ids=..., logp_targets=...)` return log-probs; returns the same object.
 
-    Call it on the bare model, before `get_peft_model`, `Trainer` or DDP/FSDP see it. Afterwards `forward` takes
+    Call it on the bare model, before `get_peft_model`, `Trainer` or DDP/FSDP wrap it. Afterwards `forward` takes
 
         logp_targets: int64 of input_ids' shape; `logp_targets[i, t]` is the token that position t predicts (already
             shifted), -100 = not scored
         logp_rows: `ScoredRows` of the flattened batch, or None
-        logp_outputs: names of `linear_logps`'s further outputs, which then stand beside `logps`
+        logp_outputs: names of `linear_logps`'s further outputs, to be returned with `logps`
 
-    and then returns `LogpsOutput(logps=[N] fp32)`; the key/value cache is off. Nothing is added to the model's config
-    or state dict. `backend` and `stash_bytes` are `linear_logps`'s. A head that `fully_shard` has put into a group of
-    its own stays cut: its rows are sent round in chunks (`sharded_linear_logps`), in plain torch whatever `backend` is.
-    Undone by `detach_fused_head`.
+    and returns `LogpsOutput(logps=[N] fp32)`; the key/value cache is off. Nothing is added to the model's config or
+    state dict. `backend` and `stash_bytes` are those of `linear_logps`. A head that is a `fully_shard` group of its
+    own stays sharded: its rows are broadcast in chunks (`sharded_linear_logps`), in plain torch whatever `backend` is.
+    `detach_fused_head` undoes it.
 
     Raises:
-        ValueError: the model has no head that can be found, or has one attached already.
+        ValueError: no head was found, or the model already has a fused head.
     """
     base = unwrap(model)
     find_head(base)
     if hasattr(base, "_sdpo_fused"):
-        raise ValueError(f"model: was a {type(base).__name__} with a fused head already, must be one without")
+        raise ValueError(f"model: was a {type(base).__name__} that already has a fused head, must be one without")
+
     previous = base.__dict__.get("forward")
     base._sdpo_fused = _Fused(backend, stash_bytes, previous)  # type: ignore[assignment]
+
     # A bound method, so that copy.deepcopy binds the copy's forward to the copy. No __wrapped__: accelerate's
-    # unwrap_model follows that chain to its end and would strip the fused head together with its autocast.
+    # unwrap_model follows that chain to its end and would remove the fused head together with its autocast.
     forward = _make_forward()
     forward.__signature__ = _extended_signature(previous or type(base).forward)  # type: ignore[attr-defined]
     base.forward = MethodType(forward, base)
@@ -101,7 +102,7 @@ def attach_fused_head(model: Model, *, backend: str = "auto", stash_bytes: int |
 
 
 def detach_fused_head(model: Model) -> Model:
-    """Undo `attach_fused_head`; returns the same object. Wrappers put around `forward` since (accelerate's) go too.
+    """Undo `attach_fused_head`; returns the same object. This also removes later wrappers of `forward` (accelerate's).
 
     Raises:
         ValueError: no fused head is attached.
@@ -118,7 +119,7 @@ def detach_fused_head(model: Model) -> Model:
 def _attached(base: nn.Module) -> _Fused:
     fused = base.__dict__.get("_sdpo_fused")
     if fused is None:
-        raise ValueError(f"model: was a {type(base).__name__} without a fused head, call attach_fused_head first")
+        raise ValueError(f"model: was a {type(base).__name__} without a fused head; call attach_fused_head first")
     return fused
 
 
@@ -134,9 +135,11 @@ def _make_forward() -> Callable[..., Any]:
         if logp_targets is not None:
             found = _fused_logps(self, args, kwargs, logp_targets, logp_rows, logp_outputs)
             return LogpsOutput(logps=found.logps, **{name: getattr(found, name) for name in logp_outputs})
+
+        # without targets it is the model's own forward; a forgotten target must not pass unnoticed
         for name, given in {"logp_rows": logp_rows is not None, "logp_outputs": bool(logp_outputs)}.items():
             if given:
-                raise ValueError(f"{name}: was given without logp_targets, must come with them")
+                raise ValueError(f"{name}: was given without logp_targets, must be given with them")
         previous = _attached(self).previous
         return previous(*args, **kwargs) if previous is not None else type(self).forward(self, *args, **kwargs)
 
@@ -144,11 +147,13 @@ def _make_forward() -> Callable[..., Any]:
 
 
 def _extended_signature(forward: Callable[..., Any]) -> inspect.Signature:
-    """`forward`'s signature with the new keywords: Trainer and generate() read it."""
+    """`forward`'s signature with the new keywords, for Trainer and generate(), which read it."""
     signature = inspect.signature(forward)
+    # Trainer drops batch columns that forward does not name
     parameters = list(signature.parameters.values())
-    if not parameters or parameters[0].name != "self":  # an instance's own forward; ours is bound again
+    if not parameters or parameters[0].name != "self":  # an instance's own forward is bound; ours is not yet
         parameters.insert(0, inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD))
+
     defaults: dict[str, Any] = {"logp_targets": None, "logp_rows": None, "logp_outputs": ()}
     new = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=value) for n, value in defaults.items()]
     last = parameters[-1].kind == inspect.Parameter.VAR_KEYWORD
@@ -163,8 +168,10 @@ def _fused_logps(
     rows: ScoredRows | None,
     outputs: Sequence[str],
 ) -> LinearLogps:
-    """[N] fp32: body, then the fused head."""
+    """Body, then the fused head: log-probs [N] fp32."""
     fused = _attached(base)
+
+    # the same arguments as the model's forward, except those about logits
     if len(args) > 1:
         raise ValueError(f"forward: was given {len(args)} positional arguments with logp_targets, must be at most 1")
     inputs = {name: value for name, value in kwargs.items() if value is not None}
@@ -174,16 +181,21 @@ def _fused_logps(
     if args:
         inputs["input_ids"] = args[0]
     inputs["use_cache"] = False
+
+    # found again at every call: adapters may have been added, merged or switched off
     head = find_head(base)
     hidden = head.hidden(**inputs)  # [B, T, H]
     if hidden.shape[:-1] != targets.shape:
         wanted, was = list(hidden.shape[:-1]), list(targets.shape)
         raise ValueError(f"logp_targets: was of shape {was}, must be {wanted}, one target for each hidden state")
+
     flat, on_device = hidden.flatten(0, -2), targets.reshape(-1).to(hidden.device)
-    if head.is_cut:  # by FSDP2, in a group of its own
+    if head.is_cut:  # sharded by FSDP2, as a group of its own
         from sdpo_kernels.integrations.sharded_head import sharded_head_logps
 
         return sharded_head_logps(head, flat, on_device, outputs=outputs, rows=rows)
+
+    # with LoRA on the head, its features are additional columns
     rows_in, weight, bias = head.operands(flat)
     return linear_logps(
         rows_in,
@@ -202,9 +214,9 @@ def _fused_logps(
 def disable_dropout(model: nn.Module) -> int:
     """Set every random rate of `model` to 0 and return how many were above 0 before.
 
-    Dropout modules, float attributes that modules read at run time (Llama's `attention_dropout`, router jitter), and
-    the same in the config and its sub-configs, because some attention layers read their config. A config saved
-    afterwards says 0 too.
+    These are dropout modules, float attributes that modules read at run time (Llama's `attention_dropout`, router
+    jitter), and the same in the config and its sub-configs, because some attention layers read their config. A config
+    saved afterwards contains the zeros.
     """
     changed = 0
     configs: dict[int, Any] = {}
@@ -237,7 +249,7 @@ def _collect_configs(config: Any, found: dict[int, Any]) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model` in eval mode without gradients; every module's own training flag comes back afterwards."""
+    """`model` in eval mode, without gradients; every module's own training flag is restored afterwards."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -251,15 +263,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def check_head(model: nn.Module, input_ids: Tensor) -> float:
     """Compare the fused log-probs of one sequence with the model's own logits; returns the largest deviation in nats.
 
-    Under DDP or FSDP every process calls it: both forwards are collective.
+    Under DDP or FSDP every rank must call it: both forwards are collective.
 
     Args:
-        model: with its fused head attached, and wrapped as it will be trained (PEFT adapters included).
+        model: with its fused head attached, wrapped as for training (PEFT adapters included).
         input_ids: [T] or [1, T] int64, T >= 2; the first 128 tokens are used.
 
     Raises:
-        ValueError: the deviation exceeds what rounding in the head's dtype explains, or a trainable parameter of the
-            head is not reached by the gradient (a new adapter that is dropped changes no log-prob yet).
+        ValueError: the deviation is larger than rounding in the head's dtype explains, or the gradient does not reach a
+            trainable parameter of the head (a new adapter changes no log-prob yet, so only this shows that it is lost).
     """
     base = unwrap(model)
     _attached(base)
@@ -269,6 +281,8 @@ def check_head(model: nn.Module, input_ids: Tensor) -> float:
         raise ValueError(f"input_ids: was of {ids.shape[1]} tokens, must be at least 2")
     positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
     targets = torch.cat([ids[:, 1:], ids.new_full((1, 1), IGNORE_INDEX)], 1)
+
+    # the hook notes the dtype that the model's own head computes in, which sets the tolerance
     dtypes: list[torch.dtype] = []
     hook = head.module.register_forward_hook(lambda _module, _args, out: dtypes.append(out.dtype))
     try:
@@ -278,25 +292,27 @@ def check_head(model: nn.Module, input_ids: Tensor) -> float:
             missed = _unreached(head)
     finally:
         hook.remove()
+
+    # the last position predicts nothing
     own = logits.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None].to(logits.device)).squeeze(1)
     deviation = float((fused[:-1].to(own.device) - own).abs().max())
     tolerance = _tolerance(dtypes[0] if dtypes else torch.float32, logits, head.width)
-    if not deviation <= tolerance:  # NaN counts
+    if not deviation <= tolerance:  # also if it is NaN
         raise ValueError(
             f"model: fused log-probs of this {type(base).__name__} differ from its own logits by {deviation:.3g} nat, "
             f"must be at most {tolerance:.3g}. Usual causes: a logit scale or softcap under another name in the config "
             f"(found logit_scale {head.logit_scale:g}, softcap {head.softcap}), a head that is more than one linear "
-            f"layer, or an adapter on the head ({type(head.module).__name__}) that was dropped"
+            f"layer, or an adapter on the head ({type(head.module).__name__}) that was ignored"
         )
     if missed:
         raise ValueError(
-            f"model: the fused head never reaches its trainable {', '.join(missed)}; was the adapter dropped?"
+            f"model: no gradient of the fused head reaches its trainable {', '.join(missed)}; was the adapter ignored?"
         )
     return deviation
 
 
 def _tolerance(dtype: torch.dtype, logits: Tensor, width: int) -> float:
-    """What rounding explains: a few ulp of the largest logit, and in fp32 the sum over the width besides."""
+    """What rounding explains: a few ulp of the largest logit; in float32 and float64 times sqrt(width), for the sum."""
     eps = torch.finfo(dtype).eps
     if dtype == torch.float32 and logits.is_cuda and torch.backends.cuda.matmul.allow_tf32:
         eps = 2.0**-10

@@ -1,26 +1,26 @@
-"""DPO in your own loop over a Hugging Face causal LM: score pairs, take a step, never make logits.
+"""DPO in your own training loop with a Hugging Face causal LM: score pairs, take a step, without logits.
 
     model = attach_fused_head(AutoModelForCausalLM.from_pretrained(...))      # before PEFT, DDP or FSDP wrap it
     ref_logps = score_pairs(model, input_ids, labels, attention_mask)         # [2B], once, before training
     out = dpo_step(model, input_ids, labels, attention_mask, ref_logps=ref_logps, beta=0.1)
     out.loss.backward(); optimizer.step()
 
-A batch holds the chosen sequences first and the rejected ones, in the same order, after them; `labels` are as
-transformers has them: the input ids, −100 where a token is not scored, not shifted.
+A batch holds the chosen sequences first, then the rejected ones in the same order. `labels` are those of transformers:
+the input ids, −100 for tokens that are not scored, not shifted.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sdpo_kernels.dpo import DPOOutput, pair_output, sequence_logps
+from sdpo_kernels.dpo_output import DPOOutput, pair_output
 from sdpo_kernels.integrations.causal_lm import evaluating, unwrap
 from sdpo_kernels.losses import LossSum, LossType, loss_sum
-from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
+from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows, sequence_logps
 from sdpo_kernels.token_weights import agreement_weights, length_weights
 
 
@@ -37,9 +37,9 @@ def score_pairs(
 
     Args:
         model: with its fused head attached (`attach_fused_head`), wrapped or not.
-        input_ids, labels: [2B, T] int64, chosen half first; attention_mask: [2B, T], 0 where padded.
-        without_adapter: of a PEFT model the base alone, the reference of a LoRA run.
-        ld_alpha: the weight of tokens beyond the pair's shorter answer, for references of the loss ld_dpo.
+        input_ids, labels: [2B, T] int64, chosen half first; attention_mask: [2B, T], 0 for padding.
+        without_adapter: score a PEFT model with its adapter off: the reference of a LoRA run.
+        ld_alpha: the weight of tokens beyond the pair's shorter answer, for the reference of the loss ld_dpo.
 
     Raises:
         ValueError: naming the argument, what it was and what it should be.
@@ -48,7 +48,7 @@ def score_pairs(
         raise ValueError(f"model: was a {type(model).__name__} with without_adapter, must be a PEFT model")
     base = model.disable_adapter() if without_adapter else nullcontext()  # type: ignore[operator]
     with evaluating(model), base:
-        return _sums(model, input_ids, labels, attention_mask, None, ld_alpha)[0]
+        return _score(model, input_ids, labels, attention_mask, None, ld_alpha).sums
 
 
 def dpo_step(
@@ -65,26 +65,36 @@ def dpo_step(
     """The loss of B pairs, which carries the gradient into `model`, and their metrics (see `DPOOutput`).
 
     Args as `score_pairs`, and
-        ref_logps: [2B] of the reference; may be left out for losses that read none (simpo, cpo, orpo, sft).
+        ref_logps: [2B] of the reference; optional for losses that read none (simpo, cpo, orpo, sft).
         beta, loss_type and its options: as in `fused_linear_dpo`.
     """
     wanted = loss_sum(loss_type, loss_options)
     if ref_logps is None and not wanted.reference_free:
         raise ValueError(f"ref_logps: was None, must be given: the loss {wanted.label!r} reads the reference")
-    sums, rows, weights = _sums(model, input_ids, labels, attention_mask, wanted, wanted.ld_alpha)
-    ref_logps = torch.zeros_like(sums) if ref_logps is None else ref_logps
-    return pair_output(sums, ref_logps, rows.counts, pair_weights=weights, loss_type=wanted, beta=beta)
+
+    scored = _score(model, input_ids, labels, attention_mask, wanted, wanted.ld_alpha)
+    ref_logps = torch.zeros_like(scored.sums) if ref_logps is None else ref_logps
+    return pair_output(
+        scored.sums, ref_logps, scored.rows.counts, pair_weights=scored.pair_weights, loss_type=wanted, beta=beta
+    )
 
 
-def _sums(
+class _Scored(NamedTuple):
+    """A batch, scored by the model."""
+
+    sums: Tensor  # [2B]
+    rows: ScoredRows
+    pair_weights: Tensor | None  # [B], if the loss needs them
+
+
+def _score(
     model: nn.Module,
     input_ids: Tensor,
     labels: Tensor,
     attention_mask: Tensor | None,
     wanted: LossSum | None,
     ld_alpha: float | None,
-) -> tuple[Tensor, ScoredRows, Tensor | None]:
-    """Sums [2B], the scored rows, and the pairs' weights [B] where the loss wants them."""
+) -> _Scored:
     _check(model, input_ids, labels)
     end = labels.new_full((len(labels), 1), IGNORE_INDEX)
     targets = torch.cat([labels[:, 1:], end], 1)  # position t predicts token t + 1
@@ -92,15 +102,19 @@ def _sums(
     if bool((rows.counts == 0).any()):
         sequence = int((rows.counts == 0).nonzero()[0])
         raise ValueError(f"labels: sequence {sequence} has no scored token after its first, must have at least one")
+
+    # one forward for both halves of the batch
     weighs_pairs = wanted is not None and wanted.weighs_pairs
     extras: dict[str, Any] = {"logp_outputs": ("log_sum_sq_probs",)} if weighs_pairs else {}
     out = model(
         input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logp_targets=targets, logp_rows=rows,
         **extras,
     )  # fmt: skip
+
     token_weights = None if ld_alpha is None else length_weights(rows, ld_alpha)
     sums = sequence_logps(out.logps, rows, token_weights)
-    return sums, rows, agreement_weights(out.logps, out.log_sum_sq_probs, rows) if weighs_pairs else None
+    pair_weights = agreement_weights(out.logps, out.log_sum_sq_probs, rows) if weighs_pairs else None
+    return _Scored(sums, rows, pair_weights)
 
 
 def _check(model: nn.Module, input_ids: Tensor, labels: Tensor) -> None:

@@ -1,10 +1,10 @@
-"""Find the head of a Hugging Face causal language model: its body, its weight, and how its products become logits.
+"""Find the head of a Hugging Face causal language model: its body, its weight, and its logit transform.
 
     head = find_head(model)
     hidden = head.hidden(input_ids=..., position_ids=..., use_cache=False)   # [B, T, H]
-    rows, weight, bias = head.operands(hidden.flatten(0, -2))                # what linear_logps takes
+    rows, weight, bias = head.operands(hidden.flatten(0, -2))                # arguments of linear_logps
 
-Adapters that PEFT puts on the head are followed: LoRA, and a head named in `modules_to_save`.
+PEFT adapters on the head are supported: LoRA, and a head named in `modules_to_save`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap
 
 @dataclass(frozen=True)
 class LMHead:
-    """z = softcap·tanh(logit_scale·(hidden·weightᵀ + bias)/softcap), of the hidden states that `body` gives."""
+    """z = softcap·tanh(logit_scale·(hidden·weightᵀ + bias)/softcap), of the hidden states that `body` returns."""
 
-    body: nn.Module  # gives last_hidden_state
-    module: Any  # nn.Module: what the model calls its output embedding, PEFT's wrapper included
+    body: nn.Module  # returns last_hidden_state
+    module: Any  # nn.Module: the model's output embedding, including PEFT's wrapper
     logit_scale: float = 1.0
     softcap: float | None = None
 
@@ -36,7 +36,7 @@ class LMHead:
 
     @property
     def is_cut(self) -> bool:
-        """Whether its weight's rows are spread over processes (a DTensor that FSDP2 has not gathered)."""
+        """Whether its weight is sharded over ranks (a DTensor that FSDP2 has not gathered)."""
         return hasattr(self._base().weight, "device_mesh")
 
     def hidden(self, **inputs: Any) -> Tensor:
@@ -45,7 +45,7 @@ class LMHead:
         return out[0] if isinstance(out, tuple) else out.last_hidden_state
 
     def weight(self) -> Tensor:
-        """[V, H]; with LoRA on the head base weight + deltas, in the wider of their dtypes; differentiable."""
+        """[V, H]; with LoRA on the head, base weight + deltas in the wider of their dtypes; differentiable."""
         weight = self._base().weight
         for name in self._lora_names():
             weight = weight + self.module.get_delta_weight(name)
@@ -62,11 +62,12 @@ class LMHead:
         return bias
 
     def operands(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Rows [N, H'], weight [V, H'], bias [V] or None, whose product is that of `hidden` [N, H] with the head.
+        """Rows [N, H'], weight [V, H'] and bias [V] or None, with the same product as `hidden` [N, H] and the head.
 
-        A LoRA of rank r is r more columns (H' = H + r), [x, s·A·x]·[W, B]ᵀ, not W + s·B·A: added to a bfloat16
-        weight, a delta under half its ulp rounds away without a trace, and the [V, H] delta is never built.
+        A LoRA of rank r is r more columns (H' = H + r), [x, s·A·x]·[W, B]ᵀ, instead of W + s·B·A: a delta below half an
+        ulp of a bfloat16 weight would be lost in the sum. Nor is the [V, H] delta ever built.
         """
+        # in the dtypes of PEFT's own forward: features in the adapter's, then rounded to hidden's
         base = self._base()
         rows, weights = [hidden], [base.weight]
         for name in self._lora_names():
@@ -74,13 +75,14 @@ class LMHead:
             features = lora_a(hidden.to(lora_a.weight.dtype)) * self.module.scaling[name]
             rows.append(features.to(hidden.dtype))
             weights.append(lora_b.weight.to(base.weight.dtype))
+
         if len(rows) == 1:
             return hidden, base.weight, self.bias()
         bias = self.bias()
         return torch.cat(rows, 1), torch.cat(weights, 1), bias if bias is None else bias.to(base.weight.dtype)
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
-        """Name and parameter of everything in the head that trains."""
+        """Names and parameters of everything trainable in the head."""
         return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
 
     def _base(self) -> Any:
@@ -100,6 +102,8 @@ class LMHead:
         module = self.module
         if not hasattr(module, "lora_A") or module.disable_adapters or module.merged:
             return []
+
+        # operands() computes plain LoRA without dropout only
         names = [name for name in module.active_adapters if name in module.lora_A]
         for name in names:
             dropout = module.lora_dropout[name]
@@ -125,20 +129,21 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def find_head(model: nn.Module) -> LMHead:
-    """The head of a causal language model, PEFT-wrapped or not.
+    """The head of a causal language model, wrapped by PEFT or not.
 
     Raises:
-        ValueError: no body, no head, or a head that is not one linear layer with a plain weight.
+        ValueError: no body, no head, or a head that is not one linear layer with an ordinary weight.
     """
     model = unwrap(model)
     name = type(model).__name__
     get_head = getattr(model, "get_output_embeddings", None)
     module = get_head() if get_head is not None else None
     body = getattr(model, "base_model", model)
-    if body is model:  # a class whose base_model_prefix names no attribute of it (Llama 4's text model)
+    if body is model:  # base_model_prefix does not name an attribute of the class (Llama 4's text model)
         body = getattr(model, "model", model)
     if module is None or body is model:
         raise ValueError(f"model: was a {name}, must be a causal language model with a body and an output embedding")
+
     head = LMHead(body, module, *_transform(model.config))
     _check_weight(head)
     return head
@@ -158,7 +163,7 @@ def _check_weight(head: LMHead) -> None:
 
 
 def _transform(config: Any) -> tuple[float, float | None]:
-    """(logit_scale, softcap) by the names that model families use."""
+    """(logit_scale, softcap), under the names that model families use in their configs."""
     text = config.get_text_config()
     scale = 1.0
     for name in MULTIPLIERS:

@@ -1,11 +1,14 @@
-"""Switch a model to an attention that keeps packed sequences apart, or say why it cannot be.
+"""Switch a model to an attention that keeps packed sequences apart, or say why that is impossible.
 
     reason = use_packed_attention(model)     # None: packed rows are safe now
     model(input_ids=ids, position_ids=positions)   # [1, N]; positions restart at 0 with each sequence; no mask
 
-On CUDA FlashAttention and FlexAttention, which know restarting positions too, replace our own. Recurrent,
-convolutional and linear-attention layers carry state over a sequence's end without any error, so nothing is believed
-that a probe of two short sequences has not shown.
+    1. reject models with layers that are known to carry state over a sequence's end (recurrent, convolutional, linear
+       attention): they would do so without any error
+    2. switch to our own attention (attention_by_sequence.py) and probe it with two short sequences in one row
+    3. on CUDA try FlashAttention and FlexAttention, which support restarting positions too, in the same way
+
+An attention is used only if its probe passes.
 """
 
 from __future__ import annotations
@@ -39,26 +42,29 @@ PROBE_LENGTHS = (7, 6)
 def use_packed_attention(model: nn.Module) -> str | None:
     """Switch `model` to an attention that keeps the sequences of one packed row apart.
 
-    Call it before DDP or FSDP wrap the model, under the autocast it will be trained with.
+    Call it before DDP or FSDP wrap the model, under the autocast used for training.
 
     Returns:
-        None when the model is switched; otherwise why it cannot be, and the model is as it was. It then needs padded
+        None if the model was switched; else why it cannot be. In that case the model is unchanged and needs padded
         batches with an attention mask.
     """
     base: Any = unwrap(model)
     reason = _stateful_layer(base)
     if reason is not None:
         return reason
+
     before = base.config._attn_implementation
     head = find_head(base)
     sequences = _probe_sequences(base)
     with evaluating(base):
         alone = [_hidden(head, [ids]) for ids in sequences]
-    # Our own first, on every device: it is the one whose layers are asked what window they were told.
+
+    # Our own first, on every device: only with it can the probe see the windows that the layers get.
     reason = _try(base, head, PACKED, sequences, alone)
     if reason is not None:
         base.set_attn_implementation(before)
         return reason
+
     for name in _faster(next(base.parameters())):
         slower = _try(base, head, name, sequences, alone)
         if slower is None:
@@ -69,7 +75,7 @@ def use_packed_attention(model: nn.Module) -> str | None:
 
 
 def _faster(parameter: Tensor) -> list[str]:
-    """What goes before our own on CUDA. Written on a machine without CUDA and never run there."""
+    """What is preferred to our own on CUDA. Written without access to CUDA and not yet run there."""
     if not parameter.is_cuda:
         return []
     autocast = torch.is_autocast_enabled("cuda")
@@ -79,7 +85,7 @@ def _faster(parameter: Tensor) -> list[str]:
 
 
 def _stateful_layer(base: Any) -> str | None:
-    """Why the kinds of the model's layers rule packing out, or None."""
+    """Why the model's layers rule out packing, or None."""
     kind = type(base).__name__
     layer_types = getattr(base.config.get_text_config(), "layer_types", None) or []
     others = sorted(set(layer_types) - PACKABLE_LAYERS)
@@ -94,7 +100,8 @@ def _stateful_layer(base: Any) -> str | None:
 
 
 def _try(base: Any, head: LMHead, name: str, sequences: list[Tensor], alone: list[Tensor]) -> str | None:
-    """Switch to `name` and probe it; None when it is right, else what is wrong."""
+    """Switch to `name` and probe it; None if it is right, else what is wrong."""
+    # some models accept the name and ignore it, so look at the config afterwards
     kind = type(base).__name__
     try:
         base.set_attn_implementation(name)
@@ -105,12 +112,12 @@ def _try(base: Any, head: LMHead, name: str, sequences: list[Tensor], alone: lis
     try:
         with evaluating(base):
             return _probe(base, head, sequences, alone)
-    except (ValueError, RuntimeError, TypeError) as error:  # a model or a GPU kernel that cannot take such a row
+    except (ValueError, RuntimeError, TypeError) as error:  # a model or a GPU kernel that does not support such a row
         return f"{kind} fails on a packed row with {name} attention: {error}"
 
 
 def _probe(base: Any, head: LMHead, sequences: list[Tensor], alone: list[Tensor]) -> str | None:
-    """What goes wrong with both sequences in one row under the present attention, or None."""
+    """What goes wrong with both sequences in one row under the current attention, or None."""
     kind = type(base).__name__
     with _windows() as windows:
         together = _hidden(head, sequences)
@@ -118,46 +125,48 @@ def _probe(base: Any, head: LMHead, sequences: list[Tensor], alone: list[Tensor]
     other = _hidden(head, [first.roll(1).flip(0), second])
     tail = len(first)
     eps = torch.finfo(_compute_dtype(together)).eps
-    # The row's shape is the same in both, so only what leaks can differ, and rounding where experts regroup.
+
+    # Both rows have the same shape: the second sequence can differ only by a leak, or by rounding if experts regroup.
     leak = _relative(other[tail:], together[tail:])
     if not leak <= eps**0.5 / 8:
-        return (
-            f"sequences leak into each other in {kind}: another neighbour moved hidden states by {leak:.1e} (relative)"
-        )
+        moved = f"another neighbour changes hidden states by {leak:.1e} (relative)"
+        return f"sequences leak into each other in {kind}: {moved}"
+
     change = _relative(together, torch.cat(alone))
     if not change <= eps**0.5:
-        return f"{kind} scores a packed sequence otherwise than alone: hidden states differ by {change:.1e} (relative)"
-    # A model may build a sliding mask that no layer of it uses.
+        return f"{kind} scores a packed sequence differently: its hidden states change by {change:.1e} (relative)"
+
+    # A model may build a sliding mask that none of its layers uses.
     slides = "sliding_attention" in (
         getattr(base.config.get_text_config(), "layer_types", None) or ["sliding_attention"]
     )
     told, asked = sorted(windows["attention"]), sorted(windows["mask"] if slides else ())
     if told != asked:
-        return f"{kind} asks for masks of width {asked} and tells its attention layers {told}"
+        return f"{kind} requests masks for windows of {asked} but passes its attention layers {told}"
     return None
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    """What `hidden` was computed in: under autocast a last norm may give float32 out of products in bfloat16."""
+    """The dtype `hidden` was computed in: under autocast a last norm may return float32 from bfloat16 products."""
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
-    """The largest difference of a token's hidden state, in units of the root mean square token."""
+    """The largest difference between two hidden states of a token, in units of the root mean square token."""
     difference = (a.float() - b.float()).norm(dim=1)  # [tokens]
     return float(difference.max() / b.float().norm(dim=1).square().mean().sqrt())
 
 
 def _hidden(head: LMHead, sequences: list[Tensor]) -> Tensor:
-    """[N, H] of the sequences end to end in one row."""
+    """Hidden states [N, H] of the sequences, end to end in one row."""
     positions = torch.cat([torch.arange(len(ids), device=ids.device) for ids in sequences])
     row = torch.cat(sequences)
     return head.hidden(input_ids=row[None], position_ids=positions[None], use_cache=False)[0]
 
 
 def _probe_sequences(base: Any) -> list[Tensor]:
-    """Two random sequences of ordinary tokens, the same ones every time."""
+    """Two random sequences of ordinary tokens, always the same ones."""
     config = base.config.get_text_config()
     special = {v for n, v in vars(config).items() if n.endswith(("token_id", "token_index")) and isinstance(v, int)}
     ordinary = [i for i in range(min(config.vocab_size, 4096)) if i not in special] or [0]
@@ -169,9 +178,9 @@ def _probe_sequences(base: Any) -> list[Tensor]:
 
 @contextmanager
 def _windows() -> Iterator[dict[str, set[int]]]:
-    """Record, for our own attention, the window each mask was asked for and the one each layer was told.
+    """Record, for our own attention, the window of each requested mask and the one that each layer gets.
 
-    A layer that slides by its mask alone would see everything here, and no short probe would notice.
+    A layer that gets its window only through a mask would attend to everything here, and a short probe cannot notice.
     """
     seen: dict[str, set[int]] = {"mask": set(), "attention": set()}
 
@@ -185,6 +194,7 @@ def _windows() -> Iterator[dict[str, set[int]]]:
             seen["attention"].add(kwargs["sliding_window"])
         return packed_attention(*args, **kwargs)
 
+    # the same name now records; models look it up at every call
     AttentionInterface.register(PACKED, attention)
     AttentionMaskInterface.register(PACKED, mask)
     try:

@@ -1,12 +1,20 @@
-"""Log-probs before a head whose rows are spread over processes, one chunk of the vocabulary gathered at a time.
+"""Log-probs of a head whose rows are sharded over the ranks, one chunk of the vocabulary gathered at a time.
 
-    out = sharded_linear_logps(hidden, weight_shard, targets, group=group)        # every process of the group calls it
-    out.logps                                                                     # of this process's rows
+    out = sharded_linear_logps(hidden, weight_shard, targets, group=group)        # every rank of the group calls it
+    out.logps                                                                     # of this rank's rows
 
-Each process holds its own rows of the batch and its own rows of the head, as FSDP2 cuts a parameter
-(`DTensor.to_local()` along its first dimension). Chunk by chunk the owner sends its rows to all; no process ever holds
-more of the head than its shard and one chunk. The backward walks the same way and sums each gradient at its owner.
+Each rank has its own rows of the batch and its own rows of the head, sharded as FSDP2 shards a parameter
+(`DTensor.to_local()` along its first dimension). No rank ever holds more of the head than its shard and one chunk.
 Plain torch, with the arithmetic of the eager backend (docs/architecture.md).
+
+Forward, for each chunk of the vocabulary, in the same order on all ranks:
+    1. the chunk's owner broadcasts its rows of the head
+    2. every rank computes the logits of its own batch rows and adds them to its running sums
+
+Backward, for the same chunks:
+    1. broadcast the rows again and recompute the logits, then dL/dz
+    2. every rank adds to its own dX
+    3. dW and db of the chunk are summed over the ranks at the chunk's owner
 """
 
 from __future__ import annotations
@@ -20,7 +28,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from sdpo_kernels.backends import precision
-from sdpo_kernels.backends.base import EXTRAS, KEEP_NOTHING, Saved
+from sdpo_kernels.backends.base import EXTRAS, Keep, Needs, Saved
 from sdpo_kernels.backends.chunk_math import RunningSums, dlogits
 from sdpo_kernels.head import Head, product_dtype
 from sdpo_kernels.integrations.lm_head import LMHead
@@ -43,61 +51,67 @@ def sharded_linear_logps(
     rows: ScoredRows | None = None,
     chunk_columns: int = 8192,
 ) -> LinearLogps:
-    """Log-prob of each row's target and further outputs, as `linear_logps` gives them, of a head cut over processes.
+    """Log-prob of each row's target and further outputs, as `linear_logps` returns them, for a head sharded over ranks.
 
     Args:
-        hidden: [N, H] this process's rows; N may differ between processes, and be 0.
-        weight_shard: [V_r, H] this process's own rows of the head, no others, in the order of the group's ranks;
-            rounded to hidden's dtype (under autocast both to its dtype), chunk by chunk. Its gradient has its own.
+        hidden: [N, H] this rank's rows; N may differ between ranks, and be 0.
+        weight_shard: [V_r, H] this rank's own rows of the head and no others, in the order of the group's ranks;
+            rounded to hidden's dtype (under autocast both to its dtype), chunk by chunk. Its gradient is in its own
+            dtype.
         targets: [N] int64 in [0, V), V = Σ V_r, or −100.
         bias_shard: [V_r].
-        group: the processes; None: all. Each calls this with the same options, and each or none wants each gradient.
-        shard_rows: V_r of every process, by rank; None: they are asked (a host synchronisation).
+        group: the process group; None: the default one. Every rank calls this with the same options, and each gradient
+            is needed on all ranks or on none.
+        shard_rows: V_r of every rank; None: gathered from the ranks (a host synchronisation).
         outputs, rows: as in `linear_logps`.
-        chunk_columns: rows of the head that are sent at a time, at least 1.
+        chunk_columns: rows of the head that are broadcast at a time, at least 1.
 
-    The gradients of `weight_shard` and `bias_shard` are those of all processes' rows, summed: divide them by their
-    number where gradients of other parameters are averaged, as FSDP does. An error in one process leaves the others
-    waiting.
+    The gradients of `weight_shard` and `bias_shard` are summed over the rows of all ranks: divide them by the number of
+    ranks if gradients of other parameters are averaged, as FSDP does. An error on one rank leaves the others waiting.
 
     Raises:
         ValueError: naming the argument, what it was and what it should be.
     """
     _check(hidden, weight_shard, targets, bias_shard, outputs, chunk_columns)
     if shard_rows is None:
-        shard_rows = _ask_rows(weight_shard, group)
+        shard_rows = _gather_shard_rows(weight_shard, group)
     _check_rows(shard_rows, weight_shard, group)
+
+    # only scored rows take part, but every rank walks all chunks, even without any
     n_columns = sum(shard_rows)
     index = (targets != IGNORE_INDEX).nonzero().squeeze(1) if rows is None else rows.index
     scored = targets[index]
     _check_targets(scored, n_columns)
+
     names = tuple(name for name in EXTRAS if name in outputs)
     head, plan = Head(logit_scale, softcap, temperature), _plan(shard_rows, chunk_columns)
     call = _Call(head, _dtype(hidden), group, plan, n_columns, names)
     found = _ShardedLogps.apply(hidden[index], weight_shard, bias_shard, scored, call)
-    whole = [value.new_zeros(len(targets)).index_copy(0, index, value) for value in found]
-    return LinearLogps(whole[0], **dict(zip(names, whole[1:], strict=True)))
+    logps, *extras = (value.new_zeros(len(targets)).index_copy(0, index, value) for value in found)
+    return LinearLogps(logps, **dict(zip(names, extras, strict=True)))
 
 
 def sharded_head_logps(head: LMHead, hidden: Tensor, targets: Tensor, **options: Any) -> LinearLogps:
-    """The same for a model's head that FSDP2 has cut (`head.is_cut`), with gradients averaged as FSDP's.
+    """The same for a model's head that FSDP2 has sharded (`head.is_cut`), with gradients averaged as FSDP does.
 
     Raises:
-        ValueError: the head is cut in another way than by rows over one dimension of processes.
+        ValueError: the head is not sharded by rows over a one-dimensional device mesh.
     """
     weight, bias = head.weight(), head.bias()
     assert isinstance(weight, DTensor)
     if tuple(weight.placements) != (Shard(0),):
-        raise ValueError(f"model: its head was placed as {weight.placements}, must be cut by rows, (Shard(dim=0),)")
+        raise ValueError(f"model: its head was placed as {weight.placements}, must be sharded by rows, (Shard(dim=0),)")
+
     group = weight.device_mesh.get_group()
     count = dist.get_world_size(group)
-    each = -(-weight.shape[0] // count)  # DTensor cuts as torch.chunk does
+    each = -(-weight.shape[0] // count)  # DTensor shards as torch.chunk does
     shard_rows = [max(0, min(each, weight.shape[0] - rank * each)) for rank in range(count)]
+
     return sharded_linear_logps(
         hidden,
         _averaged(weight, count),
         targets,
-        bias_shard=None if bias is None else _averaged(bias, count).to(hidden.dtype),  # as FSDP2 would gather it
+        bias_shard=None if bias is None else _averaged(bias, count).to(hidden.dtype),  # as FSDP2 gathers it
         group=group,
         shard_rows=shard_rows,
         logit_scale=head.logit_scale,
@@ -107,7 +121,7 @@ def sharded_head_logps(head: LMHead, hidden: Tensor, targets: Tensor, **options:
 
 
 def _averaged(weight: Any, count: int) -> Tensor:
-    """This process's rows; their gradient is divided by `count` on its way back."""
+    """This rank's rows; a hook divides their gradient by `count`."""
     local = weight.to_local()
     if local.requires_grad:
         local.register_hook(lambda gradient: gradient / count)
@@ -140,7 +154,7 @@ def _check_rows(shard_rows: Sequence[int], weight: Tensor, group: dist.ProcessGr
     count, rank = dist.get_world_size(group), dist.get_rank(group)
     if len(shard_rows) != count or shard_rows[rank] != weight.shape[0]:
         raise ValueError(
-            f"shard_rows: was {list(shard_rows)}, must be a number of rows for each of {count} processes, "
+            f"shard_rows: was {list(shard_rows)}, must be a number of rows for each of {count} ranks, "
             f"{weight.shape[0]} for this one ({rank})"
         )
 
@@ -155,7 +169,7 @@ def _check_targets(scored: Tensor, n_columns: int) -> None:
 
 
 def _dtype(hidden: Tensor) -> torch.dtype:
-    """What operands are rounded to."""
+    """The dtype that operands are rounded to."""
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
@@ -164,8 +178,8 @@ def _dtype(hidden: Tensor) -> torch.dtype:
 
 class _Chunk(NamedTuple):
     owner: int  # its rank in the group
-    first: int  # of the owner's rows
-    start: int  # of the whole vocabulary's
+    first: int  # the chunk's first row in the owner's shard
+    start: int  # its first and last + 1 column in the whole vocabulary
     stop: int
 
 
@@ -178,13 +192,13 @@ class _Call(NamedTuple):
     outputs: tuple[str, ...]
 
     def walk(self, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[_Chunk, Tensor, Tensor | None]]:
-        """Each chunk with its rows of the head [C, H], as products want them, and of its bias [C]."""
+        """Each chunk with its rows of the head [C, H], cast for the products, and its part of the bias [C]."""
         for chunk in self.plan:
-            rows = self._sent(weight, chunk, self.dtype)
-            yield chunk, _operand(rows), None if bias is None else self._sent(bias, chunk, bias.dtype)
+            rows = self._broadcast(weight, chunk, self.dtype)
+            yield chunk, _operand(rows), None if bias is None else self._broadcast(bias, chunk, bias.dtype)
 
-    def _sent(self, shard: Tensor, chunk: _Chunk, dtype: torch.dtype) -> Tensor:
-        """What the chunk's owner has of it, in every process."""
+    def _broadcast(self, shard: Tensor, chunk: _Chunk, dtype: torch.dtype) -> Tensor:
+        """The chunk's rows of its owner's shard, on every rank."""
         count = chunk.stop - chunk.start
         if chunk.owner == dist.get_rank(self.group):
             part = shard[chunk.first : chunk.first + count].to(dtype).contiguous()
@@ -201,13 +215,13 @@ class _Call(NamedTuple):
         return self.head.logits_(z)
 
     def add_up(self, part: Tensor, total: Tensor, chunk: _Chunk) -> None:
-        """Write the sum of every process's `part` into the owner's rows of `total`, rounded once."""
+        """Write the sum of all ranks' `part` into the owner's rows of `total`, rounded once."""
         dist.reduce(part, group=self.group, group_dst=chunk.owner)
         if chunk.owner == dist.get_rank(self.group):
             total[chunk.first : chunk.first + len(part)] = part
 
 
-def _ask_rows(shard: Tensor, group: dist.ProcessGroup | None) -> list[int]:
+def _gather_shard_rows(shard: Tensor, group: dist.ProcessGroup | None) -> list[int]:
     own = torch.tensor([shard.shape[0]], device=shard.device)
     counts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(counts, own, group=group)
@@ -215,7 +229,7 @@ def _ask_rows(shard: Tensor, group: dist.ProcessGroup | None) -> list[int]:
 
 
 def _plan(shard_rows: Sequence[int], chunk_columns: int) -> list[_Chunk]:
-    """The chunks of all shards in order, the same in every process."""
+    """The chunks of all shards in order, the same on every rank."""
     plan, before = [], 0
     for owner, count in enumerate(shard_rows):
         for first in range(0, count, chunk_columns):
@@ -225,12 +239,14 @@ def _plan(shard_rows: Sequence[int], chunk_columns: int) -> list[_Chunk]:
 
 
 def _operand(tensor: Tensor) -> Tensor:
-    """Tensor cores sum bf16 products in float32; elsewhere they have to be upcast."""
+    """Cast for the products: tensor cores sum bf16 products in float32; elsewhere they have to be upcast."""
     keeps = tensor.is_cuda and tensor.dtype == torch.bfloat16
     return tensor if keeps else tensor.to(product_dtype(tensor.dtype))
 
 
 class _ShardedLogps(torch.autograd.Function):
+    """The walk of the module's docstring. The inputs up to `bias` are in the order of `Needs`."""
+
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, call: _Call
@@ -241,6 +257,8 @@ class _ShardedLogps(torch.autograd.Function):
             for chunk, rows, row_bias in call.walk(weight.detach(), None if bias is None else bias.detach()):
                 sums.add(call.logits(x, rows, row_bias), targets - chunk.start)
         found = sums.finish(call.n_columns, None)
+
+        # no logits are saved: the backward recomputes them chunk by chunk
         ctx.save_for_backward(hidden, weight, bias, targets, found.logps, found.state, found.entropy)
         ctx.call = call
         extras = {name: getattr(found, name) for name in call.outputs}
@@ -252,18 +270,23 @@ class _ShardedLogps(torch.autograd.Function):
     def backward(ctx: Any, grad_logps: Tensor | None, *grad_extras: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, logps, state, entropy = ctx.saved_tensors
         call: _Call = ctx.call
-        saved = Saved(logps, state, entropy, None, None, KEEP_NOTHING)
+        needed = Needs(*ctx.needs_input_grad[:3])
+        saved = Saved(logps, state, entropy, None, None, Keep.nothing())
         coefficient = torch.zeros_like(logps) if grad_logps is None else grad_logps.to(logps.dtype)
         grad_entropy = dict(zip(call.outputs, grad_extras, strict=True)).get("entropy")
+
+        # the same condition on all ranks, or a collective would wait for ever
         x = _operand(hidden.to(call.dtype))
-        dx = torch.zeros_like(x, dtype=logps.dtype) if ctx.needs_input_grad[0] else None
-        dw = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        db = torch.empty_like(bias) if ctx.needs_input_grad[2] else None
+        dx = torch.zeros_like(x, dtype=logps.dtype) if needed.hidden else None
+        dw = torch.empty_like(weight) if needed.weight else None
+        db = torch.empty_like(bias) if needed.bias else None
         with precision.full(hidden.device):
             for chunk, rows, row_bias in call.walk(weight, bias):
                 z = call.logits(x, rows, row_bias)
                 grad = dlogits(z, targets - chunk.start, saved, coefficient, grad_entropy)
                 call.head.times_slope_(grad, z)
+
+                # parameters' gradients are summed over ranks; dX is this rank's own
                 if db is not None:
                     call.add_up(grad.sum(0), db, chunk)
                 grad = grad.to(rows.dtype)

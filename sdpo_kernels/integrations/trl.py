@@ -1,14 +1,14 @@
-"""TRL's trainers on these kernels: one call, taken back by another.
+"""TRL's trainers on these kernels: one call patches TRL, another undoes it.
 
     from sdpo_kernels.integrations import trl as fused_trl
 
     with fused_trl.patch():            # or patch() … unpatch()
         DPOTrainer(...).train()
 
-TRL from 1.15 on takes the head of DPO, KTO, SFT, GRPO, RLOO and AsyncGRPO through one class,
-`trl.kernels.chunked_logprob.ChunkedLogProbFunction`. `patch` puts an object with the same `apply` in its place, in
-every loaded module that holds the class under any name; modules imported later find it there. (Replacing `apply` on
-the class would do in eager mode, but `torch.compile` reads an autograd.Function's `forward` whatever its `apply` is.)
+From version 1.15 on, TRL computes the head of DPO, KTO, SFT, GRPO, RLOO and AsyncGRPO with one class,
+`trl.kernels.chunked_logprob.ChunkedLogProbFunction`. `patch` replaces it by an object with the same `apply`, in every
+loaded module that has the class under any name; modules imported later get it, too. (Replacing `apply` on the class
+would be enough in eager mode, but `torch.compile` reads an autograd.Function's `forward` whatever its `apply` is.)
 
 Written from TRL's source, 1.15 and 1.16: trl/kernels/chunked_logprob.py; `add_fused_lm_head` in trl/trainer/utils.py.
 """
@@ -47,16 +47,16 @@ SIGNATURE = (
     ("chunk_size", NONE), ("final_logit_softcapping", None), ("logit_scale", 1.0), ("outputs", EXTRAS),
 )  # fmt: skip
 
-# TRL asks extras of the policy and none of the reference; log-probs with extras may come from another kernel than those
-# without, and then margins would not be exactly 0 where policy and reference are the same
+# TRL requests extras for the policy but not for the reference. Log-probs with extras may come from another kernel than
+# those without, and then margins would not be exactly 0 if policy and reference are the same model.
 SAME_KERNEL = ["mean_logits"]
 
-Answers = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+Results = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
 class FusedHead:
-    """What stands in the place of TRL's class: the same `apply`, computed by `linear_logps`."""
+    """The replacement of TRL's class: the same `apply`, computed by `linear_logps`."""
 
     replaces: type  # TRL's class
     backend: str = "auto"
@@ -73,28 +73,28 @@ class FusedHead:
         final_logit_softcapping: float | None = None,
         logit_scale: float = 1.0,
         outputs: Sequence[str] = EXTRAS,
-    ) -> Answers:
-        """TRL's nine arguments and its five answers: log-probs, entropy, log Σp², mean logit, top-1.
+    ) -> Results:
+        """TRL's nine arguments and five results: log-probs, entropy, log Σp², mean logit, top-1.
 
         Args:
-            hidden: [N, H]; weight: [V, H]; bias: [V] or None. As in TRL the head is rounded to the autocast dtype, or
-                to hidden's without autocast; gradients come in each tensor's own dtype.
+            hidden: [N, H]; weight: [V, H]; bias: [V] or None. As in TRL, the head is rounded to the autocast dtype, or
+                to hidden's without autocast; each gradient has its tensor's own dtype.
             targets: [N] integers in [0, V).
             temperature, logit_scale, final_logit_softcapping: z = softcap·tanh(scale·(x·Wᵀ + b)/softcap)/temperature.
-            chunk_size: TRL's vocabulary columns a tile, at least 1. It changes nothing here: backends choose their own.
-            outputs: which of the four answers after the first are wanted, "log_probs" besides; the others are None.
+            chunk_size: TRL's vocabulary columns per tile, at least 1. No effect here: backends choose their own.
+            outputs: which of the four results after the first to compute, and "log_probs"; the others are None.
 
         Returns:
-            Vectors [N], float32 (top-1: bool). Log-probs and entropy carry gradients, the others none.
+            Vectors [N], float32 (top-1: bool). Log-probs and entropy carry gradients, the others do not.
 
         Raises:
-            ValueError: an unknown output, chunk_size below 1, what `linear_logps` refuses (a target outside [0, V), a
-                softcap or logit_scale of 0).
-            RuntimeError: DeepSpeed ZeRO-3, whose sharded head is gone when the backward comes.
+            ValueError: an unknown output, chunk_size below 1, or what `linear_logps` rejects (a target outside [0, V),
+                a softcap or logit_scale of 0).
+            RuntimeError: DeepSpeed ZeRO-3, which has released the gathered head by the time of the backward.
 
         Differences from TRL: logits are never rounded to bfloat16, so bf16 log-probs are exact to float32; a target
-        that ties with an earlier token's logit counts as top-1; a target of −100, for which TRL gives a number
-        without meaning, gives 0.
+        whose logit ties with an earlier token's counts as top-1; a target of −100, for which TRL returns a meaningless
+        number, gives 0.
         """
         for name in outputs:
             if name != "log_probs" and name not in EXTRAS:
@@ -102,21 +102,27 @@ class FusedHead:
         if chunk_size < 1:
             raise ValueError(f"chunk_size: was {chunk_size!r}, must be at least 1 (TRL's tile; not used here)")
         _refuse_zero3()
-        asked = [name for name in EXTRAS if name in outputs]
-        weight, bias = _as_linear_logps_takes_them(hidden, weight, bias)
+
+        # the other results are None; SAME_KERNEL keeps policy and reference on one kernel
+        requested = [name for name in EXTRAS if name in outputs]
+        weight, bias = _cast_head(hidden, weight, bias)
         out = linear_logps(
             hidden, weight, targets.long(), bias=bias, temperature=temperature, logit_scale=logit_scale,
-            softcap=final_logit_softcapping, outputs=asked or SAME_KERNEL,
+            softcap=final_logit_softcapping, outputs=requested or SAME_KERNEL,
             backend=self.backend, stash_bytes=self.stash_bytes,
         )  # fmt: skip
-        extras = {name: getattr(out, name) if name in asked else None for name in EXTRAS}
-        entropy, log_sum_sq_probs, mean_logits = (x if x is None else x.float() for x in list(extras.values())[:3])
-        return out.logps.float(), entropy, log_sum_sq_probs, mean_logits, extras["is_top1"]
+
+        def result(name: str) -> Tensor | None:
+            value: Tensor | None = getattr(out, name) if name in requested else None
+            return value if value is None or value.dtype == torch.bool else value.float()
+
+        entropy, log_sum_sq_probs, mean_logits, is_top1 = (result(name) for name in EXTRAS)
+        return out.logps.float(), entropy, log_sum_sq_probs, mean_logits, is_top1
 
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """What `patch` returns. As a context manager it puts back, at its end, what `patch` found."""
+    """Returned by `patch`. As a context manager it restores what `patch` found."""
 
     ours: FusedHead
     found: type | FusedHead
@@ -131,17 +137,17 @@ class Patch:
 def patch(*, backend: str = "auto", stash_bytes: int | str = "auto") -> Patch:
     """Let TRL's trainers score tokens with `linear_logps`, until `unpatch()` or the end of a `with patch():` block.
 
-    Call it before or after trainers are made. A second call replaces the first's settings; nested blocks each restore
-    what they found. One process, no threads: modules are changed for all of them.
+    Call it before or after creating trainers. A second call replaces the first one's settings; nested blocks each
+    restore what they found. It changes modules of the whole process, for all threads.
 
     Args:
-        backend, stash_bytes: as in `linear_logps`. stash_bytes=0 takes the least memory, "auto" at most 2·N·V bytes for
-            what TRL would compute a second time.
+        backend, stash_bytes: as in `linear_logps`. stash_bytes=0 uses the least memory; "auto" keeps up to 2·N·V bytes
+            that TRL would recompute.
 
     Raises:
         ImportError: TRL is not installed.
-        RuntimeError: TRL before 1.15, or one whose seam has another signature. Later versions than 1.16 with the same
-            signature are served, with a warning in the log.
+        RuntimeError: TRL before 1.15, or a version with another signature of that class. Versions after 1.16 with the
+            same signature are patched, with a warning in the log.
         ValueError: an unknown backend.
     """
     if backend != "auto":
@@ -155,7 +161,7 @@ def patch(*, backend: str = "auto", stash_bytes: int | str = "auto") -> Patch:
 
 
 def unpatch() -> None:
-    """Put TRL's own class back wherever it was; nothing happens where it is there already."""
+    """Put TRL's own class back wherever it was; does nothing if TRL is not patched."""
     found = getattr(sys.modules.get(SEAM), NAME, None)
     if isinstance(found, FusedHead):
         _swap(found, found.replaces)
@@ -164,18 +170,18 @@ def unpatch() -> None:
 def _swap(old: object, new: object) -> None:
     """Rebind every global that is `old`, in every loaded module, to `new`."""
     for module in list(sys.modules.values()):
-        names = getattr(module, "__dict__", {})  # vars, not dir: a lazy module must not be made to load
+        names = getattr(module, "__dict__", {})  # not dir(): it would make a lazy module load
         for name in [name for name, value in list(names.items()) if value is old]:
             setattr(module, name, new)
 
 
 def _seam() -> Any:
-    """What stands at TRL's seam now: its class, or a FusedHead."""
+    """What TRL's name refers to now: its own class, or a FusedHead."""
     version = _version()
     if version < FIRST:
         raise RuntimeError(f"trl: was {_text(version)}, must be at least {_text(FIRST)}, which has {SEAM}.{NAME}")
     if version not in TRIED:
-        logger.warning("trl %s has not been tried with sdpo_kernels; only its signature is compared", _text(version))
+        logger.warning("trl %s is untested with sdpo_kernels; only its signature was compared", _text(version))
     try:
         return getattr(importlib.import_module(SEAM), NAME)
     except (ImportError, AttributeError) as error:
@@ -190,6 +196,7 @@ def _version() -> tuple[int, int]:
         if error.name != "trl":
             raise
         raise ImportError(f"trl: is not installed, must be at least {_text(FIRST)}") from error
+    # "1.16.0.dev0" is 1.16, too
     match = re.match(r"(\d+)\.(\d+)", str(trl.__version__))
     if match is None:
         raise RuntimeError(f"trl: its version was {trl.__version__!r}, must begin with two numbers")
@@ -201,7 +208,7 @@ def _text(version: tuple[int, int]) -> str:
 
 
 def _check_signature(function: Any) -> None:
-    """Raise RuntimeError where TRL's forward takes other arguments than `FusedHead.apply`."""
+    """Raise RuntimeError if TRL's forward takes other arguments than `FusedHead.apply`."""
     parameters = inspect.signature(function.forward).parameters.values()
     found = tuple((p.name, p.default) for p in parameters)
     if found != SIGNATURE:
@@ -215,8 +222,8 @@ def _arguments(signature: Sequence[tuple[str, Any]]) -> str:
     return "(" + ", ".join(name if default is NONE else f"{name}={default!r}" for name, default in signature) + ")"
 
 
-def _as_linear_logps_takes_them(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """TRL casts the head to hidden's dtype where autocast does not say otherwise; differentiable."""
+def _cast_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """As in TRL, cast the head to hidden's dtype unless autocast decides; differentiable."""
     kind = hidden.device.type
     if not torch.is_autocast_enabled(kind) or torch.float64 in (hidden.dtype, weight.dtype):
         weight = weight.to(hidden.dtype)
@@ -226,8 +233,8 @@ def _as_linear_logps_takes_them(hidden: Tensor, weight: Tensor, bias: Tensor | N
 
 
 def _refuse_zero3() -> None:
-    # TRL gathers the sharded head again in its own backward; an op of ours would find it empty there
+    # TRL gathers the sharded head again in its own backward; our op would find it empty there
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     if torch.is_grad_enabled() and is_deepspeed_zero3_enabled():
-        raise RuntimeError("trl: DeepSpeed ZeRO-3 shards the head away before the backward; use ZeRO-2 or unpatch()")
+        raise RuntimeError("trl: DeepSpeed ZeRO-3 releases the head before the backward; use ZeRO-2 or unpatch()")

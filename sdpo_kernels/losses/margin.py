@@ -1,8 +1,11 @@
-"""Losses of the difference between chosen and rejected: DPO's, and what others made of it.
+"""Losses of the difference between chosen and rejected: DPO's, and its variants.
 
-z is the margin each is a function of; a, b and Δ = a − b are `PairLogps`' log-ratios, |w| and |l| the token counts.
-Every one with z = 0 at policy = reference starts at ln 2. Penalties have slope 0 at their kink, where every stage of
-a stepwise run starts; the one exception, minor_dpo, says so.
+z is the margin that a loss is a function of; a, b and Δ = a − b are the log-ratios of `PairLogps`, |w| and |l| the
+token counts. Losses with z = 0 at policy = reference start at ln 2. Penalties have slope 0 at their kink, where every
+stage of a stepwise run starts; the one exception, minor_dpo, says so.
+
+f-DPO (arXiv 2309.16240) replaces the log-ratios of the losses that have the option `f_divergence`: 'reverse_kl' (plain
+DPO), 'forward_kl', 'js' (Jensen-Shannon) and 'alpha', shaped by `f_alpha` (0 is forward_kl, 1 is reverse_kl).
 """
 
 from __future__ import annotations
@@ -13,27 +16,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdpo_kernels.losses.f_divergence import scores
 from sdpo_kernels.losses.options import Between
-from sdpo_kernels.losses.pair import PairLogps
+from sdpo_kernels.losses.pair_logps import PairLogps
 from sdpo_kernels.losses.registry import register
 
 
 def smoothed(z: Tensor, label_smoothing: float) -> Tensor:
-    """−(1−ε) log σ(z) − ε log σ(−z), [B]."""
+    """−(1−ε) log σ(z) − ε log σ(−z), [B]; −log σ(z) is log1p(exp(-z))."""
     return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
 
 
 def _margin(pair: PairLogps, beta: float, f_divergence: str, f_alpha: float) -> Tensor:
     """β(f′_w − f′_l); βΔ for reverse_kl."""
-    chosen, rejected = scores(pair, f_divergence, f_alpha)
+    chosen, rejected = _scores(pair, f_divergence, f_alpha)
     return beta * (chosen - rejected)
 
 
 def _mean_margin(pair: PairLogps, f_divergence: str, f_alpha: float) -> Tensor:
     """f′_w/|w| − f′_l/|l|; a/|w| − b/|l| for reverse_kl."""
-    chosen, rejected = scores(pair, f_divergence, f_alpha)
+    chosen, rejected = _scores(pair, f_divergence, f_alpha)
     return chosen / pair.chosen_counts - rejected / pair.rejected_counts
+
+
+def _scores(pair: PairLogps, f_divergence: str, f_alpha: float) -> tuple[Tensor, Tensor]:
+    """f′(π/π_ref) of chosen and rejected, [B] each; their log-ratios for reverse_kl (f-DPO, arXiv 2309.16240)."""
+    return _score(pair.chosen_logratio, f_divergence, f_alpha), _score(pair.rejected_logratio, f_divergence, f_alpha)
+
+
+def _score(logratio: Tensor, f_divergence: str, f_alpha: float) -> Tensor:
+    """f′(t) with log t = logratio: log t; 1 − 1/t; log(2t/(1+t)); (t^(α−1) − 1)/(α−1)."""
+    if f_divergence == "js":
+        return math.log(2) + F.logsigmoid(logratio)
+    power = {"forward_kl": -1.0, "alpha": f_alpha - 1}.get(f_divergence, 0.0)
+    if abs(power) < 1e-6:  # reverse_kl, and the limit of alpha at 1
+        return logratio
+    return torch.expm1(_representable(power * logratio)) / power
+
+
+def _representable(exponent: Tensor) -> Tensor:
+    """Clamp to 80 in float32 (700 in float64), so that exp stays finite; no gradient beyond, as in TRL."""
+    return exponent.clamp(max=700.0 if exponent.dtype == torch.float64 else 80.0)
 
 
 @register("sigmoid", ln2_at_start=True)
@@ -86,7 +108,7 @@ def sigmoid_norm(pair: PairLogps, beta: float, *, f_divergence: str = "reverse_k
 def minor_dpo(pair: PairLogps, beta: float) -> Tensor:
     """−log σ(β(a − max(0, b))): rejected answers are pushed no further below the reference (arXiv 2408.09834).
 
-    The push is on at b = 0 exactly: with policy = reference b is 0 everywhere, and training could not start otherwise.
+    The push is on at exactly b = 0: with policy = reference b is 0 everywhere, and training could not start otherwise.
     """
     push = torch.where(pair.rejected_logratio >= 0, pair.rejected_logratio, 0.0)
     return -F.logsigmoid(beta * (pair.chosen_logratio - push))
@@ -94,9 +116,9 @@ def minor_dpo(pair: PairLogps, beta: float) -> Tensor:
 
 @register("length_dpo", "lr_dpo", "r_dpo")
 def length_dpo(pair: PairLogps, beta: float, *, length_alpha: float = 0.02, label_smoothing: float = 0.0) -> Tensor:
-    """−log σ(βΔ + α(|w| − |l|)), α = length_alpha in nats a token: a pair that length explains teaches little.
+    """−log σ(βΔ + α(|w| − |l|)), α = length_alpha in nats per token: pairs explained by length count less.
 
-    R-DPO (arXiv 2403.19159) and iLR-DPO (arXiv 2406.11817). The default of α is ours (could not be verified there).
+    R-DPO (arXiv 2403.19159) and iLR-DPO (arXiv 2406.11817). The default of α is ours (we could not verify theirs).
     """
     longer = (pair.chosen_counts - pair.rejected_counts).to(pair.chosen.dtype)
     return smoothed(beta * pair.delta + length_alpha * longer, label_smoothing)
@@ -104,9 +126,9 @@ def length_dpo(pair: PairLogps, beta: float, *, length_alpha: float = 0.02, labe
 
 @register("dpop", ln2_at_start=True)
 def dpop(pair: PairLogps, beta: float, *, dpop_lambda: float = 50.0) -> Tensor:
-    """−log σ(β(Δ − λ max(0, −a))): a chosen answer may not lose likelihood (Smaug, arXiv 2402.13228).
+    """−log σ(β(Δ − λ max(0, −a))): a chosen answer must not lose likelihood (Smaug, arXiv 2402.13228).
 
-    The paper has β = 0.3 and λ = 50; β stays what the caller gives (0.1). The penalty's slope at a = 0 is 0.
+    The paper uses β = 0.3 and λ = 50; β is the caller's (default 0.1). The penalty's slope at a = 0 is 0.
     """
     penalty = F.relu(-pair.chosen_logratio)
     return -F.logsigmoid(beta * (pair.delta - dpop_lambda * penalty))
@@ -138,15 +160,15 @@ def discopop(
 ) -> Tensor:
     """(1−m)(−log σ(z)) + m exp(−z), m = σ(z/τ), z = βΔ (DiscoPOP, arXiv 2406.08414, eq. 5); its τ is 0.05."""
     z = _margin(pair, beta, f_divergence, f_alpha)
-    # m·exp(−z) in one exponential: apart they overflow and vanish for z far below 0
+    # m·exp(−z) in one exponential: separately, they overflow and vanish for z far below 0
     return -F.logsigmoid(z) * (-z / discopop_tau).sigmoid() + (F.logsigmoid(z / discopop_tau) - z).exp()
 
 
 @register("aot", ln2_at_start=True)
 def aot(pair: PairLogps, beta: float, *, label_smoothing: float = 0.0) -> Tensor:
-    """DPO's loss of the sorted log π(y_w)/π(y_l) minus the sorted same of the reference (AOT, arXiv 2406.05882).
+    """DPO's loss of the sorted log π(y_w)/π(y_l) minus the reference's sorted ones (AOT, arXiv 2406.05882).
 
-    Sorted over the batch, so a value belongs to a rank and not to a pair; with one pair it is DPO.
+    Sorted over the batch, so a value belongs to a position in the order, not to a pair; with one pair it is DPO.
     """
     policy = (pair.chosen - pair.rejected).sort().values
     reference = (pair.ref_chosen - pair.ref_rejected).sort().values
@@ -164,8 +186,8 @@ def aot_unpaired(pair: PairLogps, beta: float, *, label_smoothing: float = 0.0) 
 def ld_dpo(pair: PairLogps, beta: float, *, ld_alpha: float = 0.5, label_smoothing: float = 0.0) -> Tensor:
     """−log σ(βΔ) where tokens beyond the pair's shorter length weigh α = ld_alpha, 0 … 1 (arXiv 2409.06411).
 
-    `pair` holds sums that are weighted already, of the policy and of the reference: `fused_linear_dpo` and the driver
-    do that. The default of α is ours; 1 is DPO.
+    `pair` holds weighted sums, of the policy and of the reference: `fused_linear_dpo` and the driver compute them. The
+    default of α is ours; 1 is DPO.
     """
     return smoothed(beta * pair.delta, label_smoothing)
 
@@ -174,7 +196,7 @@ def ld_dpo(pair: PairLogps, beta: float, *, ld_alpha: float = 0.5, label_smoothi
 def wpo(pair: PairLogps, beta: float, *, label_smoothing: float = 0.0) -> Tensor:
     """w·(−log σ(βΔ)), w = exp(mean_w + mean_l) of log p(y_t) − log Σ_v p_v² over tokens (WPO, arXiv 2406.11827).
 
-    The weights are `pair.weights`, without gradient; `fused_linear_dpo` and the driver make them.
+    The weights are `pair.weights`, without gradient; `fused_linear_dpo` and the driver compute them.
     """
     assert pair.weights is not None
     return pair.weights * smoothed(beta * pair.delta, label_smoothing)
@@ -184,7 +206,7 @@ def wpo(pair: PairLogps, beta: float, *, label_smoothing: float = 0.0) -> Tensor
 def diffusion_dpo(pair: PairLogps, beta: float = 5000.0) -> Tensor:
     """−log σ(−(β/2)[(m_w − m_l) − (r_w − r_l)]) (Diffusion-DPO, arXiv 2311.12908; β = 5000).
 
-    In PairLogps' places stand denoising errors [B], squared and averaged over a sample's elements, of the policy (m)
-    and the reference (r); chosen and rejected share timestep and noise. The counts are not read: give ones.
+    `pair` holds denoising errors [B] in place of log-probs, squared and averaged over a sample's elements, of the
+    policy (m) and the reference (r); chosen and rejected share timestep and noise. The counts are not read: pass ones.
     """
     return -F.logsigmoid(-(beta / 2) * pair.delta)

@@ -1,4 +1,4 @@
-"""What the options of the losses may be: one table, so that an option means the same wherever it is taken."""
+"""The allowed values of the losses' options: one table, so that an option means the same for every loss."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Option = float | str
 
 
 class Between(NamedTuple):
-    """A finite number in a range; `text` is how an error says it."""
+    """A finite number in a range; `text` describes it in errors."""
 
     text: str
     low: float = -math.inf
@@ -29,13 +29,13 @@ class Between(NamedTuple):
 
 
 class OneOf(NamedTuple):
-    """One of some names."""
+    """One of several names."""
 
     names: tuple[str, ...]
 
     @property
     def text(self) -> str:
-        """How an error says it."""
+        """Its description in errors."""
         return f"one of: {', '.join(self.names)}"
 
     def holds(self, value: Any) -> bool:
@@ -62,12 +62,12 @@ ALLOWED: dict[str, Allowed] = {
 
 
 def require(name: str, value: Any, allowed: Allowed) -> None:
-    """Raise ValueError that names what `value` was and what it should be."""
+    """Raise ValueError with what `value` was and what it should be, unless it is allowed."""
     if not allowed.holds(value):
         raise ValueError(f"{name}: was {value!r}, must be {allowed.text}")
 
 
 def nearest(word: Any, known: Iterable[str]) -> str:
-    """The end of an error about an unknown word: '; did you mean …?' where a known one is near."""
+    """The end of an error about an unknown word: '; did you mean …?' if a known one is similar."""
     near = difflib.get_close_matches(str(word), sorted(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""

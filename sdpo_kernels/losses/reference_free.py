@@ -1,4 +1,4 @@
-"""Losses that read no reference: only the policy's log-probs and the token counts."""
+"""Losses without a reference: they read only the policy's log-probs and the token counts."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdpo_kernels.losses.margin import smoothed
-from sdpo_kernels.losses.pair import PairLogps
+from sdpo_kernels.losses.pair_logps import PairLogps
 from sdpo_kernels.losses.registry import register
 
 
 @register("sft", reference_free=True)
 def sft(pair: PairLogps, beta: float) -> Tensor:
-    """Negative log-likelihood of the chosen answers, mean over the batch's chosen tokens, as TRL's; β is not read.
+    """Negative log-likelihood of the chosen answers, mean over the batch's chosen tokens, as in TRL; β is not read.
 
     A pair's value is −log π(y_w)·B/Σ|w|, so the mean over pairs is the mean over tokens. For sums such as MPO's.
     """
@@ -26,7 +26,7 @@ def sft(pair: PairLogps, beta: float) -> Tensor:
 def simpo(pair: PairLogps, beta: float, *, simpo_gamma: float = 0.5, label_smoothing: float = 0.0) -> Tensor:
     """−log σ(β(log π(y_w)/|w| − log π(y_l)/|l|) − γ) (SimPO, arXiv 2405.14734).
 
-    The paper's β is 2 to 2.5 and its γ 0.3 to 1.6; β stays what the caller gives (0.1).
+    The paper uses β from 2 to 2.5 and γ from 0.3 to 1.6; β is the caller's (default 0.1).
     """
     means = pair.chosen / pair.chosen_counts - pair.rejected / pair.rejected_counts
     return smoothed(beta * means - simpo_gamma, label_smoothing)
@@ -53,8 +53,9 @@ def orpo(pair: PairLogps, beta: float) -> Tensor:
 
 
 def _log1mexp(x: Tensor) -> Tensor:
-    """log(1 − e^x) for x below 0; from −1e-6 on it is constant, as the odds of a certain answer have no bound."""
+    """log(1 − e^x) = log(-expm1(x)) for x < 0; constant above −1e-6, as the odds of a certain answer are unbounded."""
     x = x.clamp(max=-1e-6)
-    # both sides finite in value and slope, as torch.where adds the slopes of both
+
+    # torch.where adds the gradients of both sides, so both must be finite everywhere
     near, far = x.clamp(min=-math.log(2)), x.clamp(max=-math.log(2))
     return torch.where(x > -math.log(2), (-torch.expm1(near)).log(), torch.log1p(-far.exp()))

@@ -1,4 +1,4 @@
-"""The registry: every loss by its name, with its options and with what it needs beside summed log-probs."""
+"""The registry: every loss by its name, with its options and what it needs in addition to summed log-probs."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ PairLoss = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Loss:
-    """One entry: `function(pair, beta, *, options…) -> [B]` and what whoever calls it must know."""
+    """One entry: `function(pair, beta, *, options…) -> [B]` and what its callers must know."""
 
     name: str
     function: PairLoss
     options: Mapping[str, Option]  # with their defaults
     allowed: Mapping[str, Allowed]  # what each option may be
-    beta: float = 0.1  # where none is given
-    reference_free: bool = False  # no reference is read
+    beta: float = 0.1  # the default
+    reference_free: bool = False  # reads no reference
     ln2_at_start: bool = False  # its value at policy = reference is ln 2
     weighs_tokens: bool = False  # its sums weigh the tokens beyond the pair's shorter length with ld_alpha
     weighs_pairs: bool = False  # it reads PairLogps.weights
-    of_errors: bool = False  # it takes denoising errors where others take log-probs
+    of_errors: bool = False  # it takes denoising errors in place of log-probs
 
     def check(self, options: Mapping[str, Any]) -> None:
-        """Raise ValueError for an option that the loss does not use, or for a value out of its range."""
+        """Raise ValueError for an option that the loss does not use, or a value that is not allowed."""
         for option, value in options.items():
             if option not in self.options:
                 takes = ", ".join(self.options) or "none"
@@ -47,20 +47,21 @@ _REGISTRY: dict[str, Loss] = {}  # aliases are names of the same entry
 def register(
     name: str, *aliases: str, allowed: Mapping[str, Allowed] | None = None, **traits: Any
 ) -> Callable[[PairLoss], PairLoss]:
-    """Enter `loss(pair, beta, *, options…) -> [B]` under `name`.
+    """Register `loss(pair, beta, *, options…) -> [B]` under `name`.
 
-    Its keyword-only arguments are its options. `allowed` says what an option may be where `options.ALLOWED` does not
-    (any finite number otherwise); `traits` are the further fields of `Loss`.
+    Its keyword-only arguments are its options. `allowed` overrides or extends `options.ALLOWED`; an option in neither
+    may be any finite number. `traits` are the other fields of `Loss`.
     """
 
     def enter(loss: PairLoss) -> PairLoss:
+        # the signature is the one place where options and their defaults are written
         parameters = inspect.signature(loss).parameters.values()
         options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
         ranges = {option: {**ALLOWED, **(allowed or {})}.get(option, NUMBER) for option in options}
         entry = Loss(name, loss, options, ranges, **traits)
         for each in (name, *aliases):
             if each in _REGISTRY:
-                raise ValueError(f"loss_type: {each!r} is registered already")
+                raise ValueError(f"loss_type: {each!r} is already registered")
             _REGISTRY[each] = entry
         return loss
 
@@ -83,7 +84,7 @@ def starts_at_ln2(name: str) -> bool:
 
 
 def lookup(name: str) -> Loss:
-    """The entry under `name` or an alias; ValueError where there is none."""
+    """The entry under `name` or an alias; ValueError if there is none."""
     if not isinstance(name, str) or name not in _REGISTRY:
         hint = nearest(name, _REGISTRY)
         raise ValueError(f"loss_type: was {name!r}, must be one of: {', '.join(loss_names())}{hint}")

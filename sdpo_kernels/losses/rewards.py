@@ -1,11 +1,11 @@
-"""Losses that hold each answer to its reference by itself: a and b are the log-ratios of chosen and rejected."""
+"""Losses that compare each answer with its reference separately: a and b are the log-ratios of chosen and rejected."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdpo_kernels.losses.pair import PairLogps
+from sdpo_kernels.losses.pair_logps import PairLogps
 from sdpo_kernels.losses.registry import register
 
 

@@ -1,4 +1,4 @@
-"""One loss, or a weighted sum of several, as every entry point takes it; checked once, before anything is computed."""
+"""One loss, or a weighted sum of several, as every entry point takes it; checked before anything is computed."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from sdpo_kernels.losses.options import POSITIVE, Option, nearest, require
-from sdpo_kernels.losses.pair import PairLogps
+from sdpo_kernels.losses.pair_logps import PairLogps
 from sdpo_kernels.losses.registry import Loss, lookup
 
 KEYS = ("name", "weight", "options")
 
 
 class Term(NamedTuple):
-    """A loss of a sum, with its weight and the options it was given."""
+    """One loss of a sum, with its weight and the options given."""
 
     loss: Loss
     weight: float
@@ -24,7 +24,7 @@ class Term(NamedTuple):
 
 
 class LossSum(NamedTuple):
-    """Losses with their weights; mostly one, of weight 1."""
+    """Losses with their weights; usually one, of weight 1."""
 
     terms: tuple[Term, ...]
 
@@ -71,7 +71,7 @@ class LossSum(NamedTuple):
 
     @property
     def start_value(self) -> float | None:
-        """The value at policy = reference where every term's is ln 2 there, else None."""
+        """The value at policy = reference if every term is ln 2 there, else None."""
         if all(term.loss.ln2_at_start for term in self.terms):
             return math.log(2) * sum(term.weight for term in self.terms)
         return None
@@ -91,26 +91,31 @@ def loss_sum(loss_type: LossType, options: Mapping[str, Any] | None = None) -> L
         return loss_type
     if isinstance(loss_type, str):
         return LossSum((_term(loss_type, 1.0, options),))
+
     if options:
-        raise ValueError(f"{next(iter(options))}: was given beside a list of losses, must stand in an entry's options")
+        raise ValueError(f"{next(iter(options))}: was given with a list of losses, must be in an entry's options")
     if not isinstance(loss_type, (list, tuple)) or not loss_type:
         raise ValueError(f"loss_type: was {loss_type!r}, must be a name or a list of {{name, weight, options}}")
     terms = tuple(_entry(index, entry) for index, entry in enumerate(loss_type))
+
+    # weighted tokens are in the sums of log-probs, which all terms share
     if len(terms) > 1:
         for term in terms:
             if term.loss.weighs_tokens:
-                raise ValueError(f"loss_type: {term.loss.name!r} weighs tokens in the sums, must stand alone")
+                raise ValueError(f"loss_type: {term.loss.name!r} weighs tokens in the sums, must be the only loss")
     return LossSum(terms)
 
 
 def _entry(index: int, entry: Any) -> Term:
     if not isinstance(entry, Mapping):
-        raise ValueError(f"{index}: was {entry!r}, must be of the keys {', '.join(KEYS)}")
+        raise ValueError(f"{index}: was {entry!r}, must have the keys {', '.join(KEYS)}")
     for key in entry:
         if key not in KEYS:
-            raise ValueError(f"{index}.{key}: unknown key, must be of {', '.join(KEYS)}{nearest(key, KEYS)}")
+            raise ValueError(f"{index}.{key}: unknown key, must be one of {', '.join(KEYS)}{nearest(key, KEYS)}")
     if "name" not in entry:
         raise ValueError(f"{index}.name: is required")
+
+    # `options:` without a value is None in YAML
     weight, options = entry.get("weight", 1.0), entry.get("options")
     require(f"{index}.weight", weight, POSITIVE)
     if options is not None and not isinstance(options, Mapping):
@@ -131,7 +136,7 @@ def _term(name: str, weight: float, options: Mapping[str, Any], where: str = "")
 
 
 def check_loss(loss_type: LossType, beta: float, **options: Any) -> None:
-    """Raise ValueError where a name is unknown, a loss does not use an option, or a value is out of range."""
+    """Raise ValueError if a name is unknown, a loss does not use an option, or a value is not allowed."""
     loss_sum(loss_type, options)
     require("beta", beta, POSITIVE)
 
@@ -139,7 +144,7 @@ def check_loss(loss_type: LossType, beta: float, **options: Any) -> None:
 def pair_loss(loss_type: LossType, pair: PairLogps, beta: float | None = None, **options: Any) -> Tensor:
     """The loss `loss_type` of each pair, [B]: a name with its options, or a list of {name, weight, options}.
 
-    beta: above 0; None stands for 0.1, and for 5000 with diffusion_dpo.
+    beta: above 0; None means 0.1, and 5000 for diffusion_dpo.
 
     Raises:
         ValueError: naming the argument, what it was and what it should be.

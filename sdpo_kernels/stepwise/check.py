@@ -1,4 +1,4 @@
-"""`sdpo check`: read everything a run reads, say what would happen, train nothing."""
+"""`sdpo check`: read everything a run reads, and print what it would do, without training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sdpo_kernels.stepwise.data.order import StageData, scored_counts
 from sdpo_kernels.stepwise.post.after_run import check_start
 from sdpo_kernels.stepwise.prepare import Prepared, prepare
 from sdpo_kernels.stepwise.record.expo_record import FOLDER
-from sdpo_kernels.stepwise.record.manifest import started_otherwise
+from sdpo_kernels.stepwise.record.manifest import different_settings
 from sdpo_kernels.stepwise.settings.reference import EmaSettings
 from sdpo_kernels.stepwise.settings.run_file import config_diff
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
@@ -23,27 +23,39 @@ from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
 
 _ORDERS = {
     "given": "the order of the file",
-    "reward_accuracy": "most pairs ranked right by {ranks} first; decided when training starts",
-    "margin": "one source cut into {tiers} tiers, largest margin under the initial model first",
-    "random": "all pairs dealt at random to stages of these sizes",
+    "reward_accuracy": "share of pairs ranked right by {ranks}, highest first; decided when training starts",
+    "margin": "one source split into {tiers} tiers, largest margin under the initial model first",
+    "random": "all pairs shuffled into stages of these sizes",
 }
 
 
 def check_run(config: RunConfig, reporter: Reporter) -> None:
-    """Print what `sdpo train` would do. UserError for whatever would stop it before training."""
+    """Print what `sdpo train` would do. Writes nothing.
+
+    1. Read and check all input, as a run does.
+    2. Make each stage's TrainingArguments, so that transformers' own errors are raised here too.
+    3. Print warnings, the table of stages and the main settings.
+    4. Compare the config with that of the run in output_dir, if there is one.
+
+    UserError for whatever would stop the run before training.
+    """
+    # the post-step first, as in a run: it needs no data
     check_start(config)
     prepared = prepare(config)
-    with tempfile.TemporaryDirectory() as folder:  # transformers' own refusals; nothing is written there
+    with tempfile.TemporaryDirectory() as folder:  # the arguments need one; nothing is written there
         for stage in config.stages:
             training_arguments(config, stage, Path(folder), Path(folder))
-    model = prepared.model_config
+
     prepared.say_warnings(reporter)
     for line in prepared.skipped:
         reporter.say(f"skipped  {line}")
     reporter.say(_table(prepared))
+
+    model = prepared.model_config
     scores = "an external score" if config.score_column else "the initial model"
     order = _ORDERS[config.order].format(ranks=scores, tiers=config.tiers)
     vocabulary = getattr(model.get_text_config(), "vocab_size", None)
+
     reporter.say(f"model      {config.model} ({model.model_type}, vocabulary {vocabulary})")
     reporter.say(f"order      {config.order}: {order}")
     reporter.say(f"reference  {config.reference}; policy starts from {config.policy}; loss {config.loss_sum.label}")
@@ -54,20 +66,22 @@ def check_run(config: RunConfig, reporter: Reporter) -> None:
 
 
 def _say_reference(prepared: Prepared, reporter: Reporter) -> None:
-    """What becomes of the reference with `multi` and `ema`."""
+    """Print the further settings of the reference with `multi` and `ema`."""
     config = prepared.config
     if config.multi is not None:
         options = config.multi
         weights = options.alpha if isinstance(options.alpha, str) else ", ".join(f"{a:g}" for a in options.alpha)
-        reporter.say(f"multi      the base, which is the policy's start, with {', '.join(options.models)}")
+        reporter.say(f"multi      the base (the policy's start) with {', '.join(options.models)}")
         reporter.say(f"           epsilon {options.epsilon:g}, alpha {weights} ({options.alpha_convention})")
+
     if config.reference == "ema":
         following = config.ema or EmaSettings()
-        reporter.say(f"ema        decay {following.decay:g}, mode {following.mode}; each stage starts it anew")
+        reporter.say(f"ema        decay {following.decay:g}, mode {following.mode}; restarts at each stage")
         period = following.period
         if period is None:
             return
-        # how many pairs a stage makes is not known yet
+
+        # without stages that generate their pairs: how many they will have is not known yet
         moves = {
             stage.config.name: (_steps(config, stage) - 1) // period
             for stage in prepared.stages
@@ -75,20 +89,24 @@ def _say_reference(prepared: Prepared, reporter: Reporter) -> None:
         }
         reporter.say(f"           moves every {period} steps: {', '.join(f'{n} {k} times' for n, k in moves.items())}")
         if moves and not any(moves.values()):
-            reporter.warn(f"ema.sync_steps: {period} is more than any stage trains: the reference never moves")
+            reporter.warn(f"ema.sync_steps: {period} is more than the steps of any stage: the reference never moves")
 
 
 def _table(prepared: Prepared) -> Table:
     table = Table(title="stages")
     for name in ("stage", "pairs", "dropped", "tokens", "scored", "longest", "steps", "beta"):
         table.add_column(name, justify="left" if name == "stage" else "right")
+
     for stage in prepared.stages:
         tokens = stage.tokens
+
+        # counts of generated pairs are not known before training
         if stage.prompts is not None:
             assert stage.config.source is not None
-            made = f"made from {len(stage.prompts):,} prompts ({stage.config.source.kind})"
-            table.add_row(stage.config.name, made, *[""] * 5, f"{prepared.config.stage_beta(stage.config):g}")
+            generated = f"generated from {len(stage.prompts):,} prompts ({stage.config.source.kind})"
+            table.add_row(stage.config.name, generated, *[""] * 5, f"{prepared.config.stage_beta(stage.config):g}")
             continue
+
         cells = (
             len(tokens),
             len(tokens.dropped),
@@ -98,6 +116,8 @@ def _table(prepared: Prepared) -> Table:
             _steps(prepared.config, stage),
         )
         table.add_row(stage.config.name, *(f"{n:,}" for n in cells), f"{prepared.config.stage_beta(stage.config):g}")
+
+    # evaluation pairs have neither steps nor a beta
     if prepared.eval_tokens is not None:
         tokens = prepared.eval_tokens
         counts = (len(tokens), len(tokens.dropped), int(tokens.lengths.sum()), int(scored_counts(tokens).sum()))
@@ -106,21 +126,27 @@ def _table(prepared: Prepared) -> Table:
 
 
 def _steps(config: RunConfig, stage: StageData) -> int:
+    """The optimizer steps of a stage, counted as Trainer does."""
     settings = config.stage_trainer(stage.config)
     if settings.get("max_steps", -1) > 0:
         return settings["max_steps"]
+
+    # a last partial batch counts, and so does a last partial accumulation
     batches = math.ceil(len(stage.tokens) / settings["per_device_train_batch_size"])
     return math.ceil(math.ceil(batches / settings.get("gradient_accumulation_steps", 1)) * stage.config.epochs)
 
 
 def _state(config: RunConfig) -> str:
+    """The line about output_dir; UserError if it contains a run with another config."""
     path = Path(config.output_dir) / "manifest.json"
     if not path.exists():
         return f"output     {config.output_dir} (new)"
+
+    # only the config is compared: some orders need scores before the stages' data is known
     manifest = read_json(path)
     differences = config_diff(manifest.get("config", {}), config.model_dump(mode="json"))
     if differences:
-        raise UserError(started_otherwise(path.parent, differences))
+        raise UserError(different_settings(path.parent, differences))
     stages = manifest.get("stages", [])
     done = sum(stage.get("state") == "done" for stage in stages)
     return f"output     {config.output_dir}: {done} of {len(stages)} stages done"

@@ -1,4 +1,4 @@
-"""Everything a run reads before it trains: data, tokenizer, tokens. Whatever is wrong with them is said here."""
+"""Everything a run reads before it trains: data, tokenizer, tokens. Whatever is wrong with them is reported here."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from sdpo_kernels.stepwise.sources.make import check_source
 
 @dataclass
 class Prepared:
-    """A run's input, read and checked; stages are in the order of the config."""
+    """A run's input, read and checked; the stages are in the order of the config."""
 
     config: RunConfig
     tokenizer: PreTrainedTokenizerBase
     model_config: Any
     stages: list[StageData]
     eval_tokens: TokenizedPairs | None
-    skipped: list[str] = field(default_factory=list)  # 'file:line: what is wrong', with on_bad_row: skip
+    skipped: list[str] = field(default_factory=list)  # bad rows, 'file:line: what is wrong', with on_bad_row: skip
     warnings: list[str] = field(default_factory=list)
 
     def say_warnings(self, reporter: Reporter) -> None:
-        """What a person should know of before training."""
+        """Print what the user should know before training."""
         for message in self.warnings:
             reporter.warn(message)
         if self.skipped:
@@ -45,10 +45,20 @@ class Prepared:
 
 
 def prepare(config: RunConfig) -> Prepared:
-    """Read and tokenise all data of a run. UserError for whatever a person can mend."""
+    """Read and tokenize all data of a run.
+
+    1. Load the tokenizer and the model's config, but no weights.
+    2. For each stage read its pairs and tokenize them, or read the prompts it will generate pairs from.
+    3. Do the same with the evaluation pairs.
+    4. Check that model and further references can take the tokens.
+    5. Collect warnings about pairs and prompts that stages share, or that are evaluated too.
+
+    UserError for whatever the user can fix. On several ranks each reads everything.
+    """
     tokenizer = load_tokenizer(config)
     prepared = Prepared(config, tokenizer, load_model_config(config), [], None)
-    named: dict[str, list[Pair]] = {}
+
+    named: dict[str, list[Pair]] = {}  # by stage, and "eval_data"
     for stage in config.stages:
         if stage.data is None:
             prepared.stages.append(_prompts(config, stage, prepared))
@@ -57,20 +67,25 @@ def prepare(config: RunConfig) -> Prepared:
         named[stage.name] = pairs
         tokens = _tokenize(config, pairs, f"stage {stage.name}", prepared)
         prepared.stages.append(_stage_data(stage, pairs, tokens))
+
     if config.eval_data is not None:
         named["eval_data"] = _read(config, config.eval_data, prepared)
         prepared.eval_tokens = _tokenize(config, named["eval_data"], "eval_data", prepared)
+
+    # generated pairs are checked when they are there
     parts = [stage.tokens for stage in prepared.stages if stage.prompts is None]
     parts += [] if prepared.eval_tokens is None else [prepared.eval_tokens]
     check_fit(config, prepared.model_config, parts)
     check_multi(config, tokenizer, parts)
+
+    # no error: a user may want them
     prepared.warnings += shared_pairs(named)
     prepared.warnings += _shared_prompts(prepared.stages, named.get("eval_data", []))
     return prepared
 
 
 def read_eval(config: RunConfig, sources: Sequence[str]) -> tuple[TokenizedPairs, list[str], PreTrainedTokenizerBase]:
-    """Tokenised pairs of `sources` alone, what a person should know of them, and the tokenizer."""
+    """The tokenized pairs of `sources`, warnings about them, and the tokenizer."""
     prepared = Prepared(config, load_tokenizer(config), load_model_config(config), [], None)
     tokens = _tokenize(config, _read(config, sources, prepared), ", ".join(sources), prepared)
     check_fit(config, prepared.model_config, [tokens])
@@ -80,7 +95,7 @@ def read_eval(config: RunConfig, sources: Sequence[str]) -> tuple[TokenizedPairs
 def generated_stage(
     config: RunConfig, stage: StageConfig, tokenizer: PreTrainedTokenizerBase, path: Path, reporter: Reporter
 ) -> StageData:
-    """A stage whose generated pairs are in `path`; warns of what the user should know about them."""
+    """A stage whose generated pairs are in `path`; prints warnings about them."""
     prepared = Prepared(config, tokenizer, load_model_config(config), [], None)
     pairs = _read(config, (str(path),), prepared)
     tokens = _tokenize(config, pairs, f"stage {stage.name}", prepared)
@@ -90,32 +105,39 @@ def generated_stage(
 
 
 def _prompts(config: RunConfig, stage: StageConfig, prepared: Prepared) -> StageData:
+    """A stage that will generate its pairs: its prompts, checked as far as possible without a model."""
     assert stage.prompts is not None
     assert stage.source is not None
     prompts, skipped = read_prompts(stage.prompts, config.on_bad_row)
     prepared.skipped += skipped
+
+    # a missing judge or answer is reported now, not when the stage starts hours later
     try:
-        check_source(stage.source, prompts, config.trust_remote_code)
+        warnings = check_source(stage.source, prompts, config.trust_remote_code)
+        prepared.warnings += [f"stage {stage.name}: source: {warning}" for warning in warnings]
     except UserError as error:
         raise UserError(f"stage {stage.name}: source: {error}") from error
+
     chat = next((row for row in prompts if row.is_conversational), None)
     if chat is not None and not prepared.tokenizer.chat_template:
-        raise UserError(f"{chat.where}: is a conversation, and the tokenizer has no chat template")
+        raise UserError(f"{chat.where}: is a conversation, but the tokenizer has no chat template")
+
+    # prompt and generated answer together must fit the model's positions
     lengths = [len(row.ids(prepared.tokenizer)) for row in prompts]
     check_positions(config, prepared.model_config, max(lengths) + stage.source.max_new_tokens, f"stage {stage.name}")
     long = sum(length >= config.max_length for length in lengths)
     if long:
-        prepared.warnings.append(f"stage {stage.name}: {long} of {len(prompts)} prompts fill max_length by themselves")
+        prepared.warnings.append(f"stage {stage.name}: {long} of {len(prompts)} prompts alone reach max_length")
     return StageData(stage, TokenizedPairs.concatenate([]), [], prompts=prompts)
 
 
 def _shared_prompts(stages: Sequence[StageData], evaluated: Sequence[Pair]) -> list[str]:
-    """A warning for each stage that makes its pairs of prompts which are evaluated."""
+    """A warning for each stage that generates pairs from prompts of the evaluation data."""
     asked = {json.dumps(pair.prompt) for pair in evaluated}
     counts = {stage.config.name: len(asked & {json.dumps(r.prompt) for r in stage.prompts or []}) for stage in stages}
     return [
-        f"{count} of eval_data's {len(asked)} different prompts are prompts of stage {name!r}: its scores will flatter "
-        "the model"
+        f"{count} of eval_data's {len(asked)} different prompts are prompts of stage {name!r} too: evaluation "
+        "scores will be too optimistic"
         for name, count in counts.items()
         if count
     ]
@@ -140,6 +162,7 @@ def _tokenize(config: RunConfig, pairs: list[Pair], name: str, prepared: Prepare
 
 
 def _stage_data(stage: StageConfig, pairs: list[Pair], tokens: TokenizedPairs) -> StageData:
+    # external scores stay with their pairs when others are dropped
     kept = [pairs[i] for i in tokens.kept]
     scores = [pair.score for pair in kept]
     with_scores = all(score is not None for score in scores)

@@ -1,4 +1,4 @@
-"""`sdpo score`: how well models rank preference pairs. Rewards are against the run's initial model."""
+"""`sdpo score`: how well models rank preference pairs. Rewards are relative to the run's initial model."""
 
 from __future__ import annotations
 
@@ -23,23 +23,34 @@ from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
 
 
 def score_run(config: RunConfig, models: Sequence[str], data: Sequence[str], *, as_json: bool) -> None:
-    """Print the scores of `models` (default: the run's finished models) on `data` (default: its eval_data)."""
+    """Print the metrics of `models` (default: the run's finished models) on `data` (default: its eval_data).
+
+    1. Read the pairs.
+    2. Score them with the run's initial model, which rewards are relative to.
+    3. Score them with each model in turn; only one is in memory at a time.
+
+    UserError if there is no data, or a model cannot be loaded.
+    """
     reporter = Reporter(quiet=as_json)
     sources = tuple(data) or config.eval_data
     if not sources:
-        raise UserError("eval_data: is not set in the run's settings; give --data FILE")
+        raise UserError("eval_data: is not set in the run's settings; set it, or use --data FILE")
     tokens, warnings, tokenizer = read_eval(config, sources)
     for warning in warnings:
         reporter.warn(warning)
-    counts = scored_counts(tokens)
-    with tempfile.TemporaryDirectory() as folder:  # Trainer's arguments want one; nothing is written there
+
+    with tempfile.TemporaryDirectory() as folder:  # the arguments need one; nothing is written there
         args = training_arguments(config, config.stages[0], Path(folder), Path(folder))
     scorer = Scorer.of(config, args, pad_token_id(tokenizer), reporter)
+
+    # the initial model has no reward of its own
+    counts = scored_counts(tokens)
     reference = scorer.score_path(config.model, tokens, "initial model")
     results = {config.model: summarise(reference, counts, None, config.beta)}
     for path in models or _finished(config):
         logps = scorer.score_path(path, tokens, Path(path).name)
         results[path] = summarise(logps, counts, reference, config.beta)
+
     if as_json:
         print(json.dumps(results, indent=2))
     else:
@@ -47,6 +58,7 @@ def score_run(config: RunConfig, models: Sequence[str], data: Sequence[str], *, 
 
 
 def _finished(config: RunConfig) -> list[str]:
+    """The folders of the run's finished stages, and of its extrapolated model if there is one."""
     path = Path(config.output_dir) / "manifest.json"
     manifest = read_json(path) if path.exists() else {"stages": []}
     done = [s for s in manifest["stages"] if s["state"] == "done"]
@@ -54,7 +66,9 @@ def _finished(config: RunConfig) -> list[str]:
 
 
 def _table(results: dict[str, Record], beta: float) -> Table:
-    table = Table(title="scores", caption=f"rewards: β {beta:g} of the run, against the initial model", padding=(0, 0))
+    table = Table(
+        title="scores", caption=f"rewards: the run's β {beta:g}, relative to the initial model", padding=(0, 0)
+    )
     table.add_column("model", overflow="fold", min_width=12)
     for title in ("pairs", "pair\nacc.", "per\ntoken", "reward\nacc.", "reward\nmargin", "γ\n(nat)"):
         table.add_column(title, justify="right")

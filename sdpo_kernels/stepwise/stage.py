@@ -33,7 +33,7 @@ def train_stage(stage: Stage) -> None:
 
     1. A folder that was published just before a crash only needs its record in the manifest.
     2. Find the newest complete checkpoint, if the stage was stopped before.
-    3. Generate the pairs of a stage that has prompts, unless they are there.
+    3. If the stage has prompts, generate its pairs, unless they are there.
     4. Score the references, or read them from the cache, and make the Trainer.
     5. Drop metrics past the checkpoint, then train from there, or from the start.
     6. Save, evaluate and publish the stage, and record it in the manifest.
@@ -41,7 +41,7 @@ def train_stage(stage: Stage) -> None:
     On several ranks all train; only rank 0 writes and logs.
 
     Raises:
-        UserError: what the user can mend; everything complete so far is kept.
+        UserError: what the user can fix; everything complete so far is kept.
         Interrupted: after Ctrl-C or SIGTERM, with everything saved.
     """
     if publish.is_published(stage):
@@ -50,11 +50,13 @@ def train_stage(stage: Stage) -> None:
     started = time.monotonic()
     reset_peak_memory()
 
+    # only rank 0 looks, so that all ranks resume from the same checkpoint
     checkpoint = ranks.on_first(lambda: _newest_checkpoint(stage))
     step = None if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     if checkpoint is not None and stage.run.config.reference != "none" and not (stage.work / REFERENCE_FILE).exists():
         stage.run.reporter.warn(f"stage {stage.name}: its {REFERENCE_FILE} is missing and is recomputed")
 
+    # the seed after the pairs: generating them may draw random numbers, and a resumed stage does not
     if stage.data.prompts is not None:
         _generate_pairs(stage)
     set_seed(stage.args.seed)
@@ -73,6 +75,8 @@ def train_stage(stage: Stage) -> None:
     del trainer  # the evaluation loads the model that was saved
     release_memory()
     publish.publish(stage, staging, record)
+
+    # a signal in the last step: the stage is done, the run is not
     if stopped and stage.index < len(stage.run.manifest.stages):
         raise Interrupted(f"stopped after stage {stage.name}, which is finished; run the same command again to resume")
 
@@ -80,16 +84,23 @@ def train_stage(stage: Stage) -> None:
 def prepare_trainer(stage: Stage) -> tuple[StageTrainer, Tensor]:
     """The Trainer at the stage's start, and the reference's log-probs [n, 2] that its pairs are compared with.
 
-    The references are scored here; a stage that resumes needs them too, and reads them from its cache.
+    1. Score the references, or read them from the cache if the stage resumes.
+    2. Check that they are those the stage started with, and record them in the manifest.
+    3. With LoRA, add an adapter to the policy.
+    4. Make the Trainer.
+
+    UserError if a model cannot be loaded or has changed, or if transformers refuses a setting.
     """
     config = stage.run.config
     if asks_for_fsdp(stage.args) and ranks.launched() == 1:
         raise UserError("trainer.fsdp: needs several processes; start them with torchrun (docs/distributed.md)")
 
     start = stage.references.score()
+
+    # Trainer switches it off; the saved config gets it back
     stage.use_cache = getattr(start.loaded.model.config, "use_cache", True)
 
-    # A resumed stage must go on against the reference it started with.
+    # A resumed stage must continue with the reference it started with.
     before = stage.record.get("reference_hash")
     if before not in (None, start.record["reference_hash"]):
         raise UserError(
@@ -109,7 +120,7 @@ def _newest_checkpoint(stage: Stage) -> Path | None:
 
 
 def _generate_pairs(stage: Stage) -> None:
-    """Generate the pairs of a stage that has prompts, once; from then on they are read like any other data."""
+    """Generate the pairs of a stage that has prompts, unless they are there, and read them like any other data."""
     settings = stage.data.config.source
     assert settings is not None
     stage.update({"state": "training"})
@@ -117,6 +128,7 @@ def _generate_pairs(stage: Stage) -> None:
     ranks.on_first(lambda: make_pairs(stage_context(stage), settings.kind, path))
     release_memory()
 
+    # pairs that a stopped stage has generated are not generated again, so they must be the same
     stage.data = generated_stage(stage.run.config, stage.data.config, stage.run.tokenizer, path, stage.run.reporter)
     tokens = stage.data.tokens
     counts = {"pairs": len(tokens), "dropped": len(tokens.dropped), "pairs_hash": tokens.content_hash()}
@@ -126,7 +138,7 @@ def _generate_pairs(stage: Stage) -> None:
 
 
 def _record(stage: Stage, steps: int, resumed: int | None, seconds: float) -> Record:
-    """The record of a stage that has been trained."""
+    """The manifest record of a trained stage."""
     lines = stage.run.metrics.of_stage(stage.index)
     return stage.record | {
         "state": "done",

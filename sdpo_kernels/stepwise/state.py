@@ -1,21 +1,30 @@
-"""What a run and one of its stages are made of while they are worked on."""
+"""A run and its stages while they are worked on; `open_run` creates or reopens a run's folder."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.files import replace_file
 from sdpo_kernels.stepwise.common.progress import Reporter
 from sdpo_kernels.stepwise.data.order import StageData
+from sdpo_kernels.stepwise.data.prompts import prompts_hash
+from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
+from sdpo_kernels.stepwise.record.environment import environment_warning, run_environment
 from sdpo_kernels.stepwise.record.manifest import Manifest, MetricsFile, Record
 from sdpo_kernels.stepwise.references.evaluation import EvalData
 from sdpo_kernels.stepwise.references.scorer import Scorer, pad_token_id
 from sdpo_kernels.stepwise.references.stage_references import StageReferences
+from sdpo_kernels.stepwise.settings.run_file import dump_config
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
+from sdpo_kernels.version import __version__
 
 
 @dataclass
@@ -31,13 +40,16 @@ class Run:
     eval_data: EvalData | None
 
     def check_weights(self, path: str, digest: str) -> None:
-        """UserError where the model in `path` is not what it was when this run loaded it first."""
+        """UserError if the weights in `path` are not those that this run loaded there first."""
         known = self.manifest.data.setdefault("weights", {})
+
+        # the run's own stages by name, so that the run's folder can be moved
         own = Path(path).parent == self.folder
         name = "initial" if path == self.config.model else Path(path).name if own else path
         if name not in known:
             known[name] = digest
             self.manifest.save()
+
         if known[name] != digest:
             raise UserError(
                 f"{path}: its weights have changed since this run was started; put them back, or choose another "
@@ -45,7 +57,7 @@ class Run:
             )
 
     def stage_folder(self, index: int) -> Path:
-        """Where the finished stage `index` (from 1) lies."""
+        """The folder of the finished stage `index` (from 1)."""
         return self.folder / f"stage-{index}-{self.manifest.stages[index - 1]['name']}"
 
 
@@ -56,8 +68,8 @@ class Stage:
         self.run, self.index, self.data = run, index, data
         self.name = data.config.name
         self.folder = run.stage_folder(index)
-        self.work = run.folder / f".{self.folder.name}"  # where it lies while it is made
-        self.use_cache = True  # what the model's config said before Trainer saw it
+        self.work = run.folder / f".{self.folder.name}"  # the stage's files while it is in progress
+        self.use_cache = True  # in the model's config, before Trainer changed it
         self.args: TrainingArguments = training_arguments(
             run.config, data.config, self.work, run.folder / "tensorboard" / self.folder.name
         )
@@ -70,7 +82,7 @@ class Stage:
 
     @property
     def references(self) -> StageReferences:
-        """What scores its references; made anew at each call, as generated pairs arrive after the stage has started."""
+        """What scores its references; a new one at each call, as generated pairs arrive after the stage has started."""
         config = self.run.config
         return StageReferences(
             scorer=self.scorer,
@@ -93,7 +105,8 @@ class Stage:
         self.run.manifest.update_stage(self.index, values)
 
     def model_before(self, which: str) -> str:
-        """The model that `previous` or `initial` names at this stage's start; `ema` and `multi`: the policy's."""
+        """The model that `previous` or `initial` stands for in this stage; for `ema` and `multi` the policy's start."""
+        # both start from the policy's model: ema's reference moves later, multi's base is it
         if which in ("ema", "multi"):
             which = self.run.config.policy
         if which == "initial" or self.index == 1:
@@ -107,3 +120,60 @@ class Stage:
         if config.reference in ("multi", "none"):
             return False
         return self.model_before(config.policy) == self.model_before(config.reference)
+
+
+def open_run(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    stages: Sequence[StageData],
+    eval_tokens: TokenizedPairs | None,
+    folder: Path,
+    reporter: Reporter,
+) -> Run:
+    """Create the run in `folder`, or reopen it if its manifest matches the config and data.
+
+    1. Plan the manifest from what was read: a header, and a record for each stage.
+    2. Create manifest.json on rank 0, or compare it with the plan.
+    3. Warn if the run was started in another environment, and write config.yaml.
+
+    UserError, with every difference, if `folder` contains a run with another config or other data.
+    """
+    environment = run_environment(config)
+    header = {
+        "version": __version__,
+        "model": config.model,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "environment": environment,
+        "config": config.model_dump(mode="json"),
+        "eval_data_hash": None if eval_tokens is None else eval_tokens.content_hash(),
+    }
+    records = [_planned_record(config, index, stage) for index, stage in enumerate(stages, 1)]
+
+    # every rank gets rank 0's manifest, which may be on a disk that others see a moment later
+    manifest = ranks.on_first(lambda: Manifest.open(folder, header, records))
+    if warning := environment_warning(manifest, environment):
+        reporter.warn(warning)
+    replace_file(folder / "config.yaml", dump_config(config).encode())
+
+    eval_data = None if eval_tokens is None else EvalData(eval_tokens, folder, config.beta, config.model)
+    return Run(config, folder, tokenizer, manifest, MetricsFile(folder), reporter, eval_data)
+
+
+def _planned_record(config: RunConfig, index: int, stage: StageData) -> Record:
+    """A stage's record in the manifest before it starts."""
+    return {
+        "name": stage.config.name,
+        "index": index,
+        "state": "pending",
+        "prompts": None if stage.prompts is None else len(stage.prompts),  # of a stage that generates its pairs
+        "pairs": len(stage.tokens),
+        "dropped": len(stage.tokens.dropped),
+        "data_hash": stage.tokens.content_hash() if stage.prompts is None else prompts_hash(stage.prompts),
+        "accuracy_before": stage.accuracy,
+        "reference": config.reference,
+        "policy": config.policy,
+        "loss": config.loss_sum.label,
+        "beta": config.stage_beta(stage.config),
+        "epochs": stage.config.epochs,
+        "eval": None,
+    }

@@ -1,9 +1,9 @@
 """The native backend's CUDA code on the CPU: csrc/cuda compiled against emulator/, where a thread is a fiber.
 
-    backend = emulated_backend()      # builds the library where it is not there yet (a few seconds)
+    backend = emulated_backend()      # builds the library if it does not exist yet (a few seconds)
 
-What is real: the walk, its leaves, every kernel with its indexing, barriers and shuffles, the operators. What is not:
-cuBLAS (three loops), the stream, the device's own exp and log of double.
+Real are the walk, its leaves, every kernel with its indexing, barriers and shuffles, and the operators. Emulated are
+cuBLAS (three loops), the stream, and the device's exp and log of double.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FLAGS = [
 
 
 class EmulatedBackend(NativeBackend):
-    """The native backend on CPU tensors, by the operators of the emulated library."""
+    """The native backend on CPU tensors, with the operators of the emulated library."""
 
     name = "emulated"
     device_types = ("cpu",)
@@ -56,7 +56,7 @@ def emulated_backend() -> EmulatedBackend:
 
 
 def build() -> Path:
-    """The library for the sources as they are, kept under build/emulator."""
+    """The library for the current sources, kept under build/emulator."""
     digest = source_digest(ROOT / "csrc", cuda=True) + source_digest(HERE, cuda=True)
     folder = ROOT / "build" / "emulator"
     library = folder / f"emulated-{digest}.so"

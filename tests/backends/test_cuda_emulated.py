@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdpo_kernels import backends, linear_logps, logits_logps, logps_op
-from sdpo_kernels.backends.base import KEEP_DIRECTION
+from sdpo_kernels.backends.base import Keep
 from tests.backends.emulated import emulated_backend
-from tests.backends.pair_cases import check_pair_epilogue, pair_cases
+from tests.backends.epilogue_cases import check_pair_epilogue, pair_cases
 from tests.reference import Case, check, error, random_case, scored_rows, target_logps
 
 pytestmark = [
@@ -150,7 +150,7 @@ def test_log_probs_have_the_same_bits_whatever_is_kept():
 @pytest.mark.parametrize("stash_bytes", [0, ALL])
 @pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_autocast_with_a_float32_head(hidden_dtype, stash_bytes):
-    """W is converted chunk by chunk, and its gradient comes unrounded."""
+    """W is converted chunk by chunk, and its gradient is not rounded."""
     case = case_of(9, 16, 130, masked=0.2, settings={"stash_bytes": stash_bytes})
     case.hidden = case.hidden.to(hidden_dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -165,7 +165,7 @@ def test_autocast_with_a_float32_head(hidden_dtype, stash_bytes):
     assert error(ours["d_hidden"], wanted["d_hidden"]) <= 2**-8 * wanted["d_hidden"].abs().max()
 
 
-def test_tensors_that_lie_otherwise():
+def test_strided_tensors():
     case = case_of(9, 16, 130, bias=True)
     expected = case.ours()
     case.hidden = torch.nn.functional.pad(case.hidden, (3, 2))[:, 3:-2]
@@ -175,18 +175,18 @@ def test_tensors_that_lie_otherwise():
         assert torch.equal(value, expected[name]), name
 
 
-@pytest.mark.parametrize("keep", [0, 64, 128, KEEP_DIRECTION])
+@pytest.mark.parametrize("keep", [Keep.nothing(), Keep.columns(64), Keep.columns(128), Keep.direction()])
 def test_opcheck(keep):
     case = random_case(5, 4, 100, bias=True)
-    frozen = keep == KEEP_DIRECTION
+    frozen = keep.is_direction
     args = (
         case.hidden.requires_grad_(), case.weight.requires_grad_(not frozen), case.targets, case.bias, None,
-        1.5, 20.0, 0.8, "", torch.float32, "emulated", keep, None,
+        1.5, 20.0, 0.8, "", torch.float32, "emulated", keep.encode(), None,
     )  # fmt: skip
     torch.library.opcheck(logps_op.linear_logps_op, args)
 
 
-# --- rows of logits ---------------------------------------------------------------------------------------------
+# --- existing logits ---------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60)
@@ -203,7 +203,7 @@ def test_logits(n_rows, n_columns, dtype, temperature, scale, inplace, aligned, 
     grad = torch.randn(n_rows, generator=generator)
     leaf = z.clone().requires_grad_()
     given = leaf * 1
-    inplace = inplace and aligned  # it wants contiguous logits
+    inplace = inplace and aligned  # it requires contiguous logits
     if not aligned:
         given = torch.nn.functional.pad(given, (1, 0))[:, 1:]
     logps = logits_logps(given, targets, temperature=temperature, inplace_backward=inplace)
@@ -212,12 +212,12 @@ def test_logits(n_rows, n_columns, dtype, temperature, scale, inplace, aligned, 
     right = target_logps(exact / temperature, targets)
     right.backward(grad.double())
     assert error(logps, right) <= 8 * EPS * max(1.0, float(right.abs().max()))
-    steepness = max(1.0, float(z.abs().max()) / temperature)  # by which a rounded exponent is off
+    steepness = max(1.0, float(z.abs().max()) / temperature)  # how far off a rounded exponent is
     rounding = 4 * EPS * steepness + (0 if dtype == torch.float32 else 2**-8)
     assert error(leaf.grad, exact.grad) <= rounding * float(grad.abs().max()) / temperature
 
 
-def test_logits_that_are_masked_or_no_number():
+def test_masked_and_nan_logits():
     z = torch.zeros(5, 600)
     z[0, 5::3] = -torch.inf
     z[1, 1:] = -torch.inf

@@ -1,4 +1,4 @@
-"""What nvcc made of csrc/cuda, looked at without a GPU: symbols, registers, stack, instructions, and that it loads."""
+"""The library that nvcc built, inspected without a GPU: symbols, registers, stack, instructions, and that it loads."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = [
 
 
 def cuobjdump(*arguments: str) -> str:
-    """What CUDA's own tool, which Triton carries, says of the library; kernels by their C++ names."""
+    """The output of cuobjdump, which Triton ships, for the library; kernels by their C++ names."""
     triton = pytest.importorskip("triton")
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     said = subprocess.run([str(tool), *arguments, str(LIBRARY)], capture_output=True, text=True, check=True).stdout
@@ -39,7 +39,7 @@ def kernels_of(source: Path) -> list[str]:
 
 @functools.cache
 def usage() -> dict[tuple[str, str], tuple[int, int]]:
-    """(architecture, kernel) → the most registers and the most stack of its instances."""
+    """(architecture, kernel) → the maximum registers and stack of its instances."""
     found: dict[tuple[str, str], tuple[int, int]] = {}
     architecture = kernel = ""
     for line in cuobjdump("-res-usage").splitlines():
@@ -53,12 +53,12 @@ def usage() -> dict[tuple[str, str], tuple[int, int]]:
     return found
 
 
-def test_the_library_is_of_these_sources():
+def test_the_library_was_built_from_these_sources():
     assert native_library.is_whole(LIBRARY)
     assert native_library.source_digest(native_library.SOURCES, cuda=True).encode() in LIBRARY.read_bytes()
 
 
-def test_it_uses_the_stable_abi_alone():
+def test_it_uses_only_the_stable_abi():
     for library in (LIBRARY, native_library.LIBRARY):
         symbols = subprocess.run(
             ["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True
@@ -113,11 +113,11 @@ def test_logits_are_read_and_s_is_written_in_128_bits(architecture, kernel, stor
 
 STUB = """
 extern "C" int aoti_torch_get_current_cuda_stream(int, void** stream) { *stream = nullptr; return 0; }
-"""  # what libtorch_cuda brings, where there is one
+"""  # provided by libtorch_cuda, if there is one
 
 
-def test_it_loads_beside_the_cpus(tmp_path):
-    """In a process with a stand-in for the one symbol that a CPU torch lacks."""
+def test_it_loads_next_to_the_cpu_library(tmp_path):
+    """In a process with a stub for the one symbol that a CPU torch lacks."""
     (tmp_path / "stub.cpp").write_text(STUB)
     stub = tmp_path / "stub.so"
     subprocess.run(["g++", "-shared", "-fPIC", str(tmp_path / "stub.cpp"), "-o", str(stub)], check=True)

@@ -1,4 +1,4 @@
-"""The eager backend and the arithmetic of its chunks, asked directly."""
+"""The eager backend and the arithmetic of its chunks, called directly."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdpo_kernels.backends import AUTO_ORDER, BACKENDS, choose_backend, eager, get_backend
-from sdpo_kernels.backends.base import EXTRAS, KEEP_DIRECTION, KEEP_NOTHING, HeadCall, Request
+from sdpo_kernels.backends.base import EXTRAS, HeadCall, Keep, Needs, Request, Saved
 from sdpo_kernels.backends.chunk_math import RunningSums
 from sdpo_kernels.backends.eager import EagerBackend, vocabulary_chunks
 from sdpo_kernels.head import Head
 from tests.reference import chunk_columns, error, extras_of, logits_of, random_case, size, target_logps
 
 EPS = torch.finfo(torch.float32).eps
+KEEPS = (Keep.nothing(), Keep.columns(64), Keep.columns(320), Keep.columns(1000), Keep.direction())
 
 
 def head_call(n_rows: int = 6, width: int = 5, n_columns: int = 300, dtype=torch.float32, **options) -> HeadCall:
@@ -28,7 +29,7 @@ def test_it_is_registered_and_chosen():
     request = Request(torch.device("cpu"), torch.float16, torch.float16, Head(), EXTRAS)
     assert get_backend("eager") is BACKENDS["eager"]
     assert choose_backend("eager", request).name == "eager"
-    assert AUTO_ORDER[-1] == "eager"  # it serves everything, so nothing may stand behind it
+    assert AUTO_ORDER[-1] == "eager"  # it serves everything, so nothing may come after it
     assert BACKENDS["eager"].supports(request) is None
 
 
@@ -60,7 +61,7 @@ def test_chunks_cover_the_vocabulary_once_and_stop_at_the_border(n_rows, width, 
 def test_log_probs_have_the_same_bits_whatever_is_kept(dtype):
     call = head_call(33, 16, 1000, dtype)
     with chunk_columns(300):
-        answers = [EagerBackend().forward(call, keep) for keep in (KEEP_NOTHING, 64, 320, 1000, KEEP_DIRECTION)]
+        answers = [EagerBackend().forward(call, keep) for keep in KEEPS]
     for answer in answers[1:]:
         assert torch.equal(answer.logps, answers[0].logps)
         assert torch.equal(answer.state, answers[0].state)
@@ -70,7 +71,7 @@ def test_log_probs_have_the_same_bits_whatever_is_kept(dtype):
 def test_the_stash_holds_logits_and_zeros_around_them(keep):
     call = head_call(kept_rows=9, head=Head(softcap=4.0))
     with chunk_columns(100):
-        kept = EagerBackend().forward(call, keep).kept
+        kept = EagerBackend().forward(call, Keep.columns(keep)).kept
     z = logits_of(call.hidden, call.weight, call.bias, softcap=4.0)
     assert kept.shape == (9, keep)
     assert error(kept[:6, :300], z[:, :keep]) <= 8 * EPS * size(z)
@@ -80,7 +81,7 @@ def test_the_stash_holds_logits_and_zeros_around_them(keep):
 
 def test_what_is_kept_for_a_frozen_head_is_the_gradient_up_to_1_minus_p():
     call = head_call(kept_rows=8, dtype=torch.float64)
-    answer = EagerBackend().forward(call, KEEP_DIRECTION)
+    answer = EagerBackend().forward(call, Keep.direction())
     hidden = call.hidden.clone().requires_grad_()
     target_logps(logits_of(hidden, call.weight, call.bias), call.targets).sum().backward()
     rest = -torch.expm1(answer.logps)
@@ -89,21 +90,19 @@ def test_what_is_kept_for_a_frozen_head_is_the_gradient_up_to_1_minus_p():
 
 
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
-def test_only_the_gradients_needed_are_made(needs):
-    from sdpo_kernels.backends.base import Saved
-
+def test_only_needed_gradients_are_computed(needs):
     call = head_call()
-    answer = EagerBackend().forward(call, KEEP_NOTHING)
-    saved = Saved(answer.logps, answer.state, None, None, None, KEEP_NOTHING)
-    found = EagerBackend().backward(call, saved, torch.ones(6), None, needs)
+    answer = EagerBackend().forward(call, Keep.nothing())
+    saved = Saved(answer.logps, answer.state, None, None, None, Keep.nothing())
+    found = EagerBackend().backward(call, saved, torch.ones(6), None, Needs(*needs))
     assert tuple(grad is not None for grad in found) == needs
 
 
-def test_the_inputs_are_left_alone():
+def test_the_inputs_are_not_modified():
     call = head_call(outputs=EXTRAS, head=Head(softcap=3.0, temperature=2.0))
     before = [t.clone() for t in (call.hidden, call.weight, call.bias, call.targets)]
-    EagerBackend().forward(call, 64)
-    EagerBackend().forward(call, KEEP_DIRECTION)
+    EagerBackend().forward(call, Keep.columns(64))
+    EagerBackend().forward(call, Keep.direction())
     for mine, old in zip((call.hidden, call.weight, call.bias, call.targets), before, strict=True):
         assert torch.equal(mine, old)
 

@@ -1,4 +1,4 @@
-"""The native backend: every chip's kernels, bits that depend on nothing, precision at scale, memory, its library."""
+"""The native backend: every chip's kernels, reproducible bits, precision at scale, memory, its library."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdpo_kernels import backends, linear_logps, pair_op
+from sdpo_kernels import backends, epilogue_op, linear_logps
 from sdpo_kernels.backends import native, native_library
 from sdpo_kernels.backends.base import EXTRAS, Request
-from sdpo_kernels.dpo import pair_output
+from sdpo_kernels.dpo_output import pair_output
 from sdpo_kernels.head import Head
 from tests.reference import Case, check, error, random_case, target_logps
 from tests.test_logps import cases
 
 NATIVE = backends.BACKENDS["native"]
-pytestmark = pytest.mark.skipif(NATIVE.reason is not None, reason=str(NATIVE.reason))
+pytestmark = pytest.mark.skipif(NATIVE.unavailable_reason is not None, reason=str(NATIVE.unavailable_reason))
 ROOT = Path(__file__).resolve().parents[2]
 ALL = 10**12  # stash_bytes that holds everything
 CHIPS = ("avx512bf16", "avx512", "avx2", "base")
@@ -30,7 +30,7 @@ EPS = torch.finfo(torch.float32).eps
 
 @pytest.fixture(params=CHIPS)
 def chip(request, monkeypatch):
-    """The kernels for one kind of chip, where this machine is of that kind or better."""
+    """The kernels for one kind of chip, if this machine supports it."""
     best = torch.ops.sdpo_native.cpu_chip()
     try:
         torch.ops.sdpo_native.use_cpu_chip(request.param)
@@ -68,14 +68,14 @@ def test_auto_prefers_it_on_the_cpu(monkeypatch):
         ({"device": torch.device("mps")}, "it runs on the CPU and on CUDA, not on mps"),
         ({"dtype": torch.float16}, "it takes float32 and bfloat16, not float16"),
         ({"weight_dtype": torch.float64}, "it takes float32 and bfloat16, not float64"),
-        ({"outputs": EXTRAS[:1], "device": torch.device("cuda")}, "on cuda it gives log-probs alone"),
+        ({"outputs": EXTRAS[:1], "device": torch.device("cuda")}, "on cuda it computes log-probs only"),
     ],
 )
-def test_what_it_cannot_serve_it_says(changes, reason):
+def test_unsupported_requests_give_the_reason(changes, reason):
     assert NATIVE.supports(request_of(**changes)).startswith(reason)
 
 
-def test_an_unknown_chip_is_refused():
+def test_an_unknown_chip_is_an_error():
     with pytest.raises(RuntimeError, match="chip: was 'vax', must be one that this machine has"):
         torch.ops.sdpo_native.use_cpu_chip("vax")
 
@@ -106,8 +106,8 @@ def test_odd_shapes(chip, shape, dtype, trains, stash_bytes):
 @pytest.mark.parametrize("scale", [30.0, 100.0])
 @pytest.mark.parametrize("stash_bytes", [0, 4 * 40 * 128, ALL])
 @pytest.mark.parametrize("trains", [("hidden", "weight", "bias"), ("hidden",)], ids="+".join)
-def test_rows_out_of_range_are_done_again(chip, trains, stash_bytes, scale):
-    """Log-probs far below −109 beside ordinary ones; a case of its own, as plain float32 has its own troubles here."""
+def test_rows_out_of_range_are_recomputed(chip, trains, stash_bytes, scale):
+    """Log-probs far below −109 next to ordinary ones; separate, because plain float32 is inaccurate here, too."""
     case = native_case(40, 16, 300, bias=True, scale=scale, trains=trains, settings={"stash_bytes": stash_bytes})
     case.hidden[::3] /= scale  # some rows stay in range
     ours = case.ours()
@@ -159,7 +159,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(stash_bytes):
 
 
 def summed_error(hidden, weight, targets, bias=None) -> tuple[float, float]:
-    """Of the summed log-prob in nats, and the largest of a token relative to its log-prob."""
+    """The error of the summed log-prob in nats, and the largest one of a token relative to its log-prob."""
     with torch.no_grad():
         ours = linear_logps(hidden, weight, targets, bias=bias, backend="native").logps.double()
     truth = []
@@ -207,7 +207,7 @@ def test_bfloat16_gradients_are_near_those_of_ideal_float32_logits(stash_bytes):
 
 @pytest.mark.slow
 def test_more_logits_than_an_int32_can_count_forward_and_backward():
-    """All rows but five are one row, so that the truth is that of six."""
+    """All rows but five are the same row, so six rows are enough for the ground truth."""
     n_rows, n_columns = 36000, 60100
     assert n_rows * n_columns > 2**31
     case = native_case(6, 2, n_columns, dtype=torch.bfloat16, scale=2.0, settings={"stash_bytes": ALL})
@@ -249,7 +249,7 @@ def test_without_a_stash_memory_is_small_and_flat_in_the_vocabulary():
         )  # fmt: skip
         found.append(int(done.stdout))
     assert max(found) < 160e6
-    assert found[1] < 1.1 * found[0] + 16e6  # allocators differ by that much from run to run
+    assert found[1] < 1.1 * found[0] + 16e6  # allocators vary by that much from run to run
 
 
 # --- the pair epilogue ------------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ def test_the_pair_epilogue_is_the_losses_own_arithmetic(loss, n_pairs, beta, spr
     ref = spread * torch.randn(2 * n_pairs, generator=generator)
     counts = torch.randint(1, 40, (2 * n_pairs,), generator=generator)
     settings = {"beta": beta, "loss_type": name, **options}
-    assert pair_op.serves("native", policy, n_pairs, name) == "native"
+    assert epilogue_op.serving_backend("native", policy, n_pairs, name) == "native"
     ours = pair_output(policy, ref, counts, **settings)
     (grad,) = torch.autograd.grad(ours.loss, policy)
     exact = policy.detach().double().requires_grad_()
@@ -289,7 +289,7 @@ def test_the_pair_epilogue_at_a_kink_and_with_nan(name):
     if name == "hinge":
         assert grad[0] == 0
     torch.library.opcheck(
-        pair_op._pair_epilogue,
+        epilogue_op._pair_epilogue,
         (
             torch.randn(4, requires_grad=True),
             None,
@@ -322,47 +322,47 @@ def broken_library(tmp_path, monkeypatch, content: bytes) -> Path:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
-def test_a_half_built_library_is_an_error_that_names_the_remedy(tmp_path, monkeypatch, share):
+def test_a_truncated_library_is_an_error_that_says_how_to_rebuild(tmp_path, monkeypatch, share):
     whole = native_library.LIBRARY.read_bytes()
     broken_library(tmp_path, monkeypatch, whole[: int(share * len(whole))])
-    with pytest.raises(RuntimeError, match=r"is cut short .* build it anew: cd .* python setup.py build_ext --inplace"):
+    with pytest.raises(RuntimeError, match=r"is truncated .* to rebuild it: cd .* python setup.py build_ext --inplace"):
         native_library.load()
 
 
-def test_a_file_that_is_no_library_is_an_error_that_names_the_remedy(tmp_path, monkeypatch):
+def test_a_file_that_is_not_a_library_is_an_error_that_says_how_to_rebuild(tmp_path, monkeypatch):
     broken_library(tmp_path, monkeypatch, b"not a library " * 100)
-    with pytest.raises(RuntimeError, match=r"cannot be loaded \(.*\); build it anew: "):
+    with pytest.raises(RuntimeError, match=r"cannot be loaded \(.*\); to rebuild it: "):
         native_library.load()
 
 
 def test_a_library_of_other_sources_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "csrc").mkdir()
     monkeypatch.setattr(native_library, "SOURCES", tmp_path / "csrc")
-    (tmp_path / "csrc" / "kernel.cpp").write_text("// somebody else's, beside the installed package")
+    (tmp_path / "csrc" / "kernel.cpp").write_text("// of another project, next to the installed package")
     assert native_library.load() is None
     (tmp_path / "csrc" / "walk.h").write_text("// changed since")
-    with pytest.raises(RuntimeError, match=r"was built from other sources .* build it anew: "):
+    with pytest.raises(RuntimeError, match=r"was built from other sources .* to rebuild it: "):
         native_library.load()
 
 
-def test_without_a_library_auto_takes_eager_and_a_misfit_stops(monkeypatch, tmp_path, caplog):
+def test_without_a_library_auto_takes_eager_and_one_that_cannot_be_loaded_raises(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(native_library, "LIBRARY", tmp_path / "_cpu.so")
     monkeypatch.delenv("SDPO_BACKEND", raising=False)
     absent = native.NativeBackend()
-    assert "is not there" in absent.reason
+    assert "does not exist" in absent.unavailable_reason
     monkeypatch.setitem(backends.BACKENDS, "native", absent)
-    backends._say_once.cache_clear()
+    backends._warn_once.cache_clear()
     with caplog.at_level("WARNING", logger="sdpo_kernels.backends"):
         assert backends.choose_backend("auto", request_of()).name == "eager"
     assert "python setup.py build_ext --inplace" in caplog.text
     (tmp_path / "_cpu.so").write_bytes(b"")
     monkeypatch.setitem(backends.BACKENDS, "native", native.NativeBackend())
-    with pytest.raises(RuntimeError, match=r"backend: native: .* is cut short .* or set SDPO_BACKEND=eager"):
+    with pytest.raises(RuntimeError, match=r"backend: native: .* is truncated .* or set SDPO_BACKEND=eager"):
         backends.choose_backend("auto", request_of())
 
 
 @pytest.mark.slow
-def test_where_there_is_no_compiler_the_build_goes_on_and_says_so(tmp_path):
+def test_without_a_compiler_the_build_continues_with_a_message(tmp_path):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "sdpo_kernels"):
         (tmp_path / name).symlink_to(ROOT / name)
     environment = os.environ | {"CXX": "/nonexistent/c++", "CC": "/nonexistent/cc"}
@@ -393,7 +393,7 @@ def test_extras_of_awkward_logits_are_those_of_the_eager_backend(chip, kind):
         case.hidden[3] = torch.nan
     elif kind == "infinite":
         bias[150] = torch.inf
-    elif kind == "far":  # another block's logits are the only ones that count, then earlier ones do
+    elif kind == "far":  # one block's logits dominate, then those of an earlier one
         bias[130] += 150.0
         bias[5] += 300.0
     elif kind == "twins":  # no other logit is above the target's

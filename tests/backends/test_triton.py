@@ -1,4 +1,4 @@
-"""The Triton backend as far as it can be tested without a GPU: its choice, and its kernels in the interpreter."""
+"""The Triton backend, as far as it can be tested without a GPU: its selection, and its kernels in the interpreter."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_auto_takes_it_on_cuda(monkeypatch):
         ({"weight_dtype": torch.float64}, "it takes float32 and bfloat16, not float64"),
     ],
 )
-def test_what_it_cannot_serve_it_says(monkeypatch, changes, reason):
+def test_unsupported_requests_give_the_reason(monkeypatch, changes, reason):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert backends.BACKENDS["triton"].supports(request_of(**changes)) == reason
 
@@ -47,7 +47,7 @@ def test_what_it_cannot_serve_it_says(monkeypatch, changes, reason):
     "part", ["every_option", "multiple_of_a_tile or negative", "range or chunks", "one_launch", "rest"]
 )
 def test_in_the_interpreter(part):
-    """A process of its own: Triton looks at TRITON_INTERPRET when it is first imported."""
+    """In a process of its own: Triton reads TRITON_INTERPRET when it is first imported."""
     others = (
         "not every_option and not multiple_of_a_tile and not negative and not range and not chunks and not one_launch"
     )

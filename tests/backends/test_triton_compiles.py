@@ -1,5 +1,5 @@
 # ruff: noqa: E402
-"""Every Triton kernel compiled ahead of time for real chips, without one: instructions, shared memory, registers."""
+"""Every Triton kernel compiled ahead of time for GPUs, without a GPU: instructions, shared memory, registers."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sdpo_kernels.backends.triton import kernels
+from sdpo_kernels.backends.triton.epilogue import ELEMENTS, pair_kernel
 from sdpo_kernels.backends.triton.launch import REDO_ELEMENTS, ROWS_AT_ONCE
-from sdpo_kernels.backends.triton.pair import ELEMENTS, pair_kernel
+from sdpo_kernels.backends.triton.redo import redo_kernel
 from sdpo_kernels.backends.triton.tiles import tiles_of
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 ARCHITECTURES = (80, 90, 100, 120)
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # bytes a block may have
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # the limit per block, in bytes
 DIVISIBLE = ("width", "x_stride", "w_stride", "stash_stride", "stash_columns", "stash_start")  # by 16, as launches are
 
 
@@ -46,7 +47,7 @@ def compiled(
 
 
 def stack_bytes(kernel: Any, tmp_path: Path) -> int:
-    """Bytes of stack a thread needs: where registers spill, they show here."""
+    """Bytes of stack per thread: spilled registers show up here."""
     binary = tmp_path / "kernel.cubin"
     binary.write_bytes(kernel.asm["cubin"])
     done = subprocess.run([str(CUOBJDUMP), "-res-usage", str(binary)], capture_output=True, text=True, check=True)
@@ -118,11 +119,11 @@ def test_the_kernels_of_rows(arch, dtype, capped, tmp_path):
         (kernels.target_logits_kernel, {"BLOCK": 1024} | head, 4),
         (kernels.finalize_kernel, {"BLOCK": ROWS_AT_ONCE, "EXTRAS": True}, 4),
         (kernels.set_targets_kernel, {"BLOCK": ROWS_AT_ONCE, "CAPPED": capped}, 4),
-        (kernels.redo_kernel, redo | head, 8),
+        (redo_kernel, redo | head, 8),
     ):
         kernel = compiled(function, types, constants, arch, warps, 3)
         assert kernel.metadata.shared <= SHARED_MEMORY[arch]
-        if function is not kernels.redo_kernel:  # that one is rare, and works on a row at a time
+        if function is not redo_kernel:  # that one is rare, and computes one row at a time
             assert stack_bytes(kernel, tmp_path) == 0
 
 

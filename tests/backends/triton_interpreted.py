@@ -17,11 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdpo_kernels import backends, linear_logps, logps_op
-from sdpo_kernels.backends.base import EXTRAS, KEEP_DIRECTION
-from sdpo_kernels.backends.triton import autotune, launch
+from sdpo_kernels.backends.base import EXTRAS, Keep
 from sdpo_kernels.backends.triton import backend as walk
+from sdpo_kernels.backends.triton import launch
+from sdpo_kernels.backends.triton import tiles as tile_choice
 from sdpo_kernels.backends.triton.tiles import INTERPRETED
-from tests.backends.pair_cases import check_pair_epilogue, pair_cases
+from tests.backends.epilogue_cases import check_pair_epilogue, pair_cases
 from tests.reference import Case, check, error, random_case, scored_rows
 
 TRITON = backends.BACKENDS["triton"]
@@ -36,7 +37,7 @@ def triton_case(*shape: int, **options) -> Case:
 
 
 def checked(case: Case) -> dict:
-    """Check values and gradients; bfloat16 operands are truncated here, which costs a rounding each."""
+    """Check values and gradients; bfloat16 operands are truncated here, which costs one rounding each."""
     ours = case.ours()
     if case.hidden.dtype == torch.float32:
         check(case, ours, factor=4.0, slack=8.0)
@@ -93,7 +94,7 @@ def test_vocabularies_that_are_no_multiple_of_a_tile(columns, trains, stash_byte
 @pytest.mark.parametrize("trains", [("hidden", "weight", "bias"), ("hidden",)], ids="+".join)
 def test_all_logits_negative(trains, stash_bytes):
     case = triton_case(9, 8, 70, bias=True, trains=trains, settings={"stash_bytes": stash_bytes})
-    case.bias -= 40  # a column that counted as 0 where there is none would outweigh all of these
+    case.bias -= 40  # padding that counted as a logit of 0 would outweigh all of these
     checked(case)
 
 
@@ -162,7 +163,7 @@ def test_extras_gathered_from_several_chunks(monkeypatch, stash_bytes):
 
 
 @pytest.mark.parametrize("trains", [("hidden", "weight", "bias"), ("hidden",)], ids="+".join)
-def test_a_bias_and_a_head_that_lie_otherwise(trains):
+def test_strided_bias_and_head(trains):
     case = triton_case(13, 12, 100, bias=True, trains=trains)
     case.bias = torch.stack([case.bias, torch.full_like(case.bias, 9.0)], 1)[:, 0]
     case.weight = case.weight.t().contiguous().t()
@@ -187,7 +188,7 @@ def test_log_probs_have_the_same_bits_whatever_is_kept():
 @pytest.mark.parametrize("stash_bytes", [0, 4 * 20 * 64, ALL])
 @pytest.mark.parametrize("trains", [("hidden", "weight", "bias"), ("hidden",), ()], ids="+".join)
 def test_policy_and_reference_of_one_head_in_one_launch(monkeypatch, trains, stash_bytes):
-    """Bit for bit what each gives alone; rows of both are out of range."""
+    """The bits are those of separate calls; rows of both are out of range."""
     case = triton_case(20, 12, 150, bias=True, trains=trains, masked=0.2, settings={"stash_bytes": stash_bytes})
     case.bias[7] = -160.0
     case.targets[::3] = 7
@@ -213,17 +214,20 @@ def test_autocast_rounds_both_and_gives_the_weight_its_own_dtype():
         ours = case.ours()
     by_hand = triton_case(9, 16, 130, masked=0.2)
     by_hand.hidden, by_hand.weight = by_hand.hidden.bfloat16(), by_hand.weight.bfloat16()
-    assert error(ours["logps"], by_hand.ours()["logps"]) <= 16 * 2**-8  # float32 is truncated, not rounded, on its way
+    assert error(ours["logps"], by_hand.ours()["logps"]) <= 16 * 2**-8  # float32 is truncated to bfloat16, not rounded
     assert ours["d_weight"].dtype == torch.float32
 
 
-@pytest.mark.parametrize(("keep", "outputs"), [(0, "entropy"), (64, ""), (128, ""), (KEEP_DIRECTION, "")])
+@pytest.mark.parametrize(
+    ("keep", "outputs"),
+    [(Keep.nothing(), "entropy"), (Keep.columns(64), ""), (Keep.columns(128), ""), (Keep.direction(), "")],
+)
 def test_opcheck(keep, outputs):
     case = random_case(5, 4, 100, bias=True)
-    frozen = keep == KEEP_DIRECTION
+    frozen = keep.is_direction
     args = (
         case.hidden.requires_grad_(), case.weight.requires_grad_(not frozen), case.targets, case.bias, None,
-        1.5, 20.0, 0.8, outputs, torch.float32, "triton", keep, None,
+        1.5, 20.0, 0.8, outputs, torch.float32, "triton", keep.encode(), None,
     )  # fmt: skip
     torch.library.opcheck(logps_op.linear_logps_op, args)
 
@@ -235,7 +239,7 @@ def test_the_pair_epilogue(case):
 
 
 def test_autotuning_takes_the_fastest_tile_once_and_the_answers_stay_right(monkeypatch):
-    """The clock is ours: a later tile is the fastest, another cannot run."""
+    """With a fake clock: a later tile is the fastest, another one cannot run."""
     tiles = [replace(INTERPRETED, rows=rows) for rows in (16, 32, 8)]
     monkeypatch.setenv("SDPO_AUTOTUNE", "1")
     monkeypatch.setattr(launch, "candidates", lambda picked: tiles)
@@ -251,8 +255,8 @@ def test_autotuning_takes_the_fastest_tile_once_and_the_answers_stay_right(monke
     monkeypatch.setattr(launch.triton.testing, "do_bench", clock)
     case = triton_case(40, 24, 100, dtype=torch.bfloat16)
     checked(case)
-    assert len(measured) == 3  # forward and backward are of one shape: timed once
-    assert autotune._FASTEST[next(reversed(autotune._FASTEST))] == tiles[2]
+    assert len(measured) == 3  # forward and backward have the same shape: timed once
+    assert tile_choice._FASTEST[next(reversed(tile_choice._FASTEST))] == tiles[2]
     monkeypatch.setattr(launch.triton.testing, "do_bench", lambda call: 1 / 0)
     with pytest.raises(RuntimeError, match=r"SDPO_AUTOTUNE: no tile could be run: .*division by zero"):
         triton_case(70, 24, 100, dtype=torch.bfloat16).ours()

@@ -1,4 +1,4 @@
-"""The fused head inside a model's own forward: found, right, reached by gradients, and gone when it is detached."""
+"""The fused head inside a model's own forward: found, correct, reached by gradients, and removed by detaching."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_an_earlier_patch_of_forward_is_kept() -> None:
 
 
 def test_the_signature_names_the_new_keywords() -> None:
-    """Trainer drops columns by this signature, generate() checks its arguments by it."""
+    """Trainer drops columns that are not in this signature, and generate() checks its arguments with it."""
     plain = list(inspect.signature(tiny_model("llama").forward).parameters)
     names = list(inspect.signature(still("llama").forward).parameters)
     assert names == [*plain[:-1], "logp_targets", "logp_rows", "logp_outputs", plain[-1]]
@@ -245,7 +245,7 @@ LORA: dict[str, dict[str, Any]] = {
 
 
 def with_adapter(model: Any, options: dict[str, Any], zero: bool = False) -> Any:
-    """`model` under a LoRA whose weights are not zero (unless asked), dropout off."""
+    """`model` with a LoRA whose weights are not zero (unless requested), dropout off."""
     torch.manual_seed(1)
     wrapped = peft.get_peft_model(model, peft.LoraConfig(**{"r": 3, "lora_alpha": 12, "lora_dropout": 0.1} | options))
     disable_dropout(wrapped)
@@ -263,7 +263,7 @@ def test_adapters_give_peft_s_own_values_and_gradients(options: dict[str, Any], 
     model = with_adapter(still("llama", tie_word_embeddings=tied), options)
     base = own_logps(tiny_model("llama", tie_word_embeddings=tied), INPUTS, TARGETS)
     own, fused = own_logps(model, INPUTS, TARGETS), fused_logps(model)
-    assert float((own - base).detach().abs().max()) > 0.05  # the adapter does something
+    assert float((own - base).detach().abs().max()) > 0.05  # the adapter has an effect
     torch.testing.assert_close(fused.double(), own, rtol=0, atol=5e-6)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     expected = torch.autograd.grad(own.sum(), [p for _, p in named])
@@ -365,7 +365,7 @@ def test_attaching_through_peft() -> None:
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
-    """Let the fused forward and the check find a head with `changes`."""
+    """Make the fused forward and the check find a head with `changes`."""
 
     def find(model: nn.Module) -> LMHead:
         head = find_head(model)
@@ -412,7 +412,7 @@ class Unnormalised(nn.Module):
 
 @pytest.mark.parametrize(("zero", "says"), [(False, "differ from its own logits"), (True, "lora_A.*lora_B")])
 def test_check_head_finds_a_dropped_adapter(monkeypatch: pytest.MonkeyPatch, zero: bool, says: str) -> None:
-    """Also one that has just been made and adds nothing yet."""
+    """Also a new one, which adds nothing yet."""
     model = with_adapter(still("llama"), LORA["head"], zero=zero)
     assert check_head(model, IDS) < 2e-5
     monkeypatch.setattr(LMHead, "_lora_names", lambda self: [])
@@ -486,7 +486,7 @@ def test_disable_dropout(family: str, rates: dict[str, float], modules: int) -> 
     assert disable_dropout(model) == 0
 
 
-def test_further_outputs_stand_beside_the_log_probs_when_asked_for() -> None:
+def test_requested_further_outputs_are_returned_with_the_log_probs() -> None:
     model = still("llama")
     plain = model(**INPUTS, logp_targets=TARGETS)
     assert plain.log_sum_sq_probs is None

@@ -1,4 +1,4 @@
-"""DPO in one's own loop, against the model's own logits and autograd."""
+"""DPO in a custom training loop, against the model's own logits and autograd."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def batch(seed: int = 0, pairs: int = 2, length: int = 9):
 
 
 def own_sums(model, ids, labels, mask):
-    """The same from whole logits, in float64."""
+    """The same from full logits, in float64."""
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].double()
     targets = labels[:, 1:]
     found = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
@@ -99,7 +99,7 @@ def test_wrong_calls_are_refused():
         score_pairs(model, ids, labels.index_fill(0, torch.tensor([1]), -100), mask)
 
 
-def test_training_mode_comes_back():
+def test_training_mode_is_restored():
     model = attach_fused_head(tiny_model("llama")).train()
     score_pairs(model, *batch())
     assert model.training

@@ -1,4 +1,4 @@
-"""LigerFusedLinearDPOLoss against Liger's own class where that is right, and against float64 where it is wrong."""
+"""LigerFusedLinearDPOLoss against Liger's own class where it is right, and against float64 where it is wrong."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def liger():
 
 
 def make_batch(seed=0, dtype=torch.float32):
-    """Arguments of the call, with about a third of the targets masked; the reference's head is another one."""
+    """Arguments of the call, with about a third of the targets masked; the reference has another head."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape, spread=1.0):

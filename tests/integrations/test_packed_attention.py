@@ -1,4 +1,4 @@
-"""Packed rows give what padded batches give, sequences never see each other, and models that cannot are refused."""
+"""Packed rows equal padded batches, sequences never see each other, and unsupported models are rejected."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def packed_logps(model: Any, ids: list[Tensor]) -> Tensor:
 
 
 def gradients(model: Any, logps: Tensor) -> Tensor:
-    """All gradients of a scalar that weighs every token differently, as one vector in float64."""
+    """All gradients of a scalar that weights every token differently, as one vector in float64."""
     weights = torch.linspace(-1, 1, logps.numel(), dtype=torch.float64)
     parameters = list(model.parameters())
     grads = torch.autograd.grad((logps.double() * weights).sum(), parameters, allow_unused=True)
@@ -59,7 +59,7 @@ def test_packed_equals_padded(family: str) -> None:
 
     truth, reference, logps = truth.detach(), reference.detach(), logps.detach()
     own_error = float((reference - truth).abs().max())
-    assert own_error < 1e-4  # the padded reference is a reference
+    assert own_error < 1e-4  # the padded reference is accurate
     assert float((logps - truth).abs().max()) <= 3 * own_error + 2e-6
     scale = float(true_gradient.norm())
     assert (
@@ -83,7 +83,7 @@ def test_score_does_not_depend_on_neighbours(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mistral"])
 def test_bf16_autocast(family: str) -> None:
-    """Under autocast packed is as near to float32 as padded, and composition still changes nothing."""
+    """Under autocast, packed is as near to float32 as padded, and what is packed together still makes no difference."""
     ids = sequences(*LENGTHS)
     plain = tiny_model(family)
     disable_dropout(plain)
@@ -95,7 +95,7 @@ def test_bf16_autocast(family: str) -> None:
         alone = torch.cat([packed_logps(model, [s]) for s in ids])
     assert logps.dtype == torch.float32
     own_error = float((reference - truth).abs().mean())
-    assert own_error > 1e-3  # bf16 was in fact used
+    assert own_error > 1e-3  # bf16 was really used
     assert float((logps - truth).abs().mean()) <= 2 * own_error
     assert float((logps - alone).abs().max()) <= 1e-5 * float(truth.abs().max())
     assert torch.isfinite(gradients(model, logps)).all()
@@ -244,7 +244,7 @@ def test_stateful_layers_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["qwen3_next", "mamba", "lfm2"])
 def test_the_probe_alone_sees_the_leak(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stateful layer that no list names is found by what it does."""
+    """A stateful layer that is in no list is found by its behaviour."""
     monkeypatch.setattr(packed_attention, "_stateful_layer", lambda base: None)
     model = STATEFUL[name]()
     before = model.config._attn_implementation
@@ -265,14 +265,14 @@ def test_the_probe_sees_an_attention_over_the_whole_row(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("kind", "options", "says"),
     [
-        # its layers slide by their mask alone, further than a short probe could see
-        ("PhimoeConfig", {"num_local_experts": 4, "sliding_window": 32}, "masks of width"),
+        # its layers slide only by their mask, further than a short probe could see
+        ("PhimoeConfig", {"num_local_experts": 4, "sliding_window": 32}, "masks for windows of"),
         ("FalconConfig", {"alibi": False, "bos_token_id": 1, "eos_token_id": 2}, "AttentionInterface"),
         ("GPTBigCodeConfig", {"bos_token_id": 1, "eos_token_id": 2}, "position_ids"),
         ("Llama4TextConfig", {"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48}, "chunked_attention"),
     ],
 )
-def test_attention_that_cannot_be_told_is_refused(kind: str, options: dict[str, Any], says: str) -> None:
+def test_attention_that_cannot_be_switched_is_refused(kind: str, options: dict[str, Any], says: str) -> None:
     if kind == "GPTBigCodeConfig":
         torch.manual_seed(0)
         model = tf.GPTBigCodeForCausalLM(tf.GPTBigCodeConfig(vocab_size=61, n_embd=32, n_layer=2, n_head=4, **options))

@@ -1,4 +1,4 @@
-"""docs/integrations.md: its code is Python, its names are there, its recipes do what they say where tried."""
+"""docs/integrations.md: its code is Python, its names exist, and the recipes tried here work."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def block(word):
 
 
 @pytest.mark.parametrize("text", BLOCKS)
-def test_blocks_are_python_and_their_names_are_there(text):
+def test_code_blocks_are_python_and_their_names_exist(text):
     compile(text, "page", "exec")
     for line in re.findall(r"^ *(from sdpo_kernels.*|import sdpo_kernels.*)$", text, re.M):
         exec(line)

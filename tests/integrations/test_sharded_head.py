@@ -1,4 +1,4 @@
-"""A head cut over two processes against the whole one in this process."""
+"""A head sharded over two ranks against the whole one in this process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sdpo_kernels.integrations.sharded_head import sharded_head_logps, sharded_l
 
 pytestmark = pytest.mark.xdist_group("sharded head")
 H, V = 16, 65
-LAYOUT = {"shards": (37, 28), "rows": ((0, 9), (9, 20))}  # what each process has of the head and of the batch
+LAYOUT = {"shards": (37, 28), "rows": ((0, 9), (9, 20))}  # each rank's part of the head and of the batch
 EXTRAS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 CASES = {  # dtype, options, whether the head trains
     "plain": (torch.float32, {}, True),
@@ -53,7 +53,7 @@ def loss_of(out, coefficient):
 
 
 def one_process(rank: int, folder: Path) -> None:
-    """A rank's part of every case; its results go into a file."""
+    """A rank's part of every case; writes its results to a file."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     sent, results = [], {}
@@ -81,7 +81,7 @@ def one_process(rank: int, folder: Path) -> None:
 
 
 def refusal(**changes) -> str:
-    """What a call with these arguments says."""
+    """The error of a call with these arguments."""
     given = {
         "hidden": torch.zeros(2, H),
         "weight_shard": torch.zeros(40, H),
@@ -96,7 +96,7 @@ def refusal(**changes) -> str:
 
 
 def of_fsdp(rank: int):
-    """The case "bias" with a head that FSDP2 has cut, in three shares of a step as accumulation takes them."""
+    """The case "bias" with a head sharded by FSDP2, in three micro-batches of an accumulated step."""
     hidden, weight, targets, coefficient = problem(torch.float32)
     linear = nn.Linear(H, V)
     with torch.no_grad():
@@ -149,7 +149,7 @@ def test_values_and_gradients_are_those_of_the_whole_head(results, name):
 
 
 def whole_head(name: str, dtype: torch.dtype):
-    """Values and gradients of this process, which has everything, in `dtype`."""
+    """Values and gradients in this process, which has the whole head and batch, in `dtype`."""
     made_in, options, trains = CASES[name]
     hidden, weight, targets, coefficient = problem(made_in)
     x, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(trains)
@@ -164,26 +164,24 @@ def whole_head(name: str, dtype: torch.dtype):
 
 
 def parts_of(whole, rows):
-    """What each process has of the whole's outputs."""
+    """Each rank's part of the full outputs."""
     for first, last in rows:
         own = slice(first, last)
         yield type(whole)(*(None if value is None else value[own] for value in whole)), own
 
 
-def test_no_more_than_a_chunk_is_sent_at_a_time(results):
+def test_at_most_a_chunk_is_broadcast_at_a_time(results):
     assert [r["largest"] for r in results] == [10 * H, 10 * H]
 
 
-def test_what_does_not_fit_is_refused(results):
+def test_mismatched_arguments_are_errors(results):
     for target, output, rows in (r["errors"] for r in results):
-        assert rows.startswith(
-            "shard_rows: was [60, 20], must be a number of rows for each of 2 processes, 40 for this"
-        )
+        assert rows.startswith("shard_rows: was [60, 20], must be a number of rows for each of 2 ranks, 40 for this")
         assert target.startswith("targets: was 80, must be in [0, 80)")
         assert output.startswith("outputs: was ('perplexity',), must be a sequence of names from")
 
 
-def test_a_head_that_fsdp_has_cut_averages_its_gradients(results):
+def test_a_head_sharded_by_fsdp_averages_its_gradients(results):
     values, d_hidden, d_weight, d_bias = whole_head("bias", torch.float32)
     near = {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(torch.cat([r["fsdp"][0] for r in results]), values[0], **near)

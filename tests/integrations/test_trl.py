@@ -1,4 +1,4 @@
-"""The patch against TRL itself: its own function on every argument, and its own trainers step for step."""
+"""The patch against TRL itself: its function with every argument, and its trainers step by step."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def make_problem(bias=True, dtype=torch.float32, rows=ROWS, width=WIDTH, vocab=V
 
 
 def found(apply, problem, *options, trains=("hidden", "weight", "bias"), grads=("log_probs", "entropy")):
-    """The five outputs and the three gradients, None where there is none."""
+    """The five outputs and the three gradients, each None if there is none."""
     tensors, targets, from_above = problem
     leaves = {n: None if t is None else t.clone().requires_grad_(n in trains) for n, t in tensors.items()}
     out = apply(leaves["hidden"], leaves["weight"], leaves["bias"], targets, *options)
@@ -83,7 +83,7 @@ def test_equals_trl_in_float32(both, temperature, softcap, scale, bias, trains):
 
 
 @pytest.mark.parametrize("outputs", [c for n in range(5) for c in itertools.combinations(EXTRAS, n)], ids=str)
-def test_the_outputs_asked_for(both, outputs):
+def test_requested_outputs(both, outputs):
     for names in (outputs, ("log_probs", *outputs), list(outputs)):
         theirs, mine = (found(apply, make_problem(), 0.9, CHUNK, None, 1.0, names) for apply in both)
         assert_near(mine, theirs)
@@ -119,7 +119,7 @@ def test_no_rows(both):
 def test_dtypes_as_trls(both, hidden, weight, autocast):
     tensors, targets, above = make_problem()
     tensors = {n: t.to(hidden if n == "hidden" else weight) for n, t in tensors.items()}
-    for n in tensors:  # so that what is rounded does not differ
+    for n in tensors:  # so that both round the same numbers
         tensors[n] = tensors[n].bfloat16().to(tensors[n].dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         theirs, mine = (found(apply, (tensors, targets, above), 1.0, CHUNK) for apply in both)
@@ -159,7 +159,7 @@ def test_policy_with_metrics_and_reference_without_get_the_same_bits(both):
     assert torch.equal(policy["log_probs"], reference["log_probs"])
 
 
-def test_torch_compile_takes_ours():
+def test_torch_compile_uses_ours():
     from trl.trainer import utils
 
     tensors, targets, _ = make_problem(bias=False, dtype=torch.bfloat16)
@@ -277,7 +277,7 @@ def test_trls_trainers_step_for_step(trainer, options, tmp_path, calls):
         assert (mine[2][name] - weight).abs().max() < 1e-5, name
 
 
-def test_a_batch_without_a_scored_token_trains_on(tmp_path):
+def test_a_batch_without_a_scored_token_does_not_stop_training(tmp_path):
     from transformers import AutoModelForCausalLM
     from trl.trainer.utils import add_fused_lm_head
 

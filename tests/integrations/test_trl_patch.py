@@ -1,4 +1,4 @@
-"""patch() and unpatch() on a stand-in for TRL: what they replace, what they put back, what they refuse."""
+"""patch() and unpatch() on a stub of TRL: what they replace, restore and reject."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sdpo_kernels.integrations.trl import EXTRAS, FusedHead, patch, unpatch
 
 
 class TheirFunction:
-    """Stands for TRL's ChunkedLogProbFunction."""
+    """A stub of TRL's ChunkedLogProbFunction."""
 
     @staticmethod
     def forward(
@@ -27,7 +27,7 @@ class TheirFunction:
 
 @pytest.fixture
 def trl(monkeypatch):
-    """A package `trl` with the seam and two modules that imported its name, one under another."""
+    """A package `trl` with the class and two modules that imported it, one under another name."""
     names = ["trl", "trl.kernels", fused_trl.SEAM, "trl.trainer.utils"]
     package, kernels, seam, utils = modules = [ModuleType(name) for name in names]
     package.__version__ = "1.16.0"
@@ -44,7 +44,7 @@ def trl(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def this_modules_own_name(monkeypatch):
-    """This module holds the class too: whatever a test leaves there goes."""
+    """This module has the class, too: restore it after each test."""
     monkeypatch.setattr(sys.modules[__name__], "TheirFunction", TheirFunction)
 
 
@@ -61,7 +61,7 @@ def test_every_name_is_replaced_and_put_back(trl):
     assert TheirFunction is theirs
 
 
-def test_a_module_imported_in_the_meantime_is_served_too(trl, monkeypatch):
+def test_a_module_imported_in_the_meantime_is_patched_too(trl, monkeypatch):
     theirs = TheirFunction
     late = ModuleType("late")
     monkeypatch.setitem(sys.modules, "late", late)
@@ -126,14 +126,14 @@ def test_versions_that_are_refused(trl, version, text):
 
 
 @pytest.mark.parametrize("version", ["1.15.0", "1.16.3"])
-def test_known_versions_say_nothing(trl, version, caplog):
+def test_tested_versions_log_nothing(trl, version, caplog):
     trl.package.__version__ = version
     with caplog.at_level(logging.WARNING), patch():
         assert not caplog.records
 
 
 @pytest.mark.parametrize("version", ["1.17.0.dev0", "2.0.1"])
-def test_a_later_version_with_the_same_signature_is_served_with_a_warning(trl, version, caplog):
+def test_a_later_version_with_the_same_signature_is_patched_with_a_warning(trl, version, caplog):
     trl.package.__version__ = version
     with caplog.at_level(logging.WARNING), patch() as ours:
         assert trl.utils._ChunkedLogProbFunction is ours
@@ -161,7 +161,7 @@ def test_another_signature_is_refused(trl, monkeypatch, version, forward):
     assert untouched(trl, theirs)
 
 
-def test_a_version_without_the_seam_is_refused(trl):
+def test_a_version_without_the_class_is_refused(trl):
     del trl.seam.ChunkedLogProbFunction
     with pytest.raises(RuntimeError, match=r"has no trl\.kernels\.chunked_logprob\.ChunkedLogProbFunction"):
         patch()

@@ -1,4 +1,4 @@
-"""Tiny random models of the families the driver is tried on, and batches for them."""
+"""Tiny random models of the tested families, and batches for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the driver's tests share: one tiny model a session, one thread, no pictures unless a test asks for them."""
+"""Fixtures of the driver's tests: one tiny model a session, one thread, no pictures unless a test asks for them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tests.stepwise import runs
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
-    """Runs are compared bit for bit with those of children, which have one thread; imports are kept out of every gc."""
+    """Runs are compared bit for bit with those of children, which have one thread; gc need not scan the imports."""
     torch.set_num_threads(1)
-    disable_progress_bar()  # transformers' own, which `main` switches off where it is the first to import it
+    disable_progress_bar()  # `main` does so only if transformers is not imported yet
     gc.collect()
     gc.freeze()
     yield
@@ -26,14 +26,14 @@ def _one_thread():
 
 @pytest.fixture(autouse=True)
 def _no_pictures(request, monkeypatch):
-    """Drawing takes as long as a tiny stage; tests that look at the report take the fixture `pictures`."""
+    """Drawing takes as long as a tiny stage; tests of the report use the fixture `pictures`."""
     if "pictures" not in request.fixturenames:
         monkeypatch.setattr(run_module, "write_report", lambda folder: [])
 
 
 @pytest.fixture
 def pictures() -> None:
-    """Ask for real reports."""
+    """Write real reports in this test."""
 
 
 @pytest.fixture(scope="session")
@@ -44,5 +44,5 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def spoken(tmp_path) -> runs.Spoken:
-    """A reporter whose words can be read."""
+    """A reporter whose output can be read."""
     return runs.Spoken(tmp_path)

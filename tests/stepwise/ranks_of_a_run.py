@@ -1,6 +1,6 @@
-"""A run's processes as torchrun starts them: children of runs.py's server on gloo, one thread each, ended together.
+"""The ranks of a run as torchrun starts them: children of runs.py's server on gloo, one thread each, ended together.
 
-`Ranks` ends the others when one fails, as torchrun does, and all of them after `seconds`: a hang fails its test.
+`Ranks` ends the others if one fails, as torchrun does, and all of them after `seconds`: a hang fails its test.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.stepwise.runs import Child
 
 
 class Ranks:
-    """`sdpo ARGUMENTS` in `count` processes; `fault(*options)` is called in each, after its RANK is set."""
+    """`sdpo ARGUMENTS` on `count` ranks; `fault(rank, *options)` is called on each."""
 
     def __init__(self, folder: Path, *arguments: Any, count: int = 2, fault: Any = None, options: Any = ()):
         port = _free_port()
@@ -36,7 +36,7 @@ class Ranks:
         ]
 
     def wait(self, seconds: float = 60.0) -> list[int]:
-        """The exit codes, by rank, of the processes that were not ended for another's sake (those give -SIGTERM)."""
+        """The exit codes by rank; -SIGTERM for ranks ended because another one failed."""
         end = time.monotonic() + seconds
         while any(child.process.is_alive() for child in self.children):
             assert time.monotonic() < end, self._stop(signal.SIGKILL) or f"hung after {seconds} s: {self.text}"
@@ -72,7 +72,7 @@ def _enter(rank: int, count: int, port: int, fault: Callable[..., None] | None, 
     os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
     os.environ["OMP_NUM_THREADS"] = "1"
     run_module.write_report = lambda folder: []
-    disable_progress_bar()  # `main` does where transformers was not imported before
+    disable_progress_bar()  # `main` does so only if transformers is not imported yet
     if fault is not None:
         fault(rank, *options)
 
@@ -81,7 +81,7 @@ def _enter(rank: int, count: int, port: int, fault: Callable[..., None] | None, 
 
 
 def note_weights(rank: int, folder: Path) -> None:
-    """Each process writes the hash of its weights after each stage."""
+    """Each rank writes the hash of its weights after each stage."""
     genuine = publish.gathered
 
     def gathered(trainer: Any) -> Any:
@@ -93,7 +93,7 @@ def note_weights(rank: int, folder: Path) -> None:
 
 
 def die_at(rank: int, stage: str, step: int, victims: tuple[int, ...]) -> None:
-    """kill -9 of the processes `victims` before optimiser step `step` (from 1)."""
+    """kill -9 the ranks `victims` before optimiser step `step` (from 1)."""
     from sdpo_kernels.stepwise.training.trainer import StageTrainer
 
     genuine = StageTrainer.training_step
@@ -107,7 +107,7 @@ def die_at(rank: int, stage: str, step: int, victims: tuple[int, ...]) -> None:
 
 
 def stale_in(rank: int, victim: int) -> None:
-    """One process's reference log-probs are wrong: its own check fails, and no other's."""
+    """One rank's reference log-probs are wrong: its own check fails, and no other."""
     from sdpo_kernels.stepwise.data import batches as collate
 
     genuine = collate.Batch.of.__func__
@@ -119,8 +119,8 @@ def stale_in(rank: int, victim: int) -> None:
 
 
 def fsdp_on_cpu(rank: int, killed_at: int = 0, head_is_cut: bool = True) -> None:
-    """accelerate takes FSDP plugins on GPUs alone; here it takes them on gloo too. A model left whole is an error, and
-    so is a head that was ever gathered, unless it is not expected to be cut."""
+    """Make accelerate accept FSDP on CPUs. A model that is not sharded is an error, and so is a head that was ever
+    gathered, if `head_is_cut`."""
     if killed_at:
         die_at(rank, "s1", killed_at, (0, 1))
     gathered = publish.gathered

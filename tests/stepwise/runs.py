@@ -1,7 +1,7 @@
 """Tiny runs for the driver's tests: a random model with a tokenizer of its own, generated pairs, settings, digests.
 
-Nothing outside the repository is needed. `in_child` runs a whole `sdpo` command in a process that can be killed: a fork
-of a server that has imported everything once, with one thread.
+Nothing outside the repository is needed. `Child` runs a whole `sdpo` command in a process that can be killed: a fork of
+a server that has imported everything once, with one thread.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def make_model(folder: Path, *, seed: int = 0, spread: float = 0.3, **options: A
 
 
 def make_rows(count: int, seed: int = 0, longest: int = 5) -> list[dict[str, Any]]:
-    """Pairs of different lengths whose chosen answers are made of other words than the rejected ones."""
+    """Pairs of different lengths whose chosen answers use other words than the rejected ones."""
     draw = random.Random(seed)
 
     def text(words: Sequence[str]) -> str:
@@ -121,7 +121,7 @@ def configured(folder: Path, model: Path, sizes: Sequence[int] = (12, 8), **sett
 
 
 class Spoken:
-    """A Reporter and what was said through it."""
+    """A Reporter whose output can be read."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "spoken.txt"
@@ -135,7 +135,7 @@ class Spoken:
 
 
 def train(config: RunConfig) -> dict[str, Any]:
-    """Run without a word; the manifest."""
+    """Run silently; returns the manifest."""
     return run(config, Reporter(quiet=True))
 
 
@@ -149,13 +149,13 @@ def digest(path: Path) -> str:
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
-    """What must be equal, bit for bit, whether a run was killed or not."""
+    """Digests of the files that must be the same to the bit whether a run was killed or not."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.glob("stage-*/*.safetensors"))
     return {name: digest(folder / name) for name in [*names, "metrics.jsonl"]}
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Hidden files and folders of a run but its lock and its ranking, and anything half-made."""
+    """Hidden files and folders of a run, except its lock and its ranking, and unfinished ones."""
     allowed = (".lock", ".order_logps_")
     found = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.name.startswith(".")]
     found += [p.relative_to(folder).as_posix() for p in folder.glob("stage-*/checkpoint-*")]
@@ -192,7 +192,7 @@ def _command(arguments: list[str], output: str, fault: Callable[..., None] | Non
 
 
 class Child:
-    """`sdpo ARGUMENTS` in a process of its own. `fault(*options)` is called there first, to break something."""
+    """`sdpo ARGUMENTS` in a process of its own; `fault(*options)` is called there first, to break something."""
 
     def __init__(self, folder: Path, *arguments: Any, fault: Callable[..., None] | None = None, options: Any = ()):
         self.output = folder / f"child{next(_numbers)}.txt"
@@ -211,7 +211,7 @@ class Child:
             os.kill(self.process.pid, number)
 
     def wait_for(self, found: Callable[[], bool], seconds: float = 60.0) -> None:
-        """Until `found()`, or the process has ended."""
+        """Wait until `found()`, or until the process ends."""
         end = time.monotonic() + seconds
         while not found() and self.process.is_alive() and time.monotonic() < end:
             time.sleep(0.002)
@@ -222,7 +222,7 @@ class Child:
 
 
 def die() -> None:
-    """What `kill -9` does."""
+    """`kill -9` this process."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 

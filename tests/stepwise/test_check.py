@@ -1,4 +1,4 @@
-"""`sdpo check`: says what would happen, refuses what training would refuse, trains and writes nothing."""
+"""`sdpo check`: prints what a run would do, raises the errors training would raise, trains and writes nothing."""
 
 import io
 import re
@@ -24,7 +24,7 @@ def row(text, name):
     return re.findall(r"[\w.,()-]+", line)
 
 
-def test_says_what_would_happen_and_does_nothing(tmp_path, model):
+def test_prints_what_a_run_would_do_and_writes_nothing(tmp_path, model):
     evaluation = runs.write_rows(tmp_path / "e.jsonl", runs.make_rows(3, seed=9))
     config = runs.configured(tmp_path, model, eval_data=str(evaluation), trainer={"gradient_accumulation_steps": 2})
     before = sorted(tmp_path.rglob("*"))
@@ -44,7 +44,7 @@ def test_says_what_would_happen_and_does_nothing(tmp_path, model):
         assert line in text.replace("\n", " ") or line in text
 
 
-def test_the_steps_it_names_are_those_that_are_trained(tmp_path, model):
+def test_the_steps_it_prints_are_the_steps_trained(tmp_path, model):
     stages = [
         {"name": "a", "data": str(runs.write_rows(tmp_path / "a.jsonl", runs.make_rows(10))), "epochs": 2.5},
         {
@@ -76,16 +76,16 @@ def test_bad_rows_and_dropped_pairs_are_listed(tmp_path, model):
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"order": "reward_accuracy"}, "most pairs ranked right by the initial model first"),
-        ({"order": "random"}, "dealt at random"),
-        ({"order": "margin", "tiers": 2, "sizes": (12,)}, "cut into 2 tiers"),
+        ({"order": "reward_accuracy"}, "share of pairs ranked right by the initial model, highest first"),
+        ({"order": "random"}, "shuffled into stages of these sizes"),
+        ({"order": "margin", "tiers": 2, "sizes": (12,)}, "split into 2 tiers"),
     ],
 )
 def test_orders_are_explained(tmp_path, model, settings, text):
     assert text in checked(runs.configured(tmp_path, model, **settings)).replace("\n", " ")
 
 
-def test_a_tokenizer_of_another_model_is_found_out(tmp_path):
+def test_a_tokenizer_of_another_model_is_an_error(tmp_path):
     folder = runs.make_model(tmp_path / "small", vocab_size=20)
     for command in (checked, runs.train):
         with pytest.raises(UserError, match=r"produces token \d+, the model's vocabulary ends at 19"):
@@ -110,19 +110,19 @@ def test_sequences_past_the_positions_a_model_has_learned_are_found_out(tmp_path
             command(runs.configured(tmp_path, folder))
 
 
-def test_what_transformers_would_refuse_is_found_out(tmp_path, model):
+def test_settings_that_transformers_refuses_are_an_error(tmp_path, model):
     config = load_config(runs.write_settings(tmp_path, model), ["stages.1.trainer={tf32: true}"])
     with pytest.raises(UserError, match=r"^trainer: .*tf32"):
         checked(config)
 
 
-def test_another_config_than_the_runs_is_found_out(tmp_path, model):
+def test_a_config_other_than_the_runs_is_an_error(tmp_path, model):
     runs.train(runs.configured(tmp_path, model, sizes=(4,)))
     with pytest.raises(UserError, match=r"beta: 0\.1 -> 0\.2"):
         checked(runs.configured(tmp_path, model, sizes=(4,), beta=0.2))
 
 
-def test_a_model_without_a_config_is_one_clear_line(tmp_path, model):
+def test_a_model_without_a_config_is_a_one_line_error(tmp_path, model):
     config = runs.configured(tmp_path, model)
     (tmp_path / "empty").mkdir()
     runs.make_tokenizer().save_pretrained(tmp_path / "empty")

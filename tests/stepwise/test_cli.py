@@ -1,4 +1,4 @@
-"""The command `sdpo`: exit codes, one line an error, clean output where there is no terminal."""
+"""The command `sdpo`: exit codes, one-line errors, clean output without a terminal."""
 
 import json
 import os
@@ -34,8 +34,8 @@ def main(monkeypatch, capsys):
     return call
 
 
-def test_train_as_a_person_does(main, tmp_path, model):
-    """A real process: nothing on stderr, plain lines on stdout."""
+def test_train_from_the_command_line(main, tmp_path, model):
+    """In a real process: nothing on stderr, plain lines on stdout."""
     path = runs.write_settings(tmp_path, model)
     settings = ("beta=0.3", "stages.0.epochs=2")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -57,13 +57,13 @@ def test_train_as_a_person_does(main, tmp_path, model):
     assert "\n  beta: 0.3 -> 0.1\n" in err
 
 
-def test_quiet_says_nothing(main, tmp_path, model):
+def test_quiet_prints_nothing(main, tmp_path, model):
     path = runs.write_settings(tmp_path, model, sizes=(4,))
     assert main("train", path, "--quiet") == (0, "", "")
     assert (tmp_path / "run" / "stage-1-s1" / "model.safetensors").exists()
 
 
-def test_warnings_are_heard_with_quiet_too(main, tmp_path, model):
+def test_warnings_are_printed_with_quiet_too(main, tmp_path, model):
     rows = runs.make_rows(4)
     runs.write_rows(tmp_path / "data1.jsonl", rows)
     runs.write_rows(tmp_path / "data2.jsonl", rows)
@@ -96,7 +96,7 @@ def test_help_names_the_commands(main, command):
         (["{yaml}", "trainer.learning_rate=fast"], "trainer.learning_rate: was 'fast', must be a valid number"),
     ],
 )
-def test_mistakes_are_one_line_on_stderr_and_exit_code_2(main, tmp_path, model, command, arguments, message):
+def test_user_errors_are_one_line_on_stderr_and_exit_code_2(main, tmp_path, model, command, arguments, message):
     path = runs.write_settings(tmp_path, model)
     evaluation = runs.write_rows(tmp_path / "e.jsonl", runs.make_rows(2))
     given = [a.format(yaml=path) for a in arguments]
@@ -140,18 +140,18 @@ def test_check_and_score_and_report(main, tmp_path, model, pictures):
     assert "has no manifest.json" in err
 
 
-def test_a_stop_outside_of_training_says_how_to_go_on(main, tmp_path, model, monkeypatch):
+def test_a_stop_outside_of_training_says_how_to_resume(main, tmp_path, model, monkeypatch):
     def stop(config):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run_module, "prepare", stop)
     code, out, err = main("train", runs.write_settings(tmp_path, model))
     assert (code, out) == (130, "")
-    assert err == "stopped; the same command goes on from there\n"
+    assert err == "stopped; run the same command again to resume\n"
 
 
 def test_the_command_itself_imports_no_transformers():
-    """Help and version must not wait for it."""
+    """Help and version must not wait for the import."""
     code = "import sys, sdpo_kernels.cli; print('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == "False\n"

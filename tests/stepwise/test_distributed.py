@@ -1,4 +1,4 @@
-"""Runs in two processes on gloo: the same figures as one process's, one voice, and no hang whatever fails."""
+"""Runs on two ranks with gloo: the same numbers as one process, one log, and no hang whatever fails."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tests.stepwise.ranks_of_a_run import Ranks
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
-SIZES = (13, 9)  # at 4 pairs a step the last steps have 1 pair: one process is left without
+SIZES = (13, 9)  # at 4 pairs a step the last steps have 1 pair, so one rank has none
 
 
 def yaml_of(folder: Path, model: Path, batch: int, **settings) -> Path:
-    """Settings of `batch` pairs a process and micro-batch, on the same data in the same folder."""
+    """Settings with `batch` pairs per rank and micro-batch, on the same data in the same folder."""
     trainer = {"per_device_train_batch_size": batch, "save_steps": 2} | settings.pop("trainer", {})
     return runs.write_settings(folder, model, SIZES, trainer=trainer, **settings).rename(folder / f"{batch}.yaml")
 
@@ -38,7 +38,7 @@ def two(yaml: Path, run: Path, fault=None, options=(), quiet: bool = True) -> Ra
 
 
 def largest_deviation(a: Path, b: Path) -> float:
-    """Of all stages' weights."""
+    """The largest difference between two runs' weights, over all stages."""
     names = sorted(path.relative_to(a) for path in a.glob("stage-*/model.safetensors"))
     assert len(names) == len(SIZES)
     pairs = [(load_file(a / name), load_file(b / name)) for name in names]
@@ -51,7 +51,12 @@ def assert_same_figures(a: Path, b: Path, tolerance: float = 2e-5) -> None:
     assert len(ours) == len(theirs)
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.keys() == other.keys()
+
+        # where policy and reference are one model, rounding alone decides which of two equal rewards is higher
+        tie = max(abs(line["rewards/margins"]) for line in (mine, other)) < tolerance if "loss" in mine else False
         for name, value in mine.items():
+            if tie and name == "rewards/accuracies":
+                continue
             if isinstance(value, float):
                 assert value == pytest.approx(other[name], rel=tolerance, abs=tolerance), name
             else:
@@ -60,7 +65,7 @@ def assert_same_figures(a: Path, b: Path, tolerance: float = 2e-5) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, model):
-    """What one process leaves, with evaluations, at 4 pairs a step."""
+    """A run of one process, with evaluations, at 4 pairs a step."""
     folder = tmp_path_factory.mktemp("distributed")
     settings = {"eval_data": str(runs.write_rows(folder / "eval.jsonl", runs.make_rows(5, seed=9)))}
     settings["trainer"] = {"eval_strategy": "steps", "eval_steps": 2}
@@ -68,7 +73,7 @@ def whole(tmp_path_factory, model):
     return folder, one, halves, one_process(one, folder / "whole")
 
 
-def test_two_processes_train_what_one_does(whole):
+def test_two_ranks_train_the_same_as_one(whole):
     folder, _, halves, expected = whole
     (folder / "hashes").mkdir()
     ranks = two(halves, folder / "two", faults.note_weights, [folder / "hashes"], quiet=False)
@@ -81,7 +86,7 @@ def test_two_processes_train_what_one_does(whole):
         mine, other = load_file(run / path.relative_to(expected)), load_file(path)
         for key in other:
             if path.name.startswith("reference") or path.parent == expected:
-                assert mine[key].equal(other[key]), (path, key)  # bit for bit: batches are those of one process
+                assert mine[key].equal(other[key]), (path, key)  # bit for bit: the batches are those of one process
             assert mine[key].allclose(other[key], atol=1e-4)
     for stage in ("s1", "s2"):
         first, second = ((folder / "hashes" / f"{stage}-{rank}").read_text() for rank in (0, 1))
@@ -90,13 +95,13 @@ def test_two_processes_train_what_one_does(whole):
     assert manifest["environment"]["world_size"] == 2
     assert [stage["state"] for stage in manifest["stages"]] == ["done", "done"]
     assert runs.leftovers(run) == []
-    assert ranks.texts[1] == ""  # one voice
+    assert ranks.texts[1] == ""  # only rank 0 logs
     assert ranks.texts[0].count("stage 1 s1: references  13/13") == 1
 
 
 @pytest.mark.parametrize("victims", [(1,), (0, 1)])
-def test_a_killed_run_goes_on(whole, victims):
-    """The run killed at step 4 of stage 1 has a checkpoint of step 2; two processes take it up, or one does."""
+def test_a_killed_run_resumes(whole, victims):
+    """A run killed at step 4 of stage 1 has a checkpoint of step 2; it resumes on two ranks or on one."""
     folder, one, halves, expected = whole
     run = folder / f"killed{len(victims)}"
     killed = two(halves, run, faults.die_at, ["s1", 4, victims])
@@ -111,14 +116,14 @@ def test_a_killed_run_goes_on(whole, victims):
         child = runs.Child(folder, "train", one, f"output_dir={run}", fault=_quick)
         assert child.wait() == 0, child.text
         assert "world_size 2 -> 1" in child.text
-        assert "going on at step 2" in child.text
-        assert "random numbers" in child.text
+        assert "resuming at step 2" in child.text
+        assert "was saved with another number of processes, so its RNG states are ignored" in child.text
     assert json.loads((run / "manifest.json").read_text())["stages"][0]["resumed_at_step"] == 2
     assert largest_deviation(run, expected) < 2e-6
     assert_same_figures(run, expected)
 
 
-def test_one_processs_run_goes_on_in_two(whole):
+def test_a_run_of_one_process_resumes_on_two_ranks(whole):
     folder, one, halves, expected = whole
     run = folder / "grown"
     child = runs.Child(folder, "train", one, f"output_dir={run}", "--quiet", fault=_die_alone)
@@ -127,7 +132,7 @@ def test_one_processs_run_goes_on_in_two(whole):
     assert again.wait() == [0, 0], again.text
     assert largest_deviation(run, expected) < 2e-6
     assert_same_figures(run, expected)
-    doubled = two(one, run)  # as many pairs a process make twice as many a step
+    doubled = two(one, run)  # the same number of pairs per rank is twice as many per step
     assert doubled.wait()[0] == 2
     assert "processes: 4 -> 8" in doubled.text
 
@@ -137,7 +142,7 @@ def _die_alone() -> None:
     faults.die_at(0, "s1", 4, (0,))
 
 
-def test_an_error_in_one_process_is_said_once_and_ends_both(whole):
+def test_an_error_on_one_rank_is_printed_once_and_ends_both(whole):
     folder, _, halves, _ = whole
     ranks = two(halves, folder / "stale", faults.stale_in, [1])
     assert ranks.wait()[0] == 2, ranks.text
@@ -147,7 +152,7 @@ def test_an_error_in_one_process_is_said_once_and_ends_both(whole):
 
 
 def test_lora_and_a_following_reference_and_accumulation(tmp_path, model):
-    """Averages and adapters are kept by every process, and a step's pairs weigh alike over its micro-batches."""
+    """Every rank keeps the average and the adapter; a step's pairs have the same weight in all micro-batches."""
     settings = {"reference": "ema", "ema": {"decay": 0.5, "sync_steps": 1}, "lora": {"r": 2}}
     one, halves = yaml_of(tmp_path, model, 4, **settings), yaml_of(tmp_path, model, 1, **settings)
     expected = one_process(one, tmp_path / "whole")
@@ -160,8 +165,8 @@ def two_with(yaml: Path, run: Path, *overrides: str, fault=None, options=()) -> 
     return Ranks(run.parent, "train", yaml, f"output_dir={run}", "--quiet", *overrides, fault=fault, options=options)
 
 
-def test_fsdp2_trains_what_one_process_does(whole, tmp_path, model):
-    """On gloo with accelerate's refusal of CPUs taken away: the way that several GPUs go."""
+def test_fsdp2_trains_the_same_as_one_process(whole, tmp_path, model):
+    """On gloo, without accelerate's check that refuses FSDP on CPUs: the same code path as on several GPUs."""
     _, _, halves, expected = whole
     killed = two_with(halves, tmp_path / "sharded", "trainer.fsdp=true", fault=faults.fsdp_on_cpu, options=[4])
     assert -9 in killed.wait(), killed.text

@@ -1,4 +1,4 @@
-"""What else a run may ask for, in two and three processes: the same as in one."""
+"""Other features of a run on two and three ranks: the same results as with one process."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from tests.stepwise.sources.test_sources import prompt_file
 pytestmark = pytest.mark.xdist_group("distributed")
 
 
-NEAR = 5e-3 * 1e-2  # of Adam's step, the learning rate: a pair lost or counted twice moves weights by much of one
+NEAR = 5e-3 * 1e-2  # of Adam's step, the learning rate: a pair lost or counted twice changes weights by much more
 
 
 def trained(folder: Path, model: Path, count: int, batch: int, fault: Any = None, options: Any = (), **settings: Any):
-    """The folder of a run by `count` processes, at `batch` pairs a step of all of them together."""
-    share = {"per_device_train_batch_size": batch // count, **settings.pop("trainer", {})}
+    """The folder of a run on `count` ranks, with `batch` pairs per step over all of them."""
+    # A larger epsilon than Adam's 1e-8, which turns rounding in gradients near 0 into steps of their own.
+    share = {"per_device_train_batch_size": batch // count, "adam_epsilon": 1e-6, **settings.pop("trainer", {})}
     yaml = runs.write_settings(folder, model, trainer=share, **settings).rename(folder / f"{count}.yaml")
     run = folder / f"by-{count}"
     ranks = Ranks(folder, "train", yaml, f"output_dir={run}", "--quiet", count=count, fault=fault, options=options)
@@ -35,7 +36,7 @@ def trained(folder: Path, model: Path, count: int, batch: int, fault: Any = None
 
 
 def deviation(a: Path, b: Path, pattern: str = "stage-*/model.safetensors") -> float:
-    """Of all weights in files of that name, of which there is one at least."""
+    """The largest difference between two runs' weights in the files that match, at least one."""
     names = sorted(path.relative_to(a) for path in a.glob(pattern))
     assert names
     assert names == sorted(path.relative_to(b) for path in b.glob(pattern))
@@ -55,23 +56,23 @@ def test_padded_batches_several_references_and_expo(tmp_path, model):
     assert first["post"]["expo"]["alpha"] == second["post"]["expo"]["alpha"]
 
 
-def test_pairs_that_the_model_makes(tmp_path, model):
+def test_generated_pairs(tmp_path, model):
     source = {"kind": "ranked", "samples": 3, "max_new_tokens": 40, "batch_size": 12, "judge": JUDGE}
     listed = [{"name": f"s{i}", "prompts": str(prompt_file(tmp_path)), "source": source} for i in (1, 2)]
     one, two = (trained(tmp_path, model, count, 2, stages=listed) for count in (1, 2))
     made = [[path.read_text() for path in sorted(run.glob("stage-*/pairs.jsonl"))] for run in (one, two)]
     assert made[0][0] == made[1][0]
-    assert len(made[0]) == len(made[1]) == 2  # of the second stage rounding may have turned a sample
+    assert len(made[0]) == len(made[1]) == 2  # rounding may change a sample of the second stage
     assert deviation(one, two, "stage-1-*/model.safetensors") < NEAR
 
 
-def test_three_processes_with_uneven_shares(tmp_path, model):
+def test_three_ranks_with_uneven_shares(tmp_path, model):
     one, three = (trained(tmp_path, model, count, 3, sizes=(7, 5)) for count in (1, 3))
     assert deviation(one, three) < NEAR
 
 
 def _asked_to_stop(rank: int, victim: int) -> None:
-    """SIGTERM comes to one process in its second step."""
+    """One rank gets SIGTERM in its second step."""
     from sdpo_kernels.stepwise.training.trainer import StageTrainer
 
     genuine = StageTrainer.training_step
@@ -85,11 +86,11 @@ def _asked_to_stop(rank: int, victim: int) -> None:
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_one_process_that_is_asked_to_stop_stops_all_and_the_run_goes_on(tmp_path, model, victim):
+def test_a_signal_on_one_rank_stops_all_and_the_run_resumes(tmp_path, model, victim):
     whole = trained(tmp_path, model, 1, 4)
     yaml = runs.write_settings(tmp_path, model, trainer={"per_device_train_batch_size": 2})
     stopped = Ranks(tmp_path, "train", yaml, "--quiet", fault=_asked_to_stop, options=[victim])
-    assert stopped.wait()[0] == 130, stopped.text  # the other waits for that, as with any error
+    assert stopped.wait()[0] == 130, stopped.text  # the other rank waits for rank 0 to print, as with any error
     assert stopped.texts[1] == ""
     assert stopped.text.count("stopped at step 2") == 1
     again = Ranks(tmp_path, "train", yaml, "--quiet")
@@ -98,18 +99,18 @@ def test_one_process_that_is_asked_to_stop_stops_all_and_the_run_goes_on(tmp_pat
     assert deviation(whole, tmp_path / "run") < NEAR
 
 
-FSDP2: dict[str, tuple[int, dict[str, Any]]] = {  # processes, settings
+FSDP2: dict[str, tuple[int, dict[str, Any]]] = {  # ranks, settings
     "lora": (2, {"lora": {"r": 2}, "trainer": {"gradient_accumulation_steps": 2}}),
     "accumulation": (2, {"trainer": {"gradient_accumulation_steps": 2}}),
     "tied": (2, {}),
     "extras": (2, {"loss": "wpo"}),
-    "three": (3, {}),  # V = 44 leaves them 15, 15 and 14 rows
+    "three": (3, {}),  # V = 44 splits into 15, 15 and 14 rows
 }
 
 
 @pytest.mark.parametrize("kind", FSDP2)
 def test_fsdp2(tmp_path, model, kind):
-    """Beside the plain run in test_distributed: adapters, a tied head, a loss that wants more of it, uneven shards."""
+    """Besides the plain run in test_distributed: adapters, a tied head, a loss with extra outputs, uneven shards."""
     count, settings = FSDP2[kind]
     if kind == "tied":
         model = runs.make_model(tmp_path / "tied", tie_word_embeddings=True)
@@ -125,8 +126,8 @@ def test_fsdp2(tmp_path, model, kind):
 
 @pytest.mark.parametrize("more", [{}, {"dtype": "bfloat16", "lora": {"r": 2}}], ids=["float32", "bfloat16 base"])
 def test_fsdp2_in_mixed_precision_starts_from_its_references(tmp_path, model, more):
-    """A run checks its start to 1e-5: references are scored with weights rounded as FSDP2 rounds them, and log-probs
-    are not rounded themselves, as accelerate's own policy would have them."""
+    """A run checks its start to 1e-5: references are scored with weights rounded as FSDP2 rounds them, and the
+    log-probs are not rounded, as they would be with accelerate's own policy."""
     settings: dict[str, Any] = {"fault": faults.fsdp_on_cpu, "trainer": {"fsdp": True, "bf16": True}, **more}
     run = trained(tmp_path, model, 2, 4, **settings)
     for record in json.loads((run / "manifest.json").read_text())["stages"]:
@@ -134,7 +135,7 @@ def test_fsdp2_in_mixed_precision_starts_from_its_references(tmp_path, model, mo
         assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
 
 
-def test_an_fsdp2_run_goes_on_in_another_number_of_processes(tmp_path, model):
+def test_an_fsdp2_run_resumes_on_another_number_of_ranks(tmp_path, model):
     settings = {"sizes": (13, 6), "trainer": {"save_steps": 2}}
     whole = trained(tmp_path, model, 1, 6, **settings)
     run = tmp_path / "run"

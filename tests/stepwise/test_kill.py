@@ -1,6 +1,6 @@
-"""kill -9 and Ctrl-C, at chosen and at random moments: the same command again ends in the same bits.
+"""kill -9 and Ctrl-C, at chosen and at random moments: running the command again gives the same bits.
 
-Each kill is one child process. Children share a server that has everything imported, so one costs about a second.
+Each kill is one child process. Children are forked from a server with everything imported, so one takes about a second.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sdpo_kernels.stepwise import run as run_module
 from sdpo_kernels.stepwise.common import files
 from sdpo_kernels.stepwise.data.batches import Batch
 from sdpo_kernels.stepwise.record.manifest import Manifest, MetricsFile
-from sdpo_kernels.stepwise.references import scorer as reference
+from sdpo_kernels.stepwise.references import cache
 from sdpo_kernels.stepwise.references.evaluation import EvalData
 from sdpo_kernels.stepwise.training import checkpoints, publish
 from sdpo_kernels.stepwise.training.trainer import StageTrainer
@@ -33,7 +33,7 @@ SIZES = (16, 12)  # 4 and 3 steps
 
 
 class World:
-    """One YAML for all runs of this file, and what a run never killed leaves."""
+    """One YAML for all runs of this file, and the result of a run that was never killed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -75,7 +75,7 @@ def world(tmp_path_factory):
 
 
 def quick() -> None:
-    """Pictures take longer than the run."""
+    """No pictures: they take longer than the run."""
     run_module.write_report = lambda folder: [(folder / "report.html").write_text("drawn")]
 
 
@@ -83,7 +83,7 @@ def quick() -> None:
 
 
 def _die_at(owner: Any, name: str, call: int, after: bool = False) -> None:
-    """Die at the `call`-th call of owner.name (from 1), before or after it."""
+    """Die before or after the `call`-th call (from 1) of owner.name."""
     genuine, count = getattr(owner, name), 0
 
     def dies(*args: Any, **kwargs: Any) -> Any:
@@ -100,7 +100,7 @@ def _die_at(owner: Any, name: str, call: int, after: bool = False) -> None:
 
 
 def _half_saved() -> None:
-    """Half of a file of a checkpoint is on the disk."""
+    """Die when half of a checkpoint's file is on the disk."""
     genuine, count = torch.save, 0
 
     def save(value: Any, path: Any, *args: Any, **kwargs: Any) -> None:
@@ -128,8 +128,7 @@ def _half_line() -> None:
 
 
 def _half_removed() -> None:
-    """A folder that is being removed has lost one file."""
-
+    """Die when a folder that is being removed has lost one file."""
     genuine = shutil.rmtree
 
     def rmtree(path: Any, *args: Any, **kwargs: Any) -> None:
@@ -143,7 +142,7 @@ def _half_removed() -> None:
 
 
 def _manifest_not_renamed() -> None:
-    """A temporary file is left in the run's own folder."""
+    """Die so that a temporary file is left in the run's folder."""
     genuine, count = os.replace, 0
 
     def replace(source: Any, target: Any) -> None:
@@ -173,7 +172,7 @@ def _scoring() -> None:
 
 MOMENTS = {
     "scoring references": _scoring,
-    "scored, not yet kept": lambda: _die_at(reference, "write_scores", 2),
+    "scored, not yet saved": lambda: _die_at(cache, "write_scores", 2),
     "half of a checkpoint's file": _half_saved,
     "checkpoint written, not listed": lambda: _die_at(checkpoints, "write_listing", 2),
     "checkpoint listed, not renamed": lambda: _die_at(checkpoints, "write_listing", 2, after=True),
@@ -208,7 +207,7 @@ def test_a_kill_at_a_chosen_moment(world, tmp_path, moment):
 
 
 def at_event(number: int) -> None:
-    """Die at the `number`-th thing done to the disk or step done, counting from 1."""
+    """Die at the `number`-th disk operation or training step (from 1)."""
     quick()
     seen = 0
 
@@ -257,7 +256,7 @@ def test_kills_from_outside_at_random_times(world, tmp_path):
     world.check_ends_the_same(run)
 
 
-# ---- a stop that is asked for ----
+# ---- stopped by a signal ----
 
 
 def stops_itself(stage: str, step: int, number: int = signal.SIGINT, twice: bool = False) -> None:
@@ -277,23 +276,22 @@ def stops_itself(stage: str, step: int, number: int = signal.SIGINT, twice: bool
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_saves_and_says_how_to_go_on(world, tmp_path, number):
+def test_a_stop_saves_and_says_how_to_resume(world, tmp_path, number):
     run = tmp_path / "run"
     child = world.start(run, stops_itself, ["s1", 3, number])
     assert child.wait() == 130
-    assert "stopped at step 3 of 4 of stage s1, saved; the same command goes on from there" in child.text
+    assert "stopped at step 3 of 4 of stage s1, saved; run the same command again to resume" in child.text
     assert "Traceback" not in child.text
     assert (run / ".stage-1-s1" / "checkpoint-3" / "optimizer.pt").exists()
     world.check_ends_the_same(run)
     assert json.loads((run / "manifest.json").read_text())["stages"][0]["resumed_at_step"] == 3
 
 
-def test_a_stop_in_a_stages_last_step_stops_after_the_stage(world, tmp_path):
+def test_a_stop_in_a_stages_last_step_takes_effect_after_the_stage(world, tmp_path):
     run = tmp_path / "run"
     child = world.start(run, stops_itself, ["s1", 4])
     assert child.wait() == 130
-    assert "stage s1" in child.text
-    assert "the same command goes on from there" in child.text
+    assert "stopped after stage s1, which is finished; run the same command again to resume" in child.text
     states = [stage["state"] for stage in json.loads((run / "manifest.json").read_text())["stages"]]
     assert states == ["done", "pending"]
     world.check_ends_the_same(run)
@@ -303,7 +301,7 @@ def test_two_stops_in_one_step_do_not_wait_for_it(world, tmp_path):
     run = tmp_path / "run"
     child = world.start(run, stops_itself, ["s2", 3, signal.SIGINT, True])
     assert child.wait() == 130
-    assert "the same command goes on from there" in child.text
+    assert "stopped; run the same command again to resume" in child.text
     assert "Traceback" not in child.text
     world.check_ends_the_same(run)
 
@@ -326,7 +324,7 @@ def test_a_stop_while_references_are_scored(world, tmp_path):
     run = tmp_path / "run"
     child = world.start(run, stops_while_scoring)
     assert child.wait() == 130
-    assert child.text.strip().splitlines()[-1] == "stopped; the same command goes on from there"
+    assert child.text.strip().splitlines()[-1] == "stopped; run the same command again to resume"
     assert "Traceback" not in child.text
     world.check_ends_the_same(run)
 
@@ -345,7 +343,7 @@ def slow() -> None:
     StageTrainer.training_step = training_step
 
 
-def test_a_second_process_on_the_same_run_is_told_so(world, tmp_path):
+def test_a_second_process_on_the_same_run_is_an_error(world, tmp_path):
     run = tmp_path / "run"
     first = world.start(run, slow)
     first.wait_for((run / ".stage-1-s1").exists)
@@ -357,7 +355,7 @@ def test_a_second_process_on_the_same_run_is_told_so(world, tmp_path):
     world.check_ends_the_same(run)
 
 
-# ---- checkpoints that must not be believed ----
+# ---- damaged checkpoints ----
 
 
 @pytest.mark.parametrize("damage", ["no optimizer", "short model"])

@@ -1,4 +1,4 @@
-"""Reading a run's input: what is kept, dropped, skipped and warned of, before anything is trained."""
+"""Reading a run's input: what is kept, dropped, skipped and warned about before training."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from sdpo_kernels.stepwise.prepare import prepare, read_eval
 from tests.stepwise import runs
 
 
-def test_stages_are_as_listed_with_the_place_of_every_pair(tmp_path, model):
+def test_stages_are_in_the_listed_order_with_the_file_and_line_of_every_pair(tmp_path, model):
     evaluation = runs.write_rows(tmp_path / "e.jsonl", runs.make_rows(3, seed=9))
     prepared = prepare(runs.configured(tmp_path, model, eval_data=str(evaluation)))
     assert [(s.config.name, len(s.tokens)) for s in prepared.stages] == [("s1", 12), ("s2", 8)]
@@ -31,7 +31,7 @@ def test_bad_rows_are_skipped_counted_and_listed(tmp_path, model, spoken):
     assert f"2 bad rows skipped, the first: {data}:3" in spoken.text
 
 
-def test_pairs_emptied_by_truncation_are_dropped_counted_and_said(tmp_path, model):
+def test_pairs_emptied_by_truncation_are_dropped_and_counted_in_a_warning(tmp_path, model):
     rows = runs.make_rows(4)
     rows[1]["prompt"] = " ".join(["word1"] * 9)
     data = runs.write_rows(tmp_path / "data1.jsonl", rows)
@@ -52,7 +52,7 @@ def test_scores_stay_with_their_pairs_when_others_are_dropped(tmp_path, model):
     assert prepared.stages[0].scores.tolist() == [-0.5, 1.5, 2.5]
 
 
-def test_pairs_that_stages_share_are_counted_and_warned_of(tmp_path, model):
+def test_pairs_that_stages_share_are_counted_in_a_warning(tmp_path, model):
     rows = runs.make_rows(10)
     runs.write_rows(tmp_path / "data1.jsonl", rows[:6])
     runs.write_rows(tmp_path / "data2.jsonl", rows[4:])

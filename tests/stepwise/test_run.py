@@ -1,4 +1,4 @@
-"""The loop over stages: what a run leaves, what a second command does, what stops it before anything is trained."""
+"""The loop over stages: the files of a run, what a second command does, what stops it before training."""
 
 import gc
 import json
@@ -22,7 +22,7 @@ def evaluation(tmp_path):
     return str(runs.write_rows(tmp_path / "eval.jsonl", runs.make_rows(5, seed=9)))
 
 
-def test_what_a_run_leaves_behind(tmp_path, model, evaluation, pictures, spoken):
+def test_the_files_of_a_run(tmp_path, model, evaluation, pictures, spoken):
     config = runs.configured(tmp_path, model, eval_data=evaluation)
     returned = run(config, spoken.reporter)
     folder = tmp_path / "run"
@@ -51,7 +51,7 @@ def test_what_a_run_leaves_behind(tmp_path, model, evaluation, pictures, spoken)
         assert text in spoken.text
 
 
-def test_a_finished_run_does_nothing_and_says_so(tmp_path, model, evaluation, pictures, monkeypatch):
+def test_a_finished_run_has_nothing_to_do(tmp_path, model, evaluation, pictures, monkeypatch):
     config = runs.configured(tmp_path, model, eval_data=evaluation)
     runs.train(config)
     folder = tmp_path / "run"
@@ -66,7 +66,7 @@ def test_a_finished_run_does_nothing_and_says_so(tmp_path, model, evaluation, pi
     assert changed <= {".lock", "config.yaml"}
 
 
-def test_two_runs_are_equal_to_the_bit_and_a_seed_changes_them(tmp_path, model):
+def test_two_runs_are_the_same_to_the_bit_unless_the_seed_differs(tmp_path, model):
     prints = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         folder = tmp_path / name
@@ -77,17 +77,18 @@ def test_two_runs_are_equal_to_the_bit_and_a_seed_changes_them(tmp_path, model):
     assert prints[0]["stage-2-s2/model.safetensors"] != prints[2]["stage-2-s2/model.safetensors"]
 
 
-def test_a_changed_setting_is_an_error_that_shows_it(tmp_path, model):
+def test_a_changed_setting_is_an_error_that_lists_it(tmp_path, model):
     runs.train(runs.configured(tmp_path, model))
     before = runs.fingerprint(tmp_path / "run")
     with pytest.raises(UserError) as error:
         runs.train(runs.configured(tmp_path, model, beta=0.2, trainer={"learning_rate": 1e-3}))
+    assert f"{tmp_path}/run already contains a run with different settings" in str(error.value)
     assert "beta: 0.1 -> 0.2" in str(error.value)
     assert "trainer.learning_rate: 0.01 -> 0.001" in str(error.value)
     assert runs.fingerprint(tmp_path / "run") == before
 
 
-def test_changed_data_is_an_error_that_shows_it(tmp_path, model, evaluation):
+def test_changed_data_is_an_error_that_lists_it(tmp_path, model, evaluation):
     config = runs.configured(tmp_path, model, eval_data=evaluation)
     runs.train(config)
     rows = runs.make_rows(8, seed=2)
@@ -103,7 +104,7 @@ def test_changed_data_is_an_error_that_shows_it(tmp_path, model, evaluation):
 
 
 def test_orders_change_the_stages_of_a_run(tmp_path, model):
-    """The model before training ranks; the manifest says what it found, and the folders are numbered as trained."""
+    """The initial model ranks the pairs; the manifest has the accuracies, and folders are numbered as trained."""
     rows = runs.make_rows(12, seed=3)
     config = runs.configured(tmp_path, model, sizes=(12,), order="margin", tiers=3)
     runs.write_rows(tmp_path / "data1.jsonl", rows)
@@ -115,11 +116,11 @@ def test_orders_change_the_stages_of_a_run(tmp_path, model):
     gammas = [stage["gamma_reference"] for stage in manifest["stages"][:1]]
     assert gammas[0] > 0
     assert (tmp_path / "run" / "stage-3-s1-3" / "model.safetensors").exists()
-    assert runs.train(config)["stages"] == manifest["stages"]  # ordered again, from the cached ranking
+    assert runs.train(config)["stages"] == manifest["stages"]  # from the cached ranking
 
 
 def test_reward_accuracy_trains_the_easiest_source_first(tmp_path, model):
-    """Sources made of one source's pairs, in the order the model ranks them and the other way round."""
+    """The sources are listed hardest first."""
     easy = [row | {"s": 1.0} for row in runs.make_rows(4, seed=1)]
     hard = [row | {"s": -1.0} for row in runs.make_rows(4, seed=2)]
     runs.write_rows(tmp_path / "data1.jsonl", hard)
@@ -130,10 +131,8 @@ def test_reward_accuracy_trains_the_easiest_source_first(tmp_path, model):
     assert (tmp_path / "run" / "stage-1-s2").is_dir()
 
 
-def test_a_run_keeps_the_order_it_was_begun_in_though_the_ranking_comes_out_otherwise(
-    tmp_path, model, monkeypatch, spoken
-):
-    """Another machine's rounding may turn two near sources round: no source is trained twice and none left out."""
+def test_a_run_keeps_its_order_even_if_the_ranking_has_changed(tmp_path, model, monkeypatch, spoken):
+    """Rounding on another machine may swap two close sources: none may be trained twice or left out."""
     config = runs.configured(tmp_path, model, order="reward_accuracy")
     with monkeypatch.context() as patch:
         runs.stop_at(patch, stage="s1", step=1)
@@ -142,7 +141,7 @@ def test_a_run_keeps_the_order_it_was_begun_in_though_the_ranking_comes_out_othe
             runs.train(config)
     monkeypatch.setattr(order_module, "_by_accuracy", lambda config, stages, score: list(stages))
     run(config, spoken.reporter)
-    assert "the order s2, s1 is kept, in which the run was begun" in spoken.text
+    assert "the run keeps the order it was started in (s2, s1); the ranking is different now" in spoken.text
     whole = tmp_path / "whole"
     whole.mkdir()
     monkeypatch.setattr(order_module, "_by_accuracy", lambda config, stages, score: list(stages[::-1]))
@@ -151,7 +150,7 @@ def test_a_run_keeps_the_order_it_was_begun_in_though_the_ranking_comes_out_othe
 
 
 @pytest.mark.parametrize("which", [{"reference": "initial"}, {"policy": "initial"}, {"reference": "none"}])
-def test_an_initial_model_that_changes_under_a_run_is_an_error(tmp_path, monkeypatch, which):
+def test_an_initial_model_that_changes_during_a_run_is_an_error(tmp_path, monkeypatch, which):
     folder = runs.make_model(tmp_path / "model")
     config = runs.configured(tmp_path, folder, **which)
     with monkeypatch.context() as patch:
@@ -164,17 +163,17 @@ def test_an_initial_model_that_changes_under_a_run_is_an_error(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("name", ["stage-1-s1", ".stage-1-s1"])
-def test_a_folder_that_no_run_of_ours_made_is_left_alone(tmp_path, model, name):
+def test_a_stage_folder_without_a_manifest_is_an_error_and_left_alone(tmp_path, model, name):
     precious = tmp_path / "run" / name / "precious.txt"
     precious.parent.mkdir(parents=True)
     precious.write_text("mine")
-    with pytest.raises(UserError, match=rf"holds {name} but no manifest.json"):
+    with pytest.raises(UserError, match=rf"contains {name} but no manifest.json"):
         runs.train(runs.configured(tmp_path, model))
     assert precious.read_text() == "mine"
 
 
 @pytest.mark.parametrize("settings", [{"order": "random"}, {"order": "margin", "tiers": 2}], ids=lambda s: s["order"])
-def test_dropped_pairs_are_counted_whatever_the_order(tmp_path, model, settings):
+def test_dropped_pairs_are_counted_in_every_order(tmp_path, model, settings):
     sizes = (8,) if "tiers" in settings else (8, 8)
     config = runs.configured(tmp_path, model, sizes=sizes, max_length=12, **settings)
     rows = [row | {"prompt": " ".join(["word1"] * 20)} if place < 2 else row
@@ -184,7 +183,7 @@ def test_dropped_pairs_are_counted_whatever_the_order(tmp_path, model, settings)
 
 
 def test_evaluations_during_training(tmp_path, model, evaluation):
-    """TRL's names; against each stage's reference, so all rewards are 0 before the first step."""
+    """They have TRL's names and are against each stage's reference, so all rewards are 0 before the first step."""
     trainer = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
     manifest = runs.train(runs.configured(tmp_path, model, eval_data=evaluation, trainer=trainer))
     lines = [line for line in runs.metrics(tmp_path / "run") if "eval_loss" in line]
@@ -222,8 +221,8 @@ def test_the_evaluation_reference_of_initial_stays_the_initial_model(tmp_path, m
     assert abs(scores["reward_margin"]) > 1e-4
 
 
-def test_training_helps_on_pairs_it_has_not_seen(tmp_path, model, evaluation):
-    """Chosen and rejected answers are made of different words: that is soon learnt."""
+def test_training_helps_on_unseen_pairs(tmp_path, model, evaluation):
+    """Chosen and rejected answers use different words, which is soon learned."""
     rows = runs.make_rows(64, seed=1)
     runs.write_rows(tmp_path / "data1.jsonl", rows)
     manifest = runs.train(runs.configured(tmp_path, model, sizes=(64,), eval_data=evaluation))
@@ -233,8 +232,8 @@ def test_training_helps_on_pairs_it_has_not_seen(tmp_path, model, evaluation):
     assert manifest["stages"][0]["last_loss"] < 0.6
 
 
-def test_gamma_of_the_reference_is_that_of_the_stage_before(tmp_path, model):
-    """The same pairs twice: what the second stage's reference thinks of them is what the first stage taught."""
+def test_gamma_of_the_reference_is_that_of_the_previous_stages_model(tmp_path, model):
+    """The same pairs twice: the second stage's reference already prefers the chosen ones."""
     runs.write_rows(tmp_path / "data1.jsonl", runs.make_rows(16, seed=1))
     runs.write_rows(tmp_path / "data2.jsonl", runs.make_rows(16, seed=1))
     manifest = runs.train(runs.configured(tmp_path, model))
@@ -255,36 +254,36 @@ def _in_environment(names):
 
 
 @pytest.mark.parametrize("count", ["abc", "0", "-1", ""])
-def test_a_number_of_processes_that_is_none_is_one_line(tmp_path, model, count):
+def test_an_invalid_number_of_processes_is_a_one_line_error(tmp_path, model, count):
     yaml = runs.write_settings(tmp_path, model)
     child = runs.Child(tmp_path, "train", yaml, fault=_in_environment, options=({"WORLD_SIZE": count},))
     assert child.wait() == 2, child.text
     assert child.text.startswith(f"error: WORLD_SIZE: was {count!r}, must be a number of processes, at least 1")
 
 
-def test_what_one_node_alone_finds_wrong_is_said_by_its_first_process(tmp_path):
-    """Before the processes have joined nobody else can say it."""
+def test_an_error_on_one_node_is_printed_by_its_first_rank(tmp_path):
+    """Before the ranks have connected, no other rank can know of it."""
     names = {"WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     child = runs.Child(tmp_path, "train", tmp_path / "nope.yaml", fault=_in_environment, options=(names,))
     assert child.wait() == 2
     assert child.text.strip() == f"error: {tmp_path / 'nope.yaml'}: no such file"
 
 
-def test_fsdp_in_one_process_is_said_before_anything_is_scored(tmp_path, model):
+def test_fsdp_in_one_process_is_an_error_before_anything_is_scored(tmp_path, model):
     config = runs.configured(tmp_path, model, trainer={"fsdp": True})
     with pytest.raises(UserError, match=r"trainer.fsdp: needs several processes"):
         runs.train(config)
     assert not list((tmp_path / "run").glob("**/reference_logps.safetensors"))
 
 
-def test_a_folder_that_cannot_be_made_is_the_users_to_mend(tmp_path, model):
+def test_a_folder_that_cannot_be_created_is_a_user_error(tmp_path, model):
     (tmp_path / "file").write_text("x")
     config = runs.configured(tmp_path, model, output_dir=str(tmp_path / "file" / "run"))
-    with pytest.raises(UserError, match=r"output_dir: .*/file/run cannot be made: Not a directory"):
+    with pytest.raises(UserError, match=r"output_dir: .*/file/run cannot be created: Not a directory"):
         runs.train(config)
 
 
-def test_what_transformers_refuses_stops_before_the_first_stage(tmp_path, model):
+def test_settings_that_transformers_refuses_are_an_error_before_the_first_stage(tmp_path, model):
     path = runs.write_settings(tmp_path, model)
     config = load_config(path, ["stages.1.trainer={tf32: true}"])  # without CUDA
     with pytest.raises(UserError, match=r"^trainer: .*tf32"):
@@ -292,16 +291,16 @@ def test_what_transformers_refuses_stops_before_the_first_stage(tmp_path, model)
     assert not (tmp_path / "run" / "stage-1-s1").exists()
 
 
-def test_a_stage_folder_of_another_run_is_not_taken_for_ones_own(tmp_path, model):
-    """Someone removed manifest.json and changed the data, or put something of that name there."""
+def test_a_stage_folder_of_another_run_is_not_used(tmp_path, model):
+    """Someone removed manifest.json and changed the data, or copied a folder of that name there."""
     runs.train(runs.configured(tmp_path, model, sizes=(8,)))
     (tmp_path / "run" / "manifest.json").unlink()
     runs.write_rows(tmp_path / "data1.jsonl", runs.make_rows(8, seed=5))
-    with pytest.raises(UserError, match=r"holds stage-1-s1 but no manifest\.json"):
+    with pytest.raises(UserError, match=r"contains stage-1-s1 but no manifest\.json"):
         runs.train(runs.configured(tmp_path, model, sizes=(8,)))
 
 
-def test_another_machine_is_warned_of(tmp_path, model, monkeypatch, spoken):
+def test_resuming_on_another_machine_is_a_warning(tmp_path, model, monkeypatch, spoken):
     config = runs.configured(tmp_path, model)
     with monkeypatch.context() as patch:
         runs.stop_at(patch, stage="s2", step=1)
@@ -315,7 +314,7 @@ def test_another_machine_is_warned_of(tmp_path, model, monkeypatch, spoken):
     assert "this machine differs from the one the run was started on (threads 64 -> 1)" in spoken.text
 
 
-def test_a_report_that_a_kill_prevented_is_drawn_later(tmp_path, model, pictures):
+def test_a_report_that_a_kill_prevented_is_written_later(tmp_path, model, pictures):
     config = runs.configured(tmp_path, model, sizes=(4,))
     runs.train(config)
     report = tmp_path / "run" / "report.html"
@@ -324,7 +323,7 @@ def test_a_report_that_a_kill_prevented_is_drawn_later(tmp_path, model, pictures
     assert report.exists()
 
 
-def test_the_initial_models_evaluation_is_made_again_when_its_file_is_gone(tmp_path, model, evaluation, monkeypatch):
+def test_the_initial_models_evaluation_is_recomputed_if_its_file_is_missing(tmp_path, model, evaluation, monkeypatch):
     """The rewards of every later evaluation are against it."""
     config = runs.configured(tmp_path, model, eval_data=evaluation)
     with monkeypatch.context() as patch:
@@ -336,7 +335,7 @@ def test_the_initial_models_evaluation_is_made_again_when_its_file_is_gone(tmp_p
     assert manifest["stages"][1]["eval"]["reward_margin"] > 0
 
 
-def test_no_model_is_alive_when_the_next_is_loaded(tmp_path, model, evaluation, monkeypatch):
+def test_no_model_is_in_memory_when_the_next_is_loaded(tmp_path, model, evaluation, monkeypatch):
     """One model in memory: after evaluations, after training, and where reference and policy differ."""
     alive = []
     from_pretrained = AutoModelForCausalLM.from_pretrained

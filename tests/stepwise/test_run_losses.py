@@ -1,4 +1,4 @@
-"""Every loss through the driver: a tiny run end to end, killed and gone on with, and what its stages recorded."""
+"""Every loss through the driver: a tiny run end to end, stopped and resumed, and the records of its stages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from sdpo_kernels.losses import PairLogps
 from sdpo_kernels.stepwise.common.progress import Reporter
 from sdpo_kernels.stepwise.data.batches import Batch, PairDataset, collate_packed, make_collate_padded
 from sdpo_kernels.stepwise.prepare import prepare
-from sdpo_kernels.stepwise.references.scorer import Scorer, read_scores
+from sdpo_kernels.stepwise.references.cache import read_scores
+from sdpo_kernels.stepwise.references.scorer import Scorer
 from sdpo_kernels.stepwise.settings.run_file import dump_config, load_config
 from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
 from sdpo_kernels.stepwise.stage import REFERENCE_FILE
@@ -24,7 +25,7 @@ MPO = [{"name": "sigmoid", "weight": 0.8}, {"name": "bco_pair", "weight": 0.2}, 
 
 
 def first_batch(folder, model, **settings):
-    """The first batch of a run as its trainer sees it, shuffled or not: all pairs of a stage of one batch."""
+    """The first batch of a run: all pairs of a stage that has one batch, so shuffling does not matter."""
     prepared = prepare(runs.configured(folder, model, sizes=(4,), **settings))
     tokens = prepared.stages[0].tokens
     scores, _ = read_scores(folder / "run" / "stage-1-s1" / REFERENCE_FILE, None, len(tokens))
@@ -33,7 +34,7 @@ def first_batch(folder, model, **settings):
 
 
 def own_start(folder, model, wanted, **settings):
-    """The first loss as plain torch gives it, from the model's own logits."""
+    """The first loss computed in plain torch from the model's own logits."""
     network = AutoModelForCausalLM.from_pretrained(model).double()
     sides, counts, weights = [], [], []
     for example in first_batch(folder, model, **settings):
@@ -77,7 +78,7 @@ def test_a_run_with_every_loss(tmp_path, model, loss):
 @pytest.mark.parametrize(
     "loss", ["dpop", "wpo", "ld_dpo", "simpo", MPO], ids=lambda x: x if isinstance(x, str) else "mpo"
 )
-def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, model, monkeypatch, loss):
+def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, model, monkeypatch, loss):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     whole.mkdir()
     stopped.mkdir()
@@ -92,8 +93,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, model, monkeypatch, lo
     assert runs.fingerprint(stopped / "run") == runs.fingerprint(whole / "run")
 
 
-def test_evaluations_see_the_same_loss(tmp_path, model):
-    """ld_dpo's weighted sums and wpo's weights are there when Trainer evaluates, too."""
+def test_evaluations_use_the_same_loss(tmp_path, model):
+    """ld_dpo's weighted sums and wpo's weights are also there when Trainer evaluates."""
     evaluation = str(runs.write_rows(tmp_path / "eval.jsonl", runs.make_rows(5, seed=9)))
     trainer = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
     for loss in ("ld_dpo", "wpo", "simpo"):
@@ -108,7 +109,7 @@ def test_evaluations_see_the_same_loss(tmp_path, model):
             assert lines[0]["eval_rewards/margins"] == pytest.approx(0, abs=1e-6)
 
 
-def test_another_ld_alpha_makes_the_cache_again(tmp_path, model, monkeypatch):
+def test_another_ld_alpha_recomputes_the_cache(tmp_path, model, monkeypatch):
     made = []
     genuine = Scorer.score
     monkeypatch.setattr(Scorer, "score", lambda self, *a: made.append(1) or genuine(self, *a))
@@ -123,7 +124,7 @@ def test_another_ld_alpha_makes_the_cache_again(tmp_path, model, monkeypatch):
     assert len(made) == 3
     assert torch.equal(scores[0], scores[1])
     assert not torch.equal(scores[1], scores[2])
-    assert bool((scores[3] <= scores[2] + 1e-6).all())  # whole sums lie below those that leave something out
+    assert bool((scores[3] <= scores[2] + 1e-6).all())  # a full sum is below one that leaves tokens out
 
 
 @pytest.mark.parametrize("loss", ["ld_dpo", "wpo"])
@@ -134,7 +135,7 @@ def test_bf16_passes_the_checks_of_a_stages_start(tmp_path, model, loss):
 
 
 @pytest.mark.parametrize("loss", ["ld_dpo", "wpo"])
-def test_packed_and_padded_batches_weigh_alike(tmp_path, model, loss):
+def test_packed_and_padded_batches_give_the_same_weights(tmp_path, model, loss):
     config = runs.configured(tmp_path, model, sizes=(9,), loss=loss)
     prepared = prepare(config)
     args = training_arguments(config, config.stages[0], tmp_path, tmp_path)
@@ -152,7 +153,7 @@ def test_packed_and_padded_batches_weigh_alike(tmp_path, model, loss):
         assert found[0][1].shape == (9,)
 
 
-def test_a_list_is_shown_whole_in_the_dump(tmp_path, model):
+def test_a_list_of_losses_is_dumped_with_its_defaults(tmp_path, model):
     config = runs.configured(tmp_path, model, loss=[{"name": "dpop", "options": {"dpop_lambda": 5}}, {"name": "sft"}])
     (tmp_path / "dump.yaml").write_text(dump_config(config))
     again = load_config(tmp_path / "dump.yaml")
@@ -164,7 +165,7 @@ def test_a_list_is_shown_whole_in_the_dump(tmp_path, model):
     assert config.loss_sum.label == "1 dpop + 1 sft"
 
 
-def test_a_reference_free_loss_says_none(tmp_path, model):
+def test_a_reference_free_loss_sets_the_reference_to_none(tmp_path, model):
     config = runs.configured(tmp_path, model, loss="orpo")
     assert config.reference == "none"
     assert "reference: none" in dump_config(config)

@@ -1,4 +1,4 @@
-"""`sdpo score`: the run's models, or others, on its evaluation pairs or other data."""
+"""`sdpo score`: the run's models or others, on its evaluation pairs or other data."""
 
 import json
 
@@ -46,7 +46,7 @@ def test_other_models_on_other_data(finished, capsys):
     assert results[second]["reward_margin"] > 0
 
 
-def test_a_table_for_people(finished, capsys):
+def test_the_table(finished, capsys):
     config, manifest, _ = finished
     score_run(config, [], [], as_json=False)
     out = capsys.readouterr().out
@@ -54,12 +54,12 @@ def test_a_table_for_people(finished, capsys):
     assert f"{manifest['stages'][1]['eval']['pair_accuracy']:.3f}" in out
 
 
-def test_no_data_is_one_clear_line(tmp_path, model):
+def test_no_data_is_an_error(tmp_path, model):
     with pytest.raises(UserError, match=r"eval_data: is not set.*--data"):
         score_run(runs.configured(tmp_path, model), [], [], as_json=False)
 
 
-def test_a_model_that_is_not_there_is_one_clear_line(finished):
+def test_a_missing_model_is_an_error(finished):
     config, _, folder = finished
     with pytest.raises(UserError, match="nonesuch cannot be loaded"):
         score_run(config, [str(folder / "nonesuch")], [], as_json=True)

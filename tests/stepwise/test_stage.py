@@ -1,4 +1,4 @@
-"""A stage: its first loss is ln 2 however it is trained; which models policy and reference are; what LoRA leaves."""
+"""A stage: its first loss is ln 2 however it trains; which models policy and reference are; what LoRA saves."""
 
 import json
 import math
@@ -38,7 +38,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_stage_starts_at_ln_2_and_leaves_it(tmp_path, model, way):
+def test_every_stage_starts_at_ln_2_and_then_moves(tmp_path, model, way):
     manifest = runs.train(runs.configured(tmp_path, model, **WAYS[way]))
     lines = runs.metrics(tmp_path / "run")
     for stage in manifest["stages"]:
@@ -50,8 +50,8 @@ def test_every_stage_starts_at_ln_2_and_leaves_it(tmp_path, model, way):
         assert all(abs(line["loss"] - LN2) > 1e-5 for line in later)
 
 
-def test_stages_may_train_in_their_own_ways(tmp_path, model):
-    """accelerate and TensorBoard keep global state: a stage must not inherit that of another."""
+def test_stages_can_have_their_own_trainer_settings(tmp_path, model):
+    """accelerate and TensorBoard keep global state: a stage must not inherit another's."""
     path = runs.write_settings(tmp_path, model, sizes=(8, 8), trainer={"report_to": "tensorboard"})
     settings = [
         "stages.1.trainer={bf16: true, gradient_accumulation_steps: 2, learning_rate: 0.005}",
@@ -79,8 +79,8 @@ def test_stages_may_train_in_their_own_ways(tmp_path, model):
     )
 
 
-def test_bf16_really_computes_in_bf16(tmp_path, model):
-    """The loss after a step differs a little from that of float32, and the saved weights stay float32."""
+def test_bf16_computes_in_bf16(tmp_path, model):
+    """Log-probs differ a little from those of float32, and the saved weights stay float32."""
     runs.train(runs.configured(tmp_path, model, sizes=(8,)))
     other = tmp_path / "bf16"
     other.mkdir()
@@ -92,8 +92,8 @@ def test_bf16_really_computes_in_bf16(tmp_path, model):
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
-def test_accumulated_batches_are_one_batch(tmp_path, model):
-    """2 x 2 pairs give the step that 4 pairs give (plain means: every micro-batch holds as many pairs)."""
+def test_accumulated_batches_train_like_one_batch(tmp_path, model):
+    """2 x 2 pairs give the same step as 4 pairs."""
     trainer = {"train_sampling_strategy": "sequential", "max_steps": 2, "logging_steps": 1, "optim": "sgd"}
     whole = runs.configured(tmp_path, model, sizes=(8,), trainer=trainer)
     runs.train(whole)
@@ -146,7 +146,7 @@ def test_policy_and_reference_are_the_models_asked_for(tmp_path, model, referenc
 
 
 def batch_logps(path, data):
-    """Summed log-probs [n, 2] of the pairs in `data`, by transformers alone."""
+    """Summed log-probs [n, 2] of the pairs in `data`, computed with transformers alone."""
     network, tokenizer = AutoModelForCausalLM.from_pretrained(path).double(), AutoTokenizer.from_pretrained(path)
     sums = []
     for row in map(json.loads, data.read_text().splitlines()):
@@ -159,8 +159,8 @@ def batch_logps(path, data):
     return torch.stack(sums).view(-1, 2)
 
 
-def test_a_finished_stage_is_an_ordinary_model(tmp_path, model):
-    """transformers loads it without this package, with the cache that generation wants."""
+def test_a_finished_stage_is_an_ordinary_transformers_model(tmp_path, model):
+    """transformers loads it without this package, with the cache that generation needs."""
     runs.train(runs.configured(tmp_path, model, sizes=(8,)))
     folder = tmp_path / "run" / "stage-1-s1"
     names = {path.name for path in folder.iterdir()}
@@ -180,7 +180,7 @@ def test_a_finished_stage_is_an_ordinary_model(tmp_path, model):
 # ---- LoRA ----
 
 
-def test_lora_leaves_merged_weights_and_the_adapter_and_chains(tmp_path, model):
+def test_lora_saves_merged_weights_and_one_adapter_that_stages_pass_on(tmp_path, model):
     settings = {"lora": {"r": 2}, "trainer": {"learning_rate": 0.05}}
     manifest = runs.train(runs.configured(tmp_path, model, **settings))
     run = tmp_path / "run"
@@ -202,8 +202,8 @@ def test_lora_leaves_merged_weights_and_the_adapter_and_chains(tmp_path, model):
     assert manifest["stages"][1]["reference_hash"] != manifest["stages"][0]["reference_hash"]
 
 
-def test_on_a_bfloat16_base_a_stage_starts_from_all_that_the_one_before_learned(tmp_path, model):
-    """A step of 1e-5 is far below what bf16 weights can hold; merged and rounded, it would be lost."""
+def test_on_a_bfloat16_base_a_stage_starts_from_everything_the_previous_one_learned(tmp_path, model):
+    """A step of 1e-5 is far below the resolution of bf16 weights: merged and rounded, it would be lost."""
     settings = {"lora": {"r": 2}, "dtype": "bfloat16", "trainer": {"learning_rate": 1e-5}}
     config = runs.configured(tmp_path, model, sizes=(8, 8), **settings)
     runs.train(config)
@@ -222,14 +222,14 @@ def test_on_a_bfloat16_base_a_stage_starts_from_all_that_the_one_before_learned(
     assert lost > 0.9  # what loading the merged weights would have thrown away
 
 
-def test_lora_on_chosen_modules_alone(tmp_path, model):
+def test_lora_on_chosen_modules_only(tmp_path, model):
     runs.train(runs.configured(tmp_path, model, sizes=(8,), lora={"r": 2, "target_modules": ["q_proj"]}))
     base, after = load_file(model / "model.safetensors"), load_file(tmp_path / "run/stage-1-s1/model.safetensors")
     changed = [name for name in base if not torch.equal(base[name], after[name])]
     assert changed == ["model.layers.0.self_attn.q_proj.weight"]
 
 
-def test_a_lora_run_that_was_stopped_ends_the_same(tmp_path, model, monkeypatch):
+def test_a_stopped_lora_run_resumes_to_the_same_bits(tmp_path, model, monkeypatch):
     settings = {"lora": {"r": 2}, "trainer": {"save_steps": 2}}
     whole = tmp_path / "whole"
     whole.mkdir()
@@ -252,7 +252,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, model, reference):
     """At this learning rate weights overflow within a few steps; Trainer alone would log a loss of 0."""
     trainer = {"learning_rate": 1e30, "save_steps": 1, "max_grad_norm": 0, "optim": "sgd", "logging_steps": 5}
     config = runs.configured(tmp_path, model, sizes=(40,), reference=reference, trainer=trainer)
-    with pytest.raises(UserError, match=r"stage s1: the loss became NaN or infinite at step \d+.*a learning rate too"):
+    with pytest.raises(
+        UserError, match=r"stage s1: the loss became NaN or infinite at step \d+.*a learning rate that is too high"
+    ):
         runs.train(config)
     run = tmp_path / "run"
     assert not (run / "stage-1-s1").exists()
@@ -262,7 +264,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, model, reference):
     assert all(math.isfinite(line["loss"]) for line in runs.metrics(run))
 
 
-def test_weights_that_turn_infinite_at_the_very_last_step_are_not_published(tmp_path, model):
+def test_weights_that_become_infinite_at_the_last_step_are_not_published(tmp_path, model):
     trainer = {"learning_rate": 3e38, "max_grad_norm": 0, "optim": "sgd", "max_steps": 1}
     config = runs.configured(tmp_path, model, sizes=(8,), beta=10.0, trainer=trainer)
     with pytest.raises(UserError, match="stage s1: the last step made weights NaN or infinite, first "):
@@ -270,7 +272,7 @@ def test_weights_that_turn_infinite_at_the_very_last_step_are_not_published(tmp_
     assert not (tmp_path / "run" / "stage-1-s1").exists()
 
 
-def test_a_model_that_is_broken_from_the_start_says_so(tmp_path, model):
+def test_a_model_with_broken_weights_is_an_error(tmp_path, model):
     folder = runs.make_model(tmp_path / "broken")
     state = load_file(folder / "model.safetensors")
     state["lm_head.weight"][5] = float("inf")
@@ -279,8 +281,8 @@ def test_a_model_that_is_broken_from_the_start_says_so(tmp_path, model):
         runs.train(runs.configured(tmp_path, folder))
 
 
-def test_the_policy_is_not_scored_with_the_resumed_weights(tmp_path, model, monkeypatch):
-    """A resumed stage that has its cache scores nothing at all."""
+def test_a_resumed_stage_reads_its_cache(tmp_path, model, monkeypatch):
+    """It scores nothing, so never with the weights of the checkpoint."""
     config = runs.configured(tmp_path, model, sizes=(16,), trainer={"save_steps": 1})
     with monkeypatch.context() as patch:
         runs.stop_at(patch, stage="s1", step=3)
@@ -304,7 +306,7 @@ def test_the_policy_is_not_scored_with_the_resumed_weights(tmp_path, model, monk
         ({"fp16": True}, r"trainer\.fp16: was true, which needs a GPU"),
     ],
 )
-def test_what_trainer_refuses_is_one_clear_line(tmp_path, model, trainer, message):
+def test_settings_that_trainer_refuses_are_a_one_line_error(tmp_path, model, trainer, message):
     with pytest.raises(UserError, match=message) as error:
         runs.train(runs.configured(tmp_path, model, trainer=trainer))
     assert "\n" not in str(error.value)

@@ -1,4 +1,8 @@
-"""Triton kernels for CUDA: `kernels.py` (what runs on the device), `launch.py`, `tiles.py`, `backend.py` (the walk)."""
+"""Triton kernels for CUDA.
+
+`kernels.py` and `redo.py` run on the device, `launch.py` launches them, `tiles.py` chooses the tile, `backend.py`
+is the walk over the vocabulary; `epilogue.py` is the pair epilogue.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,16 @@ import torch
 from torch import Tensor
 
 from sdpo_kernels.backends import eager_logits
-from sdpo_kernels.backends.base import HeadCall, HeadForward, Request, Saved
+from sdpo_kernels.backends.base import (
+    Gradients,
+    HeadCall,
+    HeadForward,
+    Keep,
+    Needs,
+    PairOutputs,
+    Request,
+    Saved,
+)
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -35,23 +48,18 @@ class TritonBackend:
             major, minor = torch.cuda.get_device_capability(request.device)
             if major < 8:
                 return f"its bfloat16 tiles need compute capability 8.0 or later, not {major}.{minor}"
-        return _reason(request.device)
+        return _unavailable_reason(request.device)
 
-    def forward(self, call: HeadCall, keep: int) -> HeadForward:
+    def forward(self, call: HeadCall, keep: Keep) -> HeadForward:
         """See `base.Backend.forward`."""
-        from sdpo_kernels.backends.triton import backend  # not before it is wanted: importing triton takes its time
+        from sdpo_kernels.backends.triton import backend  # imported at first use: triton is slow to import
 
         with _on(call.hidden.device):
             return backend.forward(call, keep)
 
     def backward(
-        self,
-        call: HeadCall,
-        saved: Saved,
-        grad_logps: Tensor,
-        grad_entropy: Tensor | None,
-        needs: tuple[bool, bool, bool],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        self, call: HeadCall, saved: Saved, grad_logps: Tensor, grad_entropy: Tensor | None, needs: Needs
+    ) -> Gradients:
         """See `base.Backend.backward`."""
         from sdpo_kernels.backends.triton import backend
 
@@ -60,7 +68,7 @@ class TritonBackend:
 
     def supports_pairs(self, device: torch.device) -> str | None:
         """On CUDA."""
-        return _reason(device)
+        return _unavailable_reason(device)
 
     def pair_epilogue(
         self,
@@ -72,28 +80,28 @@ class TritonBackend:
         loss_type: int,
         beta: float,
         smoothing: float,
-        out: tuple[Tensor, Tensor, Tensor, Tensor],
+        out: PairOutputs,
     ) -> None:
         """See `base.Backend.pair_epilogue`; one launch."""
-        from sdpo_kernels.backends.triton import pair
+        from sdpo_kernels.backends.triton import epilogue
 
         with _on(logps.device):
-            pair.pair_epilogue(logps, index, ref, counts, loss_type, beta, smoothing, out)
+            epilogue.pair_epilogue(logps, index, ref, counts, loss_type, beta, smoothing, out)
 
     def supports_rows(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Not yet: rows that exist are served by eager."""
-        return "it has no kernels for rows that exist"
+        """Not yet: existing logits are served by eager."""
+        return "it has no kernels for existing logits"
 
     logits_forward = staticmethod(eager_logits.logits_forward)
     logits_backward = staticmethod(eager_logits.logits_backward)
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device, whatever its arguments lie on."""
+    """Triton launches on the current device, not on the device of its arguments."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _reason(device: torch.device) -> str | None:
+def _unavailable_reason(device: torch.device) -> str | None:
     if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"it runs on CUDA, not on {device.type}"
     if importlib.util.find_spec("triton") is None:

@@ -1,4 +1,17 @@
-"""The Triton backend: exp-direct tiles, one walk over the vocabulary, dX and dW by torch's own GEMMs."""
+"""The Triton backend: exp-direct tiles, one walk over the vocabulary, dX and dW by torch's own GEMMs.
+
+Forward:
+    1. each row's target logit: k
+    2. walk over the vocabulary: tiles of logits, their row sums of E = 2**-58 · exp(z − k) (2⁻⁵⁸), and S = E · dz/da,
+       which goes to the stash or, for a frozen head, into Σ S·W
+    3. finalize: log-probs, logsumexp and extras from the tiles' sums
+    4. redo: rows out of range, with k = their logsumexp
+    5. write the targets' entries of S, or finish the direction of a frozen head
+
+Backward:
+    1. frozen head: one product with what the forward kept, and no walk
+    2. else walk: S from the stash or recomputed, then dX = r ⊙ (S·W), dW = Sᵀ·(r ⊙ X), db = r·S
+"""
 
 from __future__ import annotations
 
@@ -8,12 +21,12 @@ import torch
 from torch import Tensor
 
 from sdpo_kernels.backends import precision
-from sdpo_kernels.backends.base import EXTRAS, KEEP_DIRECTION, KEEP_NOTHING, HeadCall, HeadForward, Saved
+from sdpo_kernels.backends.base import EXTRAS, Gradients, HeadCall, HeadForward, Keep, Needs, Saved
 from sdpo_kernels.backends.eager import EagerBackend
 from sdpo_kernels.backends.triton import launch
 from sdpo_kernels.backends.triton.launch import Rows, Sums
 
-CHUNK_ELEMENTS = 2**28  # of S that is made and used at once: 512 MiB in bfloat16
+CHUNK_ELEMENTS = 2**28  # of S in one chunk: 512 MiB in bfloat16
 PART_ELEMENTS = 2**24  # of the extras' partial sums: 64 MiB
 SHIFT = 58 * 0.6931471805599453  # as kernels.SHIFT
 
@@ -27,65 +40,93 @@ def chunks(call: HeadCall, border: int, before: int, after: int) -> Iterator[tup
 
 
 def chunk_columns(call: HeadCall, tile_columns: int) -> int:
-    """Columns whose S, and whose rows of W where they have to be cast, fit CHUNK_ELEMENTS."""
+    """Columns per chunk, so that S and a cast copy of the rows of W fit CHUNK_ELEMENTS."""
     columns = CHUNK_ELEMENTS // max(1, call.hidden.shape[0], call.hidden.shape[1])
     everything = -(-call.weight.shape[0] // tile_columns)
     return min(max(1, columns // tile_columns), everything) * tile_columns
 
 
 def _forward_columns(rows: Rows) -> int:
-    """Columns of a forward's chunk, of which the parts that the extras need fit PART_ELEMENTS."""
+    """Columns per chunk of a forward; the extras' partial sums must fit PART_ELEMENTS."""
     columns, tile = chunk_columns(rows.call, rows.tile.columns), rows.tile.columns
     if not rows.call.outputs:
         return columns
     return min(columns, max(1, PART_ELEMENTS // (4 * max(1, rows.x.shape[0]))) * tile)
 
 
-def forward(call: HeadCall, keep: int) -> HeadForward:
+def forward(call: HeadCall, keep: Keep) -> HeadForward:
     """See `base.Backend.forward`."""
     rows = Rows.of(call, forward=True)
-    n_rows, width = call.hidden.shape
+    n_rows = call.hidden.shape[0]
     n_columns, tile = call.weight.shape[0], rows.tile
     sums = Sums.of(rows, -(-n_columns // tile.columns), _forward_columns(rows) // tile.columns)
-    kept = direction = stash = None
-    if keep == KEEP_DIRECTION:
-        kept = rows.x.new_zeros((call.kept_rows, width), dtype=torch.float32)
-        direction = kept[:n_rows]
-    elif keep > KEEP_NOTHING:
-        kept = rows.x.new_empty((call.kept_rows, keep))
-        kept[n_rows:].zero_()
-        kept[:, n_columns:].zero_()
-        stash = kept[:n_rows]
+
+    kept = _buffer_to_keep(rows, keep)
+    direction = None if kept is None or not keep.is_direction else kept[:n_rows]
+    stash = None if kept is None or keep.is_direction else kept[:n_rows]
+
     with precision.full(call.hidden.device):
         _walk(rows, sums, stash, direction)
+
+    # rows out of range are recomputed before anything reads their log-probs
     found = launch.finalize(rows, sums)
     launch.redo(rows, found, stash, direction)
     if stash is not None:
-        launch.set_targets(rows, 0, min(keep, n_columns), stash, found.logps, found.state)
+        launch.set_targets(rows, 0, min(keep.n_columns, n_columns), stash, found.logps, found.state)
     if direction is not None:
         _finish_direction(call, found.logps[:n_rows], found.state[:n_rows], direction)
-    top1 = None if sums.gemm_target is None or sums.folded is None else sums.gemm_target >= sums.folded[3]
-    values = (found.entropy, found.log_sum_sq, found.mean_logits, top1)
-    own = [None if value is None else value[:n_rows] for value in (found.logps, found.state, *values)]
-    extras = {name: value if name in call.outputs else None for name, value in zip(EXTRAS, own[2:], strict=True)}
-    ref_logps = None if call.ref_hidden is None else found.logps[n_rows:].clone()
-    return HeadForward(found.logps[:n_rows], found.state[:n_rows], **extras, kept=kept, ref_logps=ref_logps)
+
+    # the reference's rows come after the policy's: only their log-probs are returned
+    extras = {
+        "entropy": found.entropy,
+        "log_sum_sq_probs": found.log_sum_sq,
+        "mean_logits": found.mean_logits,
+        "is_top1": sums.is_top1(),
+    }
+
+    def own(value: Tensor | None, name: str) -> Tensor | None:
+        return None if value is None or name not in call.outputs else value[:n_rows]
+
+    return HeadForward(
+        logps=found.logps[:n_rows],
+        state=found.state[:n_rows],
+        **{name: own(extras[name], name) for name in EXTRAS},
+        kept=kept,
+        ref_logps=None if call.ref_hidden is None else found.logps[n_rows:].clone(),
+    )
+
+
+def _buffer_to_keep(rows: Rows, keep: Keep) -> Tensor | None:
+    """What the forward returns for the backward; rows past N and columns past V are padding and set to 0."""
+    call = rows.call
+    n_rows, width = call.hidden.shape
+    if keep.is_direction:
+        return rows.x.new_zeros((call.kept_rows, width), dtype=torch.float32)
+    if keep.n_columns == 0:
+        return None
+    kept = rows.x.new_empty((call.kept_rows, keep.n_columns))
+    kept[n_rows:].zero_()
+    kept[:, call.weight.shape[0] :].zero_()
+    return kept
 
 
 def _walk(rows: Rows, sums: Sums, stash: Tensor | None, direction: Tensor | None) -> None:
-    """All tiles of the vocabulary, S going to the stash, or to a scratch that `direction` gathers up, or nowhere."""
+    """All tiles of the vocabulary; S goes to the stash, or through scratch memory into `direction`, or nowhere."""
     call, n_rows, keep = rows.call, rows.call.hidden.shape[0], 0 if stash is None else stash.shape[1]
     step = _forward_columns(rows)
     scratch = None if direction is None else rows.x.new_empty(n_rows * step)
+
     for start, stop in chunks(call, 0, step, step):
         weight = rows.weight[start:stop].to(call.dtype)
+        # a frozen head: S is used at once and never kept
         if direction is not None:
             assert scratch is not None
             s = _scratch_of(scratch, rows, stop - start)
             launch.logits(rows, weight, start, rows.target_logits, sums, s)
             direction += precision.matmul(s[:, : stop - start], weight)
             continue
-        # tiles that a stash reaches into, then those beyond it
+
+        # tiles that overlap the stash, then the others
         stored = min(-(-max(keep - start, 0) // rows.tile.columns) * rows.tile.columns, stop - start)
         if stored:
             launch.logits(rows, weight[:stored], start, rows.target_logits, sums, stash, start)
@@ -93,15 +134,22 @@ def _walk(rows: Rows, sums: Sums, stash: Tensor | None, direction: Tensor | None
             launch.logits(rows, weight[stored:], start + stored, rows.target_logits, sums, None)
 
 
+def _stashed(saved: Saved, start: int, stop: int) -> Tensor:
+    """Columns start … stop − 1 of the stash, for the backward's rows."""
+    assert saved.kept is not None
+    s = saved.kept[:, start:stop]
+    return s if saved.rows is None else s.index_select(0, saved.rows)
+
+
 def _scratch_of(scratch: Tensor, rows: Rows, n_columns: int) -> Tensor:
-    """The beginning of `scratch` as [N, whole tiles], contiguous: columns from `n_columns` on will be 0."""
+    """The start of `scratch` as a contiguous [N, whole tiles]; the kernel sets columns from `n_columns` on to 0."""
     n_rows, tile = rows.call.hidden.shape[0], rows.tile.columns
     width = -(-n_columns // tile) * tile
     return scratch[: n_rows * width].view(n_rows, width)
 
 
 def _finish_direction(call: HeadCall, logps: Tensor, state: Tensor, direction: Tensor) -> None:
-    """d logp / d hidden = gain·((1 − p)·c·W[y] − 2⁵⁸·e^(k − lse)·Σ S_j W_j), in place of the sum."""
+    """d logp / d hidden = gain·((1 − p)·c·W[y] − 2**58·exp(k − lse)·Σ S_j W_j) (2⁵⁸), written over the sum."""
     gain = call.head.logit_scale / call.head.temperature
     lse, k = state[:, 0], state[:, 1]
     of_sum = (-gain * (k - lse + SHIFT).exp()).float()
@@ -111,6 +159,7 @@ def _finish_direction(call: HeadCall, logps: Tensor, state: Tensor, direction: T
 
 
 def _target_slope(call: HeadCall, target_logits: Tensor) -> Tensor:
+    """dz/da at the target, read back from z: 1 − tanh², without cancellation."""
     softcap = call.head.softcap
     if softcap is None:
         return torch.ones_like(target_logits)
@@ -118,42 +167,42 @@ def _target_slope(call: HeadCall, target_logits: Tensor) -> Tensor:
     return ((1 - tanh) * (1 + tanh)).clamp_(min=0)
 
 
-def backward(
-    call: HeadCall, saved: Saved, grad_logps: Tensor, grad_entropy: Tensor | None, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def backward(call: HeadCall, saved: Saved, grad_logps: Tensor, grad_entropy: Tensor | None, needs: Needs) -> Gradients:
     """See `base.Backend.backward`."""
-    if saved.keep == KEEP_DIRECTION:
+    if saved.keep.is_direction:
         assert saved.kept is not None
         direction = saved.kept if saved.rows is None else saved.kept.index_select(0, saved.rows)
-        return (direction * grad_logps.unsqueeze(1)).to(call.hidden.dtype), None, None
-    if grad_entropy is not None:  # rare: by recomputing, in plain torch
-        plain = saved._replace(kept=None, keep=KEEP_NOTHING)
-        return EagerBackend().backward(call, plain, grad_logps, grad_entropy, needs)
+        return Gradients((direction * grad_logps.unsqueeze(1)).to(call.hidden.dtype), None, None)
+    if grad_entropy is not None:  # rare: recomputed in plain torch
+        recomputed = saved._replace(kept=None, keep=Keep.nothing())
+        return EagerBackend().backward(call, recomputed, grad_logps, grad_entropy, needs)
     with precision.full(call.hidden.device):
         return _backward(call, saved, grad_logps, needs)
 
 
-def _backward(
-    call: HeadCall, saved: Saved, grad_logps: Tensor, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _backward(call: HeadCall, saved: Saved, grad_logps: Tensor, needs: Needs) -> Gradients:
+    # S is the gradient of logp up to one factor r per row, which goes to the [N, H] side of each product
     rows = Rows.of(call, forward=False)
     gain = call.head.logit_scale / call.head.temperature
     k = saved.state[:, 1].float()
     r = (-gain * grad_logps.double() * (saved.state[:, 1] - saved.state[:, 0] + SHIFT).exp()).float()
-    scaled_x = (rows.x.float() * r.unsqueeze(1)).to(rows.x.dtype) if needs[1] else None
-    dx = torch.zeros_like(rows.x, dtype=torch.float32) if needs[0] else None
-    dw = torch.empty_like(call.weight, memory_format=torch.contiguous_format) if needs[1] else None
-    db = r.new_empty(call.weight.shape[0]) if needs[2] else None
-    stashed, step = min(max(saved.keep, 0), call.weight.shape[0]), chunk_columns(call, rows.tile.columns)
-    scratch = None
+    scaled_x = (rows.x.float() * r.unsqueeze(1)).to(rows.x.dtype) if needs.weight else None
+    dx = torch.zeros_like(rows.x, dtype=torch.float32) if needs.hidden else None
+    dw = torch.empty_like(call.weight, memory_format=torch.contiguous_format) if needs.weight else None
+    db = r.new_empty(call.weight.shape[0]) if needs.bias else None
+
+    # one product takes the whole stash, unless its rows or W have to be copied for it
+    stashed, step = min(saved.keep.n_columns, call.weight.shape[0]), chunk_columns(call, rows.tile.columns)
     copied = call.weight.dtype != call.dtype or saved.rows is not None
-    at_once = step if copied else max(stashed, 1)  # where nothing is copied, one product for the whole stash
+    at_once = step if copied else max(stashed, 1)
+
+    scratch = None
     for start, stop in chunks(call, stashed, at_once, step):
-        weight = rows.weight[start:stop].to(call.dtype) if needs[0] or stop > stashed else None
+        weight = rows.weight[start:stop].to(call.dtype) if needs.hidden or stop > stashed else None
+
+        # stashed columns are read, the others recomputed with the same k
         if stop <= stashed:
-            assert saved.kept is not None
-            s = saved.kept[:, start:stop]
-            s = s if saved.rows is None else s.index_select(0, saved.rows)
+            s = _stashed(saved, start, stop)
         else:
             assert weight is not None
             scratch = rows.x.new_empty(rows.x.shape[0] * step) if scratch is None else scratch
@@ -161,6 +210,7 @@ def _backward(
             launch.logits(rows, weight, start, k, None, s)
             launch.set_targets(rows, start, stop - start, s, saved.logps, saved.state)
             s = s[:, : stop - start]
+
         if dx is not None:
             assert weight is not None
             dx += precision.matmul(s, weight)
@@ -169,5 +219,6 @@ def _backward(
             precision.matmul_into(dw[start:stop], s.t(), scaled_x)
         if db is not None:
             db[start:stop] = precision.vector_matmul(r, s)
+
     dx = None if dx is None else (dx * r.unsqueeze(1)).to(call.hidden.dtype)
-    return dx, dw, (None if db is None or call.bias is None else db.to(call.bias.dtype))
+    return Gradients(dx, dw, None if db is None or call.bias is None else db.to(call.bias.dtype))

@@ -1,8 +1,17 @@
-"""The Triton kernels: target logits, tiles of logits with their epilogue, finalising rows, rows out of range.
+"""The Triton kernels: target logits, tiles of logits with their epilogue, finalising rows; redo.py has one more.
 
-The arithmetic is exp-direct (docs/architecture.md): with k = z_y, E_j = 2⁻⁵⁸·exp(z_j − k) for every column but the
-target's, o = ΣE, S = E·c with c = dz/da, at the target −o·c. `launch.py` calls these. Row and column offsets are int64.
-`UPCAST` is set by tests alone: the interpreter's dot multiplies the bit patterns of bfloat16.
+The arithmetic is exp-direct (docs/architecture.md), with y a row's target column and z its logits:
+
+    1. k = z_y, by a dot product of its own                                       target_logits_kernel
+    2. E_j = 2**-58 · exp(z_j − k) for every column but the target's (2⁻⁵⁸),
+       S_j = E_j · c_j with c = dz/da; a tile stores S and its rows' sums of E    logits_kernel
+    3. o = Σ E over all tiles, logp = -log1p(2**58 · o), logsumexp, extras        finalize_kernel
+    4. rows whose o is above LARGEST_SUM again, with k = their logsumexp          redo.py
+    5. S_y = −o · c_y, which makes S the gradient up to one factor per row        set_targets_kernel
+
+No maximum is needed for rows in range, so one pass over the products is enough, and 1 − p comes from o without
+cancellation. `launch.py` calls these. Row and column offsets are int64. Only tests set `UPCAST`: the interpreter's dot
+multiplies the bit patterns of bfloat16.
 """
 
 from __future__ import annotations
@@ -12,14 +21,15 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 SHIFT_BITS = tl.constexpr(58.0)
-SHIFT = tl.constexpr(40.202536192073015)  # 58·ln 2
-LARGEST_SUM = tl.constexpr(1e20)  # above it (log-prob below about −86) a row is done again with k = logsumexp
-PARTS = tl.constexpr(4)  # of the extras: Σ E·(z − k), 2⁵⁸·Σ E², Σ z, max z without the target
+SHIFT = tl.constexpr(40.202536192073015)  # 58 · ln 2 = 58 * log(2)
+LARGEST_SUM = tl.constexpr(1e20)  # above it (log-prob below about −86) a row is recomputed with k = logsumexp
+PARTS = tl.constexpr(4)  # for the extras: Σ E·(z − k), 2**58 · Σ E² (2⁵⁸), Σ z, max z without the target
 
 
 @triton.jit
 def tanh_and_slope(u):
-    """tanh(u) and 1 − tanh²(u), neither by a difference of near numbers; libdevice is not there in the interpreter."""
+    """tanh(u) and 1 − tanh(u)**2, neither by a difference of near numbers; the interpreter has no libdevice."""
+    # 1 − q cancels near u = 0: a Taylor series there
     q = tl.exp2(tl.abs(u) * (-2.0 * LOG2E))
     far = (1.0 - q) / (1.0 + q)
     square = u * u
@@ -43,17 +53,19 @@ def target_logits_kernel(
     width, x_stride, w_stride, before, after,
     BLOCK: tl.constexpr, CAPPED: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """z_y of one row a program, by a dot product in float32: bfloat16 products are exact there."""
+    """z_y of one row per program, by a dot product in float32, in which bfloat16 products are exact."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < width
+        # w is rounded to x's dtype first, as in the tiles
         left = tl.load(x + row * x_stride + columns, inside, other=0.0).to(tl.float32)
         total += left * tl.load(w + target * w_stride + columns, inside, other=0.0).to(x.dtype.element_ty).to(
             tl.float32
         )
+
     a = tl.sum(total, 0)
     if HAS_BIAS:
         a += tl.load(bias + target).to(tl.float32)
@@ -70,7 +82,8 @@ def products(
     x, w, row_start, column_start, n_rows, n_columns, width, x_stride, w_stride,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The products [BM, BN] of a tile, summed in float32. Out of range rows and columns are 0."""
+    """The products [BM, BN] of a tile, summed in float32; 0 for rows and columns out of range."""
+    # "ieee": no TF32 for float32 operands
     acc = tl.zeros([BM, BN], tl.float32)
     rows = (row_start + tl.arange(0, BM)).to(tl.int64)
     columns = (column_start + tl.arange(0, BN)).to(tl.int64)
@@ -91,7 +104,33 @@ def products(
     return acc
 
 
-# without this each kind of batch size would be compiled anew
+@triton.jit
+def tile_of(program, n_rows, n_columns, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """Row tile and column tile of a program: GROUP row tiles share their columns of w in the second-level cache."""
+    row_tiles, column_tiles = tl.cdiv(n_rows, BM), tl.cdiv(n_columns, BN)
+    in_group = GROUP * column_tiles
+    first_row_tile = program // in_group * GROUP
+    height = tl.minimum(row_tiles - first_row_tile, GROUP)
+    return first_row_tile + program % in_group % height, program % in_group // height
+
+
+@triton.jit
+def store_parts(parts, gemm_target, e, z, k, rows, row_there, target, columns, inside, counted, first_column, n_rows,
+                BN: tl.constexpr):  # fmt: skip
+    """What the extras need of a tile, for each row: PARTS, and the target's logit if it is in this tile."""
+    # where E is 0 the logit may be −inf, and 0 · (−inf) is NaN
+    tl.store(parts + rows, tl.sum(tl.where(e == 0.0, 0.0, e * (z - k[:, None])), 1), row_there)
+    squares = tl.where(counted, tl.exp2(2.0 * (z - k[:, None]) * LOG2E - SHIFT_BITS), 0.0)
+    tl.store(parts + n_rows + rows, tl.sum(squares, 1), row_there)
+    tl.store(parts + 2 * n_rows + rows, tl.sum(tl.where(inside[None, :], z, 0.0), 1), row_there)
+    tl.store(parts + 3 * n_rows + rows, tl.max(tl.where(counted, z, float("-inf")), 1), row_there)
+
+    at_target = columns[None, :] == target[:, None]
+    in_tile = row_there & (target >= first_column) & (target < first_column + BN)
+    tl.store(gemm_target + rows, tl.sum(tl.where(at_target, z, 0.0), 1), in_tile)
+
+
+# otherwise every kind of batch size is compiled separately
 @triton.jit(do_not_specialize=["n_rows", "n_columns", "stash_rows", "first_tile"])
 def logits_kernel(
     x, w, bias, targets, shift,  # [N, H], [C, H], [C], [N] int64 relative to this chunk, [N] float32: k
@@ -103,41 +142,34 @@ def logits_kernel(
     DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """A tile of logits of a chunk of C columns: its row sums of E, what the extras need, and S."""
-    row_tiles, column_tiles = tl.cdiv(n_rows, BM), tl.cdiv(n_columns, BN)
-    program = tl.program_id(0)
-    in_group = GROUP * column_tiles  # GROUP row tiles share their columns of w in the second-level cache
-    first_row_tile = program // in_group * GROUP
-    height = tl.minimum(row_tiles - first_row_tile, GROUP)
-    row_tile = first_row_tile + program % in_group % height
-    column_tile = program % in_group // height
+    row_tile, column_tile = tile_of(tl.program_id(0), n_rows, n_columns, BM, BN, GROUP)
     acc = products(
         x, w, row_tile * BM, column_tile * BN, n_rows, n_columns, width, x_stride, w_stride,
         BM, BN, BK, DESCRIPTORS, UPCAST,
     )  # fmt: skip
+
     rows = row_tile * BM + tl.arange(0, BM)
     columns = column_tile * BN + tl.arange(0, BN)
-    there, inside = rows < n_rows, columns < n_columns
+    row_there, inside = rows < n_rows, columns < n_columns
     if HAS_BIAS:
         acc += tl.load(bias + columns, inside, other=0.0).to(tl.float32)[None, :]
     z, slope = transform(acc, before, after, CAPPED)
-    target = tl.load(targets + rows, there, other=-1)
-    k = tl.load(shift + rows, there, other=0.0)
-    at_target = columns[None, :] == target[:, None]
+
+    # E, without the target's column and without padding
+    target = tl.load(targets + rows, row_there, other=-1)
+    k = tl.load(shift + rows, row_there, other=0.0)
     counted = inside[None, :] & (columns[None, :] != target[:, None])
     e = tl.where(counted, tl.exp2((z - k[:, None]) * LOG2E - SHIFT_BITS), 0.0)
-    out = (first_tile + column_tile).to(tl.int64)
+
     if SUMS:
-        tl.store(sums + out * n_rows + rows, tl.sum(e, 1), there)
+        out = (first_tile + column_tile).to(tl.int64)
+        tl.store(sums + out * n_rows + rows, tl.sum(e, 1), row_there)
     if EXTRAS:
-        to = parts + column_tile.to(tl.int64) * PARTS * n_rows + rows
-        # where E is 0 the logit may be −inf: 0·(−inf) is no number
-        tl.store(to, tl.sum(tl.where(e == 0.0, 0.0, e * (z - k[:, None])), 1), there)
-        squares = tl.where(counted, tl.exp2(2.0 * (z - k[:, None]) * LOG2E - SHIFT_BITS), 0.0)
-        tl.store(to + n_rows, tl.sum(squares, 1), there)
-        tl.store(to + 2 * n_rows, tl.sum(tl.where(inside[None, :], z, 0.0), 1), there)
-        tl.store(to + 3 * n_rows, tl.max(tl.where(counted, z, float("-inf")), 1), there)
-        mine = there & (target >= column_tile * BN) & (target < column_tile * BN + BN)
-        tl.store(gemm_target + rows, tl.sum(tl.where(at_target, z, 0.0), 1), mine)
+        store_parts(
+            parts + column_tile.to(tl.int64) * PARTS * n_rows, gemm_target, e, z, k, rows, row_there, target, columns,
+            inside, counted, column_tile * BN, n_rows, BN,
+        )  # fmt: skip
+    # S, up to the stash's last column
     if STORE:
         to = stash + rows.to(tl.int64)[:, None] * stash_stride + (stash_start + columns)[None, :]
         tl.store(
@@ -149,28 +181,35 @@ def logits_kernel(
 
 @triton.jit
 def log1p_of(x):
-    """log(1 + x), x ≥ 0, in float64."""
+    """log1p(x), x ≥ 0, in float64; Triton has none."""
     return tl.where(x < 1e-5, x * (1.0 - x * (0.5 - x / 3.0)), tl.log(1.0 + x))
 
 
 @triton.jit
 def logp_of(target, rest):
-    """−log(1 + e^(rest − target)) in float64."""
+    """-log1p(exp(rest - target)) in float64, without overflow."""
     d = rest - target
     return -log1p_of(tl.exp(tl.minimum(d, -d))) - tl.maximum(d, 0.0)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_tiles", "n_columns"])  # else each kind of batch size is compiled anew
+# otherwise every kind of batch size is compiled separately
+@triton.jit(do_not_specialize=["n_rows", "n_tiles", "n_columns"])
 def finalize_kernel(
     sums, parts, target_logits,  # [tiles, N], [4, N] float64, [N]
     logps, state, entropy, log_sum_sq, mean_logits, redo,  # [N], [N, 2], [N] each, [N] int8
     n_rows, n_tiles, n_columns,
     BLOCK: tl.constexpr, EXTRAS: tl.constexpr,
 ):  # fmt: skip
-    """Row numbers in float64: log-prob, logsumexp and k, the extras; and which rows left the range."""
+    """Each row's results, in float64: log-prob, logsumexp and k, the extras; and which rows are out of range.
+
+    The target's column is not in o, so with rest = log Σ of the others, logp = -log1p(exp(rest - z_y)) is exact at both
+    ends: as p → 1 and as p → 0.
+    """
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = rows < n_rows
     k = tl.load(target_logits + rows, there, other=0.0)
+
+    # every sum over tiles has a fixed order: no atomics
     o = tl.zeros([BLOCK], tl.float64)
     mean, squares, total = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
     for tile in range(n_tiles):
@@ -179,6 +218,7 @@ def finalize_kernel(
         mean = tl.load(parts + rows, there, other=0.0)
         squares = tl.load(parts + n_rows + rows, there, other=0.0)
         total = tl.load(parts + 2 * n_rows + rows, there, other=0.0)
+
     target = k.to(tl.float64)
     rest = tl.log(o) + target + SHIFT
     logp = logp_of(target, rest)
@@ -186,8 +226,12 @@ def finalize_kernel(
     tl.store(logps + rows, logp.to(tl.float32), there)
     tl.store(state + 2 * rows, lse, there)
     tl.store(state + 2 * rows + 1, target, there)
+
+    # o overflowed, or k is no finite number: redo_kernel recomputes the row
     infinite = (tl.abs(k) == float("inf")) | (squares == float("inf"))
     tl.store(redo + rows, ((o > LARGEST_SUM) | infinite).to(tl.int8), there)
+
+    # the target's own terms are added to those of the rest
     if EXTRAS:
         share = tl.exp(target - lse + SHIFT)  # p_j = share·E_j
         p = tl.exp(logp)
@@ -198,19 +242,21 @@ def finalize_kernel(
         tl.store(mean_logits + rows, (total / n_columns).to(tl.float32), there)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_columns"])  # else each kind of batch size is compiled anew
+@triton.jit(do_not_specialize=["n_rows", "n_columns"])
 def set_targets_kernel(
     stash, targets, logps, state,  # [N, stash_stride]; targets relative to its first column
     n_rows, n_columns, stash_stride, to_tanh,  # tanh = z·to_tanh
     BLOCK: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """S's entries at the targets of a chunk: −o·c, with o = 2⁻⁵⁸·(1 − p)·e^(lse − k)."""
+    """The entries of S at the targets of a chunk: −o·c, with o = 2**-58 · (1 − p) · exp(lse − k) (2⁻⁵⁸)."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     target = tl.load(targets + rows, rows < n_rows, other=-1)
     inside = (target >= 0) & (target < n_columns)
     logp = tl.load(logps + rows, inside, other=0.0).to(tl.float64)
     lse = tl.load(state + 2 * rows, inside, other=0.0)
     k = tl.load(state + 2 * rows + 1, inside, other=0.0)
+
+    # where 1 − p is 0 the exponential may be inf, and 0 · inf is NaN
     rest = rest_probability(logp)
     value = tl.where(rest == 0.0, 0.0, rest * tl.exp(lse - k - SHIFT))
     if CAPPED:
@@ -223,93 +269,6 @@ def set_targets_kernel(
 
 @triton.jit
 def rest_probability(logp):
-    """1 − p = −expm1(logp), in float64."""
+    """1 − p = -expm1(logp), in float64; Triton has no expm1."""
     series = -logp * (1.0 + logp * (0.5 + logp * (1.0 / 6 + logp / 24.0)))
     return tl.where(logp > -1e-3, series, 1.0 - tl.exp(logp))
-
-
-@triton.jit(do_not_specialize=["n_columns", "kept_rows"])  # else each kind of batch size is compiled anew
-def redo_kernel(
-    redo, x, w, bias, targets, target_logits,  # whole V here
-    logps, state, entropy, log_sum_sq, mean_logits, stash, direction,  # direction [N, width]: Σ 2⁻⁵⁸·p_j·c_j·W_j
-    n_columns, width, x_stride, w_stride, kept_rows, stash_columns, stash_stride, before, after,
-    BJ: tl.constexpr, BH: tl.constexpr, CAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, EXTRAS: tl.constexpr,
-    STORE: tl.constexpr, DIRECTION: tl.constexpr,
-):  # fmt: skip
-    """Rows out of range, one a program, with a running maximum and then k = logsumexp; others leave at once."""
-    row = tl.program_id(0).to(tl.int64)
-    if tl.load(redo + row) == 0:
-        return
-    target = tl.load(targets + row)
-    hidden = tl.arange(0, BH)
-    left = tl.load(x + row * x_stride + hidden, hidden < width, other=0.0).to(tl.float32)
-    top, total = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)
-    mean, squares, z_sum = tl.zeros([1], tl.float32), tl.zeros([1], tl.float32), tl.zeros([1], tl.float64)
-    for start in range(0, n_columns, BJ):
-        z, _, _, counted = few_logits(
-            w, bias, left, start, target, n_columns, width, w_stride, before, after, BJ, BH, CAPPED, HAS_BIAS,
-            x.dtype.element_ty,
-        )  # fmt: skip
-        new = tl.maximum(top, tl.max(tl.where(counted, z, float("-inf")), 0))
-        base = tl.where(new == float("-inf"), 0.0, new)
-        e = tl.where(counted, tl.exp2((z - base) * LOG2E), 0.0)
-        shrink = tl.where(top == float("-inf"), 0.0, tl.exp2((top - base) * LOG2E))
-        if EXTRAS:
-            moved = tl.where(top == float("-inf"), 0.0, top - base)
-            mean = (mean + moved * total) * shrink + tl.sum(tl.where(e == 0.0, 0.0, e * (z - base)), 0)
-            squares = squares * shrink * shrink + tl.sum(e * e, 0)
-            columns = start + tl.arange(0, BJ)
-            z_sum += tl.sum(tl.where(columns < n_columns, z, 0.0), 0).to(tl.float64)
-        total = total * shrink + tl.sum(e, 0)
-        top = new
-    at_target = tl.load(target_logits + row).to(tl.float64)
-    rest = tl.log(total.to(tl.float64)) + top.to(tl.float64)
-    logp = tl.where(at_target == float("inf"), float("nan"), logp_of(at_target, rest))
-    logp = tl.where(at_target == float("-inf"), tl.where(rest == float("-inf"), float("nan"), at_target), logp)
-    lse = tl.where(at_target == float("-inf"), rest, at_target - logp)
-    k = lse.to(tl.float32)
-    one = tl.arange(0, 1)
-    tl.store(logps + row + one, logp.to(tl.float32))
-    tl.store(state + 2 * row + one, lse)
-    tl.store(state + 2 * row + 1 + one, k.to(tl.float64))
-    if EXTRAS:
-        p, base = tl.exp(logp), top.to(tl.float64)
-        share = tl.exp(base - lse)
-        h = tl.where(p > 0, -p * logp, 0.0) - share * (mean.to(tl.float64) + (base - lse) * total.to(tl.float64))
-        tl.store(entropy + row + one, h.to(tl.float32))
-        tl.store(log_sum_sq + row + one, tl.log(p * p + squares.to(tl.float64) * share * share).to(tl.float32))
-        tl.store(mean_logits + row + one, (z_sum / n_columns).to(tl.float32))
-    if (STORE or DIRECTION) and row < kept_rows:
-        gathered = tl.zeros([BH], tl.float32)
-        for start in range(0, n_columns, BJ):
-            z, slope, right, counted = few_logits(
-                w, bias, left, start, target, n_columns, width, w_stride, before, after, BJ, BH, CAPPED, HAS_BIAS,
-                x.dtype.element_ty,
-            )  # fmt: skip
-            s = tl.where(counted, tl.exp2((z - k) * LOG2E - SHIFT_BITS) * slope, 0.0)
-            columns = start + tl.arange(0, BJ)
-            if STORE:
-                to = stash + row * stash_stride + columns
-                tl.store(to, s.to(stash.dtype.element_ty), columns < tl.minimum(stash_columns, n_columns))
-            if DIRECTION:
-                gathered += tl.sum(s[:, None] * right, 0)
-        if DIRECTION:
-            tl.store(direction + row * width + hidden, gathered, hidden < width)
-
-
-@triton.jit
-def few_logits(
-    w, bias, left, start, target, n_columns, width, w_stride, before, after,
-    BJ: tl.constexpr, BH: tl.constexpr, CAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Logits [BJ] of one row, their slopes, the rows of w behind them, and which count."""
-    columns = (start + tl.arange(0, BJ)).to(tl.int64)
-    hidden = tl.arange(0, BH)
-    inside = columns < n_columns
-    at = w + columns[:, None] * w_stride + hidden[None, :]
-    right = tl.load(at, inside[:, None] & (hidden[None, :] < width), other=0.0).to(DTYPE).to(tl.float32)
-    a = tl.sum(right * left[None, :], 1)
-    if HAS_BIAS:
-        a += tl.load(bias + columns, inside, other=0.0).to(tl.float32)
-    z, slope = transform(a, before, after, CAPPED)
-    return z, slope, right, inside & (columns != target)

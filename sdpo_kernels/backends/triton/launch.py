@@ -10,8 +10,9 @@ import triton.testing
 from torch import Tensor
 
 from sdpo_kernels.backends.base import HeadCall
-from sdpo_kernels.backends.triton import autotune, kernels
-from sdpo_kernels.backends.triton.tiles import Tile, candidates, tile_for
+from sdpo_kernels.backends.triton import kernels
+from sdpo_kernels.backends.triton.redo import redo_kernel
+from sdpo_kernels.backends.triton.tiles import Tile, candidates, fastest, is_autotuned, tile_for
 
 ROWS_AT_ONCE = 128  # of the kernels that work on [N] alone
 REDO_ELEMENTS = 16384  # of w that a program of the redo kernel holds
@@ -19,10 +20,10 @@ REDO_ELEMENTS = 16384  # of w that a program of the redo kernel holds
 
 @dataclass
 class Rows:
-    """A call's rows and what the forward learns of them."""
+    """A call's rows, as the kernels take them."""
 
     call: HeadCall
-    x: Tensor  # [N, H] in the call's dtype, unit stride; the reference's rows, where there are any, after the call's
+    x: Tensor  # [N, H] in the call's dtype, unit stride; the reference's rows, if any, follow the call's own
     weight: Tensor  # [V, H] of unit stride, in its own dtype
     bias: Tensor | None  # [V] of unit stride
     targets: Tensor  # [N] int64
@@ -31,15 +32,19 @@ class Rows:
 
     @classmethod
     def of(cls, call: HeadCall, forward: bool) -> Rows:
-        """Operands as the kernels take them, and for a forward the targets' logits."""
+        """Prepare the operands, choose the tile and, for a forward, compute the targets' logits."""
+        # the reference's rows are more rows of the same products
         x, targets = call.hidden.to(call.dtype), call.targets
         if call.ref_hidden is not None:
             x, targets = torch.cat([x, call.ref_hidden.to(call.dtype)]), targets.repeat(2)
         x = x if x.stride(1) == 1 else x.contiguous()
+        weight, bias = unit_stride(call.weight), None if call.bias is None else call.bias.contiguous()
+
+        # softcap's tanh and the extras need registers, so their tiles are smaller
         heavy = call.head.softcap is not None or bool(call.outputs)
         tile = tile_for(x.device, x.dtype, heavy)
-        weight, bias = unit_stride(call.weight), None if call.bias is None else call.bias.contiguous()
         rows = cls(call, x, weight, bias, targets.contiguous(), x.new_empty(x.shape[0], dtype=torch.float32), tile)
+
         before, after, capped = head_numbers(call)
         if forward and x.shape[0]:
             kernels.target_logits_kernel[(x.shape[0],)](
@@ -47,13 +52,15 @@ class Rows:
                 x.shape[1], x.stride(0), weight.stride(0), before, after,
                 BLOCK=max(16, min(1024, triton.next_power_of_2(x.shape[1]))), CAPPED=capped, HAS_BIAS=bias is not None,
             )  # fmt: skip
-        if x.shape[0] and autotune.wanted() and x.dtype == torch.bfloat16:
+
+        if x.shape[0] and is_autotuned() and x.dtype == torch.bfloat16:
             rows.tile = rows.fastest_tile()
         return rows
 
     def fastest_tile(self) -> Tile:
-        """The tile that takes least time for a forward of about this shape, kept for this process."""
+        """The fastest tile for a forward of about this shape, kept for this process."""
         call, weight = self.call, self.weight
+        # 2**24 weights are enough to time a tile, and cast quickly
         some = weight[: min(weight.shape[0], 2**24 // max(1, weight.shape[1]))].to(call.dtype)
 
         def run(tile: Tile) -> None:
@@ -61,18 +68,18 @@ class Rows:
             tiles = triton.cdiv(some.shape[0], tile.columns)
             logits(trial, some, 0, self.target_logits, Sums.of(trial, tiles, tiles), None)
 
-        rows = triton.next_power_of_2(self.x.shape[0])  # batches differ a little; they are not timed one by one
+        rows = triton.next_power_of_2(self.x.shape[0])  # batch sizes vary a little; similar ones share a tile
         key = (self.x.device, rows, *weight.shape, call.head, call.outputs)
-        return autotune.fastest(key, candidates(self.tile), run, triton.testing.do_bench)
+        return fastest(key, candidates(self.tile), run, triton.testing.do_bench)
 
 
 def unit_stride(matrix: Tensor) -> Tensor:
-    """`matrix`, or a copy whose rows lie in one piece each."""
+    """`matrix`, or a copy with contiguous rows."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def head_numbers(call: HeadCall) -> tuple[float, float, bool]:
-    """What a is multiplied by before tanh and tanh after it; without softcap, scale/temperature and 1."""
+    """The factor of a before tanh, the factor after it, and whether there is a tanh; else scale/temperature and 1."""
     head = call.head
     if head.softcap is None:
         return head.logit_scale / head.temperature, 1.0, False
@@ -81,16 +88,16 @@ def head_numbers(call: HeadCall) -> tuple[float, float, bool]:
 
 @dataclass
 class Sums:
-    """What the tiles leave of each row for `finalize`."""
+    """What the tiles of a walk sum up for each row, read by `finalize`."""
 
     sums: Tensor  # [tiles, N] Σ E
-    parts: Tensor | None  # [tiles of a chunk, 4, N]: what the extras need
-    folded: Tensor | None  # [4, N] float64: the parts of all chunks so far
-    gemm_target: Tensor | None  # [N] the target's logit as the tiles have it
+    parts: Tensor | None  # [tiles of a chunk, 4, N] for the extras: see kernels.PARTS
+    folded: Tensor | None  # [4, N] float64: three sums and a maximum over the parts of all chunks so far
+    gemm_target: Tensor | None  # [N] the target's logit as the tiles computed it
 
     @classmethod
     def of(cls, rows: Rows, n_tiles: int, in_chunk: int) -> Sums:
-        """Buffers for all tiles of a walk, of which `in_chunk` are the most at once."""
+        """Buffers for all tiles of a walk, at most `in_chunk` of them in one chunk."""
         n = rows.x.shape[0]
         sums = rows.x.new_empty((n_tiles, n), dtype=torch.float32)
         if not rows.call.outputs:
@@ -106,19 +113,29 @@ class Sums:
             self.folded[:3] += parts[:, :3].sum(0, dtype=torch.float64)
             torch.maximum(self.folded[3], parts[:, 3].amax(0).double(), out=self.folded[3])
 
+    def is_top1(self) -> Tensor | None:
+        """[N] bool: no other column's logit is above the target's; None without extras."""
+        if self.gemm_target is None or self.folded is None:
+            return None
+        _, _, _, max_rest = self.folded
+        return self.gemm_target >= max_rest
+
 
 def logits(
     rows: Rows, weight: Tensor, start: int, shift: Tensor, sums: Sums | None, stash: Tensor | None, stash_start: int = 0
 ) -> None:
-    """Tiles of the columns whose rows of W are `weight`, from column `start` on; S goes to `stash` at `stash_start`."""
+    """Tiles of the columns with the rows `weight` of W, from column `start` on; S goes to `stash` at `stash_start`."""
     call, tile = rows.call, rows.tile
     n_rows, n_columns = rows.x.shape[0], weight.shape[0]
     if n_rows == 0:
         return
+
+    # targets are relative to the chunk, so that a kernel need not know where it is
     before, after, capped = head_numbers(call)
     bias = None if rows.bias is None else rows.bias[start : start + n_columns]
     grid = (triton.cdiv(n_rows, tile.rows) * triton.cdiv(n_columns, tile.columns),)
     left, right, described = operands(rows.x, weight, tile)
+
     kernels.logits_kernel[grid](
         left, right, bias, rows.targets - start, shift,
         None if sums is None else sums.sums, None if sums is None else sums.parts,
@@ -131,12 +148,14 @@ def logits(
         SUMS=sums is not None, EXTRAS=sums is not None and sums.parts is not None, STORE=stash is not None,
         DESCRIPTORS=described, UPCAST=not rows.x.is_cuda, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+
+    # the next chunk writes over the parts
     if sums is not None:
         sums.fold(triton.cdiv(n_columns, tile.columns))
 
 
 def operands(x: Tensor, weight: Tensor, tile: Tile) -> tuple[object, object, bool]:
-    """Tensor descriptors where the tile takes them (Hopper and later) and strides allow; else pointers."""
+    """Tensor descriptors if the tile uses them (Hopper and later) and the strides allow it; else pointers."""
     aligned = all(t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in (x, weight))
     if not (tile.descriptors and aligned):
         return x, weight, False
@@ -160,7 +179,7 @@ class Finished:
 
 
 def finalize(rows: Rows, sums: Sums) -> Finished:
-    """Row numbers from the tiles'."""
+    """Each row's results from the tiles' sums."""
     n = rows.x.shape[0]
 
     def vector(wanted: bool = True) -> Tensor | None:
@@ -173,6 +192,8 @@ def finalize(rows: Rows, sums: Sums) -> Finished:
     out = Finished(
         logps, state, rows.x.new_empty(n, dtype=torch.int8), vector(extras), vector(extras), vector(extras),
     )  # fmt: skip
+
+    # an empty grid cannot be launched
     if n:
         kernels.finalize_kernel[(triton.cdiv(n, ROWS_AT_ONCE),)](
             sums.sums, sums.folded, rows.target_logits, out.logps, out.state, out.entropy, out.log_sum_sq,
@@ -183,7 +204,7 @@ def finalize(rows: Rows, sums: Sums) -> Finished:
 
 
 def set_targets(rows: Rows, start: int, n_columns: int, stash: Tensor, logps: Tensor, state: Tensor) -> None:
-    """S's entries at the targets among columns start … start + n_columns − 1."""
+    """Write the entries of S at the targets among columns start … start + n_columns − 1."""
     n, head = stash.shape[0], rows.call.head
     if n:
         kernels.set_targets_kernel[(triton.cdiv(n, ROWS_AT_ONCE),)](
@@ -194,14 +215,16 @@ def set_targets(rows: Rows, start: int, n_columns: int, stash: Tensor, logps: Te
 
 
 def redo(rows: Rows, found: Finished, stash: Tensor | None, direction: Tensor | None) -> None:
-    """Always launched; programs of rows that are in range leave at once."""
+    """Recompute rows out of range. Always launched, so that nothing waits for the device; other rows return at once."""
     call = rows.call
     n, width = rows.x.shape
     if n == 0:
         return
+
+    # one program holds a whole row of x and BJ rows of w
     before, after, capped = head_numbers(call)
     bh = max(16, triton.next_power_of_2(width))
-    kernels.redo_kernel[(n,)](
+    redo_kernel[(n,)](
         found.redo, rows.x, rows.weight, rows.bias, rows.targets, rows.target_logits, found.logps, found.state,
         found.entropy, found.log_sum_sq, found.mean_logits, stash, direction,
         rows.weight.shape[0], width, rows.x.stride(0), rows.weight.stride(0), call.hidden.shape[0],

@@ -1,12 +1,18 @@
-"""One hand-picked tile of the logits kernel for each architecture, operand and epilogue.
+"""One hand-picked tile of the logits kernel for each architecture, operand and epilogue; timed alternatives on request.
 
 Picked by compiling: the largest that keeps everything in registers (tests/backends/test_triton_compiles.py). Softcap's
 tanh and the extras need registers of their own, so their tiles are smaller. float32 products run on the ordinary cores,
 and descriptors only cost them registers.
+
+With `SDPO_AUTOTUNE=1` the first call of a shape times the tiles that fit and keeps the fastest for this process. It is
+off by default: a repeated run must give the same bits, which a tile chosen by timing cannot promise. Do not use it for
+calls that a CUDA graph captures.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,7 +44,7 @@ HEAVY = {  # bfloat16 with softcap or extras
     10: Tile(128, 64, 64, 8, 8, 3, descriptors=True),
     12: Tile(64, 128, 32, 8, 8, 3, descriptors=True),
 }
-OTHERS = [  # what SDPO_AUTOTUNE=1 times beside the picked one, with descriptors where that has them
+OTHERS = [  # SDPO_AUTOTUNE=1 times these and the hand-picked tile, with descriptors if that one has them
     Tile(128, 128, 64, 8, 4, 4),
     Tile(128, 128, 64, 8, 8, 4),
     Tile(64, 256, 64, 8, 8, 3),
@@ -47,9 +53,11 @@ OTHERS = [  # what SDPO_AUTOTUNE=1 times beside the picked one, with descriptors
 ]
 INTERPRETED = Tile(16, 32, 16, 2, 1, 1)  # small, so that small tests have many tiles
 
+_FASTEST: dict[tuple[object, ...], Tile] = {}
+
 
 def tiles_of(architecture: int, bf16: bool, heavy: bool) -> Tile:
-    """The tile for a major architecture; one that is not known gets that of the newest before it."""
+    """The tile for a major architecture; an unknown one gets the tile of the newest known architecture before it."""
     if not bf16:
         return FLOAT32
     known = HEAVY if heavy else PLAIN
@@ -64,5 +72,36 @@ def tile_for(device: torch.device, dtype: torch.dtype, heavy: bool) -> Tile:
 
 
 def candidates(picked: Tile) -> list[Tile]:
-    """The picked tile first, then others of the same kind."""
+    """The hand-picked tile first, then others of the same kind."""
     return [picked, *(replace(tile, descriptors=picked.descriptors) for tile in OTHERS)]
+
+
+def is_autotuned() -> bool:
+    """Whether the user asked for timed tiles."""
+    return os.environ.get("SDPO_AUTOTUNE") == "1"
+
+
+def fastest(
+    key: tuple[object, ...], tiles: Sequence[Tile], run: Callable[[Tile], None], measure: Callable[..., float]
+) -> Tile:
+    """The tile of `tiles` with which `run` takes the least time; timed once for each `key`.
+
+    `measure(call)` returns a time, as triton.testing.do_bench does. Tiles that cannot run (too much shared memory) are
+    skipped; RuntimeError if none can.
+    """
+    if key in _FASTEST:
+        return _FASTEST[key]
+
+    times: list[tuple[float, int]] = []
+    problems: list[str] = []
+    for place, tile in enumerate(tiles):
+        try:
+            times.append((measure(lambda tile=tile: run(tile)), place))
+        except Exception as problem:  # triton's own OutOfResources, or a launch that the driver refuses
+            problems.append(f"{tile}: {problem}")
+
+    if not times:
+        raise RuntimeError(f"SDPO_AUTOTUNE: no tile could be run: {'; '.join(problems)}")
+    _, place = min(times)
+    _FASTEST[key] = tiles[place]
+    return _FASTEST[key]

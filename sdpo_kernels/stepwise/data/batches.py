@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from sdpo_kernels.dpo import sequence_logps
 from sdpo_kernels.losses import LossSum
-from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
+from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows, sequence_logps
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs, TokenizedSequence
 from sdpo_kernels.token_weights import agreement_weights, length_weights
 

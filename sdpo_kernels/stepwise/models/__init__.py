@@ -1,1 +1,1 @@
-"""The one resident model: loaded, in its precision, whole or sharded."""
+"""The one resident model: how it is loaded, its precision, and how it is sharded."""

@@ -1,4 +1,4 @@
-"""Loading the one model that is resident: fused head attached, dropout off, attention that keeps pairs apart."""
+"""Loading the one resident model: fused head attached, dropout off, attention that keeps packed pairs apart."""
 
 from __future__ import annotations
 
@@ -22,67 +22,80 @@ from sdpo_kernels.stepwise.settings.run_settings import LoraSettings, RunConfig
 
 logger = logging.getLogger(__name__)
 
-ADAPTER = "adapter"  # in a stage's folder: the LoRA adapter as it was trained, beside the merged weights
+ADAPTER = "adapter"  # in a stage's folder: the LoRA adapter as trained, next to the merged weights
 
 
 @dataclass
 class Loaded:
-    """A model ready to score or to train, and how its batches must be made."""
+    """A model ready to score or to train, and how to batch its pairs."""
 
     model: nn.Module
     packed: bool  # False: padded batches
-    by_sequence: bool  # a sequence's score does not depend, bit for bit, on what else is in the batch
+    by_sequence: bool  # a sequence's score is the same to the bit whatever else is in the batch
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies with the run's model; UserError where there is none."""
+    """The tokenizer of the run's model; UserError if it cannot be loaded."""
     try:
         return AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = _first_line(error)
         if Path(config.model).is_dir() and not (Path(config.model) / "tokenizer_config.json").exists():
-            reason = "there is no tokenizer_config.json in that folder"
+            reason = "the folder has no tokenizer_config.json"
         raise UserError(f"model: no tokenizer can be loaded from {config.model}: {reason}") from error
 
 
 def load_model(path: str, config: RunConfig, precision: Precision) -> Loaded:
-    """Load `path` (a folder or hub name) in the run's dtype, on its device. UserError where it cannot be loaded.
+    """Load `path` (a folder or hub name) in the run's dtype onto its device, ready to score and to train.
 
-    A stage's folder of a LoRA run is loaded as the run's base with that stage's adapter, not from the merged weights:
-    rounded to a bfloat16 base, what a stage has learned at a small learning rate would be gone. Attention is chosen
-    and probed in the precision of scoring and training.
-    A model is part of reference cycles, so one that was dropped before is freed here first.
+    1. Free the memory of models dropped before: a model is part of reference cycles.
+    2. Load the weights. For a stage folder of a LoRA run these are the run's base and that stage's adapter.
+    3. Switch dropout off and attach the fused head.
+    4. Unless batches are padded, choose an attention that keeps packed pairs apart, and test it in the precision of
+       scoring and training. A model that has none gets padded batches, with a warning.
+    5. Put the adapter on.
+
+    UserError if the model cannot be loaded or has no head the package can use. On several ranks each loads it whole.
     """
     model, adapter = _pretrained(path, config, precision.device)
+
+    # Dropout off, so that the policy in training mode gives the log-probs its reference was scored with.
     disable_dropout(model)
     try:
         attach_fused_head(model)
     except ValueError as error:
         raise UserError(f"model: {path} cannot be trained: {error}") from error
+
     packed = config.batching == "packed"
     if packed:
         with precision.computing(model):
             reason = use_packed_attention(model)
         if reason is not None:
-            logger.warning("batches are padded, in groups of like length, instead of packed: %s", reason)
+            logger.warning("batches are padded, in groups of similar length, instead of packed: %s", reason)
             packed = False
+
+    # only the package's own attention computes each sequence by itself
     by_sequence = packed and model.config._attn_implementation == "sdpo_packed"
     return Loaded(model if adapter is None else _with_adapter(model, adapter), packed, by_sequence)
 
 
 def load_generator(path: str, config: RunConfig, device: torch.device) -> Any:
-    """The same model for `generate`: its own head, attention and cache, in eval mode."""
+    """The model in `path` for `generate`: with its own head, attention and cache, in eval mode."""
     model, adapter = _pretrained(path, config, device)
     model.config.use_cache = True
     return (model if adapter is None else _with_adapter(model, adapter)).eval()
 
 
 def _pretrained(path: str, config: RunConfig, device: torch.device) -> tuple[Any, Path | None]:
-    """The bare model, and the adapter that belongs on it."""
+    """The bare model and the folder of the adapter that belongs on it, if any."""
     release_memory()
+
+    # The merged weights of a stage are not used: rounded to a bfloat16 base, what the stage has learned at a small
+    # learning rate would be lost.
     adapter: Path | None = Path(path) / ADAPTER
     if config.lora is None or path == config.model or not (Path(path) / ADAPTER).is_dir():
         adapter = None
+
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             path if adapter is None else config.model,
@@ -105,7 +118,7 @@ def _with_adapter(model: nn.Module, adapter: Path) -> nn.Module:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """sha256 over every parameter and buffer, names, dtypes and shapes included."""
+    """sha256 of every parameter and buffer, including names, dtypes and shapes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
@@ -115,24 +128,25 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def release_memory() -> None:
-    """Give back what dropped models held, before the next one is loaded."""
+    """Free the memory of dropped models, before the next one is loaded."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def add_adapter(loaded: Loaded, lora: LoraSettings) -> None:
-    """Wrap the model with a fresh LoRA adapter, the only thing that trains then; one it was loaded with trains on."""
+    """Add a new LoRA adapter, which alone is trained; an adapter the model was loaded with is trained further."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if isinstance(loaded.model, PeftModel):
         return
+
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     settings = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a float works as well as an int
-        lora_dropout=0.0,
+        lora_dropout=0.0,  # off, like the model's own (load_model)
         target_modules=targets,
     )
     try:
@@ -142,7 +156,7 @@ def add_adapter(loaded: Loaded, lora: LoraSettings) -> None:
 
 
 def merge_adapter(adapter: Path, config: RunConfig) -> nn.Module:
-    """The run's base in float32 on the CPU with a LoRA adapter merged into it."""
+    """The run's base model with a LoRA adapter merged into it, in float32 on the CPU."""
     from peft import PeftModel
 
     base: Any = AutoModelForCausalLM.from_pretrained(

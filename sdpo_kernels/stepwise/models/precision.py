@@ -1,7 +1,8 @@
-"""What a stage computes in, where that is not its weights' own dtype: references are scored as Trainer will train.
+"""The mixed precision of a stage: its references are scored in the precision that Trainer will train in.
 
-Without FSDP `bf16: true` is autocast, which rounds the operands of products. FSDP2 rounds every weight when it is
-gathered; under autocast the rounded copies of all layers would stay until the backward, which sharding is to avoid.
+Without FSDP `bf16: true` means autocast, which rounds the operands of matrix products. FSDP2 instead rounds every
+weight when it gathers it: under autocast the rounded copies of all layers would stay in memory until the backward,
+which sharding is meant to avoid.
 """
 
 from __future__ import annotations
@@ -18,27 +19,29 @@ from transformers import TrainingArguments
 
 @dataclass(frozen=True)
 class Precision:
-    """The dtype, None for that of the weights, and whether the weights themselves are rounded to it."""
+    """The dtype to compute in."""
 
     device: torch.device
-    dtype: torch.dtype | None = None
-    whole: bool = False
+    dtype: torch.dtype | None = None  # None: the dtype of the weights
+    whole: bool = False  # the weights themselves are rounded to `dtype`, as FSDP2 does; False: autocast
 
     @classmethod
     def of(cls, args: TrainingArguments) -> Precision:
-        """That of training with these arguments."""
-        asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # of accelerate's launcher
+        """The precision of training with these arguments."""
+        asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # set by accelerate's launcher
         asked = "bf16" if args.bf16 else "fp16" if args.fp16 else asked
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(asked)
         return cls(args.device, dtype, dtype is not None and asks_for_fsdp(args))
 
     @contextmanager
     def computing(self, model: nn.Module) -> Iterator[None]:
-        """Compute so with a model that is not sharded; its weights are themselves again afterwards."""
+        """Run an unsharded model in this precision; its own weights are back after the block."""
         if not self.whole:
             with self.autocast():
                 yield
             return
+
+        # FSDP2 rounds weights as it gathers them; a model that is not sharded is rounded here, and restored
         kept = [(weight, weight.data) for weight in model.parameters() if weight.is_floating_point()]
         try:
             for weight, data in kept:
@@ -50,11 +53,11 @@ class Precision:
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """torch's autocast to the dtype, or nothing."""
+        """torch's autocast to the dtype; without one, nothing."""
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
             yield
 
 
 def asks_for_fsdp(args: TrainingArguments) -> bool:
-    """Whether settings or accelerate's launcher ask for FSDP."""
+    """Whether the settings or accelerate's launcher ask for FSDP."""
     return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"

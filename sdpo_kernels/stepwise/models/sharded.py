@@ -1,7 +1,7 @@
-"""A trained model's weights as they lie with several processes: whole in each, or a shard in each (FSDP2).
+"""A model's weights on several ranks: a whole copy on each (DDP) or a shard on each (FSDP2).
 
-What is asked of them (finite, equal, gathered for saving), which ways of sharing a model are refused, and how FSDP2 is
-told to cut it.
+Checks on the weights (finite, equal on all ranks), gathering them for saving, the setups that are refused, and how
+FSDP2 is configured.
 """
 
 from __future__ import annotations
@@ -20,78 +20,88 @@ from sdpo_kernels.stepwise.models.precision import Precision, asks_for_fsdp
 
 
 def own(weight: Tensor) -> Tensor:
-    """What of a weight this process holds."""
+    """The part of a weight that this rank holds."""
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether processes hold shards of the model."""
+    """Whether each rank holds only shards of the model."""
     return any(isinstance(weight, DTensor) for weight in model.parameters())
 
 
 def not_finite(model: Any) -> list[str]:
-    """Names of the parameters that are NaN or infinite somewhere in this process."""
+    """Names of the parameters with NaN or infinite values in this rank's part."""
     return [name for name, weight in model.named_parameters() if not bool(torch.isfinite(own(weight)).all())]
 
 
 def require_same(model: Any) -> None:
-    """RuntimeError where processes that each hold the whole model have drifted apart: gradients were not shared."""
+    """RuntimeError if ranks that each hold the whole model no longer have the same weights."""
     if ranks.world_size() == 1 or is_sharded(model):
         return
     sums = [float(weight.detach().double().sum()) for weight in model.parameters() if weight.requires_grad]
     if any(others != sums for others in ranks.exchange(sums)):
-        raise RuntimeError("the processes' weights differ after training: gradients were not averaged over all of them")
+        raise RuntimeError("weights differ between ranks after training: gradients were not averaged over all of them")
 
 
 def gathered(trainer: Any) -> dict[str, Tensor] | None:
-    """Whole weights of a sharded model in the first process's memory (CPU), nothing in others; None: not sharded."""
+    """The whole weights of a sharded model, in CPU memory on rank 0 (empty elsewhere); None if it is not sharded."""
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         return None
     return trainer.accelerator.get_state_dict(trainer.model_wrapped)
 
 
 def check_way(trainer: Any) -> None:
-    """ValueError for ways of sharing a model that would not train what was asked for, or cannot be scored."""
+    """ValueError for distributed setups that would not train as asked, or whose references cannot be scored."""
     if asks_for_fsdp(trainer.args) and not trainer.is_fsdp_enabled:
-        raise ValueError("fsdp: needs several GPUs; accelerate would train plain DDP here without a word")
+        raise ValueError("fsdp: needs several GPUs; without them accelerate silently trains plain DDP")
     if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise ValueError("fsdp_config.version: was 1, must be 2")
+
+    # each forward gathers shards from all ranks: one more on one rank would wait for ever
     if trainer.is_fsdp_enabled and trainer.data_collator is not collate_packed:
-        raise ValueError("fsdp: needs batching: packed; padded batches would take other numbers of forwards a process")
+        raise ValueError(
+            "fsdp: needs batching: packed; with padded batches ranks run unequal numbers of forward passes"
+        )
+
     if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
-        raise ValueError("deepspeed: ZeRO-3 cuts the model before its references are scored; use fsdp, or ZeRO-2")
+        raise ValueError("deepspeed: ZeRO-3 shards the model before its references can be scored; use fsdp or ZeRO-2")
     if trainer.following is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        raise ValueError("fsdp or deepspeed: reference: ema averages whole weights; use plain DDP with it")
+        raise ValueError("fsdp or deepspeed: reference: ema averages whole weights; use it with plain DDP")
 
 
 def prepare_fsdp(trainer: Any) -> None:
-    """Have FSDP2 round weights and nothing else, as `Precision` has it, and leave the head in its shards.
-
-    accelerate's own policy would also round the model's output, the log-probs, and sum gradients in bfloat16.
-    """
+    """Configure FSDP2: round weights and nothing else, as `Precision` does, and never gather the head."""
     if not trainer.is_fsdp_enabled:
         return
+
+    # accelerate's own policy would also round the model's output, the log-probs, and sum gradients in bfloat16
     policy = MixedPrecisionPolicy(Precision.of(trainer.args).dtype, torch.float32, cast_forward_inputs=False)
     trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
-    _cut_head(trainer)
+    _shard_head(trainer)
 
 
-def _cut_head(trainer: Any) -> None:
-    """Give the head a group of its own, whose forward never runs: so it is never gathered whole.
+def _shard_head(trainer: Any) -> None:
+    """Shard the head as an FSDP group of its own. The fused head never runs its forward, so it is never gathered.
 
-    Before accelerate cuts the rest, which would put the head and the last norm into one group and gather both for the
-    norm. Left to that are tied heads, which the embedding gathers at each step anyway, those with a LoRA of their own,
-    and all where settings (offloading, loading by one process, modules left out, meshes, torch.compile) want it so.
+    This comes before accelerate shards the rest: it would put the head and the last norm into one group, and gather
+    both for the norm. Left to accelerate are
+
+    1. tied heads, which the embedding gathers at each step anyway, and heads with a LoRA of their own;
+    2. setups this does not cover: CPU offloading, loading on one rank, ignored modules, device meshes, torch.compile.
     """
     plugin, model = trainer.accelerator.state.fsdp_plugin, trainer.model
     module = find_head(model).module
     if not isinstance(module, nn.Linear) or module.weight is getattr(model.get_input_embeddings(), "weight", None):
         return
+
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy) or plugin.cpu_ram_efficient_loading or plugin.ignored_modules:
         return
     if trainer.accelerator.torch_device_mesh is not None or trainer.args.torch_compile:
         return
+
     if trainer.accelerator.mixed_precision != "no" and module.weight.requires_grad:
-        module.float()  # what accelerate does with every weight that trains; later it could not
-    # Not the policy of the others: with a reduce_dtype, accumulation would look for gradients of gathered weights.
+        module.float()  # as accelerate does with every trained weight; once the head is sharded it no longer can
+
+    # Not the policy of the other groups: with a reduce_dtype, gradient accumulation would look for gradients of
+    # gathered weights, and the head has none.
     fully_shard(module, mp_policy=MixedPrecisionPolicy())

@@ -22,7 +22,7 @@ from sdpo_kernels.stepwise.common.files import empty_folder, publish_folder, rea
 from sdpo_kernels.stepwise.models.load import ADAPTER
 from sdpo_kernels.stepwise.post.match import match_tensors
 from sdpo_kernels.stepwise.post.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, PIECE, Weights, rewrite
-from sdpo_kernels.stepwise.record.expo_card import expo_card
+from sdpo_kernels.stepwise.record.model_cards import expo_card
 
 _COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}  # config, generation, tokenizer, code of the model
 _NOT_COPIED = {"stage.json", "expo.json", "trainer_state.json"}

@@ -1,1 +1,1 @@
-"""What a run keeps of itself: manifest.json, metrics.jsonl, model cards."""
+"""The records of a run: manifest.json, metrics.jsonl, its environment, model cards."""

@@ -1,13 +1,13 @@
 """What a run has done: manifest.json, written atomically, and metrics.jsonl, one logged step a line.
 
-The manifest is the run's only truth: a stage is done when it says so. Its keys are those that `report.py` draws.
+The manifest alone decides what is done: a stage is finished once its record in the manifest says so. The report reads
+the same keys.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from sdpo_kernels.stepwise.settings.run_file import config_diff
 
 Record = dict[str, Any]
 
-# what a stage was planned from; a difference on an existing run is an error
+# the keys of a stage's record that are fixed before it trains; on an existing run a difference is an error
 PLANNED = ("name", "prompts", "pairs", "dropped", "data_hash", "beta", "loss", "reference", "policy")
 
 
@@ -32,26 +32,29 @@ class Manifest:
 
     @classmethod
     def open(cls, run_dir: Path, header: Record, stages: list[Record]) -> Manifest:
-        """The run's manifest, made new where there is none.
+        """The run's manifest, created if there is none.
 
-        Raises UserError, showing every difference, where the run was started with another config or other data.
+        Raises:
+            UserError: the run was started with another config or other data; the message lists every difference.
         """
         path = run_dir / "manifest.json"
         if not path.exists():
             manifest = cls(path, {**header, "initial_eval": None, "stages": stages})
             manifest.save()
             return manifest
+
+        # config first: another config usually changes the stages too, and is what the user can put back
         data = read_json(path)
         differences = config_diff(*_comparable(data, header))
         if not differences:
             differences = config_diff(_plan(data), _plan(header | {"stages": stages}))
         if differences:
-            raise UserError(started_otherwise(run_dir, differences))
+            raise UserError(different_settings(run_dir, differences))
         return cls(path, data)
 
     @property
     def stages(self) -> list[Record]:
-        """One record a stage, in order."""
+        """One record per stage, in order."""
         return self.data["stages"]
 
     def update_stage(self, index: int, values: Record) -> None:
@@ -64,23 +67,27 @@ class Manifest:
         write_json(self.path, self.data)
 
 
-def started_otherwise(run_dir: Path, differences: list[str]) -> str:
-    """What to say of a run folder whose config or data differ from what is asked for now."""
-    head = f"{run_dir} holds a run that was started otherwise; choose another output_dir, or go back to the values on"
-    return f"{head} the left:\n  " + "\n  ".join(differences)
+def different_settings(run_dir: Path, differences: list[str]) -> str:
+    """The error message for a run folder whose config or data differ from the current ones."""
+    return (
+        f"{run_dir} already contains a run with different settings; choose another output_dir, or go back to the "
+        "values on the left:\n  " + "\n  ".join(differences)
+    )
 
 
 def _comparable(data: Record, header: Record) -> tuple[Record, Record]:
-    """Both configs; with other numbers of processes the pairs a step stand for the settings that they come from."""
+    """Both configs. If the numbers of processes differ, the pairs per step replace the settings they depend on."""
     before, now = (record.get("environment", {}).get("world_size", 1) for record in (data, header))
     configs = data.get("config", {}), header["config"]
     return configs if before == now else (_of_steps(configs[0], before), _of_steps(configs[1], now))
 
 
 def _of_steps(config: Record, processes: int) -> Record:
+    """`config` with the pairs per step in place of batch size and gradient accumulation, for each stage too."""
     factors = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
 
     def changed(settings: Record) -> Record:
+        # a stage's own trainer settings override the run's
         effective = factors | config.get("trainer", {}) | settings
         rest = {key: value for key, value in settings.items() if key not in factors}
         return rest | {" x ".join([*factors, "processes"]): math.prod(effective[key] for key in factors) * processes}
@@ -90,38 +97,38 @@ def _of_steps(config: Record, processes: int) -> Record:
 
 
 def _plan(data: Record) -> Record:
-    """What of a manifest must not change: its stages by name, so that a difference reads well."""
+    """The parts of a manifest that must not change; stages by name, so that a difference names its stage."""
     stages = {stage["name"]: planned(stage) for stage in data.get("stages", [])}
     return {"eval_data_hash": data.get("eval_data_hash"), "order of stages": list(stages), **stages}
 
 
 def planned(stage: Record) -> Record:
-    """What of a stage's record was fixed before it was trained."""
-    made = stage.get("prompts") is not None  # its pairs are counted when they have been made
-    return {key: stage.get(key) for key in PLANNED if not (made and key in ("pairs", "dropped"))}
+    """The part of a stage's record that is fixed before it trains."""
+    generated = stage.get("prompts") is not None  # its pairs are counted once they are generated
+    return {key: stage.get(key) for key in PLANNED if not (generated and key in ("pairs", "dropped"))}
 
 
 class MetricsFile:
-    """metrics.jsonl: appended to line by line; lines past a checkpoint are dropped when a stage resumes there."""
+    """metrics.jsonl: appended to line by line; when a stage resumes, the lines past its checkpoint are dropped."""
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / "metrics.jsonl"
 
     def append(self, line: Record) -> None:
-        """Add one line; a kill in the middle leaves a half line, which `rewind` clears away."""
+        """Add one line; only rank 0 writes. A kill may leave half a line, which `rewind` removes."""
         if not ranks.is_first():
             return
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
 
     def lines(self) -> list[Record]:
-        """The whole lines there are."""
+        """All complete lines."""
         if not self.path.exists():
             return []
         return [line for text in self.path.read_text("utf-8").splitlines() if (line := _parse(text)) is not None]
 
     def rewind(self, stage: int, step: int | None) -> None:
-        """Keep the lines of stages before `stage` (from 1) and those of `stage` up to `step`; None: none of its own."""
+        """Keep the lines of earlier stages and those of `stage` (from 1) up to `step`; with None, none of `stage`."""
         kept = [
             line
             for line in self.lines()
@@ -131,7 +138,7 @@ class MetricsFile:
         replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def sync(self) -> None:
-        """Bring what was appended to the disk."""
+        """fsync the file."""
         if ranks.is_first() and self.path.exists():
             sync(self.path)
 
@@ -146,19 +153,3 @@ def _parse(text: str) -> Record | None:
     except ValueError:
         return None
     return line if isinstance(line, dict) and "stage/index" in line and "step" in line else None
-
-
-def host_environment(threads: int, device: str, seed: int) -> Record:
-    """What the bits of a run depend on beside config and data."""
-    import torch
-    import transformers
-
-    return {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "threads": threads,
-        "device": device,
-        "seed": seed,
-        "world_size": ranks.world_size(),
-        "host_cores": os.cpu_count(),
-    }

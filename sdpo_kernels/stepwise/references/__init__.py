@@ -1,1 +1,1 @@
-"""What the policy is compared with: reference log-probs and evaluation."""
+"""What the policy is compared with: reference log-probs and evaluation pairs."""

@@ -1,14 +1,17 @@
-"""A reference that follows the policy while a stage trains: SAPO's (arXiv 2405.20830), and TR-DPO's with other numbers.
+"""A reference that follows the policy while a stage trains: SAPO (arXiv 2405.20830), or TR-DPO with other settings.
 
     following = EmaReference(model, EmaSettings(decay=0.5, sync_steps=108))
     reference_logps = following.logps(model, batch)      # [2B], in compute_loss
     following.after_step(step)                           # after each optimiser step
     load_ema_into(model, Path("runs/x/stage-1-easy"))    # afterwards: the averaged policy of a finished stage
 
-A stage starts with reference = average = policy. After each optimiser step the average moves to the policy, and every
-`sync_steps` of them the reference becomes the average (or the policy). There is still one model: the reference's
-weights take the policy's place for one forward without gradient, by exchanging storages, and the policy's come back
-untouched. Beside it lie one copy of what trains (the average) and, once it has moved, a second (the reference).
+1. A stage starts with reference = average = policy.
+2. After each optimiser step the average moves towards the policy.
+3. Every `sync_steps` steps the reference becomes the average (or the policy, with `mode: policy`).
+
+There is still one model. To score the reference, its weights take the policy's place for one forward pass without
+gradient: storages are exchanged, so the policy's weights come back untouched. The extra memory is one copy of the
+trained weights (the average) and, once the reference has moved, a second one.
 """
 
 from __future__ import annotations
@@ -29,28 +32,32 @@ from sdpo_kernels.stepwise.data.batches import Batch
 from sdpo_kernels.stepwise.settings.reference import EmaSettings
 
 EMA_FILE = "ema.safetensors"  # in a stage's folder: the averaged weights of what was trained
-EMA_STATE = "ema_state.safetensors"  # in a checkpoint: the average and, where it has moved, the reference
+EMA_STATE = "ema_state.safetensors"  # in a checkpoint: the average and, once it has moved, the reference
 
 Weights = dict[str, Tensor]
 
 
 class EmaReference(TrainerCallback):
-    """The moving reference of a stage; as a callback of its Trainer it moves after each optimiser step."""
+    """The moving reference of a stage, a callback of its Trainer: it is updated after each optimiser step."""
 
     def __init__(self, model: nn.Module, settings: EmaSettings) -> None:
-        """`model` is the bare or PEFT model as the stage starts: what of it trains is averaged."""
+        """`model` is the bare or PEFT model at the stage's start; its trainable parameters are averaged."""
         self.model, self.settings = model, settings
         self.average: Weights = _copies(trained(model))
-        self._move = get_ema_multi_avg_fn(settings.decay)
-        self.reference: Weights | None = None  # None: still the stage's start, whose scores are cached
+        self._update_average = get_ema_multi_avg_fn(settings.decay)
+        self.reference: Weights | None = None  # None: still the stage's start, which has cached scores
 
     def logps(self, model: nn.Module, batch: Batch, ld_alpha: float | None = None) -> Tensor:
-        """The reference's summed log-probs [2B]; `model` is what Trainer calls, on whose path they are made.
+        """The reference's summed log-probs [2B], chosen first.
 
-        `ld_alpha` is the loss's weight of tokens beyond the shorter answer, None for none.
+        `model` is the module that Trainer calls, so they are computed exactly as the policy's. `ld_alpha` weighs the
+        tokens beyond the shorter answer, None for a plain sum. Until the reference first moves, the batch's cached
+        scores are returned.
         """
         if self.reference is None:
             return batch.ref_logps
+
+        # eval mode and no gradient, as when the cached scores were made
         was_training = model.training
         model.eval()
         try:
@@ -60,17 +67,19 @@ class EmaReference(TrainerCallback):
             model.train(was_training)
 
     def after_step(self, step: int) -> None:
-        """Move after optimiser step `step` (from 1): average ← decay · average + (1 − decay) · policy, then sync."""
+        """Update after optimiser step `step` (from 1): average ← decay · average + (1 − decay) · policy, then sync."""
         policy = trained(self.model)
-        self._move([self.average[name] for name in policy], list(policy.values()), step)
+        self._update_average([self.average[name] for name in policy], list(policy.values()), step)
+
+        # a copy, because the average (or the policy) moves on
         period = self.settings.period
         if period is not None and step % period == 0:
             self.reference = _copies(self.average if self.settings.mode == "ema" else policy)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Trainer calls this once an optimiser step, whatever it accumulates, and before it saves a checkpoint.
+        """Trainer calls this once per optimiser step, however many batches it accumulates, and before a checkpoint.
 
-        SAPO's code moves its average at the first batch of the next accumulation: the same sequence of averages.
+        SAPO's code updates its average at the first batch of the next accumulation: the same sequence of averages.
         """
         self.after_step(state.global_step)
 
@@ -81,13 +90,15 @@ class EmaReference(TrainerCallback):
         _write(state, checkpoint / EMA_STATE)
 
     def load(self, checkpoint: Path) -> None:
-        """Take over the state of a checkpoint."""
+        """Restore the state in a checkpoint."""
         state = load_file(checkpoint / EMA_STATE)
         device = next(iter(self.average.values())).device
         parts: dict[str, Weights] = {"average": {}, "reference": {}}
         for key, weight in state.items():
             part, _, name = key.partition(".")
             parts[part][name] = weight.to(device)
+
+        # a checkpoint saved before the first sync has no reference of its own
         self.average, self.reference = parts["average"], parts["reference"] or None
 
     def save_average(self, folder: Path) -> None:
@@ -96,19 +107,20 @@ class EmaReference(TrainerCallback):
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that train, by name: all of a full model, the adapter's of a PEFT model."""
+    """The trainable parameters by name: all of a full model, the adapter's in a PEFT model."""
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 @contextmanager
 def swapped(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """`model` with `weights` in place of its own of these names; its own come back, untouched, however the block ends.
+    """`model` with `weights` in place of its own of the same names; its own are back, untouched, after the block.
 
-    Storages change hands and nothing is copied. Casts that an enclosing autocast keeps are of the other weights, so
-    they are dropped on both sides.
+    Storages are exchanged; nothing is copied. Also restored if the block raises.
     """
     own = trained(model)
     kept = {name: own[name].data for name in weights}
+
+    # autocast caches its casts by parameter, not by storage: they would be those of the other weights
     torch.clear_autocast_cache()
     try:
         for name, weight in weights.items():
@@ -121,20 +133,22 @@ def swapped(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def load_ema_into(model: nn.Module, stage_folder: Path) -> None:
-    """Put the averaged weights of a finished stage into `model`, which must be that stage's as `load_model` loads it.
+    """Replace the weights of `model`, loaded from a finished stage by `load_model`, by that stage's averaged ones.
 
-    Of a LoRA run that is its base with the stage's adapter, and only the adapter is replaced.
+    In a LoRA run that is the run's base with the stage's adapter, and only the adapter is replaced.
 
     Raises:
-        UserError: there are no averaged weights in the folder, or they are not those of this model.
+        UserError: the folder has no averaged weights, or they do not fit this model.
     """
     path = stage_folder / EMA_FILE
     if not path.exists():
-        raise UserError(f"{path} is missing: only stages with reference: ema leave one")
+        raise UserError(f"{path} is missing: only stages with reference: ema write one")
+
     stored, own = load_file(path), dict(model.named_parameters())
     wrong = [name for name, weight in stored.items() if name not in own or own[name].shape != weight.shape]
     if wrong:
-        raise UserError(f"{path} holds {wrong[0]}, which the model has not, or in another shape; load the stage's own")
+        raise UserError(f"{path}: {wrong[0]} is missing in the model or has another shape; load the stage's own model")
+
     with torch.no_grad():
         for name, weight in stored.items():
             own[name].copy_(weight)

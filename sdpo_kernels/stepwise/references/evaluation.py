@@ -1,4 +1,4 @@
-"""How well a model ranks pairs: accuracy by log-probs, and reward accuracy and margin against a reference."""
+"""How well a model ranks pairs: accuracy by log-probs, and reward accuracy and margin relative to a reference."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ from sdpo_kernels.stepwise.data.batches import PairDataset
 from sdpo_kernels.stepwise.data.order import scored_counts
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
 from sdpo_kernels.stepwise.record.manifest import Record
-from sdpo_kernels.stepwise.references.scorer import Scorer, read_scores
+from sdpo_kernels.stepwise.references.cache import read_scores
+from sdpo_kernels.stepwise.references.scorer import Scorer
 
 EVAL_FILE = "eval_logps.safetensors"
 
 
 def summarise(logps: Tensor, counts: Tensor, reference: Tensor | None, beta: float) -> Record:
-    """Scores of log-probs [n, 2] (chosen, rejected): shares, γ in nats, and rewards where a reference is given."""
+    """Metrics of log-probs [n, 2] (chosen, rejected): accuracies, γ in nats, and rewards if `reference` is given.
+
+    `counts` [n, 2] are the scored tokens of each answer, `reference` [n, 2] the log-probs that rewards are relative to.
+    """
     margin = (logps[:, 0] - logps[:, 1]).double()
     per_token = logps.double() / counts
+
+    # in every accuracy a tie counts as wrong
     scores: Record = {
         "pairs": len(logps),
         "pair_accuracy": _share(margin > 0),
@@ -30,6 +36,8 @@ def summarise(logps: Tensor, counts: Tensor, reference: Tensor | None, beta: flo
         "reward_accuracy": None,
         "reward_margin": None,
     }
+
+    # DPO's implicit reward, beta * (log pi - log pi_ref)
     if reference is not None:
         rewards = beta * (logps.double() - reference.double())
         scores["reward_accuracy"] = _share(rewards[:, 0] > rewards[:, 1])
@@ -43,31 +51,31 @@ def _share(right: Tensor) -> float:
 
 @dataclass
 class EvalData:
-    """The evaluation pairs of a run; each model's log-probs on them lie in its folder, M_0's in the run's own."""
+    """A run's evaluation pairs; each model's log-probs on them are in its folder, those of M_0 in the run's folder."""
 
     tokens: TokenizedPairs
     folder: Path
     beta: float
-    initial: str  # M_0, a folder or hub name
+    initial: str  # M_0, the initial model: a folder or hub name
 
     def evaluate(self, model: str, folder: Path, scorer: Scorer) -> Record:
-        """Scores of `model`, whose log-probs are kept in `folder`; rewards are against the initial model."""
+        """Metrics of `model`; its log-probs are cached in `folder`. Rewards are relative to the initial model."""
         logps = scorer.score_path(model, self.tokens, "evaluation", folder / EVAL_FILE)
         reference = None if folder == self.folder else self.stored(self.folder)
         return summarise(logps, scored_counts(self.tokens), reference, self.beta)
 
     def folder_of(self, model: str) -> Path:
-        """Where the log-probs of the initial model or of a finished stage's model are."""
+        """The folder with the log-probs of `model`: the initial model or a finished stage's."""
         return self.folder if model == self.initial else Path(model)
 
     def dataset(self, reference: Path | None) -> PairDataset:
-        """The pairs with the log-probs that lie in the folder `reference`; zeros for no reference."""
+        """The pairs with the log-probs in the folder `reference` as their reference; zeros if it is None."""
         logps = torch.zeros(len(self.tokens), 2) if reference is None else self.stored(reference)
         return PairDataset(self.tokens, logps)
 
     def stored(self, folder: Path) -> Tensor:
-        """Log-probs [n, 2] that lie in `folder`; UserError where they do not."""
+        """Log-probs [n, 2] in `folder`; UserError if they are missing or invalid."""
         logps, reason = read_scores(folder / EVAL_FILE, None, len(self.tokens))
         if logps is None:
-            raise UserError(f"{folder / EVAL_FILE}: {reason or 'is missing'}; delete that folder to make it again")
+            raise UserError(f"{folder / EVAL_FILE}: {reason or 'is missing'}; delete that folder to recompute it")
         return logps

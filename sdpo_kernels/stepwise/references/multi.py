@@ -1,10 +1,10 @@
-"""Scoring the references of `reference: multi`: one model after the other, never two of them in memory.
+"""Scoring the references of `reference: multi`: one model after another, never two of them in memory.
 
     references = MultiReferences(settings, scorer, folder, check_weights)
-    references.score_others({"pairs": tokens}, "stage 1 easy")       # loads, scores and lets go of each
+    references.score_others({"pairs": tokens}, "stage 1 easy")       # loads, scores and releases each model in turn
     references.combine("pairs", base_scores)                         # [n, 2], what the stage trains against
 
-The base, which is the model that the policy starts from, is scored by the stage, as it stays.
+The base is the model the policy starts from. It stays in memory, so the stage itself scores it.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ BASE_FILE = "base.safetensors"
 
 
 class MultiReferences:
-    """The references of one stage; their scores are kept in `folder`, each model's under its own key."""
+    """The references of one stage; their scores are cached in `folder`, each model's under its own key."""
 
     def __init__(
         self, settings: MultiSettings, scorer: Scorer, folder: Path, check_weights: Callable[[str, str], None]
     ) -> None:
-        """`check_weights(path, hash)` raises UserError where a model is not what the run has seen there before."""
+        """`check_weights(path, hash)` raises UserError if the weights in `path` have changed during the run."""
         self.settings, self.folder, self.check_weights = settings, folder, check_weights
-        # Of a LoRA run's stage the merged weights are taken: its adapter belongs on that run's base, not on this one's.
+        # A stage folder of another LoRA run is loaded from its merged weights: its adapter fits only that run's base.
         self.scorer = dataclasses.replace(scorer, config=scorer.config.model_copy(update={"lora": None}))
         self.hashes: list[str] = []
         self.scores: dict[str, list[Tensor]] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
     def score_others(self, wanted: Mapping[str, TokenizedPairs], label: str) -> None:
-        """Scores of each model but the base on each of `wanted`, by the name of what is scored."""
+        """Score every model but the base on each of `wanted`, named sets of pairs; `combine` refers to them by name."""
         self.scores = {name: [] for name in wanted}
         for number in range(len(self.settings.models)):
             self._score(number, wanted, label)
@@ -56,11 +56,15 @@ class MultiReferences:
         loaded = self.scorer.load(path)
         digest = weights_hash(loaded.model)
         self.check_weights(path, digest)
+
+        # a head the package does not fit would give wrong log-probs, so it is tried on one sequence
         first = next(iter(wanted.values()))[0].chosen.ids
         try:
             check_head(loaded.model, torch.from_numpy(first.astype("int64")).to(self.scorer.device))
         except ValueError as error:
             raise UserError(f"multi.models.{number}: {path}: {error}") from error
+
+        # scored on everything while it is loaded
         self.hashes.append(digest)
         text = f"{label}: reference {number + 2} of {len(self.settings.models) + 1}"
         for name, tokens in wanted.items():
@@ -68,7 +72,7 @@ class MultiReferences:
             self.scores[name].append(self.scorer.cached(loaded, digest, tokens, text, cache))
 
     def combine(self, name: str, base: Tensor) -> Tensor:
-        """log π̃ [n, 2] of what `score_others` was given as `name`, with the base's scores [n, 2]."""
+        """log π̃ [n, 2] of the pairs that `score_others` was given as `name`; `base` [n, 2] are the base's scores."""
         options = self.settings
         parts = torch.stack([base, *self.scores[name]])
         return combine(parts, epsilon=options.epsilon, alpha=options.alpha, convention=options.alpha_convention)
@@ -83,7 +87,7 @@ class MultiReferences:
 
 
 def check_multi(config: RunConfig, tokenizer: PreTrainedTokenizerBase, parts: list[TokenizedPairs]) -> None:
-    """UserError where a further reference cannot read the run's tokens; its weights are not looked at."""
+    """UserError if a further reference cannot read the run's tokens. Reads configs and tokenizers only, no weights."""
     vocabulary = tokenizer.get_vocab()
     for number, path in enumerate(config.multi.models if config.multi is not None else ()):
         theirs = config.model_copy(update={"model": path})
@@ -101,5 +105,5 @@ def _check_vocabulary(ours: dict[str, int], theirs: dict[str, int]) -> None:
         ids = ["absent" if token not in side else f"{side[token]}" for side in (ours, theirs)]
         raise UserError(
             f"its tokenizer differs from the model's in {len({name for name, _ in odd})} tokens: {token!r} is {ids[0]} "
-            f"in the model's and {ids[1]} there; all references must share one vocabulary"
+            f"in the model's and {ids[1]} in this one; all references must share one vocabulary"
         )

@@ -1,7 +1,9 @@
 """The references of one stage, scored once before it trains, so that only one model is ever resident.
 
-start = stage.references.score()
-start.loaded.model, start.ref_logps      # the policy as the stage starts, and the reference's log-probs [n, 2]
+    start = stage.references.score()
+    start.loaded.model, start.ref_logps      # the policy as the stage starts, and the reference's log-probs [n, 2]
+
+Evaluations while the stage trains are compared with the same reference (`eval_dataset`).
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ from sdpo_kernels.stepwise.data.batches import PairDataset
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
 from sdpo_kernels.stepwise.models.load import Loaded, release_memory, weights_hash
 from sdpo_kernels.stepwise.record.manifest import Record
+from sdpo_kernels.stepwise.references.cache import read_scores, write_scores
 from sdpo_kernels.stepwise.references.evaluation import EVAL_FILE, EvalData
 from sdpo_kernels.stepwise.references.multi import BASE_FILE, MultiReferences
-from sdpo_kernels.stepwise.references.scorer import Scorer, read_scores, write_scores
+from sdpo_kernels.stepwise.references.scorer import Scorer
 from sdpo_kernels.stepwise.settings.reference import MultiSettings
 
 REFERENCE_FILE = "reference_logps.safetensors"  # in a stage's folder
@@ -34,30 +37,31 @@ class StageStart:
 
     loaded: Loaded  # the policy
     ref_logps: Tensor  # [n, 2] summed log-probs of the reference (chosen, rejected), float32, CPU
-    record: Record  # what the manifest keeps of the scoring
+    record: Record  # of the scoring, for the manifest
 
 
 @dataclass(frozen=True)
 class StageReferences:
-    """Scores a stage's pairs under its reference, whichever mode that is."""
+    """Scores a stage's pairs under its reference, whatever `reference` is set to."""
 
     scorer: Scorer
     tokens: TokenizedPairs
     policy: str  # the model the stage starts from, a folder or hub name
     reference: str  # the model it is compared with; with `multi` the base, with `none` unused
     folder: Path  # the stage's working folder
-    label: str  # of progress bars
+    label: str  # for progress bars
     check_weights: Callable[[str, str], None]  # UserError if the weights in a folder have changed during the run
     evaluation: EvalData | None  # the evaluation pairs, if the stage is evaluated while it trains
 
     def score(self) -> StageStart:
-        """Score the reference, or read its cache, and return it with the policy's starting model.
+        """Score the reference, or read its cache, and return the scores with the policy's starting model.
 
         1. With `none` nothing is scored; with `multi` every reference is scored and their log-probs are mixed.
-        2. Otherwise the one reference is loaded and scored.
-        3. It is the policy's starting model too, unless `policy` names another one, which is then loaded in its place.
+        2. Otherwise load the one reference and score it.
+        3. It is also the policy's starting model, unless `policy` names another one: then load that in its place.
 
-        UserError where a model cannot be loaded, or its weights have changed since the run started.
+        UserError if a model cannot be loaded, or its weights have changed since the run started. On several ranks each
+        loads the model, scores its share of the batches, and gets all scores.
         """
         config = self.scorer.config
         if config.reference == "none":
@@ -74,14 +78,14 @@ class StageReferences:
         record = _record(reference_hash, scores, started)
 
         if self.policy != self.reference:
-            # two models at a time would not fit where one does
+            # the reference goes first: there may be memory for one model only
             del loaded
             release_memory()
             loaded = self._load(self.policy)[0]
         return StageStart(loaded, scores, record)
 
     def policy_start_logps(self) -> Tensor | None:
-        """[n, 2] log-probs of the policy's start where the reference's differ from the start (`multi`); else None."""
+        """With `multi`, the log-probs [n, 2] of the policy's start, which are not the reference's; otherwise None."""
         if self.scorer.config.reference != "multi":
             return None
         return read_scores(self.folder / MULTI / BASE_FILE, None, len(self.tokens))[0]
@@ -97,7 +101,7 @@ class StageReferences:
         return self.evaluation.dataset(folder)
 
     def _score_multi(self, settings: MultiSettings) -> StageStart:
-        """`multi`: the further references first, each released again, then the base, which becomes the policy."""
+        """`multi`: score the further references one at a time, then the base, which stays loaded as the policy."""
         started = time.monotonic()
         references = MultiReferences(settings, self.scorer, self.folder / MULTI, self.check_weights)
         parts = {"pairs": self.tokens}
@@ -105,10 +109,11 @@ class StageReferences:
             parts["eval"] = self.evaluation.tokens
         references.score_others(parts, self.label)
 
+        # last, so that the base is the one model that stays
         loaded, base_hash = self._load(self.reference)
         base = self.scorer.cached(loaded, base_hash, self.tokens, f"{self.label}: base", references.folder / BASE_FILE)
 
-        # the mixture is stored like any other reference, under a key of all its parts
+        # the mixture is stored like any other reference; its key is the hash of all its references
         key, scores = references.combined_hash(base_hash), references.combine("pairs", base)
         write_scores(self.folder / REFERENCE_FILE, scores, key)
         if self.evaluation is not None:
@@ -120,7 +125,7 @@ class StageReferences:
         return StageStart(loaded, scores, record)
 
     def _load(self, path: str) -> tuple[Loaded, str]:
-        """The model in `path` and the hash of its weights, which must be the one this run has seen there before."""
+        """The model in `path` and the hash of its weights; UserError if they have changed during the run."""
         loaded = self.scorer.load(path)
         digest = weights_hash(loaded.model)
         self.check_weights(path, digest)

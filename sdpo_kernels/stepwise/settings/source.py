@@ -67,6 +67,15 @@ class ExecutionSource(Sampling):
     memory_mb: Count = 1024
     processes: Count = 32
     file_mb: Count = 64
+    readable: tuple[Name, ...] = ()  # files and folders that the command may read, at their own paths
+    unsafe: bool = False  # run it without bubblewrap, with resource limits alone
+
+    @model_validator(mode="after")
+    def _readable_in_a_sandbox(self) -> ExecutionSource:
+        if self.unsafe and self.readable:
+            text = f"was {show(list(self.readable))}, must be left out with unsafe: true, where every file can be read"
+            raise SettingErrors([("readable", text)])
+        return self
 
     @model_validator(mode="after")
     def _has_completion(self) -> ExecutionSource:

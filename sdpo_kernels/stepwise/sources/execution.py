@@ -24,36 +24,45 @@ from sdpo_kernels.stepwise.settings.source import ExecutionSource
 from sdpo_kernels.stepwise.sources.context import PairRow, SourceContext
 from sdpo_kernels.stepwise.sources.generation import sample
 from sdpo_kernels.stepwise.sources.judges import VERDICTS, code_version, judge_groups, remembering
-from sdpo_kernels.stepwise.sources.sandbox import Job, Limits, Outcome, run_limited, run_many
+from sdpo_kernels.stepwise.sources.sandbox import ALONE, Job, Limits, Outcome, run_many
 
 AT_ONCE = 64  # prompts judged between two steps of the progress bar
 COMPLETION, PROMPT = "completion.txt", "prompt.json"  # the files that a checker reads
+UNSAFE_WARNING = f"unsafe: true runs programs with {ALONE}, and what they start may survive them"
 
 
 class ExecutionJudge:
     """Judges completions by the exit code of a command of the user.
 
     `command`: its words; in each of them `{completion}` becomes the path of a file with the completion and `{prompt}`
-    that of a file with the row of the prompt file as JSON. It runs in a temporary folder, so a word that names a file
-    here is made a full path. `limits` hold for one run of it, `workers` run at a time.
+    that of a file with the row of the prompt file as JSON. It runs in an empty folder, so a word that names a file
+    here is made a full path; that file and those of `readable` are all it can read besides the system. `limits` hold
+    for one run of it, `workers` run at a time. `unsafe`: without bubblewrap, with the limits alone.
     UserError for a command without `{completion}`, or for fewer than one worker.
     """
 
-    def __init__(self, command: Sequence[str], limits: Limits, workers: int) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        limits: Limits,
+        workers: int,
+        readable: Sequence[str] = (),
+        unsafe: bool = False,
+    ) -> None:
         if not any("{completion}" in word for word in command):
             raise UserError(f"the checker's command must have a word {{completion}} (the file to check): {command}")
         if workers < 1:
             raise UserError(f"the checker needs at least 1 worker, not {workers}")
         self.command = [_from_anywhere(word, first=number == 0) for number, word in enumerate(command)]
         self.limits, self.workers = limits, workers
+        self.readable, self.unsafe = [os.path.abspath(path) for path in readable], unsafe
 
     def check(self) -> Outcome:
-        """Run the command once, on an empty completion and an empty row. UserError where it cannot be started.
+        """Run the command once, on an empty completion and an empty row; whether it passes does not matter.
 
-        Whether it passes is of no account. `isolated` of the answer says how well programs are kept apart here.
+        UserError if it cannot start, or without bubblewrap.
         """
-        job = self._job({}, "")
-        return run_limited(job.command, job.stdin, self.limits, job.files)
+        return self.outcomes([{}], [""])[0]
 
     def judge(self, prompts: Sequence[Mapping[str, Any]], completions: Sequence[str]) -> list[bool]:
         """Whether each completion passes; `prompts` holds the row of each. UserError where the command cannot start."""
@@ -73,9 +82,8 @@ class ExecutionJudge:
             word.replace("{completion}", "{" + COMPLETION + "}").replace("{prompt}", "{" + PROMPT + "}")
             for word in self.command
         ]
-        return Job(
-            command, files={COMPLETION: completion, PROMPT: json.dumps(dict(row), ensure_ascii=False, default=str)}
-        )
+        files = {COMPLETION: completion, PROMPT: json.dumps(dict(row), ensure_ascii=False, default=str)}
+        return Job(command, files=files, readable=self.readable, unsafe=self.unsafe)
 
 
 def judge_of(settings: ExecutionSource) -> ExecutionJudge:
@@ -83,7 +91,7 @@ def judge_of(settings: ExecutionSource) -> ExecutionJudge:
     limits = Limits(
         seconds=settings.seconds, memory_mb=settings.memory_mb, processes=settings.processes, file_mb=settings.file_mb
     )
-    return ExecutionJudge(settings.command, limits, settings.workers)
+    return ExecutionJudge(settings.command, limits, settings.workers, settings.readable, settings.unsafe)
 
 
 def make(ctx: SourceContext) -> list[PairRow]:
@@ -92,10 +100,6 @@ def make(ctx: SourceContext) -> list[PairRow]:
     assert isinstance(settings, ExecutionSource)
     groups = [list(dict.fromkeys(group)) for group in sample(ctx, settings.samples)]  # none is run twice
     judge = judge_of(settings)
-    if not judge.check().isolated:
-        ctx.reporter.warn(
-            f"{ctx.name}: programs run without namespaces here, so they can reach your files; run this in a container"
-        )
     remembered = remembering(judge.scores, ctx.folder / VERDICTS, code_version(*judge.command))
     rows: list[PairRow] = []
     with ctx.reporter.task(ctx.label("programs"), len(ctx.prompts)) as task:

@@ -26,17 +26,19 @@ MAKERS: dict[str, Callable[[SourceContext], list[PairRow]]] = {
 }
 
 
-def check_source(settings: object, prompts: list[PromptRow], trust_remote_code: bool) -> None:
-    """Raise UserError before training starts: for a missing judge or reward model, or a row without an answer."""
+def check_source(settings: object, prompts: list[PromptRow], trust_remote_code: bool) -> list[str]:
+    """Warnings about a source. UserError before training: a missing judge, reward model, answer or bubblewrap."""
     if isinstance(settings, (RankedSource, DiscriminatorSource, ActiveSource)) and settings.judge is not None:
         function_judge(settings.judge)
     elif isinstance(settings, ExecutionSource):
         execution.judge_of(settings).check()
+        return [execution.UNSAFE_WARNING] if settings.unsafe else []
     elif isinstance(settings, RankedSource) and settings.reward_model is not None:
         check_reward_model(settings.reward_model, trust_remote_code)
     else:
         for row in prompts:
             self_augmented.answer(row)
+    return []
 
 
 def stage_context(stage: Stage) -> SourceContext:

@@ -1,1 +1,1 @@
-"""One stage's Trainer: callbacks, checkpoints, checks at its start."""
+"""One stage's Trainer: its callbacks, its checkpoints, the checks at its start, and publishing what it trained."""

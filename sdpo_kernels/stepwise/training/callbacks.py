@@ -1,4 +1,4 @@
-"""What listens to a stage's Trainer: metrics.jsonl, the progress bar, and a clean stop on a signal."""
+"""Callbacks of a stage's Trainer: metrics.jsonl, the progress bar, and a clean stop on a signal."""
 
 from __future__ import annotations
 
@@ -28,27 +28,31 @@ class MetricsWriter(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
-        """One line a training step or an evaluation; Trainer's closing summary, which is timings, is left out."""
+        """Write one line per logged step or evaluation."""
+        # Trainer's summary at the end has neither loss: it is timings only
         if not logs or not ("loss" in logs or "eval_loss" in logs):
             return
+
         head = {
             "stage/name": self.stage,
             "stage/index": self.index,
             "step": state.global_step,
             "stage/global_step": self.steps_before + state.global_step,
         }
+
+        # timings differ between equal runs, and a resumed run must write the same lines
         timings = ("runtime", "per_second")
         values = {name: value for name, value in logs.items() if not any(part in name for part in timings)}
         self.metrics.append(head | {name: v if _is_json(v) else str(v) for name, v in values.items()})
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The last step is logged too, whatever `logging_steps` is."""
+        """Log the last step too, whatever `logging_steps` is."""
         if state.global_step >= state.max_steps:
             control.should_log = True
 
 
 class ProgressShower(TrainerCallback):
-    """Moves a stage's bar."""
+    """Updates a stage's progress bar."""
 
     def __init__(self, task: Task, trainer: StageTrainer) -> None:
         self.task, self.trainer = task, trainer
@@ -57,19 +61,22 @@ class ProgressShower(TrainerCallback):
         self.rows = 0
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """One step further; the last one is told by `on_log`, with its figures."""
+        """Advance by one step; the last step is left to `on_log`, which has its metrics."""
         if state.global_step < state.max_steps:
             self.task.update(state.global_step, self.note)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
-        """Loss, margin, accuracy, speed and memory as last logged."""
+        """Show loss, margin, accuracy, speed and peak memory as last logged."""
         if not logs or "loss" not in logs:
             return
+
+        # the first log has no earlier one to measure speed from
         now, rows = time.monotonic(), self.trainer.rows_seen
         speed = f"  {(rows - self.rows) / (now - self.clock):,.0f} tok/s" if self.clock else ""
         self.clock, self.rows = now, rows
+
         self.note = (
             f"loss {logs['loss']:.4f}  margin {logs['rewards/margins']:+.3f}  acc {logs['rewards/accuracies']:.2f}"
             f"{speed}  peak {write_bytes(peak_memory_bytes())}"
@@ -81,15 +88,16 @@ class StopOnSignal(TrainerCallback):
     """Ctrl-C or SIGTERM: finish the step, save, stop. A second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
-        self.requested = False  # here or in another process
-        self.signalled = False
+        self.requested = False  # on any rank
+        self.signalled = False  # on this rank
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Listen for the signals, in the main thread (others may not)."""
+        """Handle the signals within the block. Only the main thread may; in others this does nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
+
         before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -103,7 +111,7 @@ class StopOnSignal(TrainerCallback):
         self.signalled = self.requested = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Ask Trainer for a checkpoint and an end, where any process has been asked."""
+        """Make Trainer save a checkpoint and stop if any rank has had a signal."""
         self.requested = ranks.total(int(self.requested)) > 0
         if self.requested:
             control.should_save = True

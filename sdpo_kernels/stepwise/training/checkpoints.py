@@ -1,7 +1,8 @@
 """Checkpoints that count only once they are complete.
 
-Trainer writes a checkpoint in place: a kill in the middle leaves a half one, and its own resume would pick it. Here it
-is saved into a hidden folder of the stage, listed, fsynced and renamed; only then is the previous one removed.
+Trainer writes a checkpoint in place: a kill halfway leaves a partial one, and Trainer's own resume would pick it up.
+Here a checkpoint is saved into a hidden folder of the stage, then listed, fsynced and renamed; only after that is the
+previous one removed.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.files import empty_folder, publish_folder, remove_folder
 
 SAVING = ".saving"
-LISTING = "complete.json"  # sizes of a checkpoint's files, written last
+LISTING = "complete.json"  # the sizes of a checkpoint's files, written last
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 
 
 class AtomicCheckpoints:
-    """Mix in before `transformers.Trainer`: its `_save_checkpoint`, made atomic and keeping one checkpoint."""
+    """A mixin before `transformers.Trainer`: makes `_save_checkpoint` atomic and keeps one checkpoint only.
+
+    Every rank writes its own files into the checkpoint; rank 0 publishes it.
+    """
 
     args: Any
     state: Any
@@ -30,15 +34,18 @@ class AtomicCheckpoints:
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir)
         staging = empty_folder(folder / SAVING)
-        ranks.wait()  # every process adds files of its own
+        ranks.wait()  # no rank may write before rank 0 has emptied the folder
+
+        # Trainer saves below its output_dir, so that is the hidden folder for as long as it saves
         self.args.output_dir = str(staging)
         try:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
         finally:
             self.args.output_dir = str(folder)
+
         name = f"checkpoint-{self.state.global_step}"
         self.write_extra(staging / name)
-        ranks.wait()
+        ranks.wait()  # the listing must have every rank's files
         if ranks.is_first():
             self._publish(folder, staging, name)
         ranks.wait()
@@ -52,24 +59,26 @@ class AtomicCheckpoints:
                 remove_folder(old)
 
     def write_extra(self, checkpoint: Path) -> None:
-        """What else belongs into a checkpoint; nothing here."""
+        """Write further files into the checkpoint; none by default."""
 
 
 def write_listing(checkpoint: Path) -> None:
-    """Write down which files of which sizes make the checkpoint complete."""
+    """List the files that make the checkpoint complete, with their sizes."""
     sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()}
     (checkpoint / LISTING).write_text(json.dumps(sizes, indent=2))
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in a stage's folder, or None; what is incomplete is cleared away."""
+    """The newest complete checkpoint in a stage's folder, or None. Incomplete ones are removed."""
     if not folder.is_dir():
         return None
     for leftover in [folder / SAVING, *folder.glob(".*.removing")]:
         remove_folder(leftover)
+
     complete: list[tuple[int, Path]] = []
     for path in folder.glob("checkpoint-*"):
         match = _FOLDER.fullmatch(path.name)
+        # by number, not by name: checkpoint-10 is newer than checkpoint-9
         if match and is_complete(path):
             complete.append((int(match[1]), path))
         else:
@@ -78,14 +87,14 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def has_random_states(checkpoint: Path) -> bool:
-    """Whether it was saved by as many processes as there are now, each with the state of its random numbers."""
+    """Whether the checkpoint has an RNG state for each of the current number of ranks."""
     count = ranks.world_size()
     names = ["rng_state.pth"] if count == 1 else [f"rng_state_{rank}.pth" for rank in range(count)]
     return all((checkpoint / name).exists() for name in names)
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether every listed file is there with the size it was written with."""
+    """Whether every listed file is there and has its listed size."""
     try:
         sizes = json.loads((checkpoint / LISTING).read_text())
         return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())

@@ -1,6 +1,6 @@
-"""A trained stage becomes its finished folder: saved out of sight, evaluated, then published in one rename.
+"""Publishing a trained stage: saved into a hidden folder, evaluated, then renamed to its finished folder.
 
-A kill at any moment leaves either no folder or a complete one, which holds its own record for the manifest.
+A kill at any moment leaves either no finished folder or a complete one, with its own record for the manifest in it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from sdpo_kernels.stepwise.common.files import empty_folder, publish_folder, rea
 from sdpo_kernels.stepwise.models.load import ADAPTER, merge_adapter
 from sdpo_kernels.stepwise.models.sharded import gathered, require_same
 from sdpo_kernels.stepwise.record.manifest import Record, planned
-from sdpo_kernels.stepwise.record.model_card import model_card
-from sdpo_kernels.stepwise.references.scorer import write_scores
+from sdpo_kernels.stepwise.record.model_cards import model_card
+from sdpo_kernels.stepwise.references.cache import write_scores
 from sdpo_kernels.stepwise.references.stage_references import REFERENCE_FILE
 from sdpo_kernels.stepwise.sources.make import PAIRS_FILE, SOURCE_FOLDER
 from sdpo_kernels.stepwise.state import Stage
@@ -29,7 +29,7 @@ RECORD = "stage.json"  # a finished stage's record, inside its folder
 
 
 def is_published(stage: Stage) -> bool:
-    """Whether the stage's folder is there, though the manifest does not say so: killed between the two writes."""
+    """Whether the stage's finished folder exists, whatever the manifest says: a crash can come between the two."""
     return ranks.on_first((stage.folder / RECORD).exists)
 
 
@@ -37,15 +37,16 @@ def record_published(stage: Stage) -> None:
     """Record in the manifest a stage folder that was published just before a crash."""
     record = read_json(stage.folder / RECORD)
     if planned(record) != planned(stage.record):
-        raise UserError(f"{stage.folder} was left by another run; move it away or choose another output_dir")
+        raise UserError(f"{stage.folder} is from another run; move it away or choose another output_dir")
     stage.update(record)
     remove_folder(stage.work)
 
 
 def save(stage: Stage, trainer: StageTrainer, ref_logps: Tensor) -> Path:
-    """Save everything a finished stage holds but its card and its record, into a hidden folder; return that folder.
+    """Save everything in a finished stage but its model card and its record, into a hidden folder; return that folder.
 
-    On several ranks: sharded weights are gathered on rank 0, which alone writes.
+    UserError if the last step made a weight NaN or infinite. On several ranks, sharded weights are gathered on rank 0,
+    and only rank 0 writes.
     """
     trainer.require_finite_weights()
     require_same(trainer.model)
@@ -54,13 +55,22 @@ def save(stage: Stage, trainer: StageTrainer, ref_logps: Tensor) -> Path:
 
 
 def publish(stage: Stage, staging: Path, record: Record) -> None:
-    """Evaluate what was saved, publish the folder, and record it in the manifest."""
-    # the saved weights are what is evaluated, so saving itself is tried too
+    """Evaluate the saved model, publish its folder, and record the stage in the manifest.
+
+    1. Evaluate the model in the hidden folder; that its files can be loaded is tested with it.
+    2. Add the model card and the record.
+    3. Rename the folder to the finished one, then update the manifest. After a crash between the two,
+       `record_published` catches up.
+    4. Remove the stage's working folder.
+    """
+    # what is evaluated is what was written, not what is in memory
     if stage.run.eval_data is not None:
         record["eval"] = stage.run.eval_data.evaluate(str(staging), staging, stage.scorer)
+
     replace_file(staging / "README.md", model_card(stage.run.config, record).encode())
     replace_file(staging / RECORD, (json.dumps(record, indent=2) + "\n").encode())
 
+    # the record goes with the folder, so a crash after the rename loses nothing
     remove_folder(stage.folder)
     publish_folder(staging, stage.folder)
     stage.update(record)
@@ -71,12 +81,13 @@ def publish(stage: Stage, staging: Path, record: Record) -> None:
 def _write(stage: Stage, trainer: StageTrainer, weights: dict[str, Tensor] | None, ref_logps: Tensor) -> Path:
     staging = empty_folder(stage.work / "finished")
 
+    # with LoRA both the adapter, which later stages train further, and merged weights that anyone can load
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     if stage.run.config.lora is not None:
         model.save_pretrained(staging / ADAPTER, state_dict=weights)
         model, weights = merge_adapter(staging / ADAPTER, stage.run.config), None
     else:
-        model.config.use_cache = stage.use_cache  # Trainer switched it off, and generation wants it
+        model.config.use_cache = stage.use_cache  # Trainer switched it off; generation needs it
     model.save_pretrained(staging, state_dict=weights)
     stage.run.tokenizer.save_pretrained(staging)
 
@@ -86,6 +97,7 @@ def _write(stage: Stage, trainer: StageTrainer, weights: dict[str, Tensor] | Non
     if trainer.following is not None:
         trainer.following.save_average(staging)
 
+    # without a reference the file has zeros, which is what the loss used
     if stage.run.config.reference == "none":
         write_scores(staging / REFERENCE_FILE, ref_logps, key="reference: none")
     else:

@@ -1,7 +1,9 @@
-"""The training of one stage: its Trainer, made and checked, and run to the stage's end.
+"""Training one stage: make and check its Trainer, then run it to the stage's end.
 
-trainer = make_trainer(stage, start)
-stopped = train_to_end(stage, trainer, checkpoint)
+    trainer = make_trainer(stage, start)
+    stopped = train_to_end(stage, trainer, checkpoint)
+
+Saving and publishing the result is in `publish`.
 """
 
 from __future__ import annotations
@@ -27,7 +29,15 @@ from sdpo_kernels.stepwise.training.trainer import StageTrainer
 
 
 def make_trainer(stage: Stage, start: StageStart) -> StageTrainer:
-    """The stage's Trainer. UserError for what transformers refuses only once it has a model."""
+    """The stage's Trainer, checked as far as possible without a training step.
+
+    1. Try the fused head on one sequence.
+    2. Make the Trainer, with the guard for its first batch and, with `reference: ema`, the moving reference.
+    3. Check the distributed setup and configure FSDP2.
+    4. Create the optimizer.
+
+    UserError if the head is wrong, if transformers refuses a setting or lacks a library, or if there is no batch.
+    """
     config, loaded = stage.run.config, start.loaded
     _check_head(stage, loaded)
 
@@ -49,8 +59,8 @@ def make_trainer(stage: Stage, start: StageStart) -> StageTrainer:
         check_way(trainer)
         prepare_fsdp(trainer)
 
-        # Create the optimizer now, so that a missing optimizer library stops the run here and not in train().
-        # FSDP and DeepSpeed create theirs from their shards.
+        # Create the optimizer here, so that a missing library is reported before training starts.
+        # FSDP and DeepSpeed create theirs from the shards, in train().
         if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             trainer.create_optimizer()
     except (ValueError, ImportError) as error:
@@ -64,13 +74,17 @@ def make_trainer(stage: Stage, start: StageStart) -> StageTrainer:
 def train_to_end(stage: Stage, trainer: StageTrainer, checkpoint: Path | None) -> bool:
     """Train from `checkpoint`, or from the start, to the stage's last step.
 
-    Returns whether a signal asked to stop at that last step. Interrupted, with everything saved, if one came earlier.
+    Returns whether a signal came during that last step. If one came earlier, a checkpoint is saved and Interrupted
+    raised. A signal on one rank stops all.
     """
     stop = StopOnSignal()
     trainer.add_callback(stop)
+
+    # metrics count steps over the whole run too
     steps_before = sum(record["steps"] for record in stage.run.manifest.stages[: stage.index - 1])
     trainer.add_callback(MetricsWriter(stage.run.metrics, stage.name, stage.index, steps_before))
 
+    # within ranks.training() an error on one rank ends it at once: the others are waiting for its gradients
     with stage.run.reporter.task(stage.label, trainer.planned_steps()) as task, stop.installed(), ranks.training():
         trainer.add_callback(ProgressShower(task, trainer))
         if checkpoint is None:
@@ -88,26 +102,27 @@ def train_to_end(stage: Stage, trainer: StageTrainer, checkpoint: Path | None) -
 
 
 def announce_resume(stage: Stage, checkpoint: Path, step: int) -> None:
-    """Say that the stage resumes at `step`, and what a checkpoint of another number of processes means."""
+    """Say that the stage resumes at `step`; warn if the checkpoint is from another number of processes."""
     stage.run.reporter.say(f"stage {stage.name}: resuming at step {step}")
     if not has_random_states(checkpoint):
         stage.run.reporter.warn(
-            f"stage {stage.name}: {checkpoint.name} was saved by another number of processes, so its RNG states are "
+            f"stage {stage.name}: {checkpoint.name} was saved with another number of processes, so its RNG states are "
             "ignored; batches keep their order, and dropout is off anyway"
         )
 
 
 def _start_guard(stage: Stage, loaded: Loaded) -> StartGuard | None:
-    """The checks of the first batch; None where the policy does not start as a reference that was scored."""
+    """The checks of the first batch; None if there are no scores of the policy's start to compare with."""
     start_logps = stage.references.policy_start_logps()
     if start_logps is None and not stage.starts_as_reference:
         return None
+
     tolerance = cache_tolerance(loaded.by_sequence, stage.scorer.precision.dtype, next(loaded.model.parameters()).dtype)
     return StartGuard(stage.name, stage.data.where, stage.run.config.loss_sum.start_value, tolerance, start_logps)
 
 
 def _check_head(stage: Stage, loaded: Loaded) -> None:
-    """UserError where the fused head does not give the model's own log-probs, tried on one sequence."""
+    """UserError if the fused head does not give the model's own log-probs on the stage's first sequence."""
     sequence = stage.data.tokens[0].chosen.ids
     try:
         check_head(loaded.model, torch.from_numpy(sequence.astype("int64")).to(stage.args.device))

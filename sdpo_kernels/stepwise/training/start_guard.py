@@ -1,9 +1,9 @@
-"""The checks that guard a stage's start: a failure is an error that says which pair, both numbers and likely causes.
+"""Checks at a stage's start. An error names the pair, both numbers and the usual causes.
 
-1. before it: fused log-probs against the model's own logits (`integrations.causal_lm.check_head`);
-2. at its first batch, where policy = reference: a fresh score without gradient must equal the policy's log-probs, and a
-   loss that is ln 2 at equality must be ln 2 (dropout left on, a wrong adapter);
-3. the cached reference against that fresh score (a stale cache).
+1. Before training, fused log-probs must match the model's own logits (`integrations.causal_lm.check_head`).
+2. At the first batch, where policy = reference, the policy's log-probs must match a score of the same weights without
+   gradient, and a loss that is ln 2 (0.6931) at equality must be ln 2. Finds dropout left on and wrong adapters.
+3. That score must match the cached reference. Finds stale caches.
 """
 
 from __future__ import annotations
@@ -19,26 +19,32 @@ from sdpo_kernels.stepwise.common.errors import UserError
 
 LN2 = math.log(2)
 LN2_TOLERANCE = 1e-3
-SAME_PATH_TOLERANCE = 1e-6  # relative; measured on the same path: 0 to 1.9e-9
+SAME_PATH_TOLERANCE = 1e-6  # relative; measured between training and scoring: 0 to 1.9e-9
 
 
 @dataclass(frozen=True)
 class StartGuard:
     """Checks the first batch of a stage whose policy starts as its own reference.
 
-    Or, with `start`, as one of several: then the policy is held to its own score, and the loss may be anything.
+    With `start`, as one of several references: the policy is compared with the cached scores of its own start, and the
+    loss may be anything.
     """
 
     stage: str
     where: Sequence[str]  # 'file:line' of each pair of the stage
-    start_loss: float | None  # what the loss is there: a multiple of ln 2, or None where it has no such value
+    start_loss: float | None  # the loss if policy = reference: a multiple of ln 2, or None if it has no fixed value
     cache_tolerance: float  # relative
-    start: Tensor | None = None  # [n, 2] scores of the policy's start, where they are not the reference's
+    start: Tensor | None = None  # [n, 2] scores of the policy's start, if they are not the reference's
 
     def check(self, pair_index: Tensor, policy: Tensor, fresh: Tensor, cached: Tensor, loss: float) -> None:
-        """policy, fresh, cached: summed log-probs [2B], chosen first; pair_index [B]. UserError where they disagree."""
+        """Compare summed log-probs [2B], chosen first, of the pairs `pair_index` [B]; UserError if they disagree.
+
+        `policy` is in training mode, `fresh` the same weights without gradient, `cached` the cached reference's.
+        """
         if self.start is not None:
             cached = self.start[pair_index.cpu()].T.reshape(-1)
+
+        # the same weights, with and without gradient
         self._compare(
             pair_index,
             policy,
@@ -47,15 +53,19 @@ class StartGuard:
             "the policy in training mode gives {a:.6f}, the same weights without gradient {b:.6f}",
             "dropout or another random layer left on, or an adapter that is not neutral at its start",
         )
+
+        # the same weights, now and when the cache was written
         self._compare(
             pair_index,
             fresh,
             cached,
             self.cache_tolerance,
-            "scored afresh it gives {a:.6f}, the reference cache holds {b:.6f}",
+            "rescoring gives {a:.6f}, the reference cache holds {b:.6f}",
             "a stale reference cache (delete the stage's hidden folder in output_dir), or scores that depend on the "
-            "batch's composition (batching: padded, or attention kernels that are not exact)",
+            "rest of the batch (batching: padded, or attention kernels that are not exact)",
         )
+
+        # at equality every margin is 0, and such a loss does not depend on the data
         start_loss = self.start_loss if self.start is None else None
         if start_loss is not None and not abs(loss - start_loss) <= LN2_TOLERANCE * start_loss / LN2:
             times = start_loss / LN2
@@ -67,10 +77,13 @@ class StartGuard:
 
     def _compare(self, pair_index: Tensor, a: Tensor, b: Tensor, tolerance: float, text: str, causes: str) -> None:
         a, b = a.detach().double().cpu(), b.detach().double().cpu()
+
+        # relative, but absolute below 1 nat: a tiny log-prob cannot be held to a fraction of itself
         off = (a - b).abs() / b.abs().clamp(min=1.0)
         worst = int(torch.nan_to_num(off, nan=math.inf).argmax())
         if bool(off[worst] <= tolerance):
             return
+
         half = len(a) // 2
         pair = int(pair_index[worst % half])
         side = "chosen" if worst < half else "rejected"
@@ -82,8 +95,8 @@ class StartGuard:
 
 
 def cache_tolerance(by_sequence: bool, autocast: torch.dtype | None, weights: torch.dtype) -> float:
-    """How far a cached score may lie from a fresh one, relative; tight where scores do not depend on the batch."""
+    """How far a cached score may be from a new one, relative; tight if scores do not depend on the batch."""
     if by_sequence:
         return 1e-5
     low_precision = autocast is not None or weights != torch.float32
-    return 5e-2 if low_precision else 1e-3  # only indicative: bf16 noise reaches 1.2 nat a sequence
+    return 5e-2 if low_precision else 1e-3  # a rough bound: bf16 noise reaches 1.2 nat per sequence

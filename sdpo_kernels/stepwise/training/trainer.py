@@ -1,4 +1,4 @@
-"""One stage's `transformers.Trainer`: the fused loss on pairs, TRL's metric names, whole checkpoints."""
+"""One stage's `transformers.Trainer`: the fused loss on pairs, TRL's metric names, atomic checkpoints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer
 
-from sdpo_kernels.dpo import DPOOutput, pair_output
+from sdpo_kernels.dpo_output import DPOOutput, pair_output
 from sdpo_kernels.losses import LossSum
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
@@ -24,11 +24,15 @@ from sdpo_kernels.stepwise.references.ema import EmaReference
 from sdpo_kernels.stepwise.training.checkpoints import AtomicCheckpoints
 from sdpo_kernels.stepwise.training.start_guard import StartGuard
 
-PENDING = "pending_metrics.safetensors"  # in a checkpoint: what was collected since the last log
+PENDING = "pending_metrics.safetensors"  # in a checkpoint: the metrics collected since the last log
 
 
 class StageTrainer(AtomicCheckpoints, Trainer):
-    """Trains one stage with `loss` at `beta`; `before_checkpoint` is called before each checkpoint is saved."""
+    """Trains one stage with `loss` at `beta`.
+
+    `guard` checks the first batch, `following` is a reference that follows the policy, and `before_checkpoint()` is
+    called before each checkpoint is saved.
+    """
 
     def __init__(
         self,
@@ -42,24 +46,26 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         **trainer: Any,
     ) -> None:
         super().__init__(**trainer)
-        self.before_checkpoint = before_checkpoint
         self.remove_callback(PrinterCallback)
-        self.loss, self.beta = loss, beta
-        self.guard = guard
-        self.following = following
+        self.loss, self.beta, self.stage = loss, beta, stage
+        self.guard, self.following = guard, following
+        self.before_checkpoint = before_checkpoint
         if following is not None:
             self.add_callback(following)
-        self.stage = stage
+
+        # Trainer would divide the loss by the number of micro-batches; compute_loss scales it by pairs instead, so
+        # that every pair of a step has the same weight.
+        self.loss_is_scaled_for_ga = True
+
         self._metrics: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._all_finite: Tensor | None = None
         self.rows_seen = 0
-        self.loss_is_scaled_for_ga = True  # by compute_loss, so that every pair of a step weighs alike
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         return share_batches(super()._get_dataloader(*args, **kwargs))
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> int:
-        """The pairs of an optimiser step, in all its micro-batches and all processes."""
+        """The number of pairs in an optimiser step, over all its micro-batches and all ranks."""
         return ranks.total(sum(batch["pairs"] for batch in batch_samples))
 
     def compute_loss(
@@ -69,36 +75,52 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The stage's loss, mean over the pairs of the batch; its share of `num_items_in_batch`, where that is given.
+        """The stage's loss, the mean over the batch's pairs, scaled to its share of the step's `num_items_in_batch`.
 
-        Gradients are averaged over processes, so a process's share counts as often as there are processes.
+        1. At the first training batch, rescore the pairs without gradient, for the guard.
+        2. Get the reference's log-probs: cached, or of a reference that follows the policy.
+        3. Compute the policy's log-probs with the fused head, and the loss.
+        4. At the first training batch, check the policy against the reference.
+        5. Collect the metrics, and scale the loss.
+
+        UserError if the check of the first batch fails, on all ranks if it fails on one.
         """
         batch = Batch.of(inputs)
+
+        # the guard is used once, and never by an evaluation before training
         guard, self.guard = (self.guard, None) if model.training else (None, self.guard)
-        fresh = None if guard is None else self._score_afresh(model, batch)
+        fresh = None if guard is None else self._rescore_without_grad(model, batch)
+
         ref_logps = self._reference_logps(model, batch)
         sums, weights = batch.logps_for(model, self.loss)
         out = pair_output(sums, ref_logps, batch.rows.counts, pair_weights=weights, loss_type=self.loss, beta=self.beta)
         if guard is not None and fresh is not None:
             ranks.agree(lambda: guard.check(batch.pair_index, sums, fresh, ref_logps, float(out.loss.detach())))
+
+        # in an epoch's last step a rank may be left without pairs; it takes part all the same
         if batch.pairs:
-            self._remember(out, model.training)
+            self._collect_metrics(out, model.training)
         if model.training:
             self.rows_seen += batch.n_rows * ranks.world_size()
+
+        # gradients are averaged over ranks, so the share is multiplied by their number
         share = 1.0 if num_items_in_batch is None else batch.pairs * ranks.world_size() / num_items_in_batch
         loss = out.loss if share == 1 else out.loss * share
         return (loss, {"logps": sums}) if return_outputs else loss
 
     def _reference_logps(self, model: nn.Module, batch: Batch) -> Tensor:
-        """[2B]: cached, or of a reference that follows the policy; evaluations keep to the stage's start."""
+        """Log-probs [2B]: cached, or in training those of a reference that follows the policy."""
+        # evaluations stay comparable over a stage: they are always against its start
         if self.following is None or not model.training:
             return batch.ref_logps
         return self.following.logps(model, batch, self.loss.ld_alpha)
 
-    def _score_afresh(self, model: nn.Module, batch: Batch) -> Tensor:
+    def _rescore_without_grad(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The policy's log-probs [2B] in eval mode, for the guard."""
         model.eval()
         with torch.no_grad():
-            fresh, _ = batch.logps_for(model, self.loss)  # as below: with wpo's extra output a last bit may differ
+            # logps_for, as in compute_loss: with wpo's extra output the last bit may differ from a plain sum
+            fresh, _ = batch.logps_for(model, self.loss)
         model.train()
         return fresh
 
@@ -109,15 +131,16 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Evaluation needs the loss alone; the metrics are collected beside it."""
+        """Return the loss only; compute_loss collects the metrics."""
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
 
-    def _remember(self, out: DPOOutput, training: bool) -> None:
+    def _collect_metrics(self, out: DPOOutput, training: bool) -> None:
         """Keep the pairs' metrics as tensors [B]: reading them here would wait for the device at every step."""
         metrics = self._metrics["train" if training else "eval"]
-        # in place of Trainer's, which forgets at a resume; each pair weighs the same, as in the other metrics
+
+        # Replaces Trainer's own mean, which restarts at a resume. One entry per pair, as in the other metrics.
         metrics["loss"].append(out.loss.detach().expand(len(out.accuracy)))
         metrics["rewards/chosen"].append(out.chosen_rewards)
         metrics["rewards/rejected"].append(out.rejected_rewards)
@@ -125,26 +148,30 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         metrics["rewards/margins"].append(out.margins)
         metrics["logps/chosen"].append(out.chosen_logps)
         metrics["logps/rejected"].append(out.rejected_logps)
+
         if training:
             finite = torch.isfinite(out.loss.detach())
             self._all_finite = finite if self._all_finite is None else self._all_finite & finite
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's log with the pair metrics, averaged over the pairs seen since the last one."""
+        """Trainer's log, with the pair metrics added: means over the pairs of all ranks since the last log."""
         self.require_finite()
         kind = "train" if "loss" in logs else "eval" if "eval_loss" in logs else None
         if kind is not None:
             prefix = "" if kind == "train" else "eval_"
             for name, values in self._collected(kind).items():
-                logs[prefix + name] = math.fsum(values.tolist()) / len(values)  # whatever order the pairs come in
+                # fsum rounds only once, so the order of the pairs does not matter
+                logs[prefix + name] = math.fsum(values.tolist()) / len(values)
             self._metrics[kind].clear()
         super().log(logs, start_time)
 
     def _collected(self, kind: str) -> dict[str, Tensor]:
-        """Each metric of the pairs of all processes since the last log, on the CPU."""
+        """Each metric of the pairs of all ranks since the last log, on the CPU."""
         own = {name: torch.cat(values).float().cpu() for name, values in self._metrics[kind].items() if values}
         parts = ranks.exchange(own)
-        names = sorted({name for part in parts for name in part})  # sorted: a resumed run's came from a file
+
+        # sorted, as in the file of a checkpoint: a resumed run must log them in the same order
+        names = sorted({name for part in parts for name in part})
         return {name: torch.cat([part[name] for part in parts if name in part]) for name in names}
 
     def planned_steps(self) -> int:
@@ -155,13 +182,13 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         return math.ceil(steps * self.args.num_train_epochs)
 
     def require_finite(self) -> None:
-        """UserError where a loss was NaN or infinite: the weights would turn NaN at the next step, or have."""
+        """UserError if a loss was NaN or infinite: the weights are NaN now, or will be after the next step."""
         broken = self._all_finite is not None and not bool(self._all_finite)
         if ranks.total(int(broken)) > 0:
             raise UserError(
                 f"stage {self.stage}: the loss became NaN or infinite at step {self.state.global_step} or shortly "
-                "before; the last complete checkpoint is kept. Usual causes: a learning rate too high, fp16 without "
-                "range (use bf16), or weights that were broken before"
+                "before; the last complete checkpoint is kept. Usual causes: a learning rate that is too "
+                "high, overflow in fp16 (use bf16), or a model with broken weights"
             )
         self._all_finite = None
 
@@ -172,7 +199,7 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         super()._save_checkpoint(model, trial)
 
     def require_finite_weights(self) -> None:
-        """UserError where the last update made a weight NaN or infinite, though every loss was finite before it."""
+        """UserError if the last update made a weight NaN or infinite, though every loss was finite before it."""
         broken = [name for found in ranks.exchange(not_finite(self.model)) for name in found]
         if broken:
             raise UserError(
@@ -181,7 +208,7 @@ class StageTrainer(AtomicCheckpoints, Trainer):
             )
 
     def write_extra(self, checkpoint: Path) -> None:
-        """What a resumed run needs to go on as one never stopped: metrics since the last log, a moving reference."""
+        """Save what makes a resumed run equal to one never stopped: metrics since the last log, a moving reference."""
         pending = self._collected("train")
         if not ranks.is_first():
             return
@@ -190,11 +217,14 @@ class StageTrainer(AtomicCheckpoints, Trainer):
             self.following.save(checkpoint)
 
     def resume(self, checkpoint: Path) -> None:
-        """Train on from `checkpoint`."""
-        self.guard = None  # the policy has left its start
+        """Resume training from `checkpoint`."""
+        self.guard = None  # the policy is no longer its reference
+
+        # the file has the pending metrics of all ranks, and the next log gathers them again: they go to rank 0 only
         if ranks.is_first():
             pending = load_file(checkpoint / PENDING)
             self._metrics["train"].update({name: [values] for name, values in pending.items()})
+
         if self.following is not None:
             self.following.load(checkpoint)
         self.train(resume_from_checkpoint=str(checkpoint))

@@ -1,5 +1,5 @@
-// CUDA on the CPU, as far as csrc/cuda needs it: a block's threads are fibers of one thread, blocks run one after the
-// other. Every thread runs until it meets a barrier or a shuffle, so that a missing barrier shows. Slow, exact, no GPU.
+// CUDA on the CPU, as far as csrc/cuda needs it: a block's threads are fibers of one thread, and blocks run one after
+// the other. Every thread runs until a barrier or a shuffle, so that a missing barrier is noticed. Slow, exact, no GPU.
 #pragma once
 
 #include <ucontext.h>
@@ -59,7 +59,7 @@ inline std::vector<Fiber> fibers;
 inline ucontext_t scheduler;
 inline unsigned current;
 inline std::function<void()> body;
-inline uint64_t exchanged[32 * 32];  // what the lanes of up to 32 warps show each other
+inline uint64_t exchanged[32 * 32];  // values that the lanes of up to 32 warps exchange
 
 inline void start() {
   body();
@@ -72,7 +72,7 @@ inline void wait(int what) {
   swapcontext(&fibers[current].context, &scheduler);
 }
 
-// Whether all threads from `first` to `last` that live wait for `what`; if so they may go on.
+// If all running threads from `first` to `last` wait for `what`, releases them and returns true.
 inline bool release(unsigned first, unsigned last, int what) {
   bool any = false;
   for (unsigned t = first; t < last; t++) {
@@ -98,7 +98,7 @@ inline void run_block(unsigned threads) {
   }
   for (;;) {
     bool ran = false, alive = false;
-    for (unsigned t = threads; t-- > 0;) {  // backwards: code that leans on lane 0 being first fails here
+    for (unsigned t = threads; t-- > 0;) {  // backwards: code that relies on lane 0 being first fails here
       if (fibers[t].done) continue;
       alive = true;
       if (fibers[t].waits_for) continue;
@@ -142,7 +142,7 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   emulator::wait(2);
   T other;
   memcpy(&other, &emulator::exchanged[me ^ unsigned(mask)], sizeof other);
-  emulator::wait(2);  // before anyone shows the next number
+  emulator::wait(2);  // before any lane writes the next value
   return other;
 }
 

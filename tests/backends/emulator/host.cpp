@@ -1,4 +1,4 @@
-// csrc/cuda/host.h answered on the CPU: memory filled with NaN, products by three loops.
+// csrc/cuda/host.h implemented on the CPU: memory filled with NaN, products by three loops.
 #include "../../../csrc/cuda/host.h"
 
 #include <cstdlib>
@@ -21,7 +21,7 @@ double at(const View& v, int64_t row, int64_t column) {
 std::shared_ptr<void> Host::allocate(int64_t bytes) const {
   size_t size = (size_t(bytes < 1 ? 1 : bytes) + 511) / 512 * 512;
   void* memory = std::aligned_alloc(512, size);
-  std::memset(memory, 0xff, size);  // what nobody wrote must not be read
+  std::memset(memory, 0xff, size);  // reading memory that was not written must show
   return std::shared_ptr<void>(memory, std::free);
 }
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdpo_kernels.dpo import pair_output
+from sdpo_kernels.dpo_output import pair_output
 from sdpo_kernels.integrations.causal_lm import attach_fused_head
 from sdpo_kernels.integrations.packed_attention import use_packed_attention
 from sdpo_kernels.stepwise.data.batches import Batch, PairDataset, collate_packed, make_collate_padded

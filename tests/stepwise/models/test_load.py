@@ -1,4 +1,4 @@
-"""Loading: dropout off, head attached, attention that packs or the padded fallback; hashes; adapters."""
+"""Loading: dropout off, head attached, packed attention or the padded fallback; hashes; adapters."""
 
 import json
 import shutil
@@ -32,14 +32,14 @@ def test_a_loaded_model_is_ready_to_train(tmp_path):
     assert loaded.model(input_ids=ids, position_ids=positions, logp_targets=ids).logps.shape == (3,)
 
 
-def test_padded_batches_where_asked_for(tmp_path, model):
+def test_padded_batches_if_asked_for(tmp_path, model):
     loaded = load(runs.configured(tmp_path, model, batching="padded"))
     assert not loaded.packed
     assert not loaded.by_sequence
 
 
-def test_a_model_that_leaks_gets_padded_batches_and_that_is_said(tmp_path, caplog):
-    """Short convolutions carry state over a sequence's end."""
+def test_a_model_that_mixes_packed_sequences_gets_padded_batches_with_a_warning(tmp_path, caplog):
+    """Short convolutions carry state across the end of a sequence."""
     config = Lfm2Config(
         vocab_size=len(runs.VOCABULARY), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, layer_types=["conv", "full_attention"], pad_token_id=0,
@@ -50,7 +50,7 @@ def test_a_model_that_leaks_gets_padded_batches_and_that_is_said(tmp_path, caplo
     run_config = runs.configured(tmp_path, folder, sizes=(8,))
     loaded = load(run_config)
     assert not loaded.packed
-    assert "batches are padded, in groups of like length, instead of packed: Lfm2ForCausalLM" in caplog.text
+    assert "batches are padded, in groups of similar length, instead of packed: Lfm2ForCausalLM" in caplog.text
     manifest = runs.train(run_config)
     assert manifest["stages"][0]["first_loss"] == pytest.approx(0.693147, abs=1e-3)
 
@@ -66,7 +66,7 @@ def test_a_model_that_leaks_gets_padded_batches_and_that_is_said(tmp_path, caplo
     ],
     ids=["no folder", "no config", "unknown type", "no weights", "broken weights"],
 )
-def test_a_model_that_cannot_be_loaded_is_one_clear_line(tmp_path, model, damage):
+def test_a_model_that_cannot_be_loaded_is_a_one_line_error(tmp_path, model, damage):
     folder = tmp_path / "m"
     shutil.copytree(model, folder)
     config = runs.configured(tmp_path, folder)
@@ -78,7 +78,7 @@ def test_a_model_that_cannot_be_loaded_is_one_clear_line(tmp_path, model, damage
 
 
 def test_pickled_weights_are_refused(tmp_path, model):
-    """pytorch_model.bin may run code when it is read."""
+    """Reading pytorch_model.bin may run code."""
     folder = tmp_path / "m"
     shutil.copytree(model, folder)
     state = AutoModelForCausalLM.from_pretrained(model).state_dict()
@@ -88,7 +88,7 @@ def test_pickled_weights_are_refused(tmp_path, model):
         load(runs.configured(tmp_path, folder))
 
 
-def test_a_missing_tokenizer_is_one_clear_line(tmp_path, model):
+def test_a_missing_tokenizer_is_a_one_line_error(tmp_path, model):
     folder = tmp_path / "m"
     shutil.copytree(model, folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -98,7 +98,7 @@ def test_a_missing_tokenizer_is_one_clear_line(tmp_path, model):
     assert "\n" not in str(error.value)
 
 
-def test_the_hash_sees_every_weight_name_and_dtype(tmp_path, model):
+def test_the_hash_depends_on_every_weight_name_and_dtype(tmp_path, model):
     network = AutoModelForCausalLM.from_pretrained(model)
     first = weights_hash(network)
     assert weights_hash(AutoModelForCausalLM.from_pretrained(model)) == first
@@ -115,7 +115,7 @@ def test_the_hash_sees_every_weight_name_and_dtype(tmp_path, model):
     assert weights_hash(network) not in seen
 
 
-def test_adapters_train_alone_and_merge_in_float32(tmp_path, model):
+def test_only_the_adapter_trains_and_it_merges_in_float32(tmp_path, model):
     config = runs.configured(tmp_path, model, lora={"r": 2})
     loaded = load(config)
     add_adapter(loaded, config.lora)
@@ -140,7 +140,7 @@ def test_adapters_train_alone_and_merge_in_float32(tmp_path, model):
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 2
 
 
-def test_an_unknown_target_module_is_one_clear_line(tmp_path, model):
+def test_an_unknown_target_module_is_a_one_line_error(tmp_path, model):
     loaded = load(runs.configured(tmp_path, model))
     with pytest.raises(UserError, match=r"lora: .*nonesuch") as error:
         add_adapter(loaded, LoraSettings(target_modules="nonesuch"))

@@ -1,11 +1,9 @@
-"""manifest.json: made once, compared ever after; metrics.jsonl: appended to and rewound."""
-
-import json
+"""manifest.json: created once, then compared; metrics.jsonl: appended to and rewound."""
 
 import pytest
 
 from sdpo_kernels.stepwise.common.errors import UserError
-from sdpo_kernels.stepwise.record.manifest import Manifest, MetricsFile, host_environment
+from sdpo_kernels.stepwise.record.manifest import Manifest, MetricsFile
 
 HEADER = {"version": "0", "config": {"beta": 0.1, "stages": [{"name": "a"}, {"name": "b"}]}, "eval_data_hash": None}
 
@@ -20,7 +18,7 @@ def planned(**changes):
     return stages
 
 
-def test_made_new_then_read_back_with_its_progress(tmp_path):
+def test_created_then_read_back_with_its_progress(tmp_path):
     manifest = Manifest.open(tmp_path, HEADER, planned())
     manifest.update_stage(1, {"state": "done", "steps": 4})
     again = Manifest.open(tmp_path, HEADER, planned())
@@ -29,14 +27,14 @@ def test_made_new_then_read_back_with_its_progress(tmp_path):
     assert again.data["initial_eval"] is None
 
 
-def test_another_config_is_an_error_that_shows_every_difference(tmp_path):
+def test_another_config_is_an_error_that_lists_every_difference(tmp_path):
     Manifest.open(tmp_path, HEADER, planned())
     other = HEADER | {"config": {"beta": 0.2, "stages": [{"name": "a"}, {"name": "c"}]}}
     with pytest.raises(UserError) as error:
         Manifest.open(tmp_path, other, planned())
     assert "beta: 0.1 -> 0.2" in str(error.value)
     assert "stages.1.name: b -> c" in str(error.value)
-    assert str(tmp_path) in str(error.value)
+    assert f"{tmp_path} already contains a run with different settings" in str(error.value)
 
 
 @pytest.mark.parametrize(("key", "value"), [("data_hash", "other"), ("pairs", 4), ("dropped", 1), ("beta", 0.2)])
@@ -53,7 +51,7 @@ def test_other_evaluation_data_is_an_error(tmp_path):
         Manifest.open(tmp_path, HEADER | {"eval_data_hash": "two"}, planned())
 
 
-def test_a_broken_manifest_is_one_clear_line(tmp_path):
+def test_a_broken_manifest_is_an_error(tmp_path):
     (tmp_path / "manifest.json").write_text('{"stages": [')
     with pytest.raises(UserError, match=r"cannot read .*manifest\.json"):
         Manifest.open(tmp_path, HEADER, planned())
@@ -63,7 +61,7 @@ def line(stage, step, **values):
     return {"stage/name": "x", "stage/index": stage, "step": step} | (values or {"loss": 0.5})
 
 
-def test_rewind_keeps_what_a_checkpoint_knows(tmp_path):
+def test_rewind_keeps_the_lines_up_to_a_checkpoint(tmp_path):
     file = MetricsFile(tmp_path)
     for stage, steps in ((1, 3), (2, 4), (3, 2)):
         for step in range(1, steps + 1):
@@ -72,8 +70,8 @@ def test_rewind_keeps_what_a_checkpoint_knows(tmp_path):
     assert [(x["stage/index"], x["step"]) for x in file.lines()] == [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2)]
 
 
-def test_a_stage_that_starts_anew_keeps_no_line_of_its_own(tmp_path):
-    """An evaluation before the first step has step 0; without this it would be there twice after a kill."""
+def test_a_stage_that_starts_over_keeps_none_of_its_lines(tmp_path):
+    """An evaluation before the first step has step 0; otherwise a kill would leave it twice."""
     file = MetricsFile(tmp_path)
     file.append(line(1, 5))
     file.append(line(2, 0, eval_loss=0.7))
@@ -82,7 +80,7 @@ def test_a_stage_that_starts_anew_keeps_no_line_of_its_own(tmp_path):
     assert [(x["stage/index"], x["step"]) for x in file.lines()] == [(1, 5)]
 
 
-def test_a_half_line_is_cleared_away_and_whole_lines_keep_their_bytes(tmp_path):
+def test_a_half_line_is_removed_and_whole_lines_keep_their_bytes(tmp_path):
     file = MetricsFile(tmp_path)
     file.append(line(1, 1, loss=0.1 + 0.2, name="β"))
     whole = file.path.read_bytes()
@@ -93,16 +91,10 @@ def test_a_half_line_is_cleared_away_and_whole_lines_keep_their_bytes(tmp_path):
     assert file.path.read_bytes() == whole
 
 
-def test_lines_of_training_without_evaluations(tmp_path):
+def test_of_stage_leaves_out_evaluations(tmp_path):
     file = MetricsFile(tmp_path)
     assert file.lines() == []
     file.append(line(1, 1))
     file.append(line(1, 1, eval_loss=0.4))
     file.append(line(2, 1))
     assert file.of_stage(1) == [line(1, 1)]
-
-
-def test_environment_is_json(tmp_path):
-    environment = host_environment(1, "cpu", 42)
-    assert json.loads(json.dumps(environment)) == environment
-    assert {"torch", "transformers", "threads", "device", "seed"} <= set(environment)

@@ -1,4 +1,4 @@
-"""A reference that follows the policy: the average's arithmetic, the swap, runs of each mode, kills."""
+"""A reference that follows the policy: the average, the swap, runs in each mode, kills."""
 
 import math
 import signal
@@ -32,7 +32,7 @@ def tiny() -> nn.Module:
 
 
 def moved(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Change what trains; its values afterwards."""
+    """Change the trained weights at random; returns the new values."""
     with torch.no_grad():
         for weight in trained(model).values():
             weight.add_(torch.randn_like(weight))
@@ -40,11 +40,11 @@ def moved(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.3, 0.5, 0.99])
-def test_the_average_is_that_of_a_replay_in_float64(decay):
+def test_the_average_matches_a_replay_in_float64(decay):
     model = tiny()
     wanted = {name: weight.detach().double().clone() for name, weight in trained(model).items()}
     following = EmaReference(model, EmaSettings(decay=decay, sync_steps=4))
-    assert set(following.average) == {"0.weight", "1.weight", "1.bias"}  # not what is frozen
+    assert set(following.average) == {"0.weight", "1.weight", "1.bias"}  # no frozen weight
     for step in range(1, 11):
         policy = moved(model)
         wanted = {name: decay * wanted[name] + (1 - decay) * policy[name] for name in policy}
@@ -60,7 +60,7 @@ def test_the_average_is_that_of_a_replay_in_float64(decay):
                 torch.testing.assert_close(weight.double(), synced[name], rtol=1e-5, atol=1e-6)
 
 
-def test_the_reference_becomes_the_policy_or_stays():
+def test_the_reference_becomes_the_policy_or_stays_fixed():
     model = tiny()
     following, fixed = (
         EmaReference(model, EmaSettings(mode="policy", sync_steps=2)),
@@ -77,7 +77,7 @@ def test_the_reference_becomes_the_policy_or_stays():
     assert all(torch.equal(fixed.average[name], following.average[name]) for name in synced)
 
 
-def test_an_average_of_what_does_not_move_does_not_drift():
+def test_the_average_of_a_constant_policy_does_not_drift():
     model = tiny()
     following = EmaReference(model, EmaSettings(decay=0.9, sync_steps=1))
     for step in range(1, 100):
@@ -86,7 +86,7 @@ def test_an_average_of_what_does_not_move_does_not_drift():
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_swap_brings_back_the_same_bits_in_the_same_place(fails):
+def test_a_swap_restores_the_same_bits_in_the_same_storage(fails):
     model = tiny()
     following = EmaReference(model, EmaSettings(decay=0.5, sync_steps=1))
     moved(model)
@@ -112,8 +112,8 @@ def test_a_swap_brings_back_the_same_bits_in_the_same_place(fails):
     assert torch.equal(model[1].bias.grad, torch.ones(2))
 
 
-def test_an_enclosing_autocast_keeps_no_cast_of_the_other_weights():
-    """autocast caches its casts of weights; one made without gradient would also cost the policy its own."""
+def test_an_enclosing_autocast_caches_no_cast_of_the_other_weights():
+    """autocast caches its casts of weights; one made without gradient would also leave the policy without its own."""
     model = tiny()
     zeros = {name: torch.zeros_like(weight) for name, weight in trained(model).items()}
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -160,7 +160,7 @@ POLICY, NO_MEMORY = {"mode": "policy", "sync_steps": 1}, {"decay": 0.0, "sync_st
 
 @pytest.mark.parametrize(("way", "ema"), [*((way, POLICY) for way in WAYS), ("fp32", NO_MEMORY), ("lora", NO_MEMORY)])
 def test_a_reference_that_is_the_policy_keeps_every_loss_at_ln_2(tmp_path, model, way, ema):
-    """Free oracle of the swap and its path: synced after each step, the reference scores what the policy does."""
+    """An exact case for the swap: synced after each step, the reference scores the same as the policy."""
     runs.train(runs.configured(tmp_path, model, reference="ema", ema=ema, **WAYS[way]))
     lines = runs.metrics(tmp_path / "run")
     assert len(lines) == 5
@@ -208,8 +208,8 @@ def test_each_batch_is_scored_by_the_reference_of_its_step(tmp_path, model, monk
         torch.testing.assert_close(stored[name].double(), average[name], rtol=1e-5, atol=1e-6)
 
 
-def test_before_its_first_move_it_costs_no_second_forward(tmp_path, model, monkeypatch):
-    """And trains as reference: previous does, bit for bit."""
+def test_before_its_first_sync_it_costs_no_second_forward(tmp_path, model, monkeypatch):
+    """And it trains like `reference: previous`, bit for bit."""
     plain = tmp_path / "plain"
     plain.mkdir()
     runs.train(runs.configured(plain, model))
@@ -237,8 +237,8 @@ def test_before_its_first_move_it_costs_no_second_forward(tmp_path, model, monke
     assert counts[0] == counts[1] == counts[2] - 1  # the third step of the first stage
 
 
-def test_the_reference_is_scored_in_evaluation_mode_and_training_goes_on():
-    """Gradient checkpointing and whatever else looks at the mode must do as when the start was scored."""
+def test_the_reference_is_scored_in_eval_mode_and_training_mode_comes_back():
+    """Gradient checkpointing, and whatever else depends on the mode, must behave as when the start was scored."""
 
     class Spy:
         ref_logps = torch.zeros(2)
@@ -261,8 +261,8 @@ def test_the_reference_is_scored_in_evaluation_mode_and_training_goes_on():
     assert modes == [(False, False)] * 2
 
 
-def test_evaluations_keep_to_the_stages_start(tmp_path, model):
-    """One yardstick for a whole stage: the loss against the start, which a moving reference would keep near ln 2."""
+def test_evaluations_stay_against_the_stages_start(tmp_path, model):
+    """So they are comparable over a stage: against a moving reference the loss would stay near ln 2."""
     evaluation = str(runs.write_rows(tmp_path / "e.jsonl", runs.make_rows(6, seed=9)))
     trainer = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
     runs.train(
@@ -295,13 +295,13 @@ def test_the_averaged_model_of_a_stage_can_be_loaded(tmp_path, model):
         assert torch.equal(weight, stored[name])
     assert any(not torch.equal(before[name], stored[name]) for name in stored)
     smaller = AutoModelForCausalLM.from_pretrained(runs.make_model(tmp_path / "small", hidden_size=8))
-    with pytest.raises(UserError, match="in another shape; load the stage's own"):
+    with pytest.raises(UserError, match="missing in the model or has another shape; load the stage's own model"):
         load_ema_into(smaller, folder)
-    with pytest.raises(UserError, match=r"ema\.safetensors is missing: only stages with reference: ema leave one"):
+    with pytest.raises(UserError, match=r"ema\.safetensors is missing: only stages with reference: ema write one"):
         load_ema_into(network, tmp_path)
 
 
-def test_of_a_lora_stage_the_adapter_is_averaged(tmp_path, model):
+def test_in_a_lora_stage_the_adapter_is_averaged(tmp_path, model):
     config = runs.configured(tmp_path, model, reference="ema", ema={"decay": 0.9}, lora={"r": 2})
     runs.train(config)
     folder = tmp_path / "run" / "stage-2-s2"
@@ -311,11 +311,11 @@ def test_of_a_lora_stage_the_adapter_is_averaged(tmp_path, model):
     network = load_model(str(folder), config, Precision(CPU)).model
     load_ema_into(network, folder)
     assert all(torch.equal(weight, stored[name]) for name, weight in trained(network).items())
-    with pytest.raises(UserError, match="which the model has not"):
+    with pytest.raises(UserError, match="is missing in the model"):
         load_ema_into(AutoModelForCausalLM.from_pretrained(folder), folder)
 
 
-# ---- stopped and gone on ----
+# ---- stopped and resumed ----
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_of_a_lora_stage_the_adapter_is_averaged(tmp_path, model):
         ({"sync_steps": 1, "decay": 0.8}, {"trainer": {"gradient_accumulation_steps": 2, "bf16": True}}),
     ],
 )
-def test_a_stage_that_is_stopped_ends_the_same(tmp_path, model, monkeypatch, ema, more):
+def test_a_stopped_stage_resumes_to_the_same_bits(tmp_path, model, monkeypatch, ema, more):
     trainer = {"save_steps": 1} | more.get("trainer", {})
     settings = {"reference": "ema", "ema": ema, **more, "trainer": trainer}
     whole = tmp_path / "whole"
@@ -396,8 +396,8 @@ def test_a_checkpoint_without_its_averages_does_not_count(tmp_path, model, monke
     assert runs.train(config)["stages"][0]["resumed_at_step"] is None
 
 
-def test_a_wrong_start_is_still_found_out(tmp_path, model, monkeypatch):
-    genuine = StageTrainer._score_afresh
-    monkeypatch.setattr(StageTrainer, "_score_afresh", lambda self, m, b: genuine(self, m, b) * (1 + 1e-4))
+def test_a_wrong_start_is_still_an_error(tmp_path, model, monkeypatch):
+    genuine = StageTrainer._rescore_without_grad
+    monkeypatch.setattr(StageTrainer, "_rescore_without_grad", lambda self, m, b: genuine(self, m, b) * (1 + 1e-4))
     with pytest.raises(UserError, match=r"pair .*data1\.jsonl:\d+"):
         runs.train(runs.configured(tmp_path, model, reference="ema", ema={"sync_steps": 1}))

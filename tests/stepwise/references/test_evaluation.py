@@ -1,4 +1,4 @@
-"""Shares, γ and rewards by hand; evaluation pairs and where their log-probs lie."""
+"""Accuracies, γ and rewards by hand; evaluation pairs and their stored log-probs."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ import torch
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.data.pairs import Pair
 from sdpo_kernels.stepwise.data.tokenize import tokenize_pairs
+from sdpo_kernels.stepwise.references.cache import write_scores
 from sdpo_kernels.stepwise.references.evaluation import EVAL_FILE, EvalData, summarise
-from sdpo_kernels.stepwise.references.scorer import write_scores
 from tests.stepwise import runs
 
 LOGPS = torch.tensor([[-4.0, -6.0], [-9.0, -8.0], [-5.0, -5.0], [-2.0, -3.0]])
@@ -27,14 +27,14 @@ def test_scores_by_hand():
     assert scores["reward_margin"] == pytest.approx((0.5 - 0.5 - 0.5 - 1.0) / 4)
 
 
-def test_no_rewards_without_a_reference_and_none_against_oneself():
+def test_no_rewards_without_a_reference_and_zero_against_itself():
     scores = summarise(LOGPS, COUNTS, None, beta=0.5)
     assert scores["reward_accuracy"] is scores["reward_margin"] is None
     own = summarise(LOGPS, COUNTS, LOGPS, beta=0.5)
     assert (own["reward_accuracy"], own["reward_margin"]) == (0.0, 0.0)
 
 
-def test_stored_log_probs_must_be_there_and_fit(tmp_path):
+def test_stored_log_probs_must_exist_and_match_the_pairs(tmp_path):
     pairs = [Pair(**row, where=f"d:{i}") for i, row in enumerate(runs.make_rows(3))]
     tokens = tokenize_pairs(pairs, runs.make_tokenizer(), max_length=64, truncation="keep_start")
     data = EvalData(tokens, tmp_path, 0.1, "initial")

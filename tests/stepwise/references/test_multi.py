@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.prepare import prepare
+from sdpo_kernels.stepwise.references.cache import read_scores
 from sdpo_kernels.stepwise.references.mixture import adaptive_weights, clip_to_base, combine
-from sdpo_kernels.stepwise.references.scorer import Scorer, read_scores
+from sdpo_kernels.stepwise.references.scorer import Scorer
 from tests.stepwise import runs
 
 LN2 = math.log(2)
@@ -61,18 +62,18 @@ def test_the_mixture_is_that_of_the_formula(count, epsilon, alpha, convention):
 
 @pytest.mark.parametrize("convention", ["formula", "published"])
 @pytest.mark.parametrize("alpha", ["adaptive", (0.3, 0.7)])
-def test_equal_references_are_one(alpha, convention):
+def test_equal_references_mix_to_the_same_log_probs(alpha, convention):
     one = -30 * torch.rand(20, 2)
     assert torch.equal(combine(torch.stack([one, one]), epsilon=0.1, alpha=alpha, convention=convention), one)
 
 
-def test_without_a_neighbourhood_the_base_is_alone():
+def test_with_epsilon_zero_only_the_base_counts():
     logps = -30 * torch.rand(3, 20, 2)
     assert torch.equal(combine(logps, epsilon=0.0), logps[0])
 
 
-def test_the_published_weights_are_the_other_way_round():
-    """As trainer_mref.py has it: π_1 π_2 / (α π_1 + (1 − α) π_2), where 1 is the further reference and α its weight."""
+def test_the_published_convention_swaps_the_weights():
+    """As in trainer_mref.py: π_1 π_2 / (α π_1 + (1 − α) π_2), where 1 is the further reference and α its weight."""
     base, other, alpha = -2.0, -2.5, 0.9
     wanted = base + other - math.log(alpha * math.exp(other) + (1 - alpha) * math.exp(base))
     logps = torch.tensor([base, other]).view(2, 1, 1).expand(2, 1, 2)
@@ -83,7 +84,7 @@ def test_the_published_weights_are_the_other_way_round():
 
 
 def test_clipping_on_either_side():
-    """Equal mean sizes: each answer has half of ε = 0.2, so a base of −10 allows −11 to −9."""
+    """Equal means: each answer gets half of ε = 0.2, so a base of −10 allows −11 to −9."""
     logps = torch.tensor([[[-10.0, -10.0]], [[-20.0, -5.0]], [[-5.0, -20.0]], [[-10.5, -10.5]]]).double()
     wanted = [[-10.0, -10.0], [-11.0, -9.0], [-9.0, -11.0], [-10.5, -10.5]]
     assert clip_to_base(logps, 0.2)[:, 0].flatten().tolist() == pytest.approx(
@@ -91,7 +92,7 @@ def test_clipping_on_either_side():
     )
 
 
-def test_the_longer_answer_has_the_wider_neighbourhood():
+def test_the_longer_answer_gets_the_wider_neighbourhood():
     logps = torch.tensor([[[-30.0, -10.0]], [[-100.0, -0.1]]]).double()
     sizes = [65.0, 5.05]
     share = 0.2 * sizes[0] / sum(sizes)
@@ -99,25 +100,25 @@ def test_the_longer_answer_has_the_wider_neighbourhood():
     assert clip_to_base(logps, 0.2)[1, 0].tolist() == pytest.approx(wanted)
 
 
-def test_weights_sum_to_one_and_ask_only_how_sure_a_reference_is():
+def test_weights_sum_to_one_and_depend_only_on_how_sure_a_reference_is():
     logps = torch.tensor([[[-3.0, -5.0]], [[-9.0, -1.0]], [[-2.0, -2.0]]]).double()  # γ of 2, −8 and 0
     assert adaptive_weights(logps)[:, 0].tolist() == pytest.approx([0.2, 0.8, 0.0], abs=1e-6)
     assert float(adaptive_weights(-torch.rand(3, 9, 2).double()).sum(0).sub(1).abs().max()) < 1e-12
 
 
-def test_references_that_are_sure_of_nothing_leave_the_base():
+def test_references_that_are_sure_of_nothing_leave_only_the_base():
     logps = torch.tensor([[[-3.0, -3.0]], [[-2.9, -2.9]]])
     assert combine(logps, epsilon=0.5)[0].tolist() == [-3.0, -3.0]
     assert torch.isfinite(combine(torch.zeros(2, 3, 2), epsilon=0.5)).all()
 
 
-def test_very_unlike_references_stay_finite():
+def test_mixing_very_different_references_stays_finite():
     logps = torch.tensor([[[-4000.0, -2.0]], [[-2.0, -4000.0]]])
     assert torch.isfinite(combine(logps, epsilon=0.9)).all()
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 2), (2, 3), (2, 3, 3)])
-def test_what_is_no_set_of_references_is_refused(shape):
+def test_a_wrong_shape_or_convention_is_an_error(shape):
     with pytest.raises(ValueError, match="logps: was of shape"):
         combine(torch.zeros(shape), epsilon=0.1)
     with pytest.raises(ValueError, match="convention: was 'published'"):
@@ -129,7 +130,7 @@ def test_what_is_no_set_of_references_is_refused(shape):
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
-    """Two models beside the base, one of them of another size."""
+    """Two models besides the base, one of them of another size."""
     folder = tmp_path_factory.mktemp("others")
     first = runs.make_model(folder / "a", seed=1)
     return [str(first), str(runs.make_model(folder / "b", seed=2, hidden_size=8))]
@@ -151,7 +152,7 @@ def scored(path, data):
     return rows
 
 
-def test_three_models_make_the_reference_of_each_stage(tmp_path, model, others):
+def test_three_models_are_mixed_into_each_stages_reference(tmp_path, model, others):
     config = runs.configured(tmp_path, model, reference="multi", multi={"models": others, "epsilon": 0.3})
     manifest = runs.train(config)
     run = tmp_path / "run"
@@ -174,14 +175,14 @@ def test_three_models_make_the_reference_of_each_stage(tmp_path, model, others):
 @pytest.mark.parametrize("way", ["no neighbourhood", "the base again"])
 @pytest.mark.parametrize("more", [{}, {"trainer": {"bf16": True}}, {"lora": {"r": 2}}], ids=["fp32", "bf16", "lora"])
 def test_a_mixture_that_is_the_base_starts_at_ln_2(tmp_path, model, others, way, more):
-    """Free oracle: with epsilon 0, or with references all alike, π̃ is the policy's start."""
+    """An exact case: with epsilon 0, or if all references are the same, π̃ is the policy's start."""
     options = {"models": others, "epsilon": 0.0} if way == "no neighbourhood" else {"models": [str(model)]}
     settings = {"reference": "multi", "multi": options, **more}
     manifest = runs.train(runs.configured(tmp_path, model, sizes=(8,), **settings))
     assert manifest["stages"][0]["first_loss"] == pytest.approx(LN2, abs=1e-4)
 
 
-def test_evaluations_are_against_the_mixture_too(tmp_path, model, others):
+def test_evaluations_use_the_mixture_too(tmp_path, model, others):
     evaluation = str(runs.write_rows(tmp_path / "e.jsonl", runs.make_rows(5, seed=9)))
     trainer = {"eval_strategy": "steps", "eval_steps": 50, "eval_on_start": True}
     for epsilon in (0.0, 0.3):
@@ -196,7 +197,7 @@ def test_evaluations_are_against_the_mixture_too(tmp_path, model, others):
             assert (abs(line["eval_loss"] - LN2) < 1e-5) == (epsilon == 0.0)
 
 
-def test_never_two_models_in_memory(tmp_path, model, others, monkeypatch):
+def test_only_one_model_is_in_memory_at_a_time(tmp_path, model, others, monkeypatch):
     alive, most = [], 0
     genuine = AutoModelForCausalLM.from_pretrained
 
@@ -215,14 +216,14 @@ def test_never_two_models_in_memory(tmp_path, model, others, monkeypatch):
 
 
 def test_a_stale_score_of_the_base_stops_the_stage(tmp_path, model, others, monkeypatch):
-    """The mixture cannot be ln 2, but the policy must score as its start did."""
+    """Against a mixture the loss does not start at ln 2, but the policy must match the scores of its own start."""
     genuine = Scorer.score
     monkeypatch.setattr(Scorer, "score", lambda self, *a: genuine(self, *a) * (1 + 1e-4))
-    with pytest.raises(UserError, match=r"pair .*data1\.jsonl:\d+: scored afresh .* stale reference cache"):
+    with pytest.raises(UserError, match=r"pair .*data1\.jsonl:\d+: rescoring gives .* stale reference cache"):
         runs.train(runs.configured(tmp_path, model, reference="multi", multi={"models": others}))
 
 
-def test_a_reference_that_changes_under_a_run_is_an_error(tmp_path, model):
+def test_a_reference_that_changes_during_a_run_is_an_error(tmp_path, model):
     other = runs.make_model(tmp_path / "other", seed=1)
     config = runs.configured(tmp_path, model, reference="multi", multi={"models": [str(other)]})
     with pytest.MonkeyPatch.context() as patch:
@@ -234,7 +235,7 @@ def test_a_reference_that_changes_under_a_run_is_an_error(tmp_path, model):
         runs.train(config)
 
 
-def test_a_stage_that_is_stopped_ends_the_same_and_scores_no_model_again(tmp_path, model, others, monkeypatch):
+def test_a_stopped_stage_resumes_to_the_same_bits_and_rescores_no_model(tmp_path, model, others, monkeypatch):
     evaluation = str(runs.write_rows(tmp_path / "e.jsonl", runs.make_rows(5, seed=9)))
     trainer = {"save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     settings = {"reference": "multi", "multi": {"models": others}, "eval_data": evaluation, "trainer": trainer}
@@ -256,8 +257,8 @@ def test_a_stage_that_is_stopped_ends_the_same_and_scores_no_model_again(tmp_pat
     assert abs(line["eval_loss"] - LN2) > 1e-4
 
 
-def test_another_lora_runs_stage_is_scored_with_its_own_weights(tmp_path, model, others):
-    """Its adapter belongs on the base of its own run, which is not this run's."""
+def test_a_stage_of_another_lora_run_is_scored_with_its_merged_weights(tmp_path, model, others):
+    """Its adapter fits the base of its own run, which is not this run's."""
     first = tmp_path / "first"
     first.mkdir()
     runs.train(runs.configured(first, others[0], sizes=(8,), lora={"r": 2}))

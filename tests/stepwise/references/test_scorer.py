@@ -1,6 +1,4 @@
-"""The reference cache: believed only with its key, count and finite values; made again and said otherwise."""
-
-import logging
+"""Scores of a model: what their cache key depends on, what they do not depend on, and a stopped run's cache."""
 
 import pytest
 import torch
@@ -12,75 +10,11 @@ from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.progress import Reporter
 from sdpo_kernels.stepwise.models.load import weights_hash
 from sdpo_kernels.stepwise.prepare import prepare
-from sdpo_kernels.stepwise.references import scorer as reference
-from sdpo_kernels.stepwise.references.scorer import Scorer, cached_scores, pad_token_id, read_scores, write_scores
+from sdpo_kernels.stepwise.references import scorer as scorer_module
+from sdpo_kernels.stepwise.references.cache import write_scores
+from sdpo_kernels.stepwise.references.scorer import Scorer, pad_token_id
 from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
 from tests.stepwise import runs
-
-SCORES = torch.tensor([[-1.0, -2.0], [-3.0, -4.0], [-5.0, -6.5]])
-
-
-class Maker:
-    """Gives SCORES and counts how often it was asked."""
-
-    def __init__(self, scores=SCORES):
-        self.scores, self.calls = scores, 0
-
-    def __call__(self):
-        self.calls += 1
-        return self.scores
-
-
-def test_scored_once_then_read(tmp_path, caplog):
-    make, path = Maker(), tmp_path / "r.safetensors"
-    for _ in range(3):
-        assert torch.equal(cached_scores(path, "key", 3, make), SCORES)
-    assert make.calls == 1
-    assert caplog.text == ""
-
-
-def nan(path):
-    write_scores(path, torch.tensor([[1.0, 2], [3, float("nan")], [5, 6]]), "key")
-
-
-DAMAGE = {
-    "its key differs": lambda path: write_scores(path, SCORES, "other"),
-    "it holds 2 pairs, not 3": lambda path: write_scores(path, SCORES[:2], "key"),
-    "NaN or infinite": nan,
-    "cannot be read": lambda path: path.write_bytes(path.read_bytes()[:-3]),
-    "it cannot be read": lambda path: path.write_bytes(b""),
-    "cannot be read (": lambda path: save_file({"chosen": torch.zeros(3)}, path, {"key": "key"}),
-}
-
-
-@pytest.mark.parametrize("reason", DAMAGE)
-def test_anything_off_is_made_again_and_said(tmp_path, caplog, reason):
-    path = tmp_path / "r.safetensors"
-    write_scores(path, SCORES - 9, "key")
-    DAMAGE[reason](path)
-    make = Maker()
-    with caplog.at_level(logging.WARNING):
-        assert torch.equal(cached_scores(path, "key", 3, make), SCORES)
-    assert make.calls == 1
-    assert "r.safetensors is made again: " in caplog.text
-    assert reason in caplog.text
-    assert torch.equal(read_scores(path, "key", 3)[0], SCORES)
-
-
-def test_a_file_that_is_not_there_is_no_news(tmp_path):
-    assert read_scores(tmp_path / "no", "key", 3) == (None, "")
-
-
-def test_broken_scores_are_never_kept(tmp_path):
-    path = tmp_path / "r.safetensors"
-    scores = SCORES.clone()
-    scores[1:, 0] = -torch.inf
-    with pytest.raises(UserError, match=r"r\.safetensors: the model scores 2 of 3 pairs as NaN or infinite.*pair 2"):
-        cached_scores(path, "key", 3, Maker(scores))
-    assert not path.exists()
-
-
-# ---- with a model ----
 
 
 def scorer_of(config):
@@ -91,15 +25,15 @@ def scorer_of(config):
 
 
 def test_the_key_depends_on_everything_a_score_depends_on(tmp_path, model, monkeypatch):
-    """Max length and truncation act through the tokens and are in the key besides."""
+    """Max length and truncation change the tokens, and are in the key as well."""
     keys: dict[str, str] = {}
-    genuine = reference.cached_scores
+    genuine = scorer_module.cached_scores
 
-    def note(path, key, count, make):
+    def note(path, key, count, compute):
         keys[name] = key
-        return genuine(path, key, count, make)
+        return genuine(path, key, count, compute)
 
-    monkeypatch.setattr(reference, "cached_scores", note)
+    monkeypatch.setattr(scorer_module, "cached_scores", note)
     other = runs.make_model(tmp_path / "other", seed=1)
     capped = runs.make_model(tmp_path / "capped", max_position_embeddings=63)  # the same weights, another config
     cases = {
@@ -135,8 +69,8 @@ def test_scores_do_not_depend_on_the_batch(tmp_path, model, batching):
     assert torch.allclose(together, reverse, rtol=3e-7 if batching == "packed" else 1e-5)
 
 
-def test_packed_bf16_scores_do_not_depend_on_the_batch_at_all(tmp_path, model):
-    """What the tight bound of the cache check rests on."""
+def test_packed_bf16_scores_are_the_same_to_the_bit_in_any_batch(tmp_path, model):
+    """The tight bound of the cache check depends on this."""
     config = runs.configured(tmp_path, model, trainer={"bf16": True})
     scorer, tokens = scorer_of(config)
     loaded = scorer.load(str(model))
@@ -148,7 +82,7 @@ def test_packed_bf16_scores_do_not_depend_on_the_batch_at_all(tmp_path, model):
     assert not torch.equal(together, scorer32.score(loaded, tokens, "x"))
 
 
-def test_scoring_leaves_the_weights_alone_and_keeps_no_graph(tmp_path, model):
+def test_scoring_changes_no_weight_and_keeps_no_graph(tmp_path, model):
     scorer, tokens = scorer_of(runs.configured(tmp_path, model))
     loaded = scorer.load(str(model))
     before = weights_hash(loaded.model)
@@ -158,7 +92,7 @@ def test_scoring_leaves_the_weights_alone_and_keeps_no_graph(tmp_path, model):
     assert unwrap(loaded.model) is loaded.model
 
 
-def test_the_pad_token_of_a_tokenizer_without_one(model):
+def test_the_pad_token_of_a_tokenizer_with_and_without_one(model):
     tokenizer = runs.make_tokenizer()
     assert pad_token_id(tokenizer) == 0
     tokenizer.pad_token = "good1"
@@ -172,7 +106,7 @@ def test_the_pad_token_of_a_tokenizer_without_one(model):
 
 @pytest.fixture
 def stopped(tmp_path, model, monkeypatch):
-    """(config, fingerprint of a whole run, the second stage's working folder) of a run stopped in its second stage."""
+    """Of a run stopped in its second stage: config, fingerprint of the same run not stopped, second stage's cache."""
     whole = tmp_path / "whole"
     whole.mkdir()
     settings = {"trainer": {"logging_steps": 3, "save_steps": 2}}
@@ -188,7 +122,7 @@ def stopped(tmp_path, model, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["missing", "stale key", "NaN", "truncated"])
-def test_a_resumed_stage_scores_a_bad_cache_again_with_the_model_before_it(stopped, tmp_path, caplog, damage):
+def test_a_resumed_stage_recomputes_a_bad_cache_with_the_previous_stages_model(stopped, tmp_path, caplog, damage):
     config, wanted, cache = stopped
     if damage == "missing":
         cache.unlink()
@@ -207,12 +141,14 @@ def test_a_resumed_stage_scores_a_bad_cache_again_with_the_model_before_it(stopp
     spoken = runs.Spoken(tmp_path)
     runs.run(config, spoken.reporter)
     assert runs.fingerprint(tmp_path / "run") == wanted
-    assert "going on at step 2" in spoken.text
-    said = spoken.text if damage == "missing" else caplog.text
-    assert "reference_logps.safetensors is gone and is made again" in said or "is made again: " in said
+    assert "resuming at step 2" in spoken.text
+    if damage == "missing":
+        assert "its reference_logps.safetensors is missing and is recomputed" in spoken.text
+    else:
+        assert "reference_logps.safetensors is recomputed: " in caplog.text
 
 
-def test_weights_that_changed_under_a_stopped_stage_are_an_error(stopped, tmp_path):
+def test_weights_that_changed_while_a_run_was_stopped_are_an_error(stopped, tmp_path):
     config, _, _ = stopped
     weights = tmp_path / "run" / "stage-1-s1" / "model.safetensors"
     state = load_file(weights)

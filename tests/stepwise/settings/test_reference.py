@@ -127,17 +127,17 @@ def test_check_lists_the_references(tmp_path, model):
     other = runs.make_model(tmp_path / "other", seed=1)
     options = {"models": [str(other)], "alpha": [0.75, 0.25], "alpha_convention": "published"}
     text = checked(runs.configured(tmp_path, model, reference="multi", multi=options))
-    assert f"multi      the base, which is the policy's start, with {other}" in text
+    assert f"multi      the base (the policy's start) with {other}" in text
     assert "epsilon 0.1, alpha 0.75, 0.25 (published)" in text
 
 
 def test_check_counts_how_often_the_reference_is_updated(tmp_path, model):
     """Stages of three and two steps; an update after the last step of a stage has no effect."""
     text = checked(runs.configured(tmp_path, model, reference="ema", ema={"sync_steps": 1}))
-    assert "ema        decay 0.5, mode ema; each stage starts it anew" in text
+    assert "ema        decay 0.5, mode ema; restarts at each stage" in text
     assert "moves every 1 steps: s1 2 times, s2 1 times" in text
     assert "never moves" not in text
-    assert "ema.sync_steps: 3 is more than any stage trains" in checked(
+    assert "ema.sync_steps: 3 is more than the steps of any stage" in checked(
         runs.configured(tmp_path, model, reference="ema", ema={"sync_steps": 3})
     )
     assert "moves" not in checked(runs.configured(tmp_path, model, reference="ema", ema={"mode": "fixed"}))

@@ -8,6 +8,7 @@ import pytest
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.sources.execution import ExecutionJudge, pairs_from_passes
 from sdpo_kernels.stepwise.sources.sandbox import Limits
+from tests.stepwise.sources.bubblewrap import needs_bubblewrap
 
 LIMITS = Limits(seconds=5, memory_mb=500)
 CHECKER = """
@@ -19,11 +20,12 @@ sys.exit(printed != expected)
 """
 
 
-@pytest.fixture
-def judge(tmp_path, monkeypatch):
+@pytest.fixture(params=[pytest.param("safe", marks=needs_bubblewrap), "unsafe"])
+def judge(request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "check.py").write_text(CHECKER)
-    return ExecutionJudge([sys.executable, "check.py", "{completion}", "{prompt}"], LIMITS, workers=4)
+    command, unsafe = [sys.executable, "check.py", "{completion}", "{prompt}"], request.param == "unsafe"
+    return ExecutionJudge(command, LIMITS, workers=4, unsafe=unsafe)
 
 
 def test_each_completion_is_judged_by_its_own_row(judge):
@@ -37,17 +39,32 @@ def test_each_completion_is_judged_by_its_own_row(judge):
 
 
 def test_check_runs_the_command_and_minds_only_that_it_starts(judge, tmp_path):
-    assert judge.check().exit_code == 1  # the empty row has no answer
+    outcome = judge.check()
+    assert outcome.exit_code == 1  # the empty row has no answer
+    assert outcome.isolated == (not judge.unsafe)
     for command, why in [(["no-such-checker"], "No such file"), (["./check.py"], "Permission denied")]:
         with pytest.raises(UserError, match=f"cannot start .*: {why}"):
-            ExecutionJudge([*command, "{completion}"], LIMITS, 1).check()
+            ExecutionJudge([*command, "{completion}"], LIMITS, 1, unsafe=judge.unsafe).check()
+
+
+@needs_bubblewrap
+def test_a_checker_reads_its_own_modules_only_where_readable_names_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "helper.py").write_text("import sys\ndef check(path): sys.exit(open(path).read() != 'good')")
+    (tmp_path / "mine" / "check.py").write_text("import sys, helper\nhelper.check(sys.argv[1])")
+    command = [sys.executable, "mine/check.py", "{completion}"]
+    assert ExecutionJudge(command, LIMITS, 1).judge([{}], ["good"]) == [False]
+    assert ExecutionJudge(command, LIMITS, 1, readable=["mine"]).judge([{}, {}], ["good", "bad"]) == [True, False]
+    with pytest.raises(UserError, match=f"readable: was {tmp_path}/nothing, must be a file or folder that exists"):
+        ExecutionJudge(command, LIMITS, 1, readable=["nothing"]).check()
 
 
 def test_words_of_the_command(judge, tmp_path, monkeypatch):
     (tmp_path / "sh").write_text("not the shell")
     program = 'test "$1" = "$HOME/completion.txt" -a "$2" = "x=$HOME/prompt.json" -a "$3" = "{other}"'
     words = ["sh", "-c", program, "0", "{completion}", "x={prompt}", "{other}"]
-    assert ExecutionJudge(words, LIMITS, 1).judge([{"prompt": "a"}], ["b"]) == [True]
+    assert ExecutionJudge(words, LIMITS, 1, unsafe=judge.unsafe).judge([{"prompt": "a"}], ["b"]) == [True]
     with pytest.raises(UserError, match=r"must have a word \{completion\}"):
         ExecutionJudge(["python", "{prompt}"], LIMITS, 1)
     with pytest.raises(UserError, match="at least 1 worker"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from sdpo_kernels.stepwise.sources import active, discriminator, generation, ran
 from sdpo_kernels.stepwise.sources.context import read_json_rows
 from sdpo_kernels.stepwise.sources.context import write_rows as write_json_rows
 from tests.stepwise.runs import PLAIN, configured, digest, make_model, make_rows, write_rows
+from tests.stepwise.sources.bubblewrap import needs_bubblewrap
 from tests.stepwise.sources.judges import good_words
 from tests.stepwise.sources.test_generation import JUDGE, context
 
@@ -256,6 +258,7 @@ def test_an_active_run_asks_about_new_prompts_each_round(tmp_path, model):
 # --- execution ---
 
 
+@needs_bubblewrap
 def test_programs_that_pass_are_chosen(tmp_path, model):
     """The checker accepts answers with a good word; prompts whose samples all pass or all fail give no pair."""
     checker = tmp_path / "check.py"
@@ -268,6 +271,31 @@ def test_programs_that_pass_are_chosen(tmp_path, model):
     assert all("good" in pair["chosen"] and "good" not in pair["rejected"] for pair in pairs)
 
 
+@pytest.fixture
+def no_bubblewrap(monkeypatch):
+    found = shutil.which
+    monkeypatch.setattr(
+        shutil, "which", lambda name, *rest, **options: name != "bwrap" and found(name, *rest, **options)
+    )
+
+
+def test_without_bubblewrap_nothing_is_trained(tmp_path, model, no_bubblewrap):
+    config = source_config(tmp_path, model, "execution", command=["true", "{completion}"])
+    for stops in (prepare, lambda config: run(config, QUIET)):
+        with pytest.raises(UserError, match="stage s1: source: bubblewrap is not installed: apt-get install"):
+            stops(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_unsafe_programs_run_without_bubblewrap_and_a_warning_says_what_that_means(tmp_path, model, no_bubblewrap):
+    config = source_config(tmp_path, model, "execution", command=["true", "{completion}"], unsafe=True)
+    meaning = "they can read and write your files and use the network, and what they start may survive them"
+    assert [meaning in warning for warning in prepare(config).warnings] == [True, True]  # of two stages
+    safe = source_config(tmp_path, model, "ranked", judge=JUDGE)
+    assert not prepare(safe).warnings
+
+
+@needs_bubblewrap
 def test_a_checker_that_cannot_start_is_reported_before_training(tmp_path, model):
     config = source_config(tmp_path, model, "execution", command=["/nonexistent/checker", "{completion}"])
     with pytest.raises(UserError, match="/nonexistent/checker"):
@@ -309,6 +337,11 @@ def test_prompts_that_are_also_in_eval_data_give_a_warning(tmp_path, model):
         ({"kind": "active", "judge": JUDGE, "acquire": 3}, {}, "must be with policy: initial"),
         ({"kind": "active", "judge": JUDGE, "acquire": 3}, {"policy": "initial"}, "reference: was 'previous'"),
         ({"kind": "execution", "command": ["python3"]}, {}, "must contain {completion}"),
+        (
+            {"kind": "execution", "command": ["true", "{completion}"], "readable": ["tests"], "unsafe": True},
+            {},
+            "readable: was ['tests'], must be left out with unsafe: true",
+        ),
         ({"kind": "ranked", "judge": JUDGE}, {"order": "random"}, "order: was 'random', must be given"),
         ({"kind": "guess"}, {}, "source.kind: was 'guess', must be one of 'ranked'"),
     ],

@@ -1,4 +1,4 @@
-"""Which checkpoints count: complete ones, the newest of them; the rest is cleared away."""
+"""Which checkpoint counts: the newest complete one; incomplete ones are removed."""
 
 import json
 import os
@@ -26,13 +26,13 @@ def test_the_newest_complete_one_by_number_not_by_name(tmp_path):
     assert latest_checkpoint(tmp_path).name == "checkpoint-10"
 
 
-def test_none_where_there_is_none(tmp_path):
+def test_no_checkpoint_is_none(tmp_path):
     assert latest_checkpoint(tmp_path / "absent") is None
     assert latest_checkpoint(tmp_path) is None
 
 
 @pytest.mark.parametrize("name", [*FILES, "sub/more.bin"])
-def test_a_missing_or_short_file_makes_it_worthless(tmp_path, name):
+def test_a_missing_or_short_file_makes_it_incomplete(tmp_path, name):
     path = checkpoint(tmp_path, 3)
     assert is_complete(path)
     content = (path / name).read_bytes()
@@ -43,7 +43,7 @@ def test_a_missing_or_short_file_makes_it_worthless(tmp_path, name):
 
 
 @pytest.mark.parametrize("damage", ["unlisted", "half listing", "no optimizer"])
-def test_worthless_ones_are_removed_and_the_one_before_is_taken(tmp_path, damage):
+def test_incomplete_ones_are_removed_and_the_previous_one_is_used(tmp_path, damage):
     good, bad = checkpoint(tmp_path, 4), checkpoint(tmp_path, 8, listed=damage != "unlisted")
     if damage == "half listing":
         (bad / LISTING).write_text((bad / LISTING).read_text()[:20])
@@ -53,7 +53,7 @@ def test_worthless_ones_are_removed_and_the_one_before_is_taken(tmp_path, damage
     assert not bad.exists()
 
 
-def test_leftovers_of_a_kill_are_cleared_away(tmp_path):
+def test_leftovers_of_a_kill_are_removed(tmp_path):
     good = checkpoint(tmp_path, 4)
     checkpoint(tmp_path / SAVING, 8)
     (tmp_path / ".checkpoint-3.removing").mkdir()

@@ -1,4 +1,4 @@
-"""The checks of a stage's start: each failure names the pair, both numbers and what usually causes it."""
+"""The checks at a stage's start: each error names the pair, both numbers and the usual causes."""
 
 import math
 
@@ -10,7 +10,8 @@ from sdpo_kernels.stepwise import stage as stage_module
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.models import load as models
 from sdpo_kernels.stepwise.prepare import prepare
-from sdpo_kernels.stepwise.references.scorer import Scorer, read_scores, write_scores
+from sdpo_kernels.stepwise.references.cache import read_scores
+from sdpo_kernels.stepwise.references.scorer import Scorer
 from sdpo_kernels.stepwise.training.start_guard import LN2, StartGuard, cache_tolerance
 from tests.stepwise import runs
 
@@ -36,7 +37,7 @@ def test_a_stale_cache_names_the_pair_and_both_numbers(place, where, side):
         check(cached=cached)
     text = str(error.value)
     assert f"stage easy: log-prob of the {side} answer of pair d.jsonl:{where}" in text
-    assert f"afresh it gives {SUMS[place]:.6f}" in text
+    assert f"rescoring gives {SUMS[place]:.6f}" in text
     assert f"the reference cache holds {cached[place]:.6f}" in text
     assert "stale reference cache" in text
     assert "\n" not in text
@@ -51,20 +52,20 @@ def test_the_worst_pair_is_the_one_named_and_nan_is_worst():
         check(cached=cached)
 
 
-def test_short_answers_are_held_to_an_absolute_bound():
-    """A sequence of -0.001 nat cannot be held to 1e-6 of itself: below one nat the bound is absolute."""
+def test_short_answers_have_an_absolute_bound():
+    """A log-prob of -0.001 nat cannot be held to 1e-6 of itself: below one nat the bound is absolute."""
     tiny = torch.full((4,), -1e-3)
     check(tiny + 5e-7, tiny, tiny)
     with pytest.raises(UserError, match="training mode"):
         check(tiny + 5e-6, tiny, tiny)
 
 
-def test_a_policy_that_is_not_its_reference_is_told_from_a_stale_cache():
+def test_a_policy_that_is_not_its_reference_is_not_called_a_stale_cache():
     with pytest.raises(UserError, match=r"in training mode gives -10\.0001.*dropout"):
         check(policy=SUMS * (1 + 1e-5))
 
 
-def test_the_loss_must_be_ln_2_where_the_loss_says_so():
+def test_the_first_loss_must_be_the_losss_start_value():
     check(loss=LN2 + 9e-4)
     for loss in (LN2 + 2e-3, math.nan):
         with pytest.raises(UserError, match=r"stage easy: the first loss was .* must be ln 2 = 0\.693147"):
@@ -75,7 +76,7 @@ def test_the_loss_must_be_ln_2_where_the_loss_says_so():
     check(loss=25.0, start=None)
 
 
-def test_the_bound_is_tight_where_scores_do_not_depend_on_the_batch():
+def test_the_bound_is_tight_if_scores_do_not_depend_on_the_batch():
     assert cache_tolerance(True, torch.bfloat16, torch.float32) == 1e-5
     assert cache_tolerance(True, None, torch.float32) == 1e-5
     assert 1e-5 < cache_tolerance(False, None, torch.float32) < cache_tolerance(False, torch.bfloat16, torch.float32)
@@ -88,19 +89,19 @@ def test_the_bound_is_tight_where_scores_do_not_depend_on_the_batch():
 @pytest.mark.parametrize("shift", [1e-4, 1e-2])
 @pytest.mark.parametrize("trainer", [{}, {"bf16": True}], ids=["fp32", "bf16"])
 def test_a_cache_off_by_a_little_stops_the_stage(tmp_path, model, monkeypatch, shift, trainer):
-    """As a reference from before an update at a small learning rate would be."""
+    """Like the scores of a reference before an update at a small learning rate."""
     genuine = Scorer.score
 
     def stale(self, loaded, tokens, label):
         return genuine(self, loaded, tokens, label) * (1 + shift)
 
     monkeypatch.setattr(Scorer, "score", stale)
-    with pytest.raises(UserError, match=r"pair .*data1\.jsonl:\d+: scored afresh .* stale reference cache"):
+    with pytest.raises(UserError, match=r"pair .*data1\.jsonl:\d+: rescoring gives .* stale reference cache"):
         runs.train(runs.configured(tmp_path, model, trainer=trainer))
 
 
 def test_dropout_left_on_stops_the_stage(tmp_path, monkeypatch):
-    """Llama's rate is an attribute of its attention layers, not a module."""
+    """Llama's dropout rate is an attribute of its attention layers, not a module."""
     folder = runs.make_model(tmp_path / "m", attention_dropout=0.1)
     config = runs.configured(tmp_path, folder)
     with monkeypatch.context() as patch:
@@ -126,7 +127,7 @@ def test_an_adapter_that_is_not_neutral_stops_the_stage(tmp_path, model, monkeyp
 
 @pytest.mark.parametrize("name", ["logit_scale", "final_logit_softcapping"])
 def test_a_wrong_head_stops_the_stage_before_any_step(tmp_path, model, monkeypatch, name):
-    """The config speaks of a scale or a cap that the model's own code does not apply."""
+    """The config has a scale or a softcap that the model's own code does not apply."""
     folder = runs.make_model(tmp_path / "m", **{name: 0.5})
     with pytest.raises(UserError, match=r"stage s1: model: fused log-probs .* differ from its own logits by") as error:
         runs.train(runs.configured(tmp_path, folder))
@@ -151,8 +152,8 @@ def test_a_stage_that_does_not_start_as_its_reference_is_not_checked(tmp_path, m
         assert checked == stages
 
 
-def test_the_caches_of_a_run_hold_what_the_reference_gives(tmp_path, model):
-    """Two floats a pair, of the model before the stage, chosen and rejected the right way round."""
+def test_a_runs_caches_have_the_log_probs_of_the_reference(tmp_path, model):
+    """Two floats a pair, under the previous stage's model, with chosen and rejected not swapped."""
     runs.train(runs.configured(tmp_path, model))
     run = tmp_path / "run"
     stages = prepare(runs.configured(tmp_path, model)).stages
@@ -167,10 +168,3 @@ def test_the_caches_of_a_run_hold_what_the_reference_gives(tmp_path, model):
                     logps = network(input_ids=ids).logits.log_softmax(-1)[0, :-1]
                 wanted = logps.gather(1, ids[0, 1:, None])[max(1, sequence.prompt_length) - 1 :].sum()
                 assert float(scores[i, side]) == pytest.approx(float(wanted), rel=2e-6)
-
-
-def test_write_scores_is_what_read_scores_reads(tmp_path):
-    scores = torch.randn(5, 2)
-    write_scores(tmp_path / "s.safetensors", scores, "key")
-    read, _ = read_scores(tmp_path / "s.safetensors", "key", 5)
-    assert torch.equal(read, scores)

@@ -36,7 +36,7 @@ def test_a_logged_line_averages_the_steps_since_the_last(tmp_path, model):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_run_resumed_between_two_logs_logs_what_one_never_stopped_does(tmp_path, model, monkeypatch, accumulate):
+def test_a_run_resumed_between_two_logs_writes_the_same_log(tmp_path, model, monkeypatch, accumulate):
     trainer = {"logging_steps": 5, "save_steps": 3, "gradient_accumulation_steps": accumulate}
     sizes = (28 * accumulate,)
     whole = tmp_path / "whole"
@@ -58,7 +58,7 @@ def test_accumulated_steps_log_the_mean_of_their_batches(tmp_path, model):
     assert runs.metrics(tmp_path / "run")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_the_logged_loss_weighs_every_pair_alike(tmp_path, model):
+def test_every_pair_has_the_same_weight_in_the_logged_loss(tmp_path, model):
     """Nine pairs, four at a time, logged once: the last batch's one pair counts once, not like four."""
     trainer = {"logging_steps": 3, "learning_rate": 1e-30, "per_device_train_batch_size": 4}
     config = runs.configured(tmp_path, model, sizes=(9,), loss="hinge", beta=20.0, reference="none", trainer=trainer)
@@ -82,7 +82,7 @@ def test_the_logged_loss_weighs_every_pair_alike(tmp_path, model):
         ({"per_device_train_batch_size": 50}, 3, 3),
     ],
 )
-def test_steps_are_those_planned(tmp_path, model, monkeypatch, trainer, epochs, steps):
+def test_a_stage_takes_the_planned_steps(tmp_path, model, monkeypatch, trainer, epochs, steps):
     planned = []
     genuine = StageTrainer.planned_steps
     monkeypatch.setattr(StageTrainer, "planned_steps", lambda self: planned.append(genuine(self)) or planned[-1])
@@ -94,7 +94,7 @@ def test_steps_are_those_planned(tmp_path, model, monkeypatch, trainer, epochs, 
     assert runs.metrics(tmp_path / "run")[-1]["step"] == steps
 
 
-def test_a_checkpoint_holds_all_that_resuming_needs(tmp_path, model, monkeypatch):
+def test_a_checkpoint_has_everything_that_resuming_needs(tmp_path, model, monkeypatch):
     config = runs.configured(tmp_path, model, sizes=(16,), trainer={"save_steps": 2, "logging_steps": 3})
     with monkeypatch.context() as patch:
         runs.stop_at(patch, stage="s1", step=4)
@@ -155,7 +155,7 @@ def test_progress_notes(tmp_path):
     assert "peak" in note
 
 
-def test_a_signal_asks_for_a_checkpoint_and_an_end_and_the_handlers_come_back():
+def test_a_signal_makes_trainer_save_and_stop_and_the_handlers_are_restored():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     stop, control = StopOnSignal(), TrainerControl()
     with stop.installed():

@@ -1,8 +1,10 @@
-"""A finished stage's README: YAML that the hub reads, numbers of the record."""
+"""Model cards: front matter that the Hub can read, and the numbers of the record."""
+
+from pathlib import Path
 
 import yaml  # what the hub itself reads a card with; huggingface_hub requires it
 
-from sdpo_kernels.stepwise.record.model_card import model_card
+from sdpo_kernels.stepwise.record.model_cards import expo_card, model_card
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 
 STAGE = {
@@ -22,7 +24,7 @@ def front_matter(card):
     return yaml.safe_load(head), body
 
 
-def test_the_card_says_what_the_model_is_and_how_it_was_made():
+def test_a_stages_card_has_its_settings_and_results():
     head, body = front_matter(model_card(config(), STAGE))
     assert head == {
         "library_name": "transformers",
@@ -36,13 +38,19 @@ def test_the_card_says_what_the_model_is_and_how_it_was_made():
     assert "adapter" not in body
 
 
-def test_scores_and_adapter_where_there_are_any():
+def test_a_stages_card_has_its_scores_and_adapter():
     _, body = front_matter(model_card(config(lora={}), STAGE | {"eval": SCORES}))
     assert "| pair accuracy on 77 evaluation pairs | 0.625 |" in body
     assert "| reward accuracy, margin | 0.750, 0.125 |" in body
     assert "`adapter/`" in body
 
 
-def test_a_path_with_yaml_in_it_stays_readable():
-    head, _ = front_matter(model_card(config(model="/models/a: b #1"), STAGE))
-    assert head["base_model"] == "/models/a: b #1"
+def test_a_path_with_yaml_syntax_in_it_is_quoted():
+    path = "/models/a: b #1"
+    head, _ = front_matter(model_card(config(model=path), STAGE))
+    assert head["base_model"] == path
+    for is_adapter, library in ((False, "transformers"), (True, "peft")):
+        head, body = front_matter(expo_card(Path(path), Path(path), 0.0, ["a note"], is_adapter))
+        assert head["base_model"] == path
+        assert head["library_name"] == library
+        assert body.endswith("With α = 0 the weights are those of θ1, unchanged.\n\na note\n")

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from sdpo_kernels import pair_op
-from sdpo_kernels.dpo import pair_output, sequence_logps
-from sdpo_kernels.rows import ScoredRows
+from sdpo_kernels import epilogue_op
+from sdpo_kernels.dpo_output import pair_output
+from sdpo_kernels.rows import ScoredRows, sequence_logps
 
 EPS = torch.finfo(torch.float32).eps
 LOSSES: list[tuple[str, dict[str, float]]] = [
@@ -23,7 +23,7 @@ LONGEST = 40  # scored tokens of a sequence
 
 
 def pair_cases(n_pairs: st.SearchStrategy[int]) -> st.SearchStrategy[dict[str, Any]]:
-    """Arguments of `check_pair_epilogue`: of sums a sequence, or of tokens that are yet to be summed."""
+    """Arguments of `check_pair_epilogue`: sums of sequences, or log-probs of tokens still to be summed."""
     return st.fixed_dictionaries(
         {
             "loss": st.sampled_from(LOSSES),
@@ -53,7 +53,7 @@ def check_pair_epilogue(
         logps = spread * torch.randn(labels.numel(), generator=generator)
     ref = spread * torch.randn(2 * n_pairs, generator=generator)
     policy, exact = logps.clone().requires_grad_(), logps.double().requires_grad_()
-    found, sums, metrics = pair_op.pair_epilogue(
+    found, sums, metrics, _ = epilogue_op.pair_epilogue(
         policy, rows, ref, counts, backend=backend, loss_type=name, beta=beta,
         smoothing=options.get("label_smoothing", 0.0),
     )  # fmt: skip

@@ -1,7 +1,7 @@
-// The pair epilogue in one launch of one block: segment sums, a loss of the sigmoid family, slopes and metrics. Every
-// sum has one order.
+// The pair epilogue in one launch of one block: segment sums, a loss of the sigmoid family, slopes and metrics. The
+// order of every sum is fixed.
 //
-// Register budget: 96 (logarithms and exponentials in double; it runs once a step).
+// Register budget: 96 (logarithms and exponentials in double; it runs once per step).
 #include "../pair_math.h"
 
 #include "device.cuh"
@@ -13,7 +13,7 @@ namespace {
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
 
-// A warp a sequence; where its rows begin in `index` is the sum of the counts before it.
+// One warp per sequence; its rows begin in `index` at the sum of the counts before it.
 __device__ void segment_sums(const Pairs& p) {
   int lane = threadIdx.x % 32;
   for (int64_t sequence = threadIdx.x / 32; sequence < 2 * p.n_pairs; sequence += WARPS) {
@@ -35,15 +35,18 @@ __global__ void __launch_bounds__(THREADS) pair_epilogue_kernel(Pairs p) {
   __shared__ double shared[WARPS];
   segment_sums(p);
   __syncthreads();  // also makes the sums visible to the whole block
+
   double mean = 0.0;
   for (int64_t i = threadIdx.x; i < p.n_pairs; i += THREADS) {
     int64_t chosen = i, rejected = p.n_pairs + i;
     double a = double(p.sums[chosen]) - p.ref[chosen], b = double(p.sums[rejected]) - p.ref[rejected];
     PairResult result =
         pair_loss(p.loss, a, b, double(p.counts[chosen]), double(p.counts[rejected]), p.beta, p.smoothing);
+
     mean += result.loss;
     p.slopes[chosen] = float(result.chosen_slope / p.n_pairs);
     p.slopes[rejected] = float(result.rejected_slope / p.n_pairs);
+
     p.metrics[i] = float(p.beta * a);
     p.metrics[p.n_pairs + i] = float(p.beta * b);
     p.metrics[2 * p.n_pairs + i] = float(p.beta * (a - b));

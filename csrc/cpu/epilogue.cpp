@@ -1,4 +1,4 @@
-#include "pair.h"
+#include "epilogue.h"
 
 #include <stdexcept>
 #include <vector>
@@ -8,6 +8,7 @@
 namespace sdpo::cpu {
 
 void pair_epilogue(const Pairs& p, float* loss, float* sums, float* metrics, float* slopes) {
+  // log-probs of tokens to sums of sequences, in double
   std::vector<double> total(2 * p.n_pairs, 0.0);
   if (p.index)
     for (int64_t i = 0; i < p.n_scored; i++) {
@@ -17,16 +18,21 @@ void pair_epilogue(const Pairs& p, float* loss, float* sums, float* metrics, flo
     }
   else
     for (int64_t s = 0; s < 2 * p.n_pairs; s++) total[s] = p.logps[s];
+
+  // the caller gets float sums; loss and slopes must be of those very numbers
   for (int64_t s = 0; s < 2 * p.n_pairs; s++) sums[s] = float(total[s]);
+
   double mean = 0.0;
   for (int64_t i = 0; i < p.n_pairs; i++) {
     int64_t chosen = i, rejected = p.n_pairs + i;
     double a = double(sums[chosen]) - p.ref[chosen], b = double(sums[rejected]) - p.ref[rejected];
     double chosen_count = double(p.counts[chosen]), rejected_count = double(p.counts[rejected]);
     PairResult result = pair_loss(p.loss, a, b, chosen_count, rejected_count, p.beta, p.smoothing);
+
     mean += result.loss;
     slopes[chosen] = float(result.chosen_slope / p.n_pairs);
     slopes[rejected] = float(result.rejected_slope / p.n_pairs);
+
     metrics[i] = float(p.beta * a);
     metrics[p.n_pairs + i] = float(p.beta * b);
     metrics[2 * p.n_pairs + i] = float(p.beta * (a - b));

@@ -6,8 +6,8 @@
 namespace sdpo::cpu {
 
 struct Pairs {
-  const float* logps;      // [n_rows] of tokens, or [2B] summed already
-  const int64_t* index;    // [n_scored] rows that count; null: logps are the sums
+  const float* logps;      // [n_rows] of tokens, or [2B] already summed
+  const int64_t* index;    // [n_scored] scored rows; null: logps are the sums
   const int64_t* segment;  // [n_scored] the sequence of each
   int64_t n_rows, n_scored, n_pairs;
   const float* ref;       // [2B] the reference's sums

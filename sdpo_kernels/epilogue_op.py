@@ -1,29 +1,30 @@
 """The pair epilogue as one custom op: segment sums, a loss of the sigmoid family, its slopes, rewards and margins.
 
-The arithmetic is csrc/pair_math.h and backends/triton/pair.py; losses/ is their twin and serves everything else. Only
-`dpo.py` calls this.
+The arithmetic is in csrc/pair_math.h and backends/triton/epilogue.py; losses/ is their reference implementation and
+serves everything else. Only `dpo_output.py` calls this.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sdpo_kernels.backends import get_backend, pair_backend
+from sdpo_kernels.backends.base import PairOutputs
 from sdpo_kernels.rows import ScoredRows
 
-MOST_PAIRS = 4096  # one small block does them all
+MOST_PAIRS = 4096  # one small block computes them all
 LOSSES = ("sigmoid", "robust", "hinge", "ipo")  # the order of PairLoss in csrc/pair_math.h
 
 
-def serves(backend: str, logps: Tensor, n_pairs: int, loss_type: str) -> str | None:
+def serving_backend(backend: str, logps: Tensor, n_pairs: int, loss_type: str) -> str | None:
     """The name of the backend whose op computes this loss; None: autograd through losses/ does."""
     if loss_type not in LOSSES or logps.dtype != torch.float32 or n_pairs > MOST_PAIRS:
         return None
-    chosen = pair_backend(backend, logps.device)
-    return None if chosen is None else chosen.name
+    found = pair_backend(backend, logps.device)
+    return None if found is None else found.name
 
 
 def pair_epilogue(
@@ -36,20 +37,31 @@ def pair_epilogue(
     loss_type: str,
     beta: float,
     smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (scalar, mean over pairs), sums [2B] and metrics [4, B]; the gradient goes through the loss alone.
+) -> PairOutputs:
+    """Loss, sums, metrics and slopes of B pairs; the gradient flows through the loss alone.
 
     Args:
-        logps: [N] of tokens with `rows`, or [2B] summed already; float32.
-        ref, counts: [2B] the reference's sums (float32) and the scored tokens (int64).
-        smoothing: the loss's label_smoothing; 0 where it has none.
-
-    The metrics are the rewards of chosen and rejected, the margins and the accuracy (1 or 0) of each pair.
+        logps: [N] of tokens with `rows`, or [2B] already summed; float32.
+        ref, counts: [2B] the reference's sums (float32) and the numbers of scored tokens (int64).
+        smoothing: the loss's label_smoothing; 0 for losses without it.
     """
     index, segment = (None, None) if rows is None else (rows.index, rows.segment)
     number = LOSSES.index(loss_type)
-    loss, sums, metrics, _ = _pair_epilogue(logps, index, segment, ref, counts, number, beta, smoothing, backend)
-    return loss, sums, metrics
+    return PairOutputs(*_pair_epilogue(logps, index, segment, ref, counts, number, beta, smoothing, backend))
+
+
+class _Inputs(NamedTuple):
+    """One entry for each input of the op: the inputs themselves, or their gradients."""
+
+    logps: Any = None
+    index: Any = None
+    segment: Any = None
+    ref: Any = None
+    counts: Any = None
+    loss_type: Any = None
+    beta: Any = None
+    smoothing: Any = None
+    backend: Any = None
 
 
 @torch.library.custom_op("sdpo_kernels::pair_epilogue", mutates_args=())
@@ -64,42 +76,47 @@ def _pair_epilogue(
     smoothing: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss, sums [2B], metrics [4, B], slopes [2B]."""
+    """PairOutputs, as a plain tuple."""
     out = _empty(logps, ref)
     get_backend(backend).pair_epilogue(
         logps.contiguous(), None if index is None else index.contiguous(),
         None if segment is None else segment.contiguous(), ref.contiguous(), counts.long().contiguous(),
         loss_type, beta, smoothing, out,
     )  # fmt: skip
-    return out
+    return out[:]  # a slice of a NamedTuple is the plain tuple that an op returns
 
 
-def _empty(logps: Tensor, ref: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty(logps: Tensor, ref: Tensor) -> PairOutputs:
     n = ref.shape[0]
-    return logps.new_empty(()), logps.new_empty(n), logps.new_empty((4, n // 2)), logps.new_empty(n)
+    return PairOutputs(
+        loss=logps.new_empty(()), sums=logps.new_empty(n), metrics=logps.new_empty((4, n // 2)),
+        slopes=logps.new_empty(n),
+    )  # fmt: skip
 
 
 @_pair_epilogue.register_fake
 def _(logps, index, segment, ref, counts, loss_type, beta, smoothing, backend):
-    return _empty(logps, ref)
+    return _empty(logps, ref)[:]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logps, index, segment, *_ = inputs
-    ctx.n_rows = logps.shape[0]
-    ctx.mark_non_differentiable(*output[1:])
+    given, out = _Inputs(*inputs), PairOutputs(*output)
+    ctx.n_rows = given.logps.shape[0]
+    ctx.mark_non_differentiable(out.sums, out.metrics, out.slopes)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(index, segment, output[3])
+    ctx.save_for_backward(given.index, given.segment, out.slopes)
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 9
+        return _Inputs()[:]
     index, segment, slopes = ctx.saved_tensors
+
+    # d loss / d sums is d loss / d logps of each scored token of the sequence
     slopes = slopes * grad
     if index is not None:
         slopes = slopes.new_zeros(ctx.n_rows).index_copy(0, index, slopes.index_select(0, segment))
-    return (slopes,) + (None,) * 8
+    return _Inputs(logps=slopes)[:]
 
 
 _pair_epilogue.register_autograd(_backward, setup_context=_setup_context)

@@ -1,4 +1,4 @@
-"""What a pair loss is made of: the summed log-probs of both answers under policy and reference."""
+"""The input of every pair loss: the summed log-probs of both answers under policy and reference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 class PairLogps(NamedTuple):
     """Summed log-probs [B] of chosen and rejected under policy and reference, and the counts of scored tokens [B].
 
-    `weights` [B], without gradient, is for losses that weigh pairs (wpo) and None for all others.
+    `weights` [B], without gradient, are for losses that weigh pairs (wpo); None for all others.
     """
 
     chosen: Tensor

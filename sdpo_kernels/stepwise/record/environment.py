@@ -1,0 +1,38 @@
+"""The machine and versions that a run's last bits depend on: recorded when it starts, compared when it resumes."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import transformers
+
+from sdpo_kernels.stepwise.common import ranks
+from sdpo_kernels.stepwise.record.manifest import Manifest, Record
+from sdpo_kernels.stepwise.settings.run_settings import RunConfig
+
+
+def run_environment(config: RunConfig) -> Record:
+    """What the bits of a run depend on, besides its config and data."""
+    use_cuda = torch.cuda.is_available() and not config.trainer.get("use_cpu")
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "device": "cuda" if use_cuda else "cpu",
+        "seed": int(config.trainer["seed"]),
+        "world_size": ranks.world_size(),
+        "host_cores": os.cpu_count(),
+    }
+
+
+def environment_warning(manifest: Manifest, now: Record) -> str | None:
+    """The warning for a run that resumes in another environment; None if it is the same."""
+    before = {"world_size": 1} | manifest.data["environment"]  # manifests of older versions have no world_size
+    changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
+    if not changed:
+        return None
+    return (
+        f"this machine differs from the one the run was started on ({', '.join(changed)}): "
+        "the run resumes, but its last bits may differ from those of a run that was never stopped"
+    )

@@ -1,0 +1,68 @@
+"""The README.md of a finished stage and of an extrapolated model: what the model is, how it was made, how it scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+
+from sdpo_kernels.stepwise.record.manifest import Record
+from sdpo_kernels.stepwise.settings.run_settings import RunConfig
+from sdpo_kernels.version import __version__
+
+
+def model_card(config: RunConfig, stage: Record) -> str:
+    """The Markdown model card of a finished stage, with the front matter that the Hugging Face Hub reads."""
+    lines = [
+        *_front_matter("transformers", config.model, ["dpo", "stepwise-dpo", "preference"]),
+        f"# {Path(config.model).name}, stage {stage['index']} ({stage['name']}) of a stepwise DPO run",
+        "",
+        f"Trained by `sdpo train` of sdpo_kernels {__version__} (sDPO, arXiv 2403.19270).",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| loss | {stage['loss']}, beta {stage['beta']:g} |",
+        f"| reference | {stage['reference']} |",
+        f"| pairs | {stage['pairs']} |",
+        f"| steps | {stage['steps']} |",
+        f"| first and last loss | {stage['first_loss']:.4f}, {stage['last_loss']:.4f} |",
+    ]
+
+    # a run without eval_data has no scores
+    if scores := stage.get("eval"):
+        lines += [
+            f"| pair accuracy on {scores['pairs']} evaluation pairs | {scores['pair_accuracy']:.3f} |",
+            f"| reward accuracy, margin | {scores['reward_accuracy']:.3f}, {scores['reward_margin']:.3f} |",
+        ]
+    if config.lora is not None:
+        lines += ["", "The weights are the base with the adapter merged in float32; the adapter is in `adapter/`."]
+    return "\n".join(lines) + "\n"
+
+
+def expo_card(start: Path, aligned: Path, alpha: float, notes: Sequence[str], is_adapter: bool) -> str:
+    """The Markdown model card of an extrapolated model; `notes` are further lines for its end."""
+    library, base = ("peft", start) if is_adapter else ("transformers", aligned)
+    what = "a LoRA adapter, its product scaled by 1 + α" if is_adapter else "θ1 + α(θ1 − θ0)"
+    lines = [
+        *_front_matter(library, str(base), ["expo", "merge", "preference"]),
+        f"# {aligned.resolve().name}, extrapolated with α = {alpha:g}",
+        "",
+        f"Not trained: written by `sdpo expo` of sdpo_kernels {__version__} (ExPO, arXiv 2404.16792): {what}.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| θ0, before alignment | {start} |",
+        f"| θ1, aligned | {aligned} |",
+        f"| α | {alpha:g} |",
+    ]
+
+    if alpha == 0:
+        lines += ["", "With α = 0 the weights are those of θ1, unchanged."]
+    if notes:
+        lines += ["", *notes]
+    return "\n".join(lines) + "\n"
+
+
+def _front_matter(library: str, base: str, tags: list[str]) -> list[str]:
+    return ["---", ModelCardData(library_name=library, base_model=base, tags=tags).to_yaml(), "---"]

@@ -1,0 +1,96 @@
+"""Log-probs [n, 2] of pairs in a file, used only if its key matches.
+
+    key = cache_key(weights_hash(model), tokens, dtype="float32")
+    scores = cached_scores(path, key, len(tokens), lambda: score(model, tokens))
+
+The key hashes everything a score depends on. If the key, the count or a value is wrong, or the file cannot be read,
+the scores are recomputed and a warning says why.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from sdpo_kernels.stepwise.common import ranks
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.files import replace_file
+from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
+
+logger = logging.getLogger(__name__)
+
+CACHE_VERSION = 1
+
+
+def cache_key(reference_hash: str, tokens: TokenizedPairs, **settings: Any) -> str:
+    """Hash of everything scores depend on: the reference's weights, the tokens after truncation, and `settings`."""
+    parts = {"version": CACHE_VERSION, "reference": reference_hash, "tokens": tokens.content_hash(), **settings}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def cached_scores(path: Path, key: str, count: int, compute: Callable[[], Tensor]) -> Tensor:
+    """The scores [count, 2] in `path` if they are valid for `key`; otherwise those of `compute()`, saved there.
+
+    UserError if the computed scores are NaN or infinite; nothing is saved then. On several ranks all of them use the
+    file or all of them compute; rank 0 writes it.
+    """
+    scores, reason = read_scores(path, key, count)
+
+    # `compute` exchanges scores between ranks, so no rank may take the file while another computes.
+    found_on_all = min(ranks.exchange(scores is not None))
+    if scores is not None and found_on_all:
+        return scores
+    if reason:
+        logger.warning("%s is recomputed: %s", path.name, reason)
+    scores = compute()
+
+    # one broken pair would make every loss of its batch NaN
+    bad = ~torch.isfinite(scores).all(1)
+    if bool(bad.any()):
+        raise UserError(
+            f"{path.name}: the model scores {int(bad.sum())} of {count} pairs as NaN or infinite, the first is pair "
+            f"{int(bad.nonzero()[0]) + 1}; its weights are broken, or they overflow in this precision"
+        )
+    write_scores(path, scores, key)
+    ranks.wait()
+    return scores
+
+
+def write_scores(path: Path, scores: Tensor, key: str) -> None:
+    """Save scores [n, 2] with their key, atomically."""
+    columns = {"chosen": scores[:, 0].contiguous(), "rejected": scores[:, 1].contiguous()}
+    # safetensors writes metadata in no fixed order, so a second entry would make the file's bytes differ between runs
+    replace_file(path, save(columns, metadata={"key": key}))
+
+
+def read_scores(path: Path, key: str | None, count: int) -> tuple[Tensor | None, str]:
+    """Scores [count, 2] and "" if the file is valid; otherwise None and why not ("" if there is no file).
+
+    With `key=None` any key is accepted, for files whose location already identifies their content.
+    """
+    if not path.exists():
+        return None, ""
+    try:
+        with safe_open(str(path), framework="pt") as stored:
+            metadata = stored.metadata() or {}
+            columns = [stored.get_tensor(name) for name in ("chosen", "rejected")]
+    except (SafetensorError, OSError) as error:
+        return None, f"it cannot be read ({error})"
+
+    if key is not None and metadata.get("key") != key:
+        return None, "its key differs: the reference, the data or a setting has changed since"
+    if any(column.shape != (count,) for column in columns):
+        return None, f"it holds {columns[0].shape[0]} pairs, not {count}"
+    scores = torch.stack(columns, 1)
+    if not bool(torch.isfinite(scores).all()):
+        return None, "it holds NaN or infinite values"
+    return scores, ""
