@@ -17,7 +17,7 @@ from sdpo_kernels.stepwise.prepare import Prepared, prepare
 from sdpo_kernels.stepwise.record.expo_record import FOLDER
 from sdpo_kernels.stepwise.record.manifest import different_settings
 from sdpo_kernels.stepwise.settings.reference import EmaSettings
-from sdpo_kernels.stepwise.settings.run_file import config_diff
+from sdpo_kernels.stepwise.settings.run_file import config_diff, with_new_defaults
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
 
@@ -50,6 +50,8 @@ def check_run(config: RunConfig, reporter: Reporter) -> None:
     for line in prepared.skipped:
         reporter.say(f"skipped  {line}")
     reporter.say(_table(prepared))
+    for source, names in prepared.unused.items():
+        reporter.say(f"unused     {source}: {', '.join(names)}")
 
     model = prepared.model_config
     scores = "an external score" if config.score_column else "the initial model"
@@ -144,7 +146,7 @@ def _state(config: RunConfig) -> str:
 
     # only the config is compared: some orders need scores before the stages' data is known
     manifest = read_json(path)
-    differences = config_diff(manifest.get("config", {}), config.model_dump(mode="json"))
+    differences = config_diff(with_new_defaults(manifest.get("config", {})), config.model_dump(mode="json"))
     if differences:
         raise UserError(different_settings(path.parent, differences))
     stages = manifest.get("stages", [])

@@ -15,11 +15,13 @@ from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.progress import Reporter
 from sdpo_kernels.stepwise.data.fit import check_fit, check_positions, load_model_config
 from sdpo_kernels.stepwise.data.order import StageData
-from sdpo_kernels.stepwise.data.pairs import Pair, read_pairs, shared_pairs
+from sdpo_kernels.stepwise.data.pairs import Pair, PairSource, read_pairs, shared_pairs
 from sdpo_kernels.stepwise.data.prompts import read_prompts
+from sdpo_kernels.stepwise.data.shapes import PROMPT_NAMES, SYSTEM_NAMES, Shape
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs, tokenize_pairs
 from sdpo_kernels.stepwise.models.load import load_tokenizer
 from sdpo_kernels.stepwise.references.multi import check_multi
+from sdpo_kernels.stepwise.settings.columns import ColumnSettings, DataEntry, entry_path
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig, StageConfig
 from sdpo_kernels.stepwise.sources.make import check_source
 
@@ -35,6 +37,7 @@ class Prepared:
     eval_tokens: TokenizedPairs | None
     skipped: list[str] = field(default_factory=list)  # bad rows, 'file:line: what is wrong', with on_bad_row: skip
     warnings: list[str] = field(default_factory=list)
+    unused: dict[str, list[str]] = field(default_factory=dict)  # data source → columns that nothing reads
 
     def say_warnings(self, reporter: Reporter) -> None:
         """Print what the user should know before training."""
@@ -63,13 +66,13 @@ def prepare(config: RunConfig) -> Prepared:
         if stage.data is None:
             prepared.stages.append(_prompts(config, stage, prepared))
             continue
-        pairs = _read(config, stage.data, prepared)
+        pairs = _read(config, _sources(config, stage.data, stage), prepared)
         named[stage.name] = pairs
         tokens = _tokenize(config, pairs, f"stage {stage.name}", prepared)
         prepared.stages.append(_stage_data(stage, pairs, tokens))
 
     if config.eval_data is not None:
-        named["eval_data"] = _read(config, config.eval_data, prepared)
+        named["eval_data"] = _read(config, _sources(config, config.eval_data), prepared)
         prepared.eval_tokens = _tokenize(config, named["eval_data"], "eval_data", prepared)
 
     # generated pairs are checked when they are there
@@ -84,10 +87,13 @@ def prepare(config: RunConfig) -> Prepared:
     return prepared
 
 
-def read_eval(config: RunConfig, sources: Sequence[str]) -> tuple[TokenizedPairs, list[str], PreTrainedTokenizerBase]:
+def read_eval(
+    config: RunConfig, sources: Sequence[str | DataEntry]
+) -> tuple[TokenizedPairs, list[str], PreTrainedTokenizerBase]:
     """The tokenized pairs of `sources`, warnings about them, and the tokenizer."""
     prepared = Prepared(config, load_tokenizer(config), load_model_config(config), [], None)
-    tokens = _tokenize(config, _read(config, sources, prepared), ", ".join(sources), prepared)
+    pairs = _read(config, _sources(config, sources), prepared)
+    tokens = _tokenize(config, pairs, ", ".join(map(entry_path, sources)), prepared)
     check_fit(config, prepared.model_config, [tokens])
     return tokens, prepared.warnings + prepared.skipped, prepared.tokenizer
 
@@ -97,7 +103,7 @@ def generated_stage(
 ) -> StageData:
     """A stage whose generated pairs are in `path`; prints warnings about them."""
     prepared = Prepared(config, tokenizer, load_model_config(config), [], None)
-    pairs = _read(config, (str(path),), prepared)
+    pairs = _read(config, [PairSource(str(path))], prepared)
     tokens = _tokenize(config, pairs, f"stage {stage.name}", prepared)
     check_fit(config, prepared.model_config, [tokens])
     prepared.say_warnings(reporter)
@@ -143,11 +149,34 @@ def _shared_prompts(stages: Sequence[StageData], evaluated: Sequence[Pair]) -> l
     ]
 
 
-def _read(config: RunConfig, sources: Sequence[str], prepared: Prepared) -> list[Pair]:
+def _sources(
+    config: RunConfig, entries: Sequence[str | DataEntry], stage: StageConfig | None = None
+) -> list[PairSource]:
+    """The data sources with how their rows are read: an entry's own settings, else the stage's, else the run's."""
+    sources = []
+    for entry in entries:
+        levels = [entry if isinstance(entry, DataEntry) else None, stage, config]
+        columns = next((level.columns for level in levels if level is not None and level.columns is not None), None)
+        prompt = next(level.prompt for level in levels if level is not None and level.prompt is not None)
+        sources.append(PairSource(entry_path(entry), Shape(columns or ColumnSettings(), prompt == "implicit")))
+    return sources
+
+
+def _read(config: RunConfig, sources: Sequence[PairSource], prepared: Prepared) -> list[Pair]:
     data = read_pairs(sources, on_bad_row=config.on_bad_row, score_column=config.score_column)
     prepared.skipped += data.skipped
+
+    # a column that sounds like a part of the prompt is worth a warning; an id or a source is not
+    prepared.unused |= data.unused
+    prepared.warnings += [
+        f"{source}: the column {name!r} is not used; if it is part of the prompt, name it in columns"
+        for source, names in data.unused.items()
+        for name in names
+        if name in (*PROMPT_NAMES, *SYSTEM_NAMES)
+    ]
     if not data.pairs:
-        raise UserError(f"{', '.join(sources)}: no pair is left after {len(data.skipped)} bad rows were skipped")
+        paths = ", ".join(source.path for source in sources)
+        raise UserError(f"{paths}: no pair is left after {len(data.skipped)} bad rows were skipped")
     return data.pairs
 
 

@@ -5,8 +5,8 @@
 
 `prompt`, `chosen` and `rejected` are all strings or all lists of {role, content} messages; shapes.py brings other
 schemas into this one. A conversation without `prompt` starts with the messages that chosen and rejected share. `tools`
-and `chat_template_kwargs` of a row are passed to the chat template, as in TRL; all other columns are listed as unused. A
-pair whose answers are equal is a bad row, because it teaches nothing.
+and `chat_template_kwargs` of a row are passed to the chat template, as in TRL; all other columns are listed as unused.
+A pair whose answers are equal is a bad row, because it teaches nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class PairSource:
     """A data file or Hub dataset, and how its rows are read."""
 
     path: str
-    shape: Shape = Shape()
+    shape: Shape = field(default_factory=Shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ since a column that is only guessed to be the prompt would be trained on without
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sdpo_kernels.stepwise.settings.columns import ColumnSettings
@@ -39,7 +39,7 @@ class BadRow(Exception):
 class Shape:
     """How the rows of one source are read."""
 
-    columns: ColumnSettings = ColumnSettings()
+    columns: ColumnSettings = field(default_factory=ColumnSettings)
     implicit_prompt: bool = False
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -106,10 +107,18 @@ def test_the_suggested_line_reads_the_row():
 @pytest.mark.parametrize(
     ("row", "shape", "message"),
     [
-        ({"chosen": "a", "rejected": "b"}, ORCA, "columns.prompt: the row has no column 'question'; it has the columns"),
+        (
+            {"chosen": "a", "rejected": "b"},
+            ORCA,
+            "columns.prompt: the row has no column 'question'; it has the columns",
+        ),
         ({"question": "q", "system": 3, "chosen": "a", "rejected": "b"}, ORCA, "'system' is of type int"),
         ({"instruction": "q", "input": 3, "chosen": "a", "rejected": "b"}, ALPACA, "'input' is of type int"),
-        ({"question": [SYSTEM], "system": "x", "chosen": "a", "rejected": "b"}, ORCA, "has a system message of its own"),
+        (
+            {"question": [SYSTEM], "system": "x", "chosen": "a", "rejected": "b"},
+            ORCA,
+            "has a system message of its own",
+        ),
         (rows("images.jsonl")[0], PLAIN, "'images' is set; only text can be trained on here"),
         (
             {"prompt": [{"role": "user", "content": [{"type": "image"}]}], "chosen": "a", "rejected": "b"},
@@ -144,3 +153,9 @@ def test_content_of_a_tool_call_is_the_same_whether_null_absent_or_empty():
     contents = [{"content": None}, {}, {"content": ""}]
     read = [PLAIN.read(base | {"chosen": [{"role": "assistant", **c, "tool_calls": call}]}) for c in contents]
     assert read[0] == read[1] == read[2]
+
+
+def test_the_docs_name_every_shape_that_is_tested():
+    page = (FILES.parents[2] / "docs/data.md").read_text(encoding="utf-8")
+    files = sorted(path.name for path in FILES.glob("*.jsonl"))
+    assert sorted(re.findall(r"`(\w+\.jsonl)` \|", page)) == files
