@@ -140,7 +140,9 @@ def _message(name: str, message: Any) -> Any:
     if not isinstance(message, dict):
         return message
     if "from" in message and "value" in message and "role" not in message:
-        role = SHAREGPT_ROLES.get(message["from"], message["from"])
+        role = message["from"]
+        if isinstance(role, str):
+            role = SHAREGPT_ROLES.get(role, role)
         message = {"role": role, "content": message["value"]}
     if message.get("content") is None and message.get("tool_calls"):
         message = message | {"content": ""}
