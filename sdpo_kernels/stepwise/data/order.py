@@ -49,8 +49,7 @@ def order_stages(config: RunConfig, stages: Sequence[StageData], score: Score) -
 
 def scored_counts(tokens: TokenizedPairs) -> Tensor:
     """Number of scored tokens of each sequence, [n, 2]; the first token of a sequence is never scored."""
-    prompts = np.maximum(tokens.prompt_lengths, 1).reshape(-1, 2)
-    return torch.from_numpy(tokens.lengths - prompts)
+    return torch.from_numpy(tokens.scored)
 
 
 def margins(config: RunConfig, tokens: TokenizedPairs, score: Score) -> NDArray[np.float64]:
@@ -88,8 +87,8 @@ def _tiers(config: RunConfig, stage: StageData, score: Score) -> list[StageData]
         accuracy = float((margin[chosen] > 0).mean())
 
         # pairs dropped before the split belong to no tier; the first one counts them, once
-        dropped = stage.tokens.dropped if number == 1 else []
-        tiers.append(StageData(named, *_take(stage, chosen, dropped), accuracy=accuracy))
+        dropped_from = stage.tokens if number == 1 else None
+        tiers.append(StageData(named, *_take(stage, chosen, dropped_from), accuracy=accuracy))
     return tiers
 
 
@@ -107,10 +106,11 @@ def _shuffled(stages: Sequence[StageData], seed: int) -> list[StageData]:
     hands = np.split(dealt, borders)
 
     return [
-        StageData(stage.config, *_take(pool, hand, stage.tokens.dropped))
-        for stage, hand in zip(stages, hands, strict=True)
+        StageData(stage.config, *_take(pool, hand, stage.tokens)) for stage, hand in zip(stages, hands, strict=True)
     ]
 
 
-def _take(stage: StageData, indices: NDArray[np.int64], dropped: Sequence[str]) -> tuple[TokenizedPairs, list[str]]:
-    return stage.tokens.take(indices, dropped), [stage.where[i] for i in indices]
+def _take(
+    stage: StageData, indices: NDArray[np.int64], dropped_from: TokenizedPairs | None
+) -> tuple[TokenizedPairs, list[str]]:
+    return stage.tokens.take(indices, dropped_from), [stage.where[i] for i in indices]

@@ -201,7 +201,30 @@ def _texts(values: dict[str, Any]) -> tuple[Any, Any, Any]:
     if isinstance(prompt, list) and not prompt:
         reason = "'prompt' has no messages" if "prompt" in values else "'chosen' and 'rejected' share no first message"
         raise BadRow(f"{reason}; a conversation needs at least one before the answers")
+    _refuse_repeated_prompt(prompt, {"chosen": chosen, "rejected": rejected})
     return prompt, chosen, rejected
+
+
+def _refuse_repeated_prompt(prompt: Text, answers: dict[str, Text]) -> None:
+    """Raises BadRow if answers start with the last messages of the prompt; in plain text that may be meant.
+
+    An assistant's message alone is not a repetition: the answers continue it.
+    """
+    if isinstance(prompt, str):
+        return
+
+    repeating = [
+        repr(name)
+        for name, answer in answers.items()
+        for count in range(1, len(prompt) + 1)
+        if prompt[-count:] == answer[:count] and prompt[-count]["role"] != "assistant"
+    ]
+    if repeating:
+        verb = "repeats" if len(repeating) == 1 else "repeat"
+        raise BadRow(
+            f"{' and '.join(repeating)} {verb} the messages of 'prompt'; leave them out of the answers, or leave out "
+            "'prompt'"
+        )
 
 
 def check_text(name: str, value: Any) -> str:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.data.pairs import BadRow, check_text, refuse_bad_rows
 from sdpo_kernels.stepwise.data.raw_rows import Row, read_rows
+from sdpo_kernels.stepwise.data.render import RenderedChat, chat_ids, ended, plain_ids, render_chat
 
 
 @dataclass(frozen=True)
@@ -32,21 +33,23 @@ class PromptRow:
         """The prompt as text, up to where the answer starts."""
         if not self.is_conversational:
             return self.prompt
-        return self.render(tokenizer, self.prompt, add_generation_prompt=True)
+        return self._render(tokenizer).prompt
 
-    def render(self, tokenizer: PreTrainedTokenizerBase, messages: Any, **options: Any) -> str:
-        """Apply the chat template to `messages`, with the row's own tools and template options."""
-        options |= {"tools": self.values.get("tools"), **(self.values.get("chat_template_kwargs") or {})}
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    def _render(self, tokenizer: PreTrainedTokenizerBase, **answers: Any) -> RenderedChat:
+        """Apply the chat template, with the row's own tools and template options."""
+        options = {"tools": self.values.get("tools"), **(self.values.get("chat_template_kwargs") or {})}
+        return render_chat(self.prompt, answers, tokenizer, self.where, **options)
+
+    def whole_ids(self, tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
+        """Token ids of the prompt followed by a whole answer and, if the tokenizer has one, an end token."""
+        if self.is_conversational:
+            return chat_ids(self._render(tokenizer, answer=self.completion(answer)).answers, tokenizer)[0]
+        return plain_ids([self.prompt + ended(answer, tokenizer)], tokenizer)[0]
 
     def ids(self, tokenizer: PreTrainedTokenizerBase, answer: str = "") -> list[int]:
         """Token ids of the prompt followed by `answer`, the start of an answer."""
-        text = self.text(tokenizer) + answer  # a chat template adds the special tokens itself
-        found: Any = tokenizer(text, add_special_tokens=not self.is_conversational, verbose=False)["input_ids"]
-
-        # some tokenizers append the EOS token to every text; the answer has to continue this one
-        ended = not self.is_conversational and found and found[-1] == tokenizer.eos_token_id
-        return found[:-1] if ended else found
+        encode = chat_ids if self.is_conversational else plain_ids
+        return encode([self.text(tokenizer) + answer], tokenizer)[0]
 
     def completion(self, text: str) -> Any:
         """An answer in the form of the row: a string or a list of messages."""

@@ -4,8 +4,8 @@
     tokens[0].chosen.ids, tokens[0].chosen.prompt_length        # int32 array, number of prompt tokens in it
 
 The prompt and prompt + completion are tokenised separately; the completion starts where the two first differ. For plain
-strings the tokenizer's EOS token is appended. Conversations go through the chat template, with the generation prompt
-after the prompt.
+strings the tokenizer's EOS token is appended, unless it is there. Conversations go through the chat template, with the
+generation prompt after the prompt; an assistant's message at the end of the prompt is continued by the answers.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.data.pairs import Pair
+from sdpo_kernels.stepwise.data.render import RenderedChat, chat_ids, ended, plain_ids, render_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,7 +50,11 @@ class TokenizedPairs:
     offsets         [2n + 1] int64, where each sequence starts in `ids`
     prompt_lengths  [2n] int32, after truncation
     kept            [n] int64, index of each pair in the list that was tokenised
-    dropped         'file:line: why' for each pair that truncation left without a scored token
+    cut             [n] bool, whether truncation cut the chosen or the rejected sequence
+    lost            [n] int64, scored tokens of the pair that truncation cut off
+    dropped         'file:line: why' for each pair that has nothing to score or equal sequences
+    dropped_cut     how many of the dropped pairs were cut
+    dropped_lost    how many scored tokens those had
     warnings        messages for the user; not part of `content_hash`
     """
 
@@ -57,7 +62,11 @@ class TokenizedPairs:
     offsets: NDArray[np.int64]
     prompt_lengths: NDArray[np.int32]
     kept: NDArray[np.int64]
+    cut: NDArray[np.bool_]
+    lost: NDArray[np.int64]
     dropped: list[str]
+    dropped_cut: int
+    dropped_lost: int
     warnings: list[str]
 
     def __len__(self) -> int:
@@ -79,10 +88,40 @@ class TokenizedPairs:
         """Number of tokens of each sequence, [n, 2] (chosen, rejected)."""
         return np.diff(self.offsets).reshape(-1, 2)
 
-    def take(self, indices: NDArray[np.int64], dropped: Sequence[str] = ()) -> TokenizedPairs:
-        """The pairs at `indices`, in that order, with `dropped` as given and without warnings."""
+    @property
+    def scored(self) -> NDArray[np.int64]:
+        """Number of scored tokens of each sequence, [n, 2]; the first token of a sequence is never scored."""
+        return self.lengths - np.maximum(self.prompt_lengths, 1).reshape(-1, 2)
+
+    @property
+    def cut_pairs(self) -> int:
+        """How many pairs truncation cut, those included that were dropped for it."""
+        return int(self.cut.sum()) + self.dropped_cut
+
+    @property
+    def lost_tokens(self) -> int:
+        """How many scored tokens truncation cost, those of pairs included that were dropped for it."""
+        return int(self.lost.sum()) + self.dropped_lost
+
+    @property
+    def whole_tokens(self) -> int:
+        """How many scored tokens there were before truncation."""
+        return int(self.scored.sum()) + self.lost_tokens
+
+    def take(self, indices: NDArray[np.int64], dropped_from: TokenizedPairs | None = None) -> TokenizedPairs:
+        """The pairs at `indices`, in that order, without warnings; the dropped pairs are those of `dropped_from`."""
         sequences = [sequence for index in indices for sequence in self[int(index)]]
-        return _flatten(sequences, [int(self.kept[i]) for i in indices], list(dropped), [])
+        chosen = np.asarray(indices, dtype=np.int64)
+        return TokenizedPairs(
+            **_flat(sequences),
+            kept=self.kept[chosen],
+            cut=self.cut[chosen],
+            lost=self.lost[chosen],
+            dropped=list(dropped_from.dropped) if dropped_from else [],
+            dropped_cut=dropped_from.dropped_cut if dropped_from else 0,
+            dropped_lost=dropped_from.dropped_lost if dropped_from else 0,
+            warnings=[],
+        )
 
     @staticmethod
     def concatenate(parts: Sequence[TokenizedPairs]) -> TokenizedPairs:
@@ -90,8 +129,16 @@ class TokenizedPairs:
         sequences = [
             sequence for part in parts for pair in map(part.__getitem__, range(len(part))) for sequence in pair
         ]
-        dropped = [text for part in parts for text in part.dropped]
-        return _flatten(sequences, list(range(len(sequences) // 2)), dropped, [])
+        return TokenizedPairs(
+            **_flat(sequences),
+            kept=np.arange(len(sequences) // 2),
+            cut=np.concatenate([np.zeros(0, np.bool_), *(part.cut for part in parts)]),
+            lost=np.concatenate([np.zeros(0, np.int64), *(part.lost for part in parts)]),
+            dropped=[text for part in parts for text in part.dropped],
+            dropped_cut=sum(part.dropped_cut for part in parts),
+            dropped_lost=sum(part.dropped_lost for part in parts),
+            warnings=[],
+        )
 
     def content_hash(self) -> str:
         """sha256 of ids, offsets and prompt lengths: equal if and only if training sees the same tokens."""
@@ -108,6 +155,7 @@ class _RawPair(NamedTuple):
     prompt: list[int]
     chosen: list[int]  # prompt + completion
     rejected: list[int]
+    lost_reasoning: bool  # whether the chat template left out an answer's reasoning
 
 
 def tokenize_pairs(
@@ -116,42 +164,63 @@ def tokenize_pairs(
     *,
     max_length: int,
     truncation: Literal["keep_start", "keep_end"],
+    drop_equal: bool = True,
 ) -> TokenizedPairs:
     """Tokenise `pairs`.
 
     1. Tokenise prompt, prompt + chosen and prompt + rejected of each pair.
     2. The prompt ends where the three first differ.
-    3. Cut both sequences to `max_length` tokens: keep their start or their end.
-    4. Drop and list the pair if either sequence has no scored token left.
+    3. Cut both sequences to `max_length` tokens: keep their start or their end. No end token is added to a cut one.
+    4. Drop and list the pair if either sequence has no scored token left, or if both are equal (`drop_equal`).
 
     Raises UserError if the tokenizer has no EOS token but a pair is plain text, if it has no chat template but a pair
-    is a conversation, if the template fails, and if `max_length` leaves no pair at all.
+    is a conversation, if the template fails or drops a message, and if no pair at all is left.
     """
     _check_tokenizer(pairs, tokenizer)
 
     sequences: list[TokenizedSequence] = []
     kept: list[int] = []
+    was_cut: list[bool] = []
+    lost: list[int] = []
     dropped: list[str] = []
-    diverging: list[str] = []
+    dropped_cut = dropped_lost = 0
+    noted = _Noted()
     for index, raw in enumerate(_raw_pairs(pairs, tokenizer)):
         pair = pairs[index]
 
         # both sides share one prompt length, as in TRL
         prompt_length = min(_common_prefix(raw.prompt, raw.chosen), _common_prefix(raw.prompt, raw.rejected))
-        if prompt_length < len(raw.prompt):
-            diverging.append(pair.where)
+        noted.note(pair, raw, prompt_length)
 
-        cut = [_truncate(ids, prompt_length, max_length, truncation) for ids in (raw.chosen, raw.rejected)]
-        reason = _unscored(cut, raw, prompt_length, max_length)
+        whole = [TokenizedSequence(np.asarray(ids, dtype=np.int32), prompt_length) for ids in raw[1:3]]
+        cut = [_truncate(sequence, max_length, truncation) for sequence in whole]
+        is_cut = any(len(ids) > max_length for ids in raw[1:3])
+        scored = sum(map(_scored, whole))
+
+        reason = _unscored(cut, whole, max_length) or (_equal(cut, is_cut, max_length) if drop_equal else None)
         if reason:
             dropped.append(f"{pair.where}: {reason}")
+            dropped_cut += is_cut
+            dropped_lost += scored if is_cut else 0
         else:
             kept.append(index)
             sequences += cut
+            was_cut.append(is_cut)
+            lost.append(scored - sum(map(_scored, cut)))
 
     if pairs and not kept:
-        raise UserError(f"max_length: was {max_length}, which leaves none of {len(pairs)} pairs; first: {dropped[0]}")
-    return _flatten(sequences, kept, dropped, _divergence_warning(diverging, len(pairs)))
+        cause = f"max_length: was {max_length}, which leaves none" if dropped_cut else "nothing can be learned from any"
+        raise UserError(f"{cause} of {len(pairs)} pairs; first: {dropped[0]}")
+    return TokenizedPairs(
+        **_flat(sequences),
+        kept=np.array(kept, dtype=np.int64),
+        cut=np.array(was_cut, dtype=np.bool_),
+        lost=np.array(lost, dtype=np.int64),
+        dropped=dropped,
+        dropped_cut=dropped_cut,
+        dropped_lost=dropped_lost,
+        warnings=noted.warnings(len(pairs)),
+    )
 
 
 def _check_tokenizer(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -173,48 +242,32 @@ def _raw_pairs(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> Ite
         raw: dict[int, _RawPair] = {}
 
         # the two kinds need different options of the tokenizer, so a call for each
-        for conversational in (False, True):
-            members = [i for i, pair in enumerate(chunk) if pair.is_conversational == conversational]
-            render = _render_chat if conversational else _render_plain
-            texts = [text for i in members for text in render(chunk[i], tokenizer)]
-            if not texts:
-                continue
+        plain = [i for i, pair in enumerate(chunk) if not pair.is_conversational]
+        ids = plain_ids([text for i in plain for text in _plain_texts(chunk[i], tokenizer)], tokenizer)
+        for place, i in enumerate(plain):
+            prompt, chosen, rejected = ids[3 * place : 3 * place + 3]
+            raw[i] = _RawPair(prompt, chosen, rejected, False)
 
-            # a chat template adds the special tokens itself; verbose=False: no warning about model_max_length, because
-            # max_length is applied later
-            ids = tokenizer(texts, add_special_tokens=not conversational, verbose=False)["input_ids"]
-            for place, i in enumerate(members):
-                raw[i] = _RawPair(*ids[3 * place : 3 * place + 3])
+        chats = {i: _rendered(pair, tokenizer) for i, pair in enumerate(chunk) if pair.is_conversational}
+        ids = chat_ids([text for chat in chats.values() for text in (chat.prompt, *chat.answers)], tokenizer)
+        for place, (i, chat) in enumerate(chats.items()):
+            prompt, chosen, rejected = ids[3 * place : 3 * place + 3]
+            raw[i] = _RawPair(prompt, chosen, rejected, chat.lost_reasoning)
 
         yield from (raw[i] for i in range(len(chunk)))
 
 
-def _render_plain(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _plain_texts(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Texts of prompt, prompt + chosen and prompt + rejected."""
-    eos: Any = tokenizer.eos_token
-    answers = [text if text.endswith(eos) else text + eos for text in (str(pair.chosen), str(pair.rejected))]
     prompt = str(pair.prompt)
-    return [prompt, *(prompt + answer for answer in answers)]
+    return [prompt, *(prompt + ended(str(answer), tokenizer) for answer in (pair.chosen, pair.rejected))]
 
 
-def _render_chat(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _rendered(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> RenderedChat:
     """The same three texts through the chat template."""
-    options: dict[str, Any] = {"tokenize": False, "tools": pair.tools, **(pair.chat_template_kwargs or {})}
     prompt: Any = pair.prompt
-    render: Any = tokenizer.apply_chat_template
-
-    # the prompt alone ends where the model would start to answer
-    try:
-        return [
-            render(prompt, add_generation_prompt=True, **options),
-            render(prompt + pair.chosen, **options),
-            render(prompt + pair.rejected, **options),
-        ]
-    except Exception as error:  # a template is a program, which may raise anything
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"{pair.where}: the tokenizer's chat template failed: {type(error).__name__}: {reason}"
-        ) from error
+    answers: dict[str, Any] = {"chosen": pair.chosen, "rejected": pair.rejected}
+    return render_chat(prompt, answers, tokenizer, pair.where, tools=pair.tools, **(pair.chat_template_kwargs or {}))
 
 
 def _common_prefix(ids: list[int], other: list[int]) -> int:
@@ -225,50 +278,94 @@ def _common_prefix(ids: list[int], other: list[int]) -> int:
 
 
 def _truncate(
-    ids: list[int], prompt_length: int, max_length: int, truncation: Literal["keep_start", "keep_end"]
+    whole: TokenizedSequence, max_length: int, truncation: Literal["keep_start", "keep_end"]
 ) -> TokenizedSequence:
+    """`whole` cut to `max_length` tokens; only what was there is kept, so a cut answer is not taught to end."""
+    ids, prompt_length = whole
     excess = max(0, len(ids) - max_length)
     if truncation == "keep_start":
-        return TokenizedSequence(np.asarray(ids[:max_length], dtype=np.int32), min(prompt_length, max_length))
-    return TokenizedSequence(np.asarray(ids[excess:], dtype=np.int32), max(0, prompt_length - excess))
+        return TokenizedSequence(ids[:max_length], min(prompt_length, max_length))
+    return TokenizedSequence(ids[excess:], max(0, prompt_length - excess))
 
 
-def _unscored(cut: list[TokenizedSequence], raw: _RawPair, prompt_length: int, max_length: int) -> str | None:
-    """Why a pair has nothing to score, or None. The first token of a sequence is never scored: nothing predicts it."""
-    for name, sequence, ids in zip(("chosen", "rejected"), cut, (raw.chosen, raw.rejected), strict=True):
-        if len(sequence.ids) > max(1, sequence.prompt_length):
+def _scored(sequence: TokenizedSequence) -> int:
+    """How many tokens are scored. The first token of a sequence never is: nothing predicts it."""
+    return max(0, len(sequence.ids) - max(1, sequence.prompt_length))
+
+
+def _unscored(cut: list[TokenizedSequence], whole: list[TokenizedSequence], max_length: int) -> str | None:
+    """Why a pair has nothing to score, or None."""
+    for name, sequence, before in zip(("chosen", "rejected"), cut, whole, strict=True):
+        if _scored(sequence):
             continue
 
         # did truncation cause it, or was the completion empty from the start?
-        if len(ids) > max(1, prompt_length):
-            return f"max_length {max_length} leaves nothing of {name} after a prompt of {prompt_length} tokens"
-        return f"{name} has no token to score after its prompt of {prompt_length} tokens"
+        if _scored(before):
+            return f"max_length {max_length} leaves nothing of {name} after a prompt of {before.prompt_length} tokens"
+        return f"{name} has no token to score after its prompt of {before.prompt_length} tokens"
     return None
 
 
-def _divergence_warning(diverging: list[str], total: int) -> list[str]:
-    if not diverging:
-        return []
-
-    return [
-        f"{len(diverging)} of {total} pairs (first: {diverging[0]}): the tokenised prompt is not a prefix of the "
-        "tokenised prompt + completion. The completion starts where they differ, so the model is trained on a context "
-        "that differs from the one at inference. End the prompt on a token boundary, or fix the chat template"
-    ]
+def _equal(cut: list[TokenizedSequence], is_cut: bool, max_length: int) -> str | None:
+    """Why chosen and rejected are the same tokens, or None if they differ."""
+    if not np.array_equal(cut[0].ids, cut[1].ids):
+        return None
+    if is_cut:
+        return f"max_length {max_length} leaves equal tokens of chosen and rejected; the pair teaches nothing"
+    return "chosen and rejected are equal tokens; the pair teaches nothing"
 
 
-def _flatten(
-    sequences: list[TokenizedSequence], kept: list[int], dropped: list[str], warnings: list[str]
-) -> TokenizedPairs:
+class _Noted:
+    """Collects where pairs deserve a warning."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, list[str]] = {}  # warning → where the pairs are
+
+    def note(self, pair: Pair, raw: _RawPair, prompt_length: int) -> None:
+        """Look at a pair, whose prompt has `prompt_length` tokens in common with both answers."""
+        if prompt_length < len(raw.prompt):
+            self._add(
+                pair,
+                "the tokenised prompt is not a prefix of the tokenised prompt + completion. The completion starts "
+                "where they differ, so the model is trained on a context that differs from the one at inference. End "
+                "the prompt on a token boundary, or fix the chat template",
+            )
+        if raw.lost_reasoning:
+            self._add(
+                pair,
+                "the chat template leaves out the reasoning of an answer, which is not trained; change the template",
+            )
+        if _repeats_prompt(pair):
+            self._add(
+                pair,
+                "both answers begin with the prompt, which is then trained on as a part of them; remove it from the "
+                "answers, or drop the column prompt and set prompt: implicit",
+            )
+
+    def _add(self, pair: Pair, warning: str) -> None:
+        self._places.setdefault(warning, []).append(pair.where)
+
+    def warnings(self, total: int) -> list[str]:
+        """One warning of each kind, with the number of pairs and the first of them."""
+        return [f"{len(at)} of {total} pairs (first: {at[0]}): {warning}" for warning, at in self._places.items()]
+
+
+def _repeats_prompt(pair: Pair) -> bool:
+    """Whether both answers of a plain pair begin with its prompt. Of conversations pairs.py finds it."""
+    if pair.is_conversational:
+        return False
+    prompt = str(pair.prompt).strip()
+    return bool(prompt) and all(str(answer).lstrip().startswith(prompt) for answer in (pair.chosen, pair.rejected))
+
+
+def _flat(sequences: Sequence[TokenizedSequence]) -> dict[str, Any]:
+    """`ids`, `offsets` and `prompt_lengths` of sequences."""
     offsets = np.zeros(len(sequences) + 1, dtype=np.int64)
     np.cumsum([len(sequence.ids) for sequence in sequences], out=offsets[1:])
 
     # the empty array makes concatenate work without any sequences
-    return TokenizedPairs(
-        ids=np.concatenate([np.zeros(0, np.int32), *(sequence.ids for sequence in sequences)], dtype=np.int32),
-        offsets=offsets,
-        prompt_lengths=np.array([sequence.prompt_length for sequence in sequences], dtype=np.int32),
-        kept=np.array(kept, dtype=np.int64),
-        dropped=dropped,
-        warnings=warnings,
-    )
+    return {
+        "ids": np.concatenate([np.zeros(0, np.int32), *(sequence.ids for sequence in sequences)], dtype=np.int32),
+        "offsets": offsets,
+        "prompt_lengths": np.array([sequence.prompt_length for sequence in sequences], dtype=np.int32),
+    }

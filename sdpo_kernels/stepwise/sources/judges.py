@@ -165,12 +165,7 @@ def reward_model_judge(
 
 def encode(row: PromptRow, text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[int]:
     """Token ids of prompt, completion and end token; text over `max_length` keeps its end."""
-    if row.is_conversational:
-        whole = row.render(tokenizer, row.prompt + row.completion(text))
-    else:
-        whole = row.prompt + text + str(tokenizer.eos_token or "")
-    ids: Any = tokenizer(whole, add_special_tokens=not row.is_conversational)["input_ids"]
-    return ids[-max_length:]
+    return row.whole_ids(tokenizer, text)[-max_length:]
 
 
 def classify(model: Any, ids: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:

@@ -23,7 +23,8 @@ def pairs(answers: list[tuple[int, int]], mark: int) -> TokenizedPairs:
             offsets.append(len(ids))
             prompts.append(2)
     arrays = np.array(ids, np.int32), np.array(offsets), np.array(prompts, np.int32)
-    return TokenizedPairs(*arrays, np.arange(len(answers)), [], [])
+    count = len(answers)
+    return TokenizedPairs(*arrays, np.arange(count), np.zeros(count, np.bool_), np.zeros(count, int), [], 0, 0, [])
 
 
 def stage(name, answers, mark=0, scores=None) -> StageData:
@@ -153,9 +154,8 @@ def test_tiers_lose_and_double_no_pair(count, tiers, seed):
 
 
 def test_scored_counts_leave_out_a_first_token():
-    tokens = TokenizedPairs(
-        np.zeros(9, np.int32), np.array([0, 3, 5, 7, 9]), np.array([0, 1, 1, 0], np.int32), np.arange(2), [], []
-    )
+    arrays = np.zeros(9, np.int32), np.array([0, 3, 5, 7, 9]), np.array([0, 1, 1, 0], np.int32), np.arange(2)
+    tokens = TokenizedPairs(*arrays, np.zeros(2, np.bool_), np.zeros(2, int), [], 0, 0, [])
     assert scored_counts(tokens).tolist() == [[2, 1], [1, 1]]
 
 

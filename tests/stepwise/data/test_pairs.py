@@ -101,6 +101,30 @@ def test_any_text_is_read_back_unchanged(rows, kind, chat):
     assert [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs] == written
 
 
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected", "who"),
+    [
+        ([USER], [USER, BLUE], [USER, RED], "'chosen' and 'rejected' repeat"),
+        ([SYSTEM, USER], [SYSTEM, USER, BLUE], [SYSTEM, USER, RED], "'chosen' and 'rejected' repeat"),
+        ([SYSTEM, USER], [USER, BLUE], [USER, RED], "'chosen' and 'rejected' repeat"),
+        ([USER], [BLUE], [USER, RED], "'rejected' repeats"),
+        ([USER, BLUE], [USER, BLUE, USER], [BLUE], "'chosen' repeats"),
+    ],
+)
+def test_answers_that_repeat_the_messages_of_the_prompt(prompt, chosen, rejected, who):
+    text = refusal(write_lines({"prompt": prompt, "chosen": chosen, "rejected": rejected}))
+    cause = f"{who} the messages of 'prompt'; leave them out of the answers, or leave out 'prompt'"
+    assert text == f"d.jsonl:1: {cause}; set on_bad_row: skip to leave bad rows out"
+
+
+def test_an_answer_may_say_again_what_the_prefill_says():
+    pair = the_pair({"prompt": [USER, BLUE], "chosen": [BLUE], "rejected": [RED]})
+    assert (pair.chosen, pair.rejected) == ([BLUE], [RED])
+
+
 def test_several_sources_are_read_in_order():
     first = write_lines(PLAIN, name="a.jsonl")
     second = write_lines(PLAIN, "", PLAIN, "   ", name="b.jsonl")

@@ -203,8 +203,8 @@ def test_real_pairs_equal_trls_own_code(name, source, every, max_length, truncat
     collate = dpo_trainer.DataCollatorForPreference(pad_token_id=0, max_length=max_length, truncation_mode=truncation)
     assert len(theirs) > 5
 
-    # `kept` also shows that both drop the same pairs
-    ours = tokenize(pairs, tokenizer, max_length, truncation)
+    # `kept` also shows that both drop the same pairs; TRL keeps those that truncation makes equal
+    ours = tokenize_pairs(pairs, tokenizer, max_length=max_length, truncation=truncation, drop_equal=False)
     assert ours.kept.tolist() == theirs["at"]
 
     for tokens, row in zip(ours, theirs, strict=True):
@@ -257,6 +257,96 @@ def test_a_max_length_that_leaves_no_pairs_is_an_error(characters):
         tokenize([pair("abc", "d", "e")] * 2, characters, 3)
 
 
+def test_pairs_that_truncation_makes_equal_are_dropped(characters):
+    pairs = [pair("ab", "cde", "cdf"), Pair("ab", "cd", "ce", "d.jsonl:2"), pair("ab", "cdhh", "cdhi")]
+    tokens = tokenize(pairs, characters, 4)
+    assert tokens.kept.tolist() == [1]
+    reason = "max_length 4 leaves equal tokens of chosen and rejected; the pair teaches nothing"
+    assert tokens.dropped == [f"d.jsonl:1: {reason}"] * 2
+    assert rows(tokens) == [(ids("abcd"), 2, ids("abce"), 2)]
+
+    # both ends: keep_end makes others equal
+    from_the_start = tokenize([pair("ab", "cde", "fde"), pair("ab", "cd", "ce")], characters, 3, "keep_end")
+    assert from_the_start.dropped == [f"d.jsonl:1: {reason.replace('4', '3')}"]
+    assert len(tokenize(pairs, characters, 4, "keep_end")) == 3
+
+
+def test_equal_tokens_of_different_texts_are_dropped_without_blaming_max_length(characters):
+    tokens = tokenize([pair("ab", "c", "c~"), pair("ab", "c", "d")], characters)
+    assert tokens.dropped == ["d.jsonl:1: chosen and rejected are equal tokens; the pair teaches nothing"]
+    assert (tokens.cut_pairs, tokens.lost_tokens) == (0, 0)
+    with pytest.raises(UserError, match=r"^nothing can be learned from any of 1 pairs; first: d.jsonl:1: chosen and"):
+        tokenize([pair("ab", "c", "c~")], characters)
+
+
+def test_equal_tokens_stay_if_they_are_asked_for(characters):
+    tokens = tokenize_pairs([pair("ab", "c", "c")], characters, max_length=9, truncation="keep_start", drop_equal=False)
+    assert rows(tokens) == [(ids("abc~"), 2, ids("abc~"), 2)]
+
+
+def test_cut_pairs_and_lost_tokens_are_counted(characters):
+    pairs = [
+        pair("abc", "defg", "h"),  # 'fg~' of chosen is cut off
+        pair("abcde", "f", "g"),  # dropped: 'f~' and 'g~' are lost
+        pair("a", "bcdef", "bcdeg"),  # dropped as equal: six scored tokens each are lost
+        pair("a", "b", "c"),  # whole
+    ]
+    tokens = tokenize(pairs, characters, 5)
+    assert tokens.cut.tolist() == [True, False]
+    assert tokens.lost.tolist() == [3, 0]
+    assert (tokens.dropped_cut, tokens.dropped_lost) == (2, 4 + 12)
+    assert (tokens.cut_pairs, tokens.lost_tokens) == (3, 19)
+    assert tokens.whole_tokens == (5 + 2) + (2 + 2) + (6 + 6) + (2 + 2)
+
+
+def test_keep_end_loses_scored_tokens_only_past_the_prompt(characters):
+    one = [pair("abc", "defg", "h")]  # chosen has 8 tokens, of which 5 are scored
+    assert [tokenize(one, characters, length, "keep_end").lost_tokens for length in (8, 7, 6, 5, 4)] == [0, 0, 0, 1, 2]
+    assert [tokenize(one, characters, length, "keep_end").cut_pairs for length in (8, 7, 5)] == [0, 1, 1]
+
+
+def test_the_counts_stay_with_their_pairs(characters):
+    pairs = [pair("abc", "defg", "h"), pair("abcde", "f", "g"), pair("a", "b", "c"), pair("b", "defgh", "i")]
+    tokens = tokenize(pairs, characters, 5)
+    some = tokens.take(np.array([2, 1]))
+    assert (some.cut.tolist(), some.lost.tolist(), some.dropped) == ([True, False], [2, 0], [])
+    assert (some.cut_pairs, some.lost_tokens) == (1, 2)
+    rest = tokens.take(np.array([0]), dropped_from=tokens)
+    assert (rest.cut_pairs, rest.lost_tokens, rest.dropped) == (2, 3 + 4, tokens.dropped)
+
+    both = TokenizedPairs.concatenate([some, rest])
+    assert (both.cut_pairs, both.lost_tokens, both.whole_tokens) == (3, 9, tokens.whole_tokens)
+    assert both.dropped == tokens.dropped
+    none = TokenizedPairs.concatenate([])
+    assert (none.cut_pairs, none.lost_tokens, none.whole_tokens) == (0, 0, 0)
+
+
+def test_compact_stage_3_at_256_tokens_loses_a_fifth_of_its_scored_tokens():
+    pairs = load_pairs("compact/stage3_reasoning.jsonl")
+    tokens = tokenize(pairs, load_tokenizer("models/stories260K"), 256)
+    assert (tokens.cut_pairs, len(pairs)) == (1347, 2000)
+    assert (tokens.lost_tokens, tokens.whole_tokens) == (113_482, 531_229)
+    assert tokenize(pairs, load_tokenizer("models/stories260K"), 10_000).scored.sum() == 531_229
+    (dropped,) = tokens.dropped
+    assert dropped.endswith("max_length 256 leaves equal tokens of chosen and rejected; the pair teaches nothing")
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "expected"),
+    [
+        ("tokenizers/gpt2", "compact/stage1_grammar.jsonl", "a52ff321f47c9d5a"),
+        ("models/stories260K", "compact/stage3_reasoning.jsonl", "44234be94ae2edfd"),
+        ("tokenizers/minimind-6k", "chat_short/stage1_qa_feedback.jsonl", "671e4ab611fa2b87"),
+        ("tokenizers/dolma2-100k", "compact/stage2_commonsense.jsonl", "b7e6169837e54000"),
+    ],
+)
+def test_tokens_of_whole_pairs_are_those_of_earlier_versions(name, source, expected):
+    """Else runs that were started with an earlier version could not go on."""
+    tokens = tokenize(load_pairs(source), load_tokenizer(name), 100_000)
+    assert tokens.content_hash()[:16] == expected
+    assert (tokens.cut_pairs, tokens.lost_tokens, tokens.dropped) == (0, 0, [])
+
+
 PLAIN_TEXT = st.text("abcdefghij ", max_size=12)
 ANSWER = st.text("abcdefghij ", min_size=1, max_size=12)
 
@@ -268,21 +358,25 @@ ANSWER = st.text("abcdefghij ", min_size=1, max_size=12)
     truncation=st.sampled_from(["keep_start", "keep_end"]),
 )
 def test_any_pairs_are_truncated_or_dropped_by_the_rule(characters, texts, max_length, truncation):
-    expected, dropped = [], 0
+    expected, dropped, cut_pairs, lost = [], 0, 0, 0
     for prompt, *answers in texts:
         full = [ids(prompt + answer + "~") for answer in answers]
         if truncation == "keep_start":
             cut = [(whole[:max_length], len(prompt)) for whole in full]
         else:
             cut = [(whole[-max_length:], max(0, len(prompt) - max(0, len(whole) - max_length))) for whole in full]
-        if all(len(kept) - max(1, start) >= 1 for kept, start in cut):
+        cut_pairs += any(len(whole) > max_length for whole in full)
+        before = sum(len(whole) - max(1, len(prompt)) for whole in full)
+        if all(len(kept) - max(1, start) >= 1 for kept, start in cut) and cut[0] != cut[1]:
             expected.append((*cut[0], *cut[1]))
+            lost += before - sum(len(kept) - max(1, start) for kept, start in cut)
         else:
             dropped += 1
+            lost += before if any(len(whole) > max_length for whole in full) else 0
 
     pairs = [pair(*text) for text in texts]
     if not expected:
-        with pytest.raises(UserError, match="leaves none"):
+        with pytest.raises(UserError, match="leaves none" if cut_pairs else "nothing can be learned from any"):
             tokenize(pairs, characters, max_length, truncation)
         return
 
@@ -291,6 +385,13 @@ def test_any_pairs_are_truncated_or_dropped_by_the_rule(characters, texts, max_l
     assert len(tokens.dropped) == dropped
     assert tokens.lengths.tolist() == [[len(row[0]), len(row[2])] for row in expected]
     assert tokens.lengths.max() <= max_length
+    assert (tokens.cut_pairs, tokens.lost_tokens) == (cut_pairs, lost)
+
+    # an answer whose end was cut off is not taught to end
+    for at, one in zip(tokens.kept, tokens, strict=True):
+        for sequence, answer in zip(one, (pairs[at].chosen, pairs[at].rejected), strict=True):
+            is_whole = truncation == "keep_end" or len(pairs[at].prompt + answer) < max_length
+            assert (sequence.ids[-1] == EOS) == is_whole
 
 
 # The arrays

@@ -1,0 +1,360 @@
+"""Prompts and answers as text: what chat templates drop, move or write twice, prefills, BOS and EOS."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.data.pairs import Pair
+from sdpo_kernels.stepwise.data.prompts import PromptRow
+from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs, tokenize_pairs
+
+MINIMIND = Path(__file__).resolve().parents[4] / "shared" / "data" / "tokenizers" / "minimind-6k"
+
+# strips contents; results of tools as JSON; any other role is dropped
+LLAMA = """{{ bos_token }}{% for m in messages %}
+{%- if m.role in ["system", "user", "assistant"] %}
+{{- "<|start|>" + m.role + "<|end|>\n\n" + m.content | trim + eos_token }}
+{%- elif m.role == "tool" %}{{ "<|start|>ipython<|end|>\n\n" }}{{ m.content | tojson }}{{ eos_token }}{% endif %}
+{%- endfor %}{% if add_generation_prompt %}{{ "<|start|>assistant<|end|>\n\n" }}{% endif %}"""
+
+# drops the reasoning of every assistant's message but the last
+QWEN = """{% for m in messages %}{% set content = m.content %}
+{%- if m.role == "assistant" and not loop.last and "</think>" in content %}
+{%- set content = content.split("</think>")[-1].lstrip("\n") %}{% endif %}
+{%- if m.role in ["system", "user", "assistant"] %}<|start|>{{ m.role }}
+{{ content }}{{ eos_token }}
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant
+{% endif %}"""
+
+# the system message becomes part of the last user's message, as in Mistral's
+MISTRAL = """{{ bos_token }}{% set system = messages[0].content if messages[0].role == "system" else "" %}
+{%- for m in messages %}{% if m.role == "user" %}
+{%- set last = messages[loop.index0 + 1:] | selectattr("role", "equalto", "user") | list | length == 0 %}
+{{- "[INST] " }}{% if last and system %}{{ system + "\n\n" }}{% endif %}{{ m.content }}{{ " [/INST]" }}
+{%- elif m.role == "assistant" %}{{ " " + m.content + eos_token }}{% endif %}{% endfor %}"""
+
+# only the answer, as DeepSeek-R1's template does even with the last message
+NO_REASONING = "{% for m in messages %}{{ m.role }}: {{ m.content.split('</think>')[-1] }}{{ eos_token }}{% endfor %}"
+
+
+def tokenizer_of(template: str = LLAMA, *, adds: str = "") -> PreTrainedTokenizerFast:
+    """One token per printable character, with <s> and </s>; `adds` is what it puts around plain text, "<s> $A"."""
+    characters = [chr(code) for code in range(32, 127)] + ["\n", "…"]
+    vocabulary = {text: place for place, text in enumerate(["<s>", "</s>", "?unknown", *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?unknown"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    if adds:
+        tokenizer.post_processor = processors.TemplateProcessing(single=adds, special_tokens=[("<s>", 0), ("</s>", 1)])
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "?unknown"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **names)
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    """Messages of "role: content"."""
+    return [{"role": role, "content": content} for role, _, content in (text.partition(": ") for text in texts)]
+
+
+def pair(prompt, chosen, rejected) -> Pair:
+    return Pair(prompt, chosen, rejected, "d.jsonl:3")
+
+
+def tokenized(one: Pair, tokenizer: PreTrainedTokenizerFast) -> TokenizedPairs:
+    return tokenize_pairs([one], tokenizer, max_length=10_000, truncation="keep_start")
+
+
+def texts(one: Pair, tokenizer: PreTrainedTokenizerFast) -> tuple[str, str, str]:
+    """Prompt, scored text of chosen, scored text of rejected; the tokenizer found nothing to warn of."""
+    tokens = tokenized(one, tokenizer)
+    assert tokens.warnings == []
+    chosen, rejected = tokens[0]
+    halves = [(s.ids[: s.prompt_length], s.ids[s.prompt_length :]) for s in (chosen, rejected)]
+    (prompt, first), (same, second) = [tuple(map(tokenizer.decode, half)) for half in halves]
+    assert prompt == same
+    return prompt, first, second
+
+
+def refusal(one: Pair, tokenizer: PreTrainedTokenizerFast) -> str:
+    with pytest.raises(UserError) as raised:
+        tokenized(one, tokenizer)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+@pytest.fixture(scope="module")
+def minimind():
+    if not MINIMIND.exists():
+        pytest.skip(f"{MINIMIND} is absent")
+    return AutoTokenizer.from_pretrained(MINIMIND)
+
+
+# Messages that a template drops
+
+
+ANSWERS = turns("assistant: four"), turns("assistant: five")
+DROPPED = "d.jsonl:3: the chat template drops the message of role {!r} ({}); rename the role or change the template"
+
+
+@pytest.mark.parametrize("role", ["developer", "human", "ipython"])
+@pytest.mark.parametrize("template", [LLAMA, QWEN, MISTRAL])
+def test_a_dropped_message_of_the_prompt_is_an_error(template, role):
+    prompt = turns(f"{role}: Be brief.", "user: What is 2+2?")
+    assert refusal(pair(prompt, *ANSWERS), tokenizer_of(template)) == DROPPED.format(role, "prompt[0]")
+    later = turns("user: What is 2+2?", "assistant: Wait.", f"{role}: Be brief.")
+    assert refusal(pair(later, *ANSWERS), tokenizer_of(template)) == DROPPED.format(role, "prompt[2]")
+
+
+@pytest.mark.parametrize("role", ["developer", "human"])
+def test_minimind_drops_them_too(minimind, role):
+    prompt = turns(f"{role}: Be brief.", "user: What is 2+2?")
+    assert refusal(pair(prompt, *ANSWERS), minimind) == DROPPED.format(role, "prompt[0]")
+
+
+@pytest.mark.parametrize("template", [LLAMA, QWEN, MISTRAL])
+def test_a_dropped_answer_is_not_blamed_on_max_length(template):
+    prompt = turns("user: What is 2+2?")
+    gpt = pair(prompt, turns("gpt: four"), turns("gpt: five"))
+    assert refusal(gpt, tokenizer_of(template)) == DROPPED.format("gpt", "chosen[0]")
+    one = pair(prompt, turns("assistant: four"), turns("assistant: Well.", "model: five"))
+    assert refusal(one, tokenizer_of(template)) == DROPPED.format("model", "rejected[1]")
+
+
+def test_a_dropped_message_is_missed_although_another_contains_its_text():
+    tokenizer = tokenizer_of(LLAMA)
+    same = turns("user: Go on.", "assistant: Yes.", "human: Go on.")
+    assert refusal(pair(same, *ANSWERS), tokenizer) == DROPPED.format("human", "prompt[2]")
+    within = turns("human: ok", "user: Have a look.")
+    assert refusal(pair(within, *ANSWERS), tokenizer) == DROPPED.format("human", "prompt[0]")
+
+
+def test_equal_messages_that_are_both_there_are_fine():
+    prompt = turns("user: Go on.", "assistant: Yes.", "user: Go on.")
+    text, chosen, _ = texts(pair(prompt, *ANSWERS), tokenizer_of(LLAMA))
+    assert text.count("Go on.") == 2
+    assert chosen == "four</s>"
+
+
+def test_prompts_of_generated_pairs_are_checked_alike():
+    row = PromptRow(turns("human: Be brief.", "user: What is 2+2?"), {}, "d.jsonl:3")
+    with pytest.raises(UserError, match="drops the message of role 'human'"):
+        row.ids(tokenizer_of(LLAMA))
+    failing = PromptRow(turns("user: Hi"), {}, "d.jsonl:3")
+    with pytest.raises(UserError, match=r"^d.jsonl:3: the tokenizer's chat template failed: TemplateError: no"):
+        failing.ids(tokenizer_of("{{ raise_exception('no') }}"))
+
+
+# What templates may do with contents
+
+
+def test_contents_may_be_stripped():
+    prompt, chosen, _ = texts(pair(turns("user:  2+2? \n"), *ANSWERS), tokenizer_of(LLAMA))
+    assert prompt == "<s><|start|>user<|end|>\n\n2+2?</s><|start|>assistant<|end|>\n\n"
+    assert chosen == "four</s>"
+
+
+def test_whitespace_within_contents_may_change():
+    joining = "{% for m in messages %}{{ m.role }}: {{ m.content.split() | join(' ') }}\n{% endfor %}"
+    prompt = turns("user: What\n\n  is 2+2?")
+    assert texts(pair(prompt, *ANSWERS), tokenizer_of(joining))[0] == "user: What is 2+2?\n"
+
+
+def test_the_system_message_may_be_moved():
+    prompt = turns("system: Be brief.", "user: Hi", "assistant: Hi.", "user: 2+2?")
+    text, chosen, rejected = texts(pair(prompt, *ANSWERS), tokenizer_of(MISTRAL))
+    assert text == "<s>[INST] Hi [/INST] Hi.</s>[INST] Be brief.\n\n2+2? [/INST]"
+    assert (chosen, rejected) == (" four</s>", " five</s>")
+
+
+def test_reasoning_of_earlier_turns_may_be_dropped():
+    prompt = turns("user: Hi", "assistant: <think>\nGreet.\n</think>\n\nHello.", "user: 2+2?")
+    answers = turns("assistant: <think>\nEasy.\n</think>\n\n4"), turns("assistant: <think>\nHm.\n</think>\n\n5")
+    text, chosen, rejected = texts(pair(prompt, *answers), tokenizer_of(QWEN))
+    assert "Greet." not in text
+    assert "Hello." in text
+    assert chosen == "<think>\nEasy.\n</think>\n\n4</s>\n"
+    assert rejected == "<think>\nHm.\n</think>\n\n5</s>\n"
+
+
+def test_reasoning_dropped_from_an_answer_is_a_warning():
+    answers = turns("assistant: <think>Easy.</think>4"), turns("assistant: <think>Hm.</think>5")
+    tokens = tokenized(pair(turns("user: 2+2?"), *answers), tokenizer_of(NO_REASONING))
+    (warning,) = tokens.warnings
+    assert warning.startswith(
+        "1 of 1 pairs (first: d.jsonl:3): the chat template leaves out the reasoning of an answer"
+    )
+    keyed = [[{**answer[0], "reasoning_content": "I add."}] for answer in ANSWERS]
+    assert len(tokenized(pair(turns("user: 2+2?"), *keyed), tokenizer_of(QWEN)).warnings) == 1
+
+
+def test_reasoning_that_minimind_keeps_is_no_warning(minimind):
+    keyed = [[{**answer[0], "reasoning_content": "I add.\n"}] for answer in ANSWERS]
+    one = Pair(turns("user: 2+2?"), *keyed, "d.jsonl:3", chat_template_kwargs={"open_thinking": True})
+    assert texts(one, minimind)[1] == "I add.\n</think>\n\nfour<|im_end|>\n"
+
+
+def test_results_of_tools_may_be_json_and_calls_in_the_templates_own_way():
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "w", "arguments": {"at": "é"}}}]}
+    result = {"role": "tool", "content": json.dumps({"sky": "grau"})}
+    prompt = [*turns("user: Weather?"), call, result]
+    text, *_ = texts(pair(prompt, *ANSWERS), tokenizer_of(LLAMA))
+    assert '"{\\"sky\\": \\"grau\\"}"' in text
+
+
+# Prefills
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (LLAMA, ("<s><|start|>user<|end|>\n\n2+2?</s><|start|>assistant<|end|>\n\nIt is", " four</s>", " five</s>")),
+        (QWEN, ("<|start|>user\n2+2?</s>\n<|start|>assistant\nIt is", " four</s>\n", " five</s>\n")),
+        (MISTRAL, ("<s>[INST] 2+2? [/INST] It is", " four</s>", " five</s>")),
+    ],
+)
+def test_the_answers_continue_a_prefill(template, expected):
+    prompt = turns("user: 2+2?", "assistant: It is")
+    answers = turns("assistant:  four"), turns("assistant:  five")
+    assert texts(pair(prompt, *answers), tokenizer_of(template)) == expected
+
+    # the same as one message in the answers, but for what is scored
+    plain = pair(turns("user: 2+2?"), turns("assistant: It is four"), turns("assistant: It is five"))
+    ids = [
+        [s.ids.tolist() for s in tokenized(one, tokenizer_of(template))[0]] for one in (plain, pair(prompt, *answers))
+    ]
+    assert ids[0] == ids[1]
+
+
+def test_minimind_continues_a_prefill(minimind):
+    prompt = turns("user: 2+2?", "assistant: It is")
+    text, chosen, rejected = texts(pair(prompt, turns("assistant:  four"), turns("assistant:  five")), minimind)
+    assert text.endswith("It is")
+    assert text.count("assistant") == 1
+    assert (chosen, rejected) == (" four<|im_end|>\n", " five<|im_end|>\n")
+
+
+def test_a_prefill_is_continued_by_the_first_message_only():
+    prompt = turns("user: 2+2?", "assistant: It is")
+    longer = turns("assistant:  four.", "user: Sure?", "assistant: Yes.")
+    _, chosen, _ = texts(pair(prompt, longer, turns("assistant:  five.")), tokenizer_of(MISTRAL))
+    assert chosen == " four.</s>[INST] Sure? [/INST] Yes.</s>"
+
+
+def test_a_space_at_the_end_of_a_prefill_that_the_template_strips():
+    prompt = turns("user: 2+2?", "assistant: It is ")
+    text, chosen, _ = texts(pair(prompt, *ANSWERS), tokenizer_of(LLAMA))
+    assert text.endswith("It is")
+    assert chosen == " four</s>"
+
+
+@pytest.mark.parametrize(
+    ("start", "chosen", "reason"),
+    [
+        ({}, "user: Sure?", "'chosen' starts with the role 'user'"),
+        ({}, "tool: 4", "'chosen' starts with the role 'tool'"),
+        ({"tool_calls": [{}]}, "assistant: 4", "that message calls a tool"),
+        ({"name": "a"}, "assistant: 4", "both have 'name'"),
+    ],
+)
+def test_answers_that_cannot_continue_a_prefill(start, chosen, reason):
+    prompt = [*turns("user: 2+2?"), {**turns("assistant: It is")[0], **start}]
+    answer = [turns(chosen)[0] | ({"name": "b"} if "name" in start else {})]
+    text = refusal(pair(prompt, answer, turns("assistant: five")), tokenizer_of(LLAMA))
+    assert text == (
+        "d.jsonl:3: 'prompt' ends with an assistant's message, which the answers must continue, but "
+        f"{reason}; end the prompt with the user's message, or start the answers with the assistant's"
+    )
+
+
+def test_generated_answers_continue_a_prefill():
+    tokenizer = tokenizer_of(MISTRAL)
+    row = PromptRow(turns("user: 2+2?", "assistant: It is"), {}, "d.jsonl:3")
+    assert tokenizer.decode(row.ids(tokenizer)) == "<s>[INST] 2+2? [/INST] It is"
+    assert tokenizer.decode(row.whole_ids(tokenizer, " four")) == "<s>[INST] 2+2? [/INST] It is four</s>"
+
+
+# BOS and EOS of plain text
+
+
+ONCE = "<s>Once", " upon a</s>", " more</s>"
+
+
+@pytest.mark.parametrize("adds", ["<s> $A", "<s> $A </s>"])
+@pytest.mark.parametrize("start", ["", "<s>", "<s><s>"])
+@pytest.mark.parametrize("end", ["", "</s>", "</s></s>", "</s>\n"])
+def test_plain_text_has_bos_and_eos_once(adds, start, end):
+    one = pair(f"{start}Once", f" upon a{end}", f" more{end}")
+    assert texts(one, tokenizer_of(adds=adds)) == ONCE
+
+
+def test_a_space_after_an_own_bos_stays():
+    one = pair("<s> Once", " upon a", " more")
+    assert texts(one, tokenizer_of(adds="<s> $A")) == ("<s> Once", *ONCE[1:])
+
+
+def test_an_own_bos_stays_and_none_is_added_by_a_tokenizer_that_adds_none():
+    assert texts(pair("<s>Once", " upon a", " more"), tokenizer_of()) == ONCE
+    assert texts(pair("Once", " upon a", " more"), tokenizer_of()) == ("Once", *ONCE[1:])
+    assert texts(pair("Once", " upon a", " more"), tokenizer_of(adds="$A </s>")) == ("Once", *ONCE[1:])
+
+
+def test_an_own_eos_at_the_end_of_a_prompt_stays():
+    one = pair("Once</s>", " upon a", " more")
+    for adds in ("", "$A </s>"):
+        assert texts(one, tokenizer_of(adds=adds)) == ("Once</s>", *ONCE[1:])
+
+
+def test_an_empty_prompt_is_the_bos_token():
+    assert texts(pair("", "<s>Once", "more"), tokenizer_of(adds="<s> $A </s>")) == ("<s>", "Once</s>", "more</s>")
+
+
+def test_prompts_of_generated_pairs_have_them_once_too():
+    tokenizer = tokenizer_of(adds="<s> $A </s>")
+    row = PromptRow("<s>Once", {}, "d.jsonl:3")
+    assert tokenizer.decode(row.ids(tokenizer)) == "<s>Once"
+    assert tokenizer.decode(row.ids(tokenizer, " upon")) == "<s>Once upon"
+    assert tokenizer.decode(row.whole_ids(tokenizer, " upon")) == "<s>Once upon</s>"
+
+
+# BOS and EOS in conversations
+
+
+@pytest.mark.parametrize("adds", ["", "<s> $A </s>"])
+@pytest.mark.parametrize("template", [LLAMA, QWEN, MISTRAL])
+def test_a_conversation_has_the_templates_tokens_once(template, adds):
+    plain = pair(turns("user: Once"), *ANSWERS)
+    expected = texts(plain, tokenizer_of(template))
+    assert texts(plain, tokenizer_of(template, adds=adds)) == expected
+    ended = pair(turns("user: Once"), turns("assistant: four</s>"), turns("assistant: five</s>"))
+    assert texts(ended, tokenizer_of(template, adds=adds)) == expected
+
+
+@pytest.mark.parametrize("template", [LLAMA, MISTRAL])
+def test_an_own_bos_gives_way_to_the_templates(template):
+    expected = texts(pair(turns("user: Once"), *ANSWERS), tokenizer_of(template))
+    assert expected[0].count("<s>") == 1
+    assert texts(pair(turns("user: <s>Once"), *ANSWERS), tokenizer_of(template)) == expected
+
+
+def test_an_own_bos_stays_with_a_template_that_writes_none():
+    bare = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    assert texts(pair(turns("user: <s>Once"), *ANSWERS), tokenizer_of(bare)) == ("<s>Once\n", "four\n", "five\n")
+    ended = turns("assistant: four</s>"), turns("assistant: five</s>")
+    assert texts(pair(turns("user: Once"), *ended), tokenizer_of(bare)) == ("Once\n", "four</s>\n", "five</s>\n")
+
+
+# The prompt again in both answers
+
+
+def test_plain_answers_that_repeat_the_prompt_are_a_warning():
+    fine = Pair("Once", " upon a", " more", "d.jsonl:1")
+    repeated = pair("Once upon ", "Once upon a time", "Once upon more")
+    one_only = Pair("Once upon", "Once upon a time", " more", "d.jsonl:4")
+    tokens = tokenize_pairs([fine, repeated, one_only], tokenizer_of(), max_length=99, truncation="keep_start")
+    assert tokens.warnings == [
+        "1 of 3 pairs (first: d.jsonl:3): both answers begin with the prompt, which is then trained on as a part of "
+        "them; remove it from the answers, or drop the column prompt and set prompt: implicit"
+    ]
