@@ -81,7 +81,6 @@ def test_evaluation_data_alone(tmp_path, model):
 
 
 ORCA = str(Path(__file__).resolve().parents[1] / "data" / "shapes" / "orca.jsonl")
-ALPACA = ORCA.replace("orca", "alpaca")
 
 
 def test_a_question_under_another_name_stops_the_run(tmp_path, model):
@@ -94,21 +93,28 @@ def test_a_question_under_another_name_stops_the_run(tmp_path, model):
 
 @pytest.mark.parametrize("level", ["run", "stage", "entry"])
 def test_columns_of_a_run_a_stage_and_an_entry(tmp_path, model, level):
+    """The same tokens as with TRL's column names."""
+    rows = runs.make_rows(4)
+    alpaca = [
+        {"instruction": "good1", "input": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]}
+        for row in rows
+    ]
+    path = str(runs.write_rows(tmp_path / "alpaca.jsonl", alpaca))
     columns = {"prompt": ["instruction", "input"]}
-    stage = {"name": "s1", "data": ALPACA}
+    stage = {"name": "s1", "data": path}
     if level == "stage":
         stage["columns"] = columns
     if level == "entry":
-        stage["data"] = [{"path": ALPACA, "columns": columns}]
+        stage["data"] = [{"path": path, "columns": columns}]
     more = {"columns": columns} if level == "run" else {"columns": {"prompt": "nowhere"}}
     prepared = prepare(runs.configured(tmp_path, model, stages=[stage], **more))
-    assert len(prepared.stages[0].tokens) == 4
     assert prepared.unused == {}
-    plain = runs.write_rows(
-        tmp_path / "plain.jsonl", [{"prompt": "What is 2+2?\nBe brief.", "chosen": "four", "rejected": "five"}]
-    )
-    alone = prepare(runs.configured(tmp_path, model, stages=[{"name": "s1", "data": str(plain)}]))
-    assert prepared.stages[0].tokens[0].chosen.ids.tolist() == alone.stages[0].tokens[0].chosen.ids.tolist()
+
+    trl = [row | {"prompt": f"good1\n{row['prompt']}"} for row in rows]
+    plain = str(runs.write_rows(tmp_path / "plain.jsonl", trl))
+    alone = prepare(runs.configured(tmp_path, model, stages=[{"name": "s1", "data": plain}]))
+    assert len(prepared.stages[0].tokens) == 4
+    assert prepared.stages[0].tokens.content_hash() == alone.stages[0].tokens.content_hash()
 
 
 def test_a_column_that_sounds_like_the_prompt_is_a_warning_and_others_are_listed(tmp_path, model):
