@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -13,15 +14,20 @@ from transformers import PreTrainedTokenizerBase
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.data.pairs import BadRow, check_text, refuse_bad_rows
 from sdpo_kernels.stepwise.data.raw_rows import Row, read_rows
+from sdpo_kernels.stepwise.data.template_clock import render_chat
 
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One prompt, a string or messages; `values` is the whole row, which is passed to the judge."""
+    """One prompt, a string or messages; `values` is the whole row, which is passed to the judge.
+
+    `template_time` is the time that a chat template reads; None: now.
+    """
 
     prompt: Any
     values: dict[str, Any]
     where: str
+    template_time: datetime | None = None
 
     @property
     def is_conversational(self) -> bool:
@@ -37,7 +43,7 @@ class PromptRow:
     def render(self, tokenizer: PreTrainedTokenizerBase, messages: Any, **options: Any) -> str:
         """Apply the chat template to `messages`, with the row's own tools and template options."""
         options |= {"tools": self.values.get("tools"), **(self.values.get("chat_template_kwargs") or {})}
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        return str(render_chat(tokenizer, messages, template_time=self.template_time, tokenize=False, **options))
 
     def ids(self, tokenizer: PreTrainedTokenizerBase, answer: str = "") -> list[int]:
         """Token ids of the prompt followed by `answer`, the start of an answer."""
@@ -59,7 +65,9 @@ class PromptRow:
         return {"prompt": self.prompt, **both, **template, **more}
 
 
-def read_prompts(sources: Sequence[str], on_bad_row: Literal["error", "skip"]) -> tuple[list[PromptRow], list[str]]:
+def read_prompts(
+    sources: Sequence[str], on_bad_row: Literal["error", "skip"], template_time: datetime | None = None
+) -> tuple[list[PromptRow], list[str]]:
     """The prompts of all sources in order, and 'file:line: what is wrong' for each skipped row.
 
     Raises UserError if a row is bad and `on_bad_row` is 'error', or if no prompt is left.
@@ -72,7 +80,7 @@ def read_prompts(sources: Sequence[str], on_bad_row: Literal["error", "skip"]) -
             if problem:
                 bad.append(f"{row.where}: {problem}")
             else:
-                prompts.append(PromptRow(row.values["prompt"], row.values, row.where))
+                prompts.append(PromptRow(row.values["prompt"], row.values, row.where, template_time))
 
     if on_bad_row == "error":
         refuse_bad_rows(bad)

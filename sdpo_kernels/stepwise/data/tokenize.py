@@ -13,6 +13,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -20,6 +22,7 @@ from numpy.typing import NDArray
 
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.data.pairs import Pair
+from sdpo_kernels.stepwise.data.template_clock import render_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -116,8 +119,9 @@ def tokenize_pairs(
     *,
     max_length: int,
     truncation: Literal["keep_start", "keep_end"],
+    template_time: datetime | None = None,
 ) -> TokenizedPairs:
-    """Tokenise `pairs`.
+    """Tokenise `pairs`. `template_time` is the time that a chat template reads; None: now.
 
     1. Tokenise prompt, prompt + chosen and prompt + rejected of each pair.
     2. The prompt ends where the three first differ.
@@ -133,7 +137,7 @@ def tokenize_pairs(
     kept: list[int] = []
     dropped: list[str] = []
     diverging: list[str] = []
-    for index, raw in enumerate(_raw_pairs(pairs, tokenizer)):
+    for index, raw in enumerate(_raw_pairs(pairs, tokenizer, template_time)):
         pair = pairs[index]
 
         # both sides share one prompt length, as in TRL
@@ -166,7 +170,9 @@ def _check_tokenizer(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) 
         raise UserError(f"{chat.where}: is a conversation, but the tokenizer {name} has no chat template")
 
 
-def _raw_pairs(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> Iterable[_RawPair]:
+def _raw_pairs(
+    pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, template_time: datetime | None
+) -> Iterable[_RawPair]:
     """Token ids of each pair, in order; the tokenizer gets `_CHUNK` pairs at a time."""
     for start in range(0, len(pairs), _CHUNK):
         chunk = pairs[start : start + _CHUNK]
@@ -175,8 +181,15 @@ def _raw_pairs(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> Ite
         # the two kinds need different options of the tokenizer, so a call for each
         for conversational in (False, True):
             members = [i for i, pair in enumerate(chunk) if pair.is_conversational == conversational]
-            render = _render_chat if conversational else _render_plain
-            texts = [text for i in members for text in render(chunk[i], tokenizer)]
+            texts = [
+                text
+                for i in members
+                for text in (
+                    _render_chat(chunk[i], tokenizer, template_time)
+                    if conversational
+                    else _render_plain(chunk[i], tokenizer)
+                )
+            ]
             if not texts:
                 continue
 
@@ -197,11 +210,11 @@ def _render_plain(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [prompt, *(prompt + answer for answer in answers)]
 
 
-def _render_chat(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _render_chat(pair: Pair, tokenizer: PreTrainedTokenizerBase, template_time: datetime | None) -> list[str]:
     """The same three texts through the chat template."""
     options: dict[str, Any] = {"tokenize": False, "tools": pair.tools, **(pair.chat_template_kwargs or {})}
     prompt: Any = pair.prompt
-    render: Any = tokenizer.apply_chat_template
+    render: Any = partial(render_chat, tokenizer, template_time=template_time)
 
     # the prompt alone ends where the model would start to answer
     try:

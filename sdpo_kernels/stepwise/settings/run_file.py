@@ -68,6 +68,17 @@ def dump_config(config: RunConfig) -> str:
     return write_settings(config.model_dump())
 
 
+def with_new_defaults(stored: dict[str, Any]) -> dict[str, Any]:
+    """The stored config of a run, with defaults for the settings that an earlier version did not have.
+
+    A config that this version refuses is returned as it is: its differences are then shown like any others.
+    """
+    try:
+        return RunConfig.model_validate(stored).model_dump(mode="json")
+    except ValidationError:
+        return stored
+
+
 def config_diff(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """One line per setting that differs: 'stages.0.beta: 0.1 -> 0.05'. A key missing on one side is 'absent' there."""
     before, after = _flatten(old), _flatten(new)

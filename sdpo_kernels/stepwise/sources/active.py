@@ -128,7 +128,13 @@ def score_answers(ctx: SourceContext, questions: Sequence[Question], model: str)
     scorer = replace(ctx.scorer, config=config)
 
     pairs = [Pair(q.row.prompt, q.row.completion(q.first), q.row.completion(q.second), q.row.where) for q in questions]
-    tokens = tokenize_pairs(pairs, ctx.tokenizer, max_length=config.max_length, truncation=config.truncation)
+    tokens = tokenize_pairs(
+        pairs,
+        ctx.tokenizer,
+        max_length=config.max_length,
+        truncation=config.truncation,
+        template_time=ctx.template_time,
+    )
 
     scores = torch.zeros((len(questions), 2), dtype=torch.float64)
     scores[torch.from_numpy(tokens.kept)] = scorer.score_path(model, tokens, ctx.label("log-probs")).double()
