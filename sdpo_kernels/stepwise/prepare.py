@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from sdpo_kernels.integrations.router_loss import unused_coefficient
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.progress import Reporter
 from sdpo_kernels.stepwise.data.fit import check_fit, check_positions, load_model_config
@@ -81,6 +82,8 @@ def prepare(config: RunConfig, template_time: datetime | None = None) -> Prepare
     check_multi(config, tokenizer, parts)
 
     # no error: a user may want them
+    if warning := unused_coefficient(prepared.model_config):
+        prepared.warnings.append(f"model: {warning}")
     prepared.warnings += shared_pairs(named)
     prepared.warnings += _shared_prompts(prepared.stages, named.get("eval_data", []))
     return prepared
