@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sdpo_kernels.dpo_output import DPOOutput, pair_output
 from sdpo_kernels.integrations.causal_lm import evaluating, unwrap
+from sdpo_kernels.integrations.positions import padded_positions
 from sdpo_kernels.integrations.router_loss import router_coefficient
 from sdpo_kernels.losses import LossSum, LossType, loss_sum
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows, sequence_logps
@@ -38,7 +39,7 @@ def score_pairs(
 
     Args:
         model: with its fused head attached (`attach_fused_head`), wrapped or not.
-        input_ids, labels: [2B, T] int64, chosen half first; attention_mask: [2B, T], 0 for padding.
+        input_ids, labels: [2B, T] int64, chosen half first; attention_mask: [2B, T], 0 for padding, on either side.
         without_adapter: score a PEFT model with its adapter off: the reference of a LoRA run.
         ld_alpha: the weight of tokens beyond the pair's shorter answer, for the reference of the loss ld_dpo.
 
@@ -115,6 +116,9 @@ def _score(
     # one forward for both halves of the batch
     weighs_pairs = wanted is not None and wanted.weighs_pairs
     extras: dict[str, Any] = {"logp_outputs": ("log_sum_sq_probs",)} if weighs_pairs else {}
+    positions = padded_positions(model, attention_mask)
+    if positions is not None:
+        extras["position_ids"] = positions
     out = model(
         input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logp_targets=targets, logp_rows=rows,
         **extras,
