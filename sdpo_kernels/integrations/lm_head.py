@@ -41,8 +41,7 @@ class LMHead:
 
     def hidden(self, **inputs: Any) -> Tensor:
         """Hidden states [B, T, H] of the body, after its last norm."""
-        out = self.body(**inputs)
-        return out[0] if isinstance(out, tuple) else out.last_hidden_state
+        return hidden_of(self.body(**inputs))
 
     def weight(self) -> Tensor:
         """[V, H]; with LoRA on the head, base weight + deltas in the wider of their dtypes; differentiable."""
@@ -113,6 +112,11 @@ class LMHead:
             if module.training and getattr(dropout, "p", 0.0) > 0:
                 raise ValueError(f"lora_dropout: was {dropout.p} on the head, must be 0 (call disable_dropout)")
         return names
+
+
+def hidden_of(out: Any) -> Tensor:
+    """Hidden states [B, T, H] in what a body returns."""
+    return out[0] if isinstance(out, tuple) else out.last_hidden_state
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -12,10 +12,12 @@ from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.files import read_json
 from sdpo_kernels.stepwise.common.progress import Reporter
 from sdpo_kernels.stepwise.data.order import StageData, scored_counts
+from sdpo_kernels.stepwise.data.template_clock import reads_clock
 from sdpo_kernels.stepwise.post.after_run import check_start
 from sdpo_kernels.stepwise.prepare import Prepared, prepare
 from sdpo_kernels.stepwise.record.expo_record import FOLDER
 from sdpo_kernels.stepwise.record.manifest import different_settings
+from sdpo_kernels.stepwise.record.template_time import template_time
 from sdpo_kernels.stepwise.settings.reference import EmaSettings
 from sdpo_kernels.stepwise.settings.run_file import config_diff, with_new_defaults
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
@@ -41,7 +43,8 @@ def check_run(config: RunConfig, reporter: Reporter) -> None:
     """
     # the post-step first, as in a run: it needs no data
     check_start(config)
-    prepared = prepare(config)
+    now = template_time(config)
+    prepared = prepare(config, now)
     with tempfile.TemporaryDirectory() as folder:  # the arguments need one; nothing is written there
         for stage in config.stages:
             training_arguments(config, stage, Path(folder), Path(folder))
@@ -64,6 +67,8 @@ def check_run(config: RunConfig, reporter: Reporter) -> None:
     if expo := config.expo:
         reporter.say(f"post       expo from {expo.start}, {expo.alpha_text}, into {config.output_dir}/{FOLDER}")
     _say_reference(prepared, reporter)
+    if reads_clock(prepared.tokenizer):
+        reporter.say(f"clock      the chat template reads the date: {now.isoformat()} throughout the run")
     reporter.say(_state(config))
 
 

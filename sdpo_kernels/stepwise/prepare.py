@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from sdpo_kernels.integrations.router_loss import unused_coefficient
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.progress import Reporter
 from sdpo_kernels.stepwise.data.fit import check_fit, check_positions, load_model_config
@@ -35,6 +37,7 @@ class Prepared:
     model_config: Any
     stages: list[StageData]
     eval_tokens: TokenizedPairs | None
+    template_time: datetime | None = None  # what chat templates read as now; None: the machine's clock
     skipped: list[str] = field(default_factory=list)  # bad rows, 'file:line: what is wrong', with on_bad_row: skip
     warnings: list[str] = field(default_factory=list)
     unused: dict[str, list[str]] = field(default_factory=dict)  # data source → columns that nothing reads
@@ -47,8 +50,8 @@ class Prepared:
             reporter.warn(f"{len(self.skipped)} bad rows skipped, the first: {self.skipped[0]}")
 
 
-def prepare(config: RunConfig) -> Prepared:
-    """Read and tokenize all data of a run.
+def prepare(config: RunConfig, template_time: datetime | None = None) -> Prepared:
+    """Read and tokenize all data of a run, with `template_time` as the time that chat templates read (None: now).
 
     1. Load the tokenizer and the model's config, but no weights.
     2. For each stage read its pairs and tokenize them, or read the prompts it will generate pairs from.
@@ -59,7 +62,7 @@ def prepare(config: RunConfig) -> Prepared:
     UserError for whatever the user can fix. On several ranks each reads everything.
     """
     tokenizer = load_tokenizer(config)
-    prepared = Prepared(config, tokenizer, load_model_config(config), [], None)
+    prepared = Prepared(config, tokenizer, load_model_config(config), [], None, template_time)
 
     named: dict[str, list[Pair]] = {}  # by stage, and "eval_data"
     for stage in config.stages:
@@ -82,16 +85,18 @@ def prepare(config: RunConfig) -> Prepared:
     check_multi(config, tokenizer, parts)
 
     # no error: a user may want them
+    if warning := unused_coefficient(prepared.model_config):
+        prepared.warnings.append(f"model: {warning}")
     prepared.warnings += shared_pairs(named)
     prepared.warnings += _shared_prompts(prepared.stages, named.get("eval_data", []))
     return prepared
 
 
 def read_eval(
-    config: RunConfig, sources: Sequence[str | DataEntry]
+    config: RunConfig, sources: Sequence[str | DataEntry], template_time: datetime | None = None
 ) -> tuple[TokenizedPairs, list[str], PreTrainedTokenizerBase]:
     """The tokenized pairs of `sources`, warnings about them, and the tokenizer."""
-    prepared = Prepared(config, load_tokenizer(config), load_model_config(config), [], None)
+    prepared = Prepared(config, load_tokenizer(config), load_model_config(config), [], None, template_time)
     pairs = _read(config, _sources(config, sources), prepared)
     tokens = _tokenize(config, pairs, ", ".join(map(entry_path, sources)), prepared)
     check_fit(config, prepared.model_config, [tokens])
@@ -99,10 +104,15 @@ def read_eval(
 
 
 def generated_stage(
-    config: RunConfig, stage: StageConfig, tokenizer: PreTrainedTokenizerBase, path: Path, reporter: Reporter
+    config: RunConfig,
+    stage: StageConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    reporter: Reporter,
+    template_time: datetime,
 ) -> StageData:
     """A stage whose generated pairs are in `path`; prints warnings about them."""
-    prepared = Prepared(config, tokenizer, load_model_config(config), [], None)
+    prepared = Prepared(config, tokenizer, load_model_config(config), [], None, template_time)
     pairs = _read(config, [PairSource(str(path))], prepared)
     tokens = _tokenize(config, pairs, f"stage {stage.name}", prepared)
     check_fit(config, prepared.model_config, [tokens])
@@ -114,7 +124,7 @@ def _prompts(config: RunConfig, stage: StageConfig, prepared: Prepared) -> Stage
     """A stage that will generate its pairs: its prompts, checked as far as possible without a model."""
     assert stage.prompts is not None
     assert stage.source is not None
-    prompts, skipped = read_prompts(stage.prompts, config.on_bad_row)
+    prompts, skipped = read_prompts(stage.prompts, config.on_bad_row, prepared.template_time)
     prepared.skipped += skipped
 
     # a missing judge or answer is reported now, not when the stage starts hours later
@@ -181,7 +191,13 @@ def _read(config: RunConfig, sources: Sequence[PairSource], prepared: Prepared) 
 
 
 def _tokenize(config: RunConfig, pairs: list[Pair], name: str, prepared: Prepared) -> TokenizedPairs:
-    tokens = tokenize_pairs(pairs, prepared.tokenizer, max_length=config.max_length, truncation=config.truncation)
+    tokens = tokenize_pairs(
+        pairs,
+        prepared.tokenizer,
+        max_length=config.max_length,
+        truncation=config.truncation,
+        template_time=prepared.template_time,
+    )
     prepared.warnings += [f"{name}: {warning}" for warning in tokens.warnings]
     if tokens.dropped:
         prepared.warnings.append(

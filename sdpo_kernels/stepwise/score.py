@@ -16,6 +16,7 @@ from sdpo_kernels.stepwise.data.order import scored_counts
 from sdpo_kernels.stepwise.prepare import read_eval
 from sdpo_kernels.stepwise.record.expo_record import expo_folder
 from sdpo_kernels.stepwise.record.manifest import Record
+from sdpo_kernels.stepwise.record.template_time import template_time
 from sdpo_kernels.stepwise.references.evaluation import summarise
 from sdpo_kernels.stepwise.references.scorer import Scorer, pad_token_id
 from sdpo_kernels.stepwise.settings.columns import DataEntry
@@ -36,7 +37,7 @@ def score_run(config: RunConfig, models: Sequence[str], data: Sequence[str], *, 
     sources: Sequence[str | DataEntry] | None = tuple(data) or config.eval_data
     if not sources:
         raise UserError("eval_data: is not set in the run's settings; set it, or use --data FILE")
-    tokens, warnings, tokenizer = read_eval(config, sources)
+    tokens, warnings, tokenizer = read_eval(config, sources, template_time(config))
     for warning in warnings:
         reporter.warn(warning)
 

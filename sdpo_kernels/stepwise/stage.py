@@ -129,7 +129,8 @@ def _generate_pairs(stage: Stage) -> None:
     release_memory()
 
     # pairs that a stopped stage has generated are not generated again, so they must be the same
-    stage.data = generated_stage(stage.run.config, stage.data.config, stage.run.tokenizer, path, stage.run.reporter)
+    run = stage.run
+    stage.data = generated_stage(run.config, stage.data.config, run.tokenizer, path, run.reporter, run.template_time)
     tokens = stage.data.tokens
     counts = {"pairs": len(tokens), "dropped": len(tokens.dropped), "pairs_hash": tokens.content_hash()}
     if stage.record.get("pairs_hash") not in (None, counts["pairs_hash"]):

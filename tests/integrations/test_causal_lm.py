@@ -167,7 +167,7 @@ def test_wrong_calls_are_refused() -> None:
         model(**INPUTS, logp_targets=TARGETS[:, 1:])
     with pytest.raises(ValueError, match="2 positional arguments"):
         model(IDS[None], None, logp_targets=TARGETS)
-    with pytest.raises(ValueError, match="already has a fused head"):
+    with pytest.raises(ValueError, match="that already has a fused head"):
         attach_fused_head(model)
     with pytest.raises(ValueError, match="backend"):
         fused_logps(attach_fused_head(tiny_model("llama"), backend="nosuch"))

@@ -22,7 +22,7 @@ from sdpo_kernels.stepwise.settings.post import ExpoSettings, PostSettings, post
 from sdpo_kernels.stepwise.settings.reference import EmaSettings, MultiSettings, reference_mistakes
 from sdpo_kernels.stepwise.settings.source import Source
 from sdpo_kernels.stepwise.settings.trainer import DEFAULT_TRAINER, check_trainer
-from sdpo_kernels.stepwise.settings.types import Count, Integer, Number, Positive, Section, Sources, Text
+from sdpo_kernels.stepwise.settings.types import Count, Integer, Number, Positive, Section, Sources, Text, Time
 
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -166,6 +166,8 @@ class RunConfig(Section):
         on_bad_row: 'error' stops at bad rows in a data file before any training; 'skip' leaves them out and lists them.
         stages: The stages, at least one.
         eval_data: Pairs on which M₀ and every stage's model are scored.
+        template_time: The time that chat templates read as now (`strftime_now`): a date, or a date and time. By default
+            that of the run's first start.
         batching: 'packed' concatenates sequences without padding; 'padded' is for models that cannot keep packed
             sequences apart.
         trust_remote_code: Whether code that comes with the model may run.
@@ -196,6 +198,7 @@ class RunConfig(Section):
     on_bad_row: Literal["error", "skip"] = "error"
     stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)]
     eval_data: DataSources | None = None
+    template_time: Time | None = None
     batching: Literal["packed", "padded"] = "packed"
     trust_remote_code: bool = False
     trainer: Options = Field(default_factory=dict, validate_default=True)
