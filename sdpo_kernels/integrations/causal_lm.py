@@ -23,11 +23,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.utils import ModelOutput
 
 from sdpo_kernels.integrations.lm_head import LMHead, find_head, hidden_of, unwrap
 from sdpo_kernels.integrations.router_loss import find_router_loss
-from sdpo_kernels.logps import LinearLogps, linear_logps
+from sdpo_kernels.logps import LinearLogps, check_stash_bytes, linear_logps
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
 
 __all__ = [
@@ -67,12 +68,14 @@ class _Fused:
     backend: str
     stash_bytes: int | str
     previous: Callable[..., Any] | None  # the instance's own forward before that, if it had one
+    hook: RemovableHandle  # of _check_forward
 
 
 def attach_fused_head(model: Model, *, backend: str = "auto", stash_bytes: int | str = "auto") -> Model:
     """Make `model(input_ids=..., logp_targets=...)` return log-probs; returns the same object.
 
-    Call it on the bare model, before `get_peft_model`, `Trainer` or DDP/FSDP wrap it. Afterwards `forward` takes
+    Call it on the bare model, before `get_peft_model`, `Trainer` or DDP/FSDP wrap it, and after anything that replaces
+    the model's forward (Liger's `apply_liger_kernel_to_…`). Afterwards `forward` takes
 
         logp_targets: int64 of input_ids' shape; `logp_targets[i, t]` is the token that position t predicts (already
             shifted), -100 = not scored
@@ -86,17 +89,19 @@ def attach_fused_head(model: Model, *, backend: str = "auto", stash_bytes: int |
     `backend` is. `detach_fused_head` undoes it.
 
     Raises:
-        ValueError: no head was found, the model already has a fused head, or the auxiliary loss that its config
-            switches on cannot be computed.
+        ValueError: no head was found, or ZeRO-3 has partitioned it; the model already has a fused head; the auxiliary
+            loss that its config switches on cannot be computed; or a negative stash_bytes.
     """
     base = unwrap(model)
     find_head(base)
     find_router_loss(base)
+    check_stash_bytes(stash_bytes)
     if hasattr(base, "_sdpo_fused"):
         raise ValueError(f"model: was a {type(base).__name__} that already has a fused head, must be one without")
 
     previous = base.__dict__.get("forward")
-    base._sdpo_fused = _Fused(backend, stash_bytes, previous)  # type: ignore[assignment]
+    hook = base.register_forward_hook(_check_forward, with_kwargs=True)
+    base._sdpo_fused = _Fused(backend, stash_bytes, previous, hook)  # type: ignore[assignment]
 
     # A bound method, so that copy.deepcopy binds the copy's forward to the copy. No __wrapped__: accelerate's
     # unwrap_model follows that chain to its end and would remove the fused head together with its autocast.
@@ -114,6 +119,7 @@ def detach_fused_head(model: Model) -> Model:
     """
     base = unwrap(model)
     fused = _attached(base)
+    fused.hook.remove()
     del base.forward
     del base._sdpo_fused
     if fused.previous is not None:
@@ -126,6 +132,19 @@ def _attached(base: nn.Module) -> _Fused:
     if fused is None:
         raise ValueError(f"model: was a {type(base).__name__} without a fused head; call attach_fused_head first")
     return fused
+
+
+def _check_forward(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """A forward hook: ValueError if another forward has replaced ours and ignored `logp_targets`, as Liger's does."""
+    if kwargs.get("logp_targets") is None or getattr(out, "logps", None) is not None:
+        return
+    module = str(getattr(base.forward, "__module__", "?"))
+    name = f"{module}.{getattr(base.forward, '__qualname__', type(base.forward).__name__)}"
+    by = "Liger" if module.startswith("liger_kernel") else "another library"
+    raise ValueError(
+        f"model: its forward was replaced by {by} ({name}) after attach_fused_head and ignores logp_targets; patch the "
+        "model first, then attach the fused head"
+    )
 
 
 def _make_forward() -> Callable[..., Any]:
