@@ -15,7 +15,9 @@ from torch import Tensor
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.files import empty_folder, publish_folder, read_json, remove_folder, replace_file
-from sdpo_kernels.stepwise.models.load import ADAPTER, merge_adapter
+from sdpo_kernels.stepwise.models.load import ADAPTER
+from sdpo_kernels.stepwise.models.merge import merge_adapter
+from sdpo_kernels.stepwise.models.saving import copy_beside
 from sdpo_kernels.stepwise.models.sharded import gathered, require_same
 from sdpo_kernels.stepwise.record.manifest import Record, planned
 from sdpo_kernels.stepwise.record.model_cards import model_card
@@ -45,13 +47,25 @@ def record_published(stage: Stage) -> None:
 def save(stage: Stage, trainer: StageTrainer, ref_logps: Tensor) -> Path:
     """Save everything in a finished stage but its model card and its record, into a hidden folder; return that folder.
 
-    UserError if the last step made a weight NaN or infinite. On several ranks, sharded weights are gathered on rank 0,
-    and only rank 0 writes.
+    UserError if the last step made a weight NaN or infinite, or if something cannot be saved: the last checkpoint has
+    the trained weights then. On several ranks, sharded weights are gathered on rank 0, and only rank 0 writes.
     """
     trainer.require_finite_weights()
     require_same(trainer.model)
     weights = gathered(trainer)
-    return ranks.on_first(lambda: _write(stage, trainer, weights, ref_logps))
+
+    def write() -> Path:
+        try:
+            return _write(stage, trainer, weights, ref_logps)
+        except Exception as error:  # whatever a library raises must not look as if the training were lost
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(
+                f"stage {stage.name}: is trained, but could not be saved: {reason}. Its weights are in "
+                f"{trainer.last_checkpoint()}; correct the cause and run the same command again, which saves them "
+                "without training"
+            ) from error
+
+    return ranks.on_first(write)
 
 
 def publish(stage: Stage, staging: Path, record: Record) -> None:
@@ -90,6 +104,7 @@ def _write(stage: Stage, trainer: StageTrainer, weights: dict[str, Tensor] | Non
         model.config.use_cache = stage.use_cache  # Trainer switched it off; generation needs it
     model.save_pretrained(staging, state_dict=weights)
     stage.run.tokenizer.save_pretrained(staging)
+    copy_beside(stage.run.config.model, staging, code=stage.run.config.trust_remote_code)
 
     if stage.data.config.source is not None:
         shutil.copyfile(stage.work / PAIRS_FILE, staging / PAIRS_FILE)
