@@ -191,7 +191,7 @@ def add_adapter(loaded: Loaded, lora: LoraSettings) -> None:
     try:
         loaded.model = get_peft_model(loaded.model, settings)
     except ValueError as error:
-        raise UserError(f"lora: {_first_line(error)} ({_targets(loaded.model)})") from error
+        raise UserError(f"lora: {' '.join(str(error).split())} ({_targets(loaded.model)})") from error
 
 
 def _require_targets(model: nn.Module, lora: LoraSettings) -> None:

@@ -98,7 +98,8 @@ def _write(stage: Stage, trainer: StageTrainer, weights: dict[str, Tensor] | Non
     # with LoRA both the adapter, which later stages train further, and merged weights that anyone can load
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     if stage.run.config.lora is not None:
-        model.save_pretrained(staging / ADAPTER, state_dict=weights)
+        # the embedding is the base's: PEFT would add a copy of it if it or the head has an adapter
+        model.save_pretrained(staging / ADAPTER, state_dict=weights, save_embedding_layers=False)
         model, weights = merge_adapter(staging / ADAPTER, stage.run.config), None
     else:
         model.config.use_cache = stage.use_cache  # Trainer switched it off; generation needs it

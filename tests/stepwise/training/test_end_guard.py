@@ -53,6 +53,8 @@ def test_a_tied_head_is_published_as_it_was_trained(tmp_path, targets):
         assert published == pytest.approx(trained, rel=1e-5)
         assert abs(trained - base) > 0.1
         assert json.loads((tmp_path / "run" / stage / "config.json").read_text())["tie_word_embeddings"] is False
+        adapter = load_file(tmp_path / "run" / stage / "adapter" / "adapter_model.safetensors")
+        assert all("lora_" in name for name in adapter)  # and no copy of the embedding
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="needs shared/data/models/stories260K")
