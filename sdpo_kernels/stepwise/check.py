@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import tempfile
 from pathlib import Path
 
 from rich.table import Table
@@ -11,17 +9,16 @@ from rich.table import Table
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.files import read_json
 from sdpo_kernels.stepwise.common.progress import Reporter
-from sdpo_kernels.stepwise.data.order import StageData, scored_counts
+from sdpo_kernels.stepwise.data.order import scored_counts
 from sdpo_kernels.stepwise.data.template_clock import reads_clock
 from sdpo_kernels.stepwise.post.after_run import check_start
-from sdpo_kernels.stepwise.prepare import Prepared, prepare
+from sdpo_kernels.stepwise.prepare import Prepared, planned_steps, prepare
 from sdpo_kernels.stepwise.record.expo_record import FOLDER
 from sdpo_kernels.stepwise.record.manifest import different_settings
 from sdpo_kernels.stepwise.record.template_time import template_time
 from sdpo_kernels.stepwise.settings.reference import EmaSettings
 from sdpo_kernels.stepwise.settings.run_file import config_diff, with_new_defaults
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
-from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
 
 _ORDERS = {
     "given": "the order of the file",
@@ -34,10 +31,9 @@ _ORDERS = {
 def check_run(config: RunConfig, reporter: Reporter) -> None:
     """Print what `sdpo train` would do. Writes nothing.
 
-    1. Read and check all input, as a run does.
-    2. Make each stage's TrainingArguments, so that transformers' own errors are raised here too.
-    3. Print warnings, the table of stages and the main settings.
-    4. Compare the config with that of the run in output_dir, if there is one.
+    1. Read all input and try what training will need, as a run does.
+    2. Print warnings, the table of stages and the main settings.
+    3. Compare the config with that of the run in output_dir, if there is one.
 
     UserError for whatever would stop the run before training.
     """
@@ -45,9 +41,6 @@ def check_run(config: RunConfig, reporter: Reporter) -> None:
     check_start(config)
     now = template_time(config)
     prepared = prepare(config, now)
-    with tempfile.TemporaryDirectory() as folder:  # the arguments need one; nothing is written there
-        for stage in config.stages:
-            training_arguments(config, stage, Path(folder), Path(folder))
 
     prepared.say_warnings(reporter)
     for line in prepared.skipped:
@@ -90,7 +83,7 @@ def _say_reference(prepared: Prepared, reporter: Reporter) -> None:
 
         # without stages that generate their pairs: how many they will have is not known yet
         moves = {
-            stage.config.name: (_steps(config, stage) - 1) // period
+            stage.config.name: (planned_steps(config, stage) - 1) // period
             for stage in prepared.stages
             if stage.prompts is None
         }
@@ -120,7 +113,7 @@ def _table(prepared: Prepared) -> Table:
             int(tokens.lengths.sum()),
             int(scored_counts(tokens).sum()),
             int(tokens.lengths.max()),
-            _steps(prepared.config, stage),
+            planned_steps(prepared.config, stage),
         )
         table.add_row(stage.config.name, *(f"{n:,}" for n in cells), f"{prepared.config.stage_beta(stage.config):g}")
 
@@ -130,17 +123,6 @@ def _table(prepared: Prepared) -> Table:
         counts = (len(tokens), len(tokens.dropped), int(tokens.lengths.sum()), int(scored_counts(tokens).sum()))
         table.add_row("(eval_data)", *(f"{n:,}" for n in counts), f"{int(tokens.lengths.max()):,}", "", "")
     return table
-
-
-def _steps(config: RunConfig, stage: StageData) -> int:
-    """The optimizer steps of a stage, counted as Trainer does."""
-    settings = config.stage_trainer(stage.config)
-    if settings.get("max_steps", -1) > 0:
-        return settings["max_steps"]
-
-    # a last partial batch counts, and so does a last partial accumulation
-    batches = math.ceil(len(stage.tokens) / settings["per_device_train_batch_size"])
-    return math.ceil(math.ceil(batches / settings.get("gradient_accumulation_steps", 1)) * stage.config.epochs)
 
 
 def _state(config: RunConfig) -> str:

@@ -1,8 +1,9 @@
-"""Everything a run reads before it trains: data, tokenizer, tokens. Whatever is wrong with them is reported here."""
+"""Everything a run reads and tries before it trains. Whatever is wrong with it is reported here."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -15,16 +16,18 @@ from transformers import PreTrainedTokenizerBase
 from sdpo_kernels.integrations.router_loss import unused_coefficient
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.progress import Reporter
-from sdpo_kernels.stepwise.data.fit import check_fit, check_positions, load_model_config
+from sdpo_kernels.stepwise.data.fit import check_fit, check_positions, load_model_config, position_warnings
 from sdpo_kernels.stepwise.data.order import StageData
 from sdpo_kernels.stepwise.data.pairs import Pair, PairSource, read_pairs, shared_pairs
 from sdpo_kernels.stepwise.data.prompts import read_prompts
 from sdpo_kernels.stepwise.data.shapes import PROMPT_NAMES, SYSTEM_NAMES, Shape
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs, tokenize_pairs
 from sdpo_kernels.stepwise.models.load import load_tokenizer
+from sdpo_kernels.stepwise.models.trial import try_run
 from sdpo_kernels.stepwise.references.multi import check_multi
 from sdpo_kernels.stepwise.settings.columns import ColumnSettings, DataEntry, entry_path
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig, StageConfig
+from sdpo_kernels.stepwise.settings.trainer import LARGEST
 from sdpo_kernels.stepwise.sources.make import check_source
 
 
@@ -57,7 +60,8 @@ def prepare(config: RunConfig, template_time: datetime | None = None) -> Prepare
     2. For each stage read its pairs and tokenize them, or read the prompts it will generate pairs from.
     3. Do the same with the evaluation pairs.
     4. Check that model and further references can take the tokens.
-    5. Collect warnings about pairs and prompts that stages share, or that are evaluated too.
+    5. Try what training will need later: the adapter, saving, Trainer's own parts, disk space (`models/trial.py`).
+    6. Collect warnings about pairs and prompts that stages share, or that are evaluated too.
 
     UserError for whatever the user can fix. On several ranks each reads everything.
     """
@@ -83,6 +87,12 @@ def prepare(config: RunConfig, template_time: datetime | None = None) -> Prepare
     parts += [] if prepared.eval_tokens is None else [prepared.eval_tokens]
     check_fit(config, prepared.model_config, parts)
     check_multi(config, tokenizer, parts)
+    prepared.warnings += position_warnings(prepared.model_config, parts)
+
+    # what would stop the run hours later stops it now
+    for data in prepared.stages:
+        _check_steps(config, data)
+    prepared.warnings += try_run(config, tokenizer, prepared.model_config)
 
     # no error: a user may want them
     if warning := unused_coefficient(prepared.model_config):
@@ -118,6 +128,27 @@ def generated_stage(
     check_fit(config, prepared.model_config, [tokens])
     prepared.say_warnings(reporter)
     return _stage_data(stage, pairs, tokens)
+
+
+def planned_steps(config: RunConfig, stage: StageData) -> int:
+    """The optimizer steps of a stage, counted as Trainer does."""
+    settings = config.stage_trainer(stage.config)
+    if settings.get("max_steps", -1) > 0:
+        return settings["max_steps"]
+
+    # a last partial batch counts, and so does a last partial accumulation
+    batches = math.ceil(len(stage.tokens) / settings["per_device_train_batch_size"])
+    return math.ceil(math.ceil(batches / settings.get("gradient_accumulation_steps", 1)) * stage.config.epochs)
+
+
+def _check_steps(config: RunConfig, stage: StageData) -> None:
+    """UserError if `epochs` makes more steps than `max_steps` may be: the run would never end."""
+    steps = planned_steps(config, stage)
+    if steps > LARGEST:
+        raise UserError(
+            f"stage {stage.config.name}: epochs: was {stage.config.epochs:g}, which is {steps:.3g} steps, must be at "
+            f"most {LARGEST:,} steps"
+        )
 
 
 def _prompts(config: RunConfig, stage: StageConfig, prepared: Prepared) -> StageData:

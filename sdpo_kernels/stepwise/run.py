@@ -65,7 +65,8 @@ def _run(config: RunConfig, folder: Path, reporter: Reporter) -> Record:
 
     with locked(folder):
         ordered = order_stages(config, prepared.stages, _ranking(prepared, folder, reporter))
-        stages = _in_first_order(ordered, folder, reporter)
+        # in place of the unordered ones, so that the tokens are in memory once
+        prepared.stages = stages = _in_first_order(ordered, folder, reporter)
         state = open_run(config, prepared.tokenizer, stages, prepared.eval_tokens, folder, reporter, now)
         if ranks.is_first():
             _remove_leftovers(state)

@@ -56,6 +56,22 @@ def check_positions(config: RunConfig, model_config: Any, longest: int, what: st
     raise UserError(f"{was}, must be at most {positions}: the model has no more positions")
 
 
+def position_warnings(model_config: Any, parts: Sequence[TokenizedPairs]) -> list[str]:
+    """A warning if sequences are longer than the positions the model was trained on, by its config.
+
+    Rotary positions are computed, so training runs all the same; that the model scores such sequences well is unlikely.
+    """
+    stated = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    longer = sum(int((tokens.lengths.max(1) > stated).sum()) for tokens in parts) if isinstance(stated, int) else 0
+    if not longer:
+        return []
+    longest = max(int(tokens.lengths.max()) for tokens in parts)
+    return [
+        f"model: its config states max_position_embeddings {stated}, and {longer} pairs are longer, up to {longest} "
+        "tokens; set max_length, or the model is trained on positions it has not seen"
+    ]
+
+
 def _position_limit(config: RunConfig, model_config: Any) -> int | None:
     """How many positions the language model has; None if there is no limit (rotary, ALiBi)."""
     # on the meta device the modules have no weights, so even a large model is built at once

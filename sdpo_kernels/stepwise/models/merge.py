@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM
 
+from sdpo_kernels.stepwise.models.load import pretrained
+from sdpo_kernels.stepwise.models.saving import is_tied, keep_generation_config, say_untied
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"  # PEFT's name
@@ -23,27 +24,19 @@ def merge_adapter(adapter: Path, config: RunConfig) -> nn.Module:
     """
     from peft import PeftModel
 
-    base: Any = AutoModelForCausalLM.from_pretrained(
-        config.model, dtype=torch.float32, use_safetensors=True, trust_remote_code=config.trust_remote_code
-    )
+    base = pretrained(config.model, config, dtype=torch.float32)
+    keep_generation_config(base)
     if is_tied(base) and _changes_embeddings(base, adapter):
         untie(base)
     merged: Any = PeftModel.from_pretrained(base, str(adapter))
     return merged.merge_and_unload()
 
 
-def is_tied(model: Any) -> bool:
-    """Whether the head's weight is the embedding's."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    return head is not None and embedding is not None and head.weight is embedding.weight
-
-
 def untie(model: Any) -> None:
     """Give the head a copy of the embedding as a weight of its own; the config says so, for whoever loads it."""
     head = model.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
-    for part in (model.config, model.config.get_text_config()):
-        part.tie_word_embeddings = False
+    say_untied(model.config)
 
     # transformers collects these when a model is built, and would leave out the head when it saves
     for name in ("_tied_weights_keys", "all_tied_weights_keys"):

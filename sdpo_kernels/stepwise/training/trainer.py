@@ -22,7 +22,7 @@ from sdpo_kernels.stepwise.data.batches import Batch
 from sdpo_kernels.stepwise.data.rank_batches import share_batches
 from sdpo_kernels.stepwise.models.sharded import not_finite
 from sdpo_kernels.stepwise.references.ema import EmaReference
-from sdpo_kernels.stepwise.training.checkpoints import AtomicCheckpoints
+from sdpo_kernels.stepwise.training.checkpoints import AtomicCheckpoints, is_complete
 from sdpo_kernels.stepwise.training.start_guard import StartGuard
 
 PENDING = "pending_metrics.safetensors"  # in a checkpoint: the metrics collected since the last log
@@ -207,6 +207,22 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         self.require_finite_weights()
         self.before_checkpoint()
         super()._save_checkpoint(model, trial)
+
+    def last_checkpoint(self) -> Path:
+        """Where the checkpoint of the current step is, or will be."""
+        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+
+    def keep_last_step(self) -> None:
+        """Save a checkpoint of the last step, unless there is one: nothing that fails after it may lose the weights."""
+        if not ranks.on_first(lambda: is_complete(self.last_checkpoint())):
+            self._save_checkpoint(self.model_wrapped, None)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # resumed at the last step in the middle of an epoch, Trainer would train one more
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def require_finite_weights(self) -> None:
         """UserError if the last update made a weight NaN or infinite, though every loss was finite before it."""
