@@ -63,8 +63,11 @@ class ExecutionJudge:
     def check(self) -> Outcome:
         """Run the command once, on an empty completion and an empty row; whether it passes does not matter.
 
-        UserError if it cannot start, or without bubblewrap.
+        UserError if it cannot start, without bubblewrap, or if not even `true` can run within the limits.
         """
+        [trial] = run_many([Job(["true"], unsafe=self.unsafe)], self.limits, 1)
+        if not trial.passed:
+            raise UserError(f"no program can run within the limits: `true` ended with {trial.reason}: {trial.output}")
         return self.outcomes([{}], [""])[0]
 
     def judge(self, prompts: Sequence[Mapping[str, Any]], completions: Sequence[str]) -> list[bool]:

@@ -8,7 +8,6 @@ process stops a program at its time, memory or output. docs/methods.md, "Running
 """
 
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -27,7 +26,7 @@ LOOK_SECONDS, HEAD_BYTES = 0.05, 2000  # between looks at a running program; of 
 ETC = ["alternatives", "group", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "localtime", "nsswitch.conf", "passwd"]
 SYSTEM = ["/usr", "/bin", "/sbin", "/nix/store", *map(str, Path("/").glob("lib*")), *(f"/etc/{name}" for name in ETC)]
 HIDDEN = ("/", "/tmp", "/dev", "/proc")  # a program has its own
-ADVICE = "install bubblewrap 0.8 or newer and allow it (docs/methods.md), or set source.unsafe: true to run without it"
+ADVICE = "apt-get install bubblewrap (0.8 or newer) and allow it (docs/methods.md), or set source.unsafe: true"
 
 
 @dataclass(frozen=True)
@@ -100,9 +99,8 @@ def _run(job: Job, limits: Limits) -> Outcome:
         for file, text in zip((stdin, out, status, *files), texts, strict=True):
             file.write(text.encode(errors="replace"))
             file.seek(0)
-        folder = "/tmp"
-        if job.unsafe:
-            folder = tempfile.mkdtemp(prefix="sdpo-program-")
+        folder = tempfile.mkdtemp(prefix="sdpo-program-") if job.unsafe else "/tmp"
+        if job.unsafe:  # whatever the program leaves there
             stack.callback(subprocess.run, ["sh", "-c", 'chmod -R u+rwx "$0"; rm -rf "$0"', folder], stderr=out)
 
         given = [] if job.unsafe else [file.fileno() for file in (status, *files)]
@@ -126,7 +124,7 @@ def _run(job: Job, limits: Limits) -> Outcome:
             with suppress(OSError):  # it has ended
                 if job.unsafe:
                     os.killpg(process.pid, signal.SIGKILL)
-                elif process.poll() is None:  # bubblewrap waits for its child, and that the kernel for all others
+                elif process.poll() is None:  # the kernel ends all processes with the first, bubblewrap's child
                     child = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
                     os.kill(int(child or process.pid), signal.SIGKILL)
             process.wait()
@@ -159,12 +157,13 @@ def _words(job: Job, limits: Limits, folder: str, path: str, given: list[int]) -
         if job.unsafe:
             Path(folder, name).write_bytes(text.encode(errors="replace"))
     for program in ("prlimit", *(["bwrap"] * (not job.unsafe)), *(command[:1] or [""])):
-        if shutil.which(program, path=path) is None:
-            raise UserError(f"cannot start {program!r}: it is not installed, or not a program; {ADVICE}")
+        if not shutil.which(program, path=path):
+            advice = f"; {ADVICE}" if program == "bwrap" else ""
+            raise UserError(f"cannot start {program!r}: it is not installed, or is not a program{advice}")
 
-    words = ["sh", "-c", '"$@"; exit $?', "sh"]  # collects orphans
-    if os.geteuid() == 0 and not job.unsafe:  # root has no limit on processes; each program is a user nobody else is
-        user = random.randrange(0x70000000, 1 << 31)
+    words = ["sh", "-c", '"$@"; exit $?', "sh"]  # the first process; collects orphans
+    if os.geteuid() == 0 and not job.unsafe:  # root has no limit on processes: each program is a new user
+        user = 0x70000000 + int.from_bytes(os.urandom(3), "big")  # not `random`, whose state is the training's
         words += ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", "--inh-caps=-all"]
     words += ["choom", "-n", "1000", "--"]  # short of memory, the kernel kills it before the training process
     words += ["prlimit", "--core=0", "--nofile=256", f"--cpu={int(limits.seconds) + 1}"]

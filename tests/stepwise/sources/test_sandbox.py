@@ -41,13 +41,15 @@ every_way = pytest.mark.parametrize("way", [pytest.param("bubblewrap", marks=nee
 
 
 @pytest.fixture(autouse=True)
-def clean(monkeypatch, tmp_path):
+def clean(request, monkeypatch, tmp_path):
     """Nothing is left after any test: no process, file or open descriptor."""
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     open_before = len(os.listdir("/proc/self/fd"))
     yield
+    if "unsafe" in request.node.name:  # its process group is killed, but only the first process is waited for
+        comes_true(lambda: survivors() == [], SOON)
     assert survivors() == []
     assert os.listdir(temporary) == []
     assert len(os.listdir("/proc/self/fd")) == open_before
@@ -216,7 +218,7 @@ def test_nothing_outside_its_own_folder_can_be_written(path):
     outcome = python(f"open({path!r}, 'w')")
     assert "Read-only" in outcome.output or "Permission denied" in outcome.output or "No such file" in outcome.output
     assert outcome.exit_code == 1
-    assert not Path(path).exists()
+    assert not os.path.exists(path)
 
 
 @needs_bubblewrap
@@ -242,7 +244,8 @@ def test_it_gains_no_privileges():
     *privileges, user = map(int, first.split())
     assert privileges == [0, 0, 1]
     assert user == os.geteuid() or (os.geteuid() == 0 and user >= 0x70000000)  # no user of the system
-    assert rest == ["Operation not permitted", "No such device or address"]
+    refused = "Operation not permitted" if os.geteuid() == 0 else "Invalid argument"  # its namespace has no user 0
+    assert rest == [refused, "No such device or address"]
 
 
 @every_way
@@ -522,7 +525,7 @@ def test_a_command_that_cannot_start(way, tmp_path):
     plain = tmp_path / "plain"
     plain.write_text("no program")
     for words, name in [(["no-such-command"], "no-such-command"), ([str(plain)], str(plain)), ([], "")]:
-        with pytest.raises(UserError, match=f"cannot start '{name}': it is not installed, or not a program"):
+        with pytest.raises(UserError, match=f"cannot start '{name}': it is not installed, or is not a program"):
             run(words)
     plain.chmod(0o755)
     assert "no: not found" in run([str(plain)])[0].output  # without "#!" a shell runs it
@@ -560,7 +563,9 @@ def test_one_that_cannot_start_ends_the_many(way):
 def test_without_bubblewrap_the_error_names_the_package(monkeypatch, tmp_path):
     which = shutil.which
     monkeypatch.setattr(shutil, "which", lambda name, **options: None if name == "bwrap" else which(name, **options))
-    with pytest.raises(UserError, match=r"'bwrap': it is not installed.* install bubblewrap 0.8.* source.unsafe: true"):
+    with pytest.raises(
+        UserError, match=r"'bwrap': it is not installed.* apt-get install bubblewrap .0.8.* source.unsafe: true"
+    ):
         run_limited(["true"], "", SMALL)
 
 
@@ -570,7 +575,7 @@ def test_a_bubblewrap_that_may_not_make_namespaces(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(
         UserError,
-        match=r"No permissions to create new namespace; install bubblewrap .* allow it .* source.unsafe: true",
+        match=r"No permissions to create new namespace; apt-get install bubblewrap .* allow it .* source.unsafe: true",
     ):
         run_limited(["true"], "", SMALL)
 
