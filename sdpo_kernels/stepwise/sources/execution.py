@@ -24,11 +24,14 @@ from sdpo_kernels.stepwise.settings.source import ExecutionSource
 from sdpo_kernels.stepwise.sources.context import PairRow, SourceContext
 from sdpo_kernels.stepwise.sources.generation import sample
 from sdpo_kernels.stepwise.sources.judges import VERDICTS, code_version, judge_groups, remembering
-from sdpo_kernels.stepwise.sources.sandbox import ALONE, Job, Limits, Outcome, run_many
+from sdpo_kernels.stepwise.sources.sandbox import Job, Limits, Outcome, run_many
 
 AT_ONCE = 64  # prompts judged between two steps of the progress bar
 COMPLETION, PROMPT = "completion.txt", "prompt.json"  # the files that a checker reads
-UNSAFE_WARNING = f"unsafe: true runs programs with {ALONE}, and what they start may survive them"
+UNSAFE_WARNING = (
+    "unsafe: true runs programs with resource limits alone: they can read and write your files and use the network, "
+    "and what they start may survive them"
+)
 
 
 class ExecutionJudge:
@@ -60,8 +63,11 @@ class ExecutionJudge:
     def check(self) -> Outcome:
         """Run the command once, on an empty completion and an empty row; whether it passes does not matter.
 
-        UserError if it cannot start, or without bubblewrap.
+        UserError if it cannot start, without bubblewrap, or if not even `true` can run within the limits.
         """
+        [trial] = run_many([Job(["true"], unsafe=self.unsafe)], self.limits, 1)
+        if not trial.passed:
+            raise UserError(f"no program can run within the limits: `true` ended with {trial.reason}: {trial.output}")
         return self.outcomes([{}], [""])[0]
 
     def judge(self, prompts: Sequence[Mapping[str, Any]], completions: Sequence[str]) -> list[bool]:

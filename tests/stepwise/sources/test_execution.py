@@ -42,9 +42,14 @@ def test_check_runs_the_command_and_minds_only_that_it_starts(judge, tmp_path):
     outcome = judge.check()
     assert outcome.exit_code == 1  # the empty row has no answer
     assert outcome.isolated == (not judge.unsafe)
-    for command, why in [(["no-such-checker"], "No such file"), (["./check.py"], "Permission denied")]:
-        with pytest.raises(UserError, match=f"cannot start .*: {why}"):
-            ExecutionJudge([*command, "{completion}"], LIMITS, 1, unsafe=judge.unsafe).check()
+    for command in ("no-such-checker", "./check.py"):  # the second may not be executed
+        with pytest.raises(UserError, match=r"cannot start .*: it is not installed, or is not a program"):
+            ExecutionJudge([command, "{completion}"], LIMITS, 1, unsafe=judge.unsafe).check()
+
+
+def test_check_notices_limits_within_which_nothing_runs(judge):
+    with pytest.raises(UserError, match="no program can run within the limits: `true` ended with"):
+        ExecutionJudge(judge.command, Limits(memory_mb=1), 1, unsafe=judge.unsafe).check()
 
 
 @needs_bubblewrap
@@ -56,7 +61,7 @@ def test_a_checker_reads_its_own_modules_only_where_readable_names_them(tmp_path
     command = [sys.executable, "mine/check.py", "{completion}"]
     assert ExecutionJudge(command, LIMITS, 1).judge([{}], ["good"]) == [False]
     assert ExecutionJudge(command, LIMITS, 1, readable=["mine"]).judge([{}, {}], ["good", "bad"]) == [True, False]
-    with pytest.raises(UserError, match=f"readable: was {tmp_path}/nothing, must be a file or folder that exists"):
+    with pytest.raises(UserError, match=f"readable: was {tmp_path}/nothing, must exist, not be / or /tmp"):
         ExecutionJudge(command, LIMITS, 1, readable=["nothing"]).check()
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from sdpo_kernels.stepwise.common.errors import UserError
-from sdpo_kernels.stepwise.sources import cgroup, sandbox
+from sdpo_kernels.stepwise.sources import sandbox
 from sdpo_kernels.stepwise.sources.sandbox import Job, Limits, run_limited, run_many
 from tests.stepwise.sources.bubblewrap import needs_bubblewrap
 
@@ -37,37 +37,22 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a job in 
 """
 
 
-# each way to run: under bubblewrap with a cgroup where one can be had, and without; and without bubblewrap
-safe = pytest.mark.parametrize(
-    "way", [pytest.param("cgroup", marks=needs_bubblewrap), pytest.param("no cgroup", marks=needs_bubblewrap)]
-)
-every_way = pytest.mark.parametrize("way", [pytest.param("cgroup", marks=needs_bubblewrap), "unsafe"])
-
-
-@pytest.fixture
-def way():
-    return "cgroup"
+every_way = pytest.mark.parametrize("way", [pytest.param("bubblewrap", marks=needs_bubblewrap), "unsafe"])
 
 
 @pytest.fixture(autouse=True)
-def clean(way, monkeypatch, tmp_path):
-    """Nothing is left after any test: no process, file, cgroup or open descriptor."""
-    if way == "no cgroup":
-        monkeypatch.setattr(cgroup, "ROOT", tmp_path / "nothing")
+def clean(request, monkeypatch, tmp_path):
+    """Nothing is left after any test: no process, file or open descriptor."""
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    open_before, groups_before = len(os.listdir("/proc/self/fd")), cgroups()
+    open_before = len(os.listdir("/proc/self/fd"))
     yield
+    if "unsafe" in request.node.name:  # its process group is killed, but only the first process is waited for
+        comes_true(lambda: survivors() == [], SOON)
     assert survivors() == []
     assert os.listdir(temporary) == []
-    assert cgroups() <= groups_before
     assert len(os.listdir("/proc/self/fd")) == open_before
-
-
-def cgroups():
-    """The control groups of this process's programs."""
-    return {found for found in Path("/sys/fs/cgroup").rglob("sdpo-program-*") if found.is_dir()}
 
 
 def survivors():
@@ -92,7 +77,7 @@ def command(program):
     return [PYTHON, "-I", "-S", "-c", "import os, sys, time, signal\n" + program, MARK]
 
 
-def python(program, stdin="", limits=SMALL, way="cgroup", **options):
+def python(program, stdin="", limits=SMALL, way="bubblewrap", **options):
     """The outcome of a Python program."""
     job = Job(command(program), stdin, unsafe=way == "unsafe", **options)
     [outcome] = run_many([job], limits, workers=1)
@@ -110,11 +95,10 @@ def python(program, stdin="", limits=SMALL, way="cgroup", **options):
         ("pass", 0, "ok"),
         ("sys.exit(3)", 3, "exit 3"),
         ("raise ValueError", 1, "exit 1"),
-        ("os._exit(139)", 139, "exit 139"),  # what a shell calls SIGSEGV
-        ("os.kill(os.getpid(), signal.SIGSEGV)", -11, "killed: SIGSEGV"),
-        ("os.abort()", -6, "killed: SIGABRT"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", -9, "killed: SIGKILL"),
-        ("os.kill(os.getpid(), 40)", -40, "killed: signal 40"),
+        ("os._exit(200)", 200, "exit 200"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", 139, "killed: SIGSEGV"),
+        ("os.abort()", 134, "killed: SIGABRT"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 137, "killed: SIGKILL"),
     ],
 )
 def test_the_end_of_a_program_is_told(way, program, code, reason):
@@ -234,7 +218,7 @@ def test_nothing_outside_its_own_folder_can_be_written(path):
     outcome = python(f"open({path!r}, 'w')")
     assert "Read-only" in outcome.output or "Permission denied" in outcome.output or "No such file" in outcome.output
     assert outcome.exit_code == 1
-    assert not Path(path).exists()
+    assert not os.path.exists(path)
 
 
 @needs_bubblewrap
@@ -256,8 +240,12 @@ def test_it_gains_no_privileges():
         "try: os.setuid(0)\nexcept OSError as error: print(error.strerror)\n"
         "try: open('/dev/tty')\nexcept OSError as error: print(error.strerror)"
     )
-    user = os.geteuid() or sandbox.NOBODY
-    assert python(program).output == f"0 0 1 {user}\nOperation not permitted\nNo such device or address\n"
+    first, *rest = python(program).output.splitlines()
+    *privileges, user = map(int, first.split())
+    assert privileges == [0, 0, 1]
+    assert user == os.geteuid() or (os.geteuid() == 0 and user >= 0x70000000)  # no user of the system
+    refused = "Operation not permitted" if os.geteuid() == 0 else "Invalid argument"  # its namespace has no user 0
+    assert rest == [refused, "No such device or address"]
 
 
 @every_way
@@ -271,14 +259,14 @@ def test_nothing_of_this_process_is_passed_on(way, monkeypatch):
         "print(resource.getrlimit(resource.RLIMIT_CORE), signal.getsignal(signal.SIGUSR1))"
     )
     try:
-        outcome = python(program, way=way)
+        outcome = python(program, way=way, files={"given": ""})
     finally:
         os.close(secret)
         os.close(other)
     # open: the three streams and the listing itself
     assert outcome.output.splitlines() == [
         "['HOME', 'LANG', 'OMP_NUM_THREADS', 'PATH', 'TMPDIR'] 4",
-        "True []",
+        "True ['given']",
         "(0, 0) 0",
     ]
 
@@ -325,68 +313,68 @@ while not os.path.exists("started"): time.sleep(0.01)
 """
 
 
-@safe
-def test_a_fork_bomb(way):
-    outcome = python(BOMB, way=way)
+@needs_bubblewrap
+def test_a_fork_bomb():
+    outcome = python(BOMB)
     assert outcome.reason == "ok"
     assert 10 <= int(outcome.output) < SMALL.processes
 
 
-@safe
-def test_threads_count_as_processes(way):
+@needs_bubblewrap
+def test_threads_count_as_processes():
     program = "import _thread\nfor _ in range(40): _thread.start_new_thread(time.sleep, (60,))"
-    outcome = python(program, limits=Limits(seconds=SOON, processes=16), way=way)
+    outcome = python(program, limits=Limits(seconds=SOON, processes=16))
     assert "can't start new thread" in outcome.output
 
 
-@safe
-def test_a_bomb_that_never_ends_is_stopped_in_time(way):
+@needs_bubblewrap
+def test_a_bomb_that_never_ends_is_stopped_in_time():
     program = "while True:\n    try: os.fork()\n    except OSError: pass"
-    outcome = python(program, limits=Limits(seconds=1, processes=16), way=way)
+    outcome = python(program, limits=Limits(seconds=1, processes=16))
     assert outcome.reason == "timeout"
     assert outcome.seconds < SOON
 
 
-@safe
-def test_the_number_of_processes_is_each_programs_own(way):
+@needs_bubblewrap
+def test_the_number_of_processes_is_each_programs_own():
     jobs = [Job(command(BOMB.replace("print", "time.sleep(2); print"))) for _ in range(3)]
     made = [int(outcome.output) for outcome in run_many(jobs, SMALL, workers=3)]
     assert min(made) >= 10
     assert max(made) < SMALL.processes
 
 
-@safe
-def test_memory_of_one_process(way):
-    outcome = python("blocks = []\nwhile True: blocks.append(bytearray(1 << 20))", way=way)
+@needs_bubblewrap
+def test_memory_of_one_process():
+    outcome = python("blocks = []\nwhile True: blocks.append(bytearray(1 << 20))")
     assert "MemoryError" in outcome.output or outcome.reason == "killed: memory"
     assert not outcome.passed
 
 
-@safe
-def test_memory_of_many_processes(way):
+@needs_bubblewrap
+def test_memory_of_many_processes():
     program = "for _ in range(4):\n    if os.fork() == 0: break\nblock = b'x' * (100 << 20); time.sleep(600)"
-    assert python(program, way=way).reason == "killed: memory"
+    assert python(program).reason == "killed: memory"
 
 
 @needs_bubblewrap
 def test_files_take_no_more_than_their_share():
     assert "File too large" in python("open('a', 'wb').write(bytes(5 << 20))").output
-    assert run_limited(["sh", "-c", "exec cat /dev/zero > a", MARK], "", SMALL).reason == "killed: file size"
+    assert run_limited(["sh", "-c", "exec cat /dev/zero > a", MARK], "", SMALL).reason == "killed: SIGXFSZ"
     for folder in ("/tmp", "/dev/shm"):
         several = f"for n in range(100): open('{folder}/' + str(n), 'wb').write(bytes(1 << 20))"
         assert "No space left on device" in python(several).output
 
 
-@safe
-def test_a_daemon_dies_with_its_program(way):
-    assert python(DAEMON, way=way).reason == "ok"
+@needs_bubblewrap
+def test_a_daemon_dies_with_its_program():
+    assert python(DAEMON).reason == "ok"
 
 
-@safe
-def test_generations_of_processes_that_leave_their_parents(way):
+@needs_bubblewrap
+def test_generations_of_processes_that_leave_their_parents():
     # each parent dies at once
     program = "for _ in range(150):\n    if os.fork(): os._exit(0)\n    os.setsid()\ntime.sleep(600)"
-    assert python(program, way=way).exit_code == 0  # the first has ended well; the last must be dead
+    assert python(program).exit_code == 0  # the first has ended well; the last must be dead
 
 
 @needs_bubblewrap
@@ -404,12 +392,12 @@ def test_a_program_that_kills_its_first_process(way, who):
         pytest.skip("would end this machine")
     outcome = python(f"os.kill({who}, signal.SIGKILL); time.sleep(600)", limits=Limits(seconds=1), way=way)
     assert not outcome.passed
-    assert outcome.reason in ("timeout", "exit 1", "killed: SIGKILL", "killed: sandbox")
+    assert outcome.reason in ("timeout", "exit 1", "killed: SIGKILL", "exit -9")
 
 
-@pytest.mark.parametrize("way", [pytest.param("cgroup", marks=needs_bubblewrap)])
+@needs_bubblewrap
 @pytest.mark.parametrize("wait", ["signal.pause()", "run_many([Job(words)] * 2, Limits(seconds=600), 2)"])
-def test_a_program_dies_with_the_process_that_runs_it(way, wait, tmp_path):
+def test_a_program_dies_with_the_process_that_runs_it(wait):
     run = (
         f"{IMPORT}\nwords = {command(DAEMON + 'time.sleep(600)')!r}\n"
         "threading.Thread(target=run_limited, args=(words, '', Limits(seconds=600))).start()\n" + wait
@@ -422,8 +410,6 @@ def test_a_program_dies_with_the_process_that_runs_it(way, wait, tmp_path):
         process.kill()
         process.wait()
     assert comes_true(lambda: survivors() == [], SOON)
-    for left in cgroups():  # nobody is left to remove it
-        left.rmdir()
 
 
 @needs_bubblewrap
@@ -513,12 +499,12 @@ def test_readable_files_and_folders(tmp_path):
 @needs_bubblewrap
 def test_what_cannot_be_readable(tmp_path):
     for place in (str(tmp_path / "nothing"), "/", "/tmp", "/proc/"):
-        with pytest.raises(UserError, match=f"readable: was {place}, must be a file or folder that exists"):
+        with pytest.raises(UserError, match=f"readable: was {place}, must exist, not be / or /tmp"):
             python("pass", readable=[place])
     (tmp_path / "private").write_text("x")
     (tmp_path / "private").chmod(0o600)
     if os.geteuid() == 0:
-        with pytest.raises(UserError, match=r"private: must be readable by all users \(chmod a\+rX\)"):
+        with pytest.raises(UserError, match="private, must exist, not be / or /tmp, and for root be readable by all"):
             python("pass", readable=[str(tmp_path / "private")])
     else:
         assert python(f"open({str(tmp_path / 'private')!r})", readable=[str(tmp_path / "private")]).passed
@@ -538,17 +524,11 @@ def test_a_command_that_cannot_start(way, tmp_path):
 
     plain = tmp_path / "plain"
     plain.write_text("no program")
-    for words, why in [
-        (["no-such-command"], "cannot start no-such-command: No such file or directory"),
-        ([str(plain)], "cannot start .*plain: Permission denied"),
-        ([], "not a command that can be run"),
-        (["echo", "a\0b"], "not a command that can be run"),
-    ]:
-        with pytest.raises(UserError, match=why):
+    for words, name in [(["no-such-command"], "no-such-command"), ([str(plain)], str(plain)), ([], "")]:
+        with pytest.raises(UserError, match=f"cannot start '{name}': it is not installed, or is not a program"):
             run(words)
     plain.chmod(0o755)
-    with pytest.raises(UserError, match=r"cannot start .*plain: Exec format error"):
-        run([str(plain)])
+    assert "no: not found" in run([str(plain)])[0].output  # without "#!" a shell runs it
 
 
 def test_limits_are_checked():
@@ -573,7 +553,7 @@ def test_several_at_a_time_and_in_order():
 @every_way
 def test_one_that_cannot_start_ends_the_many(way):
     jobs = [Job([name], unsafe=way == "unsafe") for name in ("nothing-here", "true")]
-    with pytest.raises(UserError, match="cannot start nothing-here"):
+    with pytest.raises(UserError, match="cannot start 'nothing-here'"):
         run_many(jobs, SMALL, workers=2)
 
 
@@ -581,9 +561,10 @@ def test_one_that_cannot_start_ends_the_many(way):
 
 
 def test_without_bubblewrap_the_error_names_the_package(monkeypatch, tmp_path):
-    monkeypatch.setattr(shutil, "which", lambda *arguments, **options: None)
+    which = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name, **options: None if name == "bwrap" else which(name, **options))
     with pytest.raises(
-        UserError, match=r"bubblewrap is not installed: apt-get install bubblewrap .* source.unsafe: true"
+        UserError, match=r"'bwrap': it is not installed.* apt-get install bubblewrap .0.8.* source.unsafe: true"
     ):
         run_limited(["true"], "", SMALL)
 
@@ -593,7 +574,8 @@ def test_a_bubblewrap_that_may_not_make_namespaces(monkeypatch, tmp_path):
     (tmp_path / "bwrap").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(
-        UserError, match=r"No permissions to create new namespace; allow bubblewrap .* source.unsafe: true"
+        UserError,
+        match=r"No permissions to create new namespace; apt-get install bubblewrap .* allow it .* source.unsafe: true",
     ):
         run_limited(["true"], "", SMALL)
 
