@@ -82,7 +82,7 @@ def train_stage(stage: Stage) -> None:
     del trainer  # what follows loads the model that was saved
     release_memory()
     check_saved(stage, staging, trained)
-    publish.publish(stage, staging, record)
+    publish.publish(stage, staging, record, trained.checkpoint)
 
     # a signal in the last step: the stage is done, the run is not
     if stopped and stage.index < len(stage.run.manifest.stages):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard
 from transformers.utils.logging import disable_progress_bar
 
@@ -104,6 +105,31 @@ def die_at(rank: int, stage: str, step: int, victims: tuple[int, ...]) -> None:
         return genuine(self, *args, **kwargs)
 
     StageTrainer.training_step = training_step
+
+
+def saves_wrongly(rank: int, sharded: bool) -> None:
+    """What is saved is not what was trained: a weight of the folder is doubled, or the gathered shards are."""
+    if sharded:
+        fsdp_on_cpu(rank, 0)
+        genuine_gathered = publish.gathered
+
+        def gathered(trainer: Any) -> Any:
+            weights = genuine_gathered(trainer)
+            return {name: weight * (2 if "down_proj" in name else 1) for name, weight in weights.items()}
+
+        publish.gathered = gathered
+        return
+
+    genuine = publish._write
+
+    def write(*args: Any) -> Path:
+        staging = genuine(*args)
+        weights = load_file(staging / "model.safetensors")
+        weights = {name: weight * (2 if "down_proj" in name else 1) for name, weight in weights.items()}
+        save_file(weights, staging / "model.safetensors", {"format": "pt"})
+        return staging
+
+    publish._write = write
 
 
 def stale_in(rank: int, victim: int) -> None:

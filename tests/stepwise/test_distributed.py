@@ -152,6 +152,24 @@ def test_an_error_on_one_rank_is_printed_once_and_ends_both(whole):
     assert "Traceback" not in ranks.text
 
 
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+def test_what_is_not_what_was_trained_is_not_published_by_any_rank(whole, sharded):
+    """The next start saves the last checkpoint without training, and the run ends as one that never failed."""
+    folder, _, halves, expected = whole
+    run, options = folder / f"wrong{sharded}", ["trainer.fsdp=true"] * sharded
+    ranks = two_with(halves, run, *options, fault=faults.saves_wrongly, options=[sharded])
+    assert ranks.wait()[0] == 2, ranks.text
+    assert ranks.text.count("error: stage s1: what was saved is not what was trained") == 1
+    assert f"the trained weights are in {run}/.stage-1-s1/checkpoint-4" in ranks.texts[0].replace("\n", "")
+    assert "Traceback" not in ranks.text
+    assert not (run / "stage-1-s1").exists()
+
+    again = two_with(halves, run, *options, fault=faults.fsdp_on_cpu if sharded else None, options=[0] * sharded)
+    assert again.wait() == [0, 0], again.text
+    assert json.loads((run / "manifest.json").read_text())["stages"][0]["resumed_at_step"] == 4
+    assert largest_deviation(run, expected) < 2e-6
+
+
 def test_lora_and_a_following_reference_and_accumulation(tmp_path, model):
     """Every rank keeps the average and the adapter; a step's pairs have the same weight in all micro-batches."""
     settings = {"reference": "ema", "ema": {"decay": 0.5, "sync_steps": 1}, "lora": {"r": 2}}

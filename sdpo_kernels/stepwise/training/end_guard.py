@@ -34,7 +34,7 @@ from sdpo_kernels.stepwise.training.trainer import StageTrainer
 
 PAIRS = 4  # scored at a stage's end: its first ones
 
-# relative deviations that are allowed; measured ones are in docs/running.md
+# relative deviations that are allowed; those a test finds are in docs/running.md
 SAME = 1e-5  # the same sums of the same weights
 OTHER_ORDER = 1e-4  # the same sums in another order, in float32: a merged adapter, a sharded head, compiled code
 LOW_PRECISION = 5e-2  # the same in bfloat16, float16 or TF32, where each order is rounded differently

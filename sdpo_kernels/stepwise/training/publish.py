@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,20 +60,13 @@ def save(stage: Stage, trainer: StageTrainer, ref_logps: Tensor) -> Path:
     weights = gathered(trainer)
 
     def write() -> Path:
-        try:
+        with _nothing_lost(stage, trainer.last_checkpoint()):
             return _write(stage, trainer, weights, ref_logps)
-        except Exception as error:  # whatever a library raises must not look as if the training were lost
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(
-                f"stage {stage.name}: is trained, but could not be saved: {reason}. Its weights are in "
-                f"{trainer.last_checkpoint()}; correct the cause and run the same command again, which saves them "
-                "without training"
-            ) from error
 
     return ranks.on_first(write)
 
 
-def publish(stage: Stage, staging: Path, record: Record) -> None:
+def publish(stage: Stage, staging: Path, record: Record, checkpoint: Path) -> None:
     """Evaluate the saved model, publish its folder, and record the stage in the manifest.
 
     1. Evaluate the model in the hidden folder; that its files can be loaded is tested with it.
@@ -79,20 +74,37 @@ def publish(stage: Stage, staging: Path, record: Record) -> None:
     3. Rename the folder to the finished one, then update the manifest. After a crash between the two,
        `record_published` catches up.
     4. Remove the stage's working folder.
+
+    UserError if the folder cannot be completed; `checkpoint` has the trained weights then.
     """
     # what is evaluated is what was written, not what is in memory
     if stage.run.eval_data is not None:
         record["eval"] = stage.run.eval_data.evaluate(str(staging), staging, stage.scorer)
 
-    replace_file(staging / "README.md", model_card(stage.run.config, record).encode())
-    replace_file(staging / RECORD, (json.dumps(record, indent=2) + "\n").encode())
+    with _nothing_lost(stage, checkpoint):
+        replace_file(staging / "README.md", model_card(stage.run.config, record).encode())
+        replace_file(staging / RECORD, (json.dumps(record, indent=2) + "\n").encode())
 
-    # the record goes with the folder, so a crash after the rename loses nothing
-    remove_folder(stage.folder)
-    publish_folder(staging, stage.folder)
+        # the record goes with the folder, so a crash after the rename loses nothing
+        remove_folder(stage.folder)
+        publish_folder(staging, stage.folder)
+
     stage.update(record)
     remove_folder(stage.work)
     ranks.wait()
+
+
+@contextmanager
+def _nothing_lost(stage: Stage, checkpoint: Path) -> Iterator[None]:
+    """Turn whatever fails within the block into a UserError that says where the trained weights are."""
+    try:
+        yield
+    except Exception as error:  # of transformers, PEFT, safetensors, the disk
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"stage {stage.name}: is trained, but could not be saved: {reason}. Its weights are in {checkpoint}; correct "
+            "the cause and run the same command again, which saves them without training"
+        ) from error
 
 
 def _write(stage: Stage, trainer: StageTrainer, weights: dict[str, Tensor] | None, ref_logps: Tensor) -> Path:

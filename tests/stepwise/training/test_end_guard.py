@@ -239,11 +239,9 @@ def test_a_failure_while_saving_costs_no_step(tmp_path, model, monkeypatch, trai
     steps = 2 if "max_steps" in trainer else 3
     with monkeypatch.context() as patch:
         break_at(patch, place)
-        with pytest.raises((UserError, OSError), match="No space left on device") as error:
+        with pytest.raises(UserError, match="stage s1: is trained, but could not be saved: .*No space left") as error:
             runs.train(config)
-    if place in ("tokenizer", "model", "files"):
-        assert "stage s1: is trained, but could not be saved: " in str(error.value)
-        assert f"Its weights are in {run}/.stage-1-s1/checkpoint-{steps}; " in str(error.value)
+    assert f"Its weights are in {run}/.stage-1-s1/checkpoint-{steps}; " in str(error.value)
     assert not (run / "stage-1-s1").exists()
 
     monkeypatch.setattr(StageTrainer, "training_step", lambda *a, **k: pytest.fail("trained again"))
