@@ -62,6 +62,8 @@ def check_run(config: RunConfig, reporter: Reporter) -> None:
     if expo := config.expo:
         reporter.say(f"post       expo from {expo.start}, {expo.alpha_text}, into {config.output_dir}/{FOLDER}")
     _say_reference(prepared, reporter)
+    for note in prepared.notes:
+        reporter.say(f"cut        {note}")
     reporter.say(_state(config))
 
 

@@ -131,7 +131,13 @@ def _generate_pairs(stage: Stage) -> None:
     # pairs that a stopped stage has generated are not generated again, so they must be the same
     stage.data = generated_stage(stage.run.config, stage.data.config, stage.run.tokenizer, path, stage.run.reporter)
     tokens = stage.data.tokens
-    counts = {"pairs": len(tokens), "dropped": len(tokens.dropped), "pairs_hash": tokens.content_hash()}
+    counts = {
+        "pairs": len(tokens),
+        "dropped": len(tokens.dropped),
+        "cut_pairs": tokens.cut_pairs,
+        "lost_tokens": tokens.lost_tokens,
+        "pairs_hash": tokens.content_hash(),
+    }
     if stage.record.get("pairs_hash") not in (None, counts["pairs_hash"]):
         raise UserError(f"{path} has changed since its stage started; put it back, or choose another output_dir")
     stage.update(counts)
