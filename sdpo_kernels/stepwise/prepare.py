@@ -35,9 +35,9 @@ class Prepared:
     model_config: Any
     stages: list[StageData]
     eval_tokens: TokenizedPairs | None
+    notes: list[str] = field(default_factory=list)  # what `check` prints although it needs no warning
     skipped: list[str] = field(default_factory=list)  # bad rows, 'file:line: what is wrong', with on_bad_row: skip
     warnings: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # what `check` prints although it needs no warning
 
     def say_warnings(self, reporter: Reporter) -> None:
         """Print what the user should know before training."""
