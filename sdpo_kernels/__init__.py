@@ -5,7 +5,8 @@ The public names are those below; the driver is `sdpo` on the command line. Impo
 
 from sdpo_kernels import losses
 from sdpo_kernels.diffusion import DiffusionDPOOutput, PairedNoise, diffusion_dpo, paired_noise, sample_mse
-from sdpo_kernels.dpo import DPOOutput, FusedLinearDPOLoss, fused_linear_dpo
+from sdpo_kernels.dpo import FusedLinearDPOLoss, fused_linear_dpo
+from sdpo_kernels.dpo_output import DPOOutput
 from sdpo_kernels.logits import logits_logps
 from sdpo_kernels.logps import LinearLogps, linear_logps
 from sdpo_kernels.rows import ScoredRows

@@ -140,12 +140,19 @@ def _keep(
 
 
 def _stash_budget(hidden: Tensor, weight: Tensor, n_rows: int, stash_bytes: int | str) -> int:
-    if stash_bytes == "auto":
+    check_stash_bytes(stash_bytes)
+    if isinstance(stash_bytes, str):
         n_columns, width = weight.shape
         return min(2 * n_rows * n_columns, 4 * n_columns * width, total_memory(hidden.device) // 8)
-    if isinstance(stash_bytes, int) and not isinstance(stash_bytes, bool) and stash_bytes >= 0:
-        return stash_bytes
-    raise ValueError(f'stash_bytes: was {stash_bytes!r}, must be "auto" or a number of bytes, at least 0')
+    return stash_bytes
+
+
+def check_stash_bytes(stash_bytes: int | str) -> None:
+    """ValueError if it is neither "auto" nor a number of bytes."""
+    if stash_bytes == "auto":
+        return
+    if not isinstance(stash_bytes, int) or isinstance(stash_bytes, bool) or stash_bytes < 0:
+        raise ValueError(f'stash_bytes: was {stash_bytes!r}, must be "auto" or a number of bytes, at least 0')
 
 
 def total_memory(device: torch.device) -> int:

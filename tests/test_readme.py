@@ -115,9 +115,9 @@ def test_architecture_names_every_room_and_only_files_that_exist():
     page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     rooms = {name.removeprefix("stepwise.") for floor in FLOORS for name in floor if name.startswith("stepwise.")}
     assert not {name for name in rooms if f"`{name}/`" not in page and f"`{name}.py`" not in page}
-    files = {
-        f"/{path.relative_to(ROOT)}" for folder in ("sdpo_kernels", "tests") for path in (ROOT / folder).rglob("*.py")
-    }
+    folders = [ROOT / name for name in ("sdpo_kernels", "tests", "benchmarks", "examples")]
+    files = {f"/{path.relative_to(ROOT)}" for folder in folders for path in folder.rglob("*.py")}
+    files |= {f"/{path.name}" for path in ROOT.glob("*.py")}
     for name in re.findall(r"`([\w/]+\.py)`", page):
         assert any(file.endswith(f"/{name}") for file in files), f"docs/architecture.md: {name} is not there"
 

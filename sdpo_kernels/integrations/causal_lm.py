@@ -23,10 +23,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.utils import ModelOutput
 
-from sdpo_kernels.integrations.lm_head import LMHead, find_head, unwrap
-from sdpo_kernels.logps import LinearLogps, linear_logps
+from sdpo_kernels.integrations.lm_head import LMHead, find_head, hidden_of, unwrap
+from sdpo_kernels.integrations.router_loss import find_router_loss
+from sdpo_kernels.logps import LinearLogps, check_stash_bytes, linear_logps
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
 
 __all__ = [
@@ -56,6 +58,7 @@ class LogpsOutput(ModelOutput):
     log_sum_sq_probs: Tensor | None = None
     mean_logits: Tensor | None = None
     is_top1: Tensor | None = None
+    aux_loss: Tensor | None = None  # scalar, without its coefficient: of a mixture of experts with output_router_logits
 
 
 @dataclass(frozen=True)
@@ -65,33 +68,40 @@ class _Fused:
     backend: str
     stash_bytes: int | str
     previous: Callable[..., Any] | None  # the instance's own forward before that, if it had one
+    hook: RemovableHandle  # of _check_forward
 
 
 def attach_fused_head(model: Model, *, backend: str = "auto", stash_bytes: int | str = "auto") -> Model:
     """Make `model(input_ids=..., logp_targets=...)` return log-probs; returns the same object.
 
-    Call it on the bare model, before `get_peft_model`, `Trainer` or DDP/FSDP wrap it. Afterwards `forward` takes
+    Call it on the bare model, before `get_peft_model`, `Trainer` or DDP/FSDP wrap it, and after anything that replaces
+    the model's forward (Liger's `apply_liger_kernel_to_…`). Afterwards `forward` takes
 
         logp_targets: int64 of input_ids' shape; `logp_targets[i, t]` is the token that position t predicts (already
             shifted), -100 = not scored
         logp_rows: `ScoredRows` of the flattened batch, or None
         logp_outputs: names of `linear_logps`'s further outputs, to be returned with `logps`
 
-    and returns `LogpsOutput(logps=[N] fp32)`; the key/value cache is off. Nothing is added to the model's config or
-    state dict. `backend` and `stash_bytes` are those of `linear_logps`. A head that is a `fully_shard` group of its
-    own stays sharded: its rows are broadcast in chunks (`sharded_linear_logps`), in plain torch whatever `backend` is.
-    `detach_fused_head` undoes it.
+    and returns `LogpsOutput(logps=[N] fp32)`; the key/value cache is off. If the config of a mixture of experts sets
+    `output_router_logits`, the output has `aux_loss` too, as the model's own has. Nothing is added to the model's
+    config or state dict. `backend` and `stash_bytes` are those of `linear_logps`. A head that is a `fully_shard` group
+    of its own stays sharded: its rows are broadcast in chunks (`sharded_linear_logps`), in plain torch whatever
+    `backend` is. `detach_fused_head` undoes it.
 
     Raises:
-        ValueError: no head was found, or the model already has a fused head.
+        ValueError: no head was found, or ZeRO-3 has partitioned it; the model already has a fused head; the auxiliary
+            loss that its config switches on cannot be computed; or a negative stash_bytes.
     """
     base = unwrap(model)
     find_head(base)
+    find_router_loss(base)
+    check_stash_bytes(stash_bytes)
     if hasattr(base, "_sdpo_fused"):
         raise ValueError(f"model: was a {type(base).__name__} that already has a fused head, must be one without")
 
     previous = base.__dict__.get("forward")
-    base._sdpo_fused = _Fused(backend, stash_bytes, previous)  # type: ignore[assignment]
+    hook = base.register_forward_hook(_check_forward, with_kwargs=True)
+    base._sdpo_fused = _Fused(backend, stash_bytes, previous, hook)  # type: ignore[assignment]
 
     # A bound method, so that copy.deepcopy binds the copy's forward to the copy. No __wrapped__: accelerate's
     # unwrap_model follows that chain to its end and would remove the fused head together with its autocast.
@@ -109,6 +119,7 @@ def detach_fused_head(model: Model) -> Model:
     """
     base = unwrap(model)
     fused = _attached(base)
+    fused.hook.remove()
     del base.forward
     del base._sdpo_fused
     if fused.previous is not None:
@@ -123,6 +134,19 @@ def _attached(base: nn.Module) -> _Fused:
     return fused
 
 
+def _check_forward(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """A forward hook: ValueError if another forward has replaced ours and ignored `logp_targets`, as Liger's does."""
+    if kwargs.get("logp_targets") is None or getattr(out, "logps", None) is not None:
+        return
+    module = str(getattr(base.forward, "__module__", "?"))
+    name = f"{module}.{getattr(base.forward, '__qualname__', type(base.forward).__name__)}"
+    by = "Liger" if module.startswith("liger_kernel") else "another library"
+    raise ValueError(
+        f"model: its forward was replaced by {by} ({name}) after attach_fused_head and ignores logp_targets; patch the "
+        "model first, then attach the fused head"
+    )
+
+
 def _make_forward() -> Callable[..., Any]:
     def forward(
         self: nn.Module,
@@ -133,8 +157,9 @@ def _make_forward() -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         if logp_targets is not None:
-            found = _fused_logps(self, args, kwargs, logp_targets, logp_rows, logp_outputs)
-            return LogpsOutput(logps=found.logps, **{name: getattr(found, name) for name in logp_outputs})
+            found, aux_loss = _fused_logps(self, args, kwargs, logp_targets, logp_rows, logp_outputs)
+            extras = {name: getattr(found, name) for name in logp_outputs}
+            return LogpsOutput(logps=found.logps, **extras, aux_loss=aux_loss)
 
         # without targets it is the model's own forward; a forgotten target must not pass unnoticed
         for name, given in {"logp_rows": logp_rows is not None, "logp_outputs": bool(logp_outputs)}.items():
@@ -167,8 +192,8 @@ def _fused_logps(
     targets: Tensor,
     rows: ScoredRows | None,
     outputs: Sequence[str],
-) -> LinearLogps:
-    """Body, then the fused head: log-probs [N] fp32."""
+) -> tuple[LinearLogps, Tensor | None]:
+    """Body, then the fused head: log-probs [N] fp32, and the router's auxiliary loss if there is one."""
     fused = _attached(base)
 
     # the same arguments as the model's forward, except those about logits
@@ -182,22 +207,31 @@ def _fused_logps(
         inputs["input_ids"] = args[0]
     inputs["use_cache"] = False
 
+    balance = find_router_loss(base, inputs.pop("output_router_logits", None))
+    if balance is not None:
+        inputs["output_router_logits"] = True
+
     # found again at every call: adapters may have been added, merged or switched off
     head = find_head(base)
-    hidden = head.hidden(**inputs)  # [B, T, H]
+    out = head.body(**inputs)
+    hidden = hidden_of(out)  # [B, T, H]
     if hidden.shape[:-1] != targets.shape:
         wanted, was = list(hidden.shape[:-1]), list(targets.shape)
         raise ValueError(f"logp_targets: was of shape {was}, must be {wanted}, one target for each hidden state")
+
+    aux_loss = None
+    if balance is not None and out.router_logits:
+        aux_loss = balance(out.router_logits, inputs.get("attention_mask"))
 
     flat, on_device = hidden.flatten(0, -2), targets.reshape(-1).to(hidden.device)
     if head.is_cut:  # sharded by FSDP2, as a group of its own
         from sdpo_kernels.integrations.sharded_head import sharded_head_logps
 
-        return sharded_head_logps(head, flat, on_device, outputs=outputs, rows=rows)
+        return sharded_head_logps(head, flat, on_device, outputs=outputs, rows=rows), aux_loss
 
     # with LoRA on the head, its features are additional columns
     rows_in, weight, bias = head.operands(flat)
-    return linear_logps(
+    found = linear_logps(
         rows_in,
         weight,
         on_device,
@@ -209,6 +243,7 @@ def _fused_logps(
         backend=fused.backend,
         stash_bytes=fused.stash_bytes,
     )
+    return found, aux_loss
 
 
 def disable_dropout(model: nn.Module) -> int:
@@ -271,7 +306,8 @@ def check_head(model: nn.Module, input_ids: Tensor) -> float:
 
     Raises:
         ValueError: the deviation is larger than rounding in the head's dtype explains, or the gradient does not reach a
-            trainable parameter of the head (a new adapter changes no log-prob yet, so only this shows that it is lost).
+            trainable parameter of the head (a new adapter changes no log-prob yet, so only this shows that it is lost),
+            or the router's auxiliary loss is not the model's own.
     """
     base = unwrap(model)
     _attached(base)
@@ -287,15 +323,16 @@ def check_head(model: nn.Module, input_ids: Tensor) -> float:
     hook = head.module.register_forward_hook(lambda _module, _args, out: dtypes.append(out.dtype))
     try:
         with evaluating(model):
-            fused = model(input_ids=ids, position_ids=positions, logp_targets=targets).logps
-            logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float()
+            fused = model(input_ids=ids, position_ids=positions, logp_targets=targets)
+            own_out = model(input_ids=ids, position_ids=positions, use_cache=False)
             missed = _unreached(head)
     finally:
         hook.remove()
 
     # the last position predicts nothing
+    logits = own_out.logits[0].float()
     own = logits.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None].to(logits.device)).squeeze(1)
-    deviation = float((fused[:-1].to(own.device) - own).abs().max())
+    deviation = float((fused.logps[:-1].to(own.device) - own).abs().max())
     tolerance = _tolerance(dtypes[0] if dtypes else torch.float32, logits, head.width)
     if not deviation <= tolerance:  # also if it is NaN
         raise ValueError(
@@ -304,11 +341,25 @@ def check_head(model: nn.Module, input_ids: Tensor) -> float:
             f"(found logit_scale {head.logit_scale:g}, softcap {head.softcap}), a head that is more than one linear "
             f"layer, or an adapter on the head ({type(head.module).__name__}) that was ignored"
         )
+    _check_aux_loss(fused.aux_loss, getattr(own_out, "aux_loss", None))
     if missed:
         raise ValueError(
             f"model: no gradient of the fused head reaches its trainable {', '.join(missed)}; was the adapter ignored?"
         )
     return deviation
+
+
+def _check_aux_loss(fused: Tensor | None, own: Tensor | None) -> None:
+    """ValueError if the router's auxiliary loss is not the one that the model's own forward returns."""
+    own = own if isinstance(own, Tensor) else None  # the number 0 if no layer has a router
+    if fused is None and own is None:
+        return
+
+    # a percent: rounding may send a token to another expert
+    if fused is not None and own is not None and torch.allclose(fused, own.to(fused), rtol=0.01):
+        return
+    was, wanted = (None if value is None else round(float(value), 6) for value in (fused, own))
+    raise ValueError(f"model: the router's auxiliary loss was {was}, must be {wanted} as in the model's own forward")
 
 
 def _tolerance(dtype: torch.dtype, logits: Tensor, width: int) -> float:

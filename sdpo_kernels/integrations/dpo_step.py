@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from sdpo_kernels.dpo_output import DPOOutput, pair_output
 from sdpo_kernels.integrations.causal_lm import evaluating, unwrap
+from sdpo_kernels.integrations.positions import padded_positions
+from sdpo_kernels.integrations.router_loss import router_coefficient
 from sdpo_kernels.losses import LossSum, LossType, loss_sum
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows, sequence_logps
 from sdpo_kernels.token_weights import agreement_weights, length_weights
@@ -37,7 +39,7 @@ def score_pairs(
 
     Args:
         model: with its fused head attached (`attach_fused_head`), wrapped or not.
-        input_ids, labels: [2B, T] int64, chosen half first; attention_mask: [2B, T], 0 for padding.
+        input_ids, labels: [2B, T] int64, chosen half first; attention_mask: [2B, T], 0 for padding, on either side.
         without_adapter: score a PEFT model with its adapter off: the reference of a LoRA run.
         ld_alpha: the weight of tokens beyond the pair's shorter answer, for the reference of the loss ld_dpo.
 
@@ -64,6 +66,9 @@ def dpo_step(
 ) -> DPOOutput:
     """The loss of B pairs, which carries the gradient into `model`, and their metrics (see `DPOOutput`).
 
+    If the config of a mixture of experts sets `output_router_logits`, the loss contains `router_aux_loss_coef` times
+    the router's auxiliary loss, which is `aux_loss` of the result.
+
     Args as `score_pairs`, and
         ref_logps: [2B] of the reference; optional for losses that read none (simpo, cpo, orpo, sft).
         beta, loss_type and its options: as in `fused_linear_dpo`.
@@ -74,9 +79,13 @@ def dpo_step(
 
     scored = _score(model, input_ids, labels, attention_mask, wanted, wanted.ld_alpha)
     ref_logps = torch.zeros_like(scored.sums) if ref_logps is None else ref_logps
-    return pair_output(
+    out = pair_output(
         scored.sums, ref_logps, scored.rows.counts, pair_weights=scored.pair_weights, loss_type=wanted, beta=beta
     )
+    if scored.aux_loss is None:
+        return out
+    loss = out.loss + router_coefficient(model) * scored.aux_loss.to(out.loss)
+    return out._replace(loss=loss, aux_loss=scored.aux_loss.detach())
 
 
 class _Scored(NamedTuple):
@@ -85,6 +94,7 @@ class _Scored(NamedTuple):
     sums: Tensor  # [2B]
     rows: ScoredRows
     pair_weights: Tensor | None  # [B], if the loss needs them
+    aux_loss: Tensor | None  # of the router, if the model computes it
 
 
 def _score(
@@ -106,6 +116,9 @@ def _score(
     # one forward for both halves of the batch
     weighs_pairs = wanted is not None and wanted.weighs_pairs
     extras: dict[str, Any] = {"logp_outputs": ("log_sum_sq_probs",)} if weighs_pairs else {}
+    positions = padded_positions(model, attention_mask)
+    if positions is not None:
+        extras["position_ids"] = positions
     out = model(
         input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logp_targets=targets, logp_rows=rows,
         **extras,
@@ -114,7 +127,7 @@ def _score(
     token_weights = None if ld_alpha is None else length_weights(rows, ld_alpha)
     sums = sequence_logps(out.logps, rows, token_weights)
     pair_weights = agreement_weights(out.logps, out.log_sum_sq_probs, rows) if weighs_pairs else None
-    return _Scored(sums, rows, pair_weights)
+    return _Scored(sums, rows, pair_weights, out.aux_loss)
 
 
 def _check(model: nn.Module, input_ids: Tensor, labels: Tensor) -> None:

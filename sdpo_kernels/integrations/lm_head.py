@@ -41,8 +41,7 @@ class LMHead:
 
     def hidden(self, **inputs: Any) -> Tensor:
         """Hidden states [B, T, H] of the body, after its last norm."""
-        out = self.body(**inputs)
-        return out[0] if isinstance(out, tuple) else out.last_hidden_state
+        return hidden_of(self.body(**inputs))
 
     def weight(self) -> Tensor:
         """[V, H]; with LoRA on the head, base weight + deltas in the wider of their dtypes; differentiable."""
@@ -115,6 +114,11 @@ class LMHead:
         return names
 
 
+def hidden_of(out: Any) -> Tensor:
+    """Hidden states [B, T, H] in what a body returns."""
+    return out[0] if isinstance(out, tuple) else out.last_hidden_state
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside torch.compile, DDP and PEFT."""
     while True:
@@ -155,11 +159,26 @@ def _check_weight(head: LMHead) -> None:
     if not known and (hasattr(wrapper, "base_layer") or hasattr(wrapper, "original_module")):
         raise ValueError(f"model: its head was a PEFT {kind}, must be plain, LoRA or in modules_to_save")
     weight = getattr(head._base(), "weight", None)
+    if isinstance(weight, Tensor) and weight.shape == (0,):
+        raise ValueError(f"model: its head was a {kind} {_why_empty(weight)}")
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
         was = "without a weight" if weight is None else f"with a {weight.dtype} weight of shape {list(weight.shape)}"
         raise ValueError(
             f"model: its head was a {kind} {was}, must be one linear layer with a floating-point [V, H] weight"
         )
+
+
+def _why_empty(weight: Tensor) -> str:
+    """What has left a head's weight empty on this rank, and what to do."""
+    if hasattr(weight, "ds_shape"):
+        return (
+            f"whose weight of shape {list(weight.ds_shape)} DeepSpeed ZeRO-3 has partitioned, must be whole: use "
+            "ZeRO-2, or FSDP2 (fully_shard), whose sharded head is supported"
+        )
+    return (
+        "with an empty weight, as FSDP1 and other sharding leave it, must be whole: use FSDP2 (fully_shard), whose "
+        "sharded head is supported"
+    )
 
 
 def _transform(config: Any) -> tuple[float, float | None]:

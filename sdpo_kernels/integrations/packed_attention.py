@@ -28,6 +28,7 @@ from transformers.utils import is_flash_attn_2_available
 from sdpo_kernels.integrations.attention_by_sequence import PACKED, packed_attention, packed_mask
 from sdpo_kernels.integrations.causal_lm import evaluating
 from sdpo_kernels.integrations.lm_head import LMHead, find_head, unwrap
+from sdpo_kernels.integrations.positions import first_position
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,8 @@ def _stateful_layer(base: Any) -> str | None:
     """Why the model's layers rule out packing, or None."""
     kind = type(base).__name__
     layer_types = getattr(base.config.get_text_config(), "layer_types", None) or []
+    if first_position(base):
+        return f"{kind} counts positions from {first_position(base)}, and packed sequences are counted from 0"
     others = sorted(set(layer_types) - PACKABLE_LAYERS)
     if others:
         return f"{kind} has layers of type {', '.join(others)}, which cannot tell packed sequences apart"

@@ -22,6 +22,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from types import TracebackType
 from typing import Any
 
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from sdpo_kernels.backends import get_backend
 from sdpo_kernels.backends.base import EXTRAS
-from sdpo_kernels.logps import linear_logps
+from sdpo_kernels.logps import check_stash_bytes, linear_logps
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,8 @@ def patch(*, backend: str = "auto", stash_bytes: int | str = "auto") -> Patch:
     """Let TRL's trainers score tokens with `linear_logps`, until `unpatch()` or the end of a `with patch():` block.
 
     Call it before or after creating trainers. A second call replaces the first one's settings; nested blocks each
-    restore what they found. It changes modules of the whole process, for all threads.
+    restore what they found. It changes modules of the whole process, for all threads, and logs once which ones
+    (level INFO).
 
     Args:
         backend, stash_bytes: as in `linear_logps`. stash_bytes=0 uses the least memory; "auto" keeps up to 2·N·V bytes
@@ -148,15 +150,18 @@ def patch(*, backend: str = "auto", stash_bytes: int | str = "auto") -> Patch:
         ImportError: TRL is not installed.
         RuntimeError: TRL before 1.15, or a version with another signature of that class. Versions after 1.16 with the
             same signature are patched, with a warning in the log.
-        ValueError: an unknown backend.
+        ValueError: an unknown backend, or stash_bytes that is neither "auto" nor at least 0.
     """
     if backend != "auto":
         get_backend(backend)
+    check_stash_bytes(stash_bytes)
     found = _seam()
     original = found.replaces if isinstance(found, FusedHead) else found
     _check_signature(original)
     ours = FusedHead(original, backend, stash_bytes)
-    _swap(found, ours)
+    replaced = _swap(found, ours)
+    if found is original:
+        _log_once(f"trl {_text(_version())}: replaced {NAME} by linear_logps in {', '.join(replaced)}")
     return Patch(ours, found)
 
 
@@ -167,12 +172,20 @@ def unpatch() -> None:
         _swap(found, found.replaces)
 
 
-def _swap(old: object, new: object) -> None:
-    """Rebind every global that is `old`, in every loaded module, to `new`."""
+def _swap(old: object, new: object) -> list[str]:
+    """Rebind every global that is `old`, in every loaded module, to `new`; returns the names of those modules."""
+    changed = []
     for module in list(sys.modules.values()):
         names = getattr(module, "__dict__", {})  # not dir(): it would make a lazy module load
         for name in [name for name, value in list(names.items()) if value is old]:
             setattr(module, name, new)
+            changed.append(module.__name__)
+    return sorted(set(changed))
+
+
+@lru_cache
+def _log_once(message: str) -> None:
+    logger.info(message)
 
 
 def _seam() -> Any:

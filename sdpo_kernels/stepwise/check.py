@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import tempfile
 from pathlib import Path
 
 from rich.table import Table
@@ -11,15 +9,16 @@ from rich.table import Table
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.files import read_json
 from sdpo_kernels.stepwise.common.progress import Reporter
-from sdpo_kernels.stepwise.data.order import StageData, scored_counts
+from sdpo_kernels.stepwise.data.order import scored_counts
+from sdpo_kernels.stepwise.data.template_clock import reads_clock
 from sdpo_kernels.stepwise.post.after_run import check_start
-from sdpo_kernels.stepwise.prepare import Prepared, prepare
+from sdpo_kernels.stepwise.prepare import Prepared, planned_steps, prepare
 from sdpo_kernels.stepwise.record.expo_record import FOLDER
 from sdpo_kernels.stepwise.record.manifest import different_settings
+from sdpo_kernels.stepwise.record.template_time import template_time
 from sdpo_kernels.stepwise.settings.reference import EmaSettings
-from sdpo_kernels.stepwise.settings.run_file import config_diff
+from sdpo_kernels.stepwise.settings.run_file import config_diff, with_new_defaults
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
-from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
 
 _ORDERS = {
     "given": "the order of the file",
@@ -32,24 +31,23 @@ _ORDERS = {
 def check_run(config: RunConfig, reporter: Reporter) -> None:
     """Print what `sdpo train` would do. Writes nothing.
 
-    1. Read and check all input, as a run does.
-    2. Make each stage's TrainingArguments, so that transformers' own errors are raised here too.
-    3. Print warnings, the table of stages and the main settings.
-    4. Compare the config with that of the run in output_dir, if there is one.
+    1. Read all input and try what training will need, as a run does.
+    2. Print warnings, the table of stages and the main settings.
+    3. Compare the config with that of the run in output_dir, if there is one.
 
     UserError for whatever would stop the run before training.
     """
     # the post-step first, as in a run: it needs no data
     check_start(config)
-    prepared = prepare(config)
-    with tempfile.TemporaryDirectory() as folder:  # the arguments need one; nothing is written there
-        for stage in config.stages:
-            training_arguments(config, stage, Path(folder), Path(folder))
+    now = template_time(config)
+    prepared = prepare(config, now)
 
     prepared.say_warnings(reporter)
     for line in prepared.skipped:
         reporter.say(f"skipped  {line}")
     reporter.say(_table(prepared))
+    for source, names in prepared.unused.items():
+        reporter.say(f"unused     {source}: {', '.join(names)}")
 
     model = prepared.model_config
     scores = "an external score" if config.score_column else "the initial model"
@@ -62,6 +60,8 @@ def check_run(config: RunConfig, reporter: Reporter) -> None:
     if expo := config.expo:
         reporter.say(f"post       expo from {expo.start}, {expo.alpha_text}, into {config.output_dir}/{FOLDER}")
     _say_reference(prepared, reporter)
+    if reads_clock(prepared.tokenizer):
+        reporter.say(f"clock      the chat template reads the date: {now.isoformat()} throughout the run")
     for note in prepared.notes:
         reporter.say(f"cut        {note}")
     reporter.say(_state(config))
@@ -85,7 +85,7 @@ def _say_reference(prepared: Prepared, reporter: Reporter) -> None:
 
         # without stages that generate their pairs: how many they will have is not known yet
         moves = {
-            stage.config.name: (_steps(config, stage) - 1) // period
+            stage.config.name: (planned_steps(config, stage) - 1) // period
             for stage in prepared.stages
             if stage.prompts is None
         }
@@ -115,7 +115,7 @@ def _table(prepared: Prepared) -> Table:
             int(tokens.lengths.sum()),
             int(scored_counts(tokens).sum()),
             int(tokens.lengths.max()),
-            _steps(prepared.config, stage),
+            planned_steps(prepared.config, stage),
         )
         table.add_row(stage.config.name, *(f"{n:,}" for n in cells), f"{prepared.config.stage_beta(stage.config):g}")
 
@@ -127,17 +127,6 @@ def _table(prepared: Prepared) -> Table:
     return table
 
 
-def _steps(config: RunConfig, stage: StageData) -> int:
-    """The optimizer steps of a stage, counted as Trainer does."""
-    settings = config.stage_trainer(stage.config)
-    if settings.get("max_steps", -1) > 0:
-        return settings["max_steps"]
-
-    # a last partial batch counts, and so does a last partial accumulation
-    batches = math.ceil(len(stage.tokens) / settings["per_device_train_batch_size"])
-    return math.ceil(math.ceil(batches / settings.get("gradient_accumulation_steps", 1)) * stage.config.epochs)
-
-
 def _state(config: RunConfig) -> str:
     """The line about output_dir; UserError if it contains a run with another config."""
     path = Path(config.output_dir) / "manifest.json"
@@ -146,7 +135,7 @@ def _state(config: RunConfig) -> str:
 
     # only the config is compared: some orders need scores before the stages' data is known
     manifest = read_json(path)
-    differences = config_diff(manifest.get("config", {}), config.model_dump(mode="json"))
+    differences = config_diff(with_new_defaults(manifest.get("config", {})), config.model_dump(mode="json"))
     if differences:
         raise UserError(different_settings(path.parent, differences))
     stages = manifest.get("stages", [])

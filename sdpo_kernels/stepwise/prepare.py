@@ -1,26 +1,33 @@
-"""Everything a run reads before it trains: data, tokenizer, tokens. Whatever is wrong with them is reported here."""
+"""Everything a run reads and tries before it trains. Whatever is wrong with it is reported here."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from sdpo_kernels.integrations.router_loss import unused_coefficient
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.progress import Reporter
-from sdpo_kernels.stepwise.data.fit import check_fit, check_positions, load_model_config
+from sdpo_kernels.stepwise.data.fit import check_fit, check_positions, load_model_config, position_warnings
 from sdpo_kernels.stepwise.data.order import StageData
-from sdpo_kernels.stepwise.data.pairs import Pair, read_pairs, shared_pairs
+from sdpo_kernels.stepwise.data.pairs import Pair, PairSource, read_pairs, shared_pairs
 from sdpo_kernels.stepwise.data.prompts import read_prompts
+from sdpo_kernels.stepwise.data.shapes import PROMPT_NAMES, SYSTEM_NAMES, Shape
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs, tokenize_pairs
 from sdpo_kernels.stepwise.models.load import load_tokenizer
+from sdpo_kernels.stepwise.models.trial import try_run
 from sdpo_kernels.stepwise.references.multi import check_multi
+from sdpo_kernels.stepwise.settings.columns import ColumnSettings, DataEntry, entry_path
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig, StageConfig
+from sdpo_kernels.stepwise.settings.trainer import LARGEST
 from sdpo_kernels.stepwise.sources.make import check_source
 
 _CUT_NOTED = 0.01  # share of the pairs or scored tokens that truncation may cut without a warning
@@ -35,9 +42,11 @@ class Prepared:
     model_config: Any
     stages: list[StageData]
     eval_tokens: TokenizedPairs | None
+    template_time: datetime | None = None  # what chat templates read as now; None: the machine's clock
     notes: list[str] = field(default_factory=list)  # what `check` prints although it needs no warning
     skipped: list[str] = field(default_factory=list)  # bad rows, 'file:line: what is wrong', with on_bad_row: skip
     warnings: list[str] = field(default_factory=list)
+    unused: dict[str, list[str]] = field(default_factory=dict)  # data source → columns that nothing reads
 
     def say_warnings(self, reporter: Reporter) -> None:
         """Print what the user should know before training."""
@@ -47,32 +56,33 @@ class Prepared:
             reporter.warn(f"{len(self.skipped)} bad rows skipped, the first: {self.skipped[0]}")
 
 
-def prepare(config: RunConfig) -> Prepared:
-    """Read and tokenize all data of a run.
+def prepare(config: RunConfig, template_time: datetime | None = None) -> Prepared:
+    """Read and tokenize all data of a run, with `template_time` as the time that chat templates read (None: now).
 
     1. Load the tokenizer and the model's config, but no weights.
     2. For each stage read its pairs and tokenize them, or read the prompts it will generate pairs from.
     3. Do the same with the evaluation pairs.
     4. Check that model and further references can take the tokens.
-    5. Collect warnings about pairs and prompts that stages share, or that are evaluated too.
+    5. Try what training will need later: the adapter, saving, Trainer's own parts, disk space (`models/trial.py`).
+    6. Collect warnings about pairs and prompts that stages share, or that are evaluated too.
 
     UserError for whatever the user can fix. On several ranks each reads everything.
     """
     tokenizer = load_tokenizer(config)
-    prepared = Prepared(config, tokenizer, load_model_config(config), [], None)
+    prepared = Prepared(config, tokenizer, load_model_config(config), [], None, template_time)
 
     named: dict[str, list[Pair]] = {}  # by stage, and "eval_data"
     for stage in config.stages:
         if stage.data is None:
             prepared.stages.append(_prompts(config, stage, prepared))
             continue
-        pairs = _read(config, stage.data, prepared)
+        pairs = _read(config, _sources(config, stage.data, stage), prepared)
         named[stage.name] = pairs
         tokens = _tokenize(config, pairs, f"stage {stage.name}", prepared)
         prepared.stages.append(_stage_data(stage, pairs, tokens))
 
     if config.eval_data is not None:
-        named["eval_data"] = _read(config, config.eval_data, prepared)
+        named["eval_data"] = _read(config, _sources(config, config.eval_data), prepared)
         prepared.eval_tokens = _tokenize(config, named["eval_data"], "eval_data", prepared)
 
     # generated pairs are checked when they are there
@@ -80,38 +90,75 @@ def prepare(config: RunConfig) -> Prepared:
     parts += [] if prepared.eval_tokens is None else [prepared.eval_tokens]
     check_fit(config, prepared.model_config, parts)
     check_multi(config, tokenizer, parts)
+    prepared.warnings += position_warnings(prepared.model_config, parts)
+
+    # what would stop the run hours later stops it now
+    for data in prepared.stages:
+        _check_steps(config, data)
+    prepared.warnings += try_run(config, tokenizer, prepared.model_config)
 
     # no error: a user may want them
+    if warning := unused_coefficient(prepared.model_config):
+        prepared.warnings.append(f"model: {warning}")
     prepared.warnings += shared_pairs(named)
     prepared.warnings += _shared_prompts(prepared.stages, named.get("eval_data", []))
     return prepared
 
 
-def read_eval(config: RunConfig, sources: Sequence[str]) -> tuple[TokenizedPairs, list[str], PreTrainedTokenizerBase]:
+def read_eval(
+    config: RunConfig, sources: Sequence[str | DataEntry], template_time: datetime | None = None
+) -> tuple[TokenizedPairs, list[str], PreTrainedTokenizerBase]:
     """The tokenized pairs of `sources`, warnings about them, and the tokenizer."""
-    prepared = Prepared(config, load_tokenizer(config), load_model_config(config), [], None)
-    tokens = _tokenize(config, _read(config, sources, prepared), ", ".join(sources), prepared)
+    prepared = Prepared(config, load_tokenizer(config), load_model_config(config), [], None, template_time)
+    pairs = _read(config, _sources(config, sources), prepared)
+    tokens = _tokenize(config, pairs, ", ".join(map(entry_path, sources)), prepared)
     check_fit(config, prepared.model_config, [tokens])
     return tokens, prepared.warnings + prepared.skipped, prepared.tokenizer
 
 
 def generated_stage(
-    config: RunConfig, stage: StageConfig, tokenizer: PreTrainedTokenizerBase, path: Path, reporter: Reporter
+    config: RunConfig,
+    stage: StageConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    reporter: Reporter,
+    template_time: datetime,
 ) -> StageData:
     """A stage whose generated pairs are in `path`; prints warnings about them."""
-    prepared = Prepared(config, tokenizer, load_model_config(config), [], None)
-    pairs = _read(config, (str(path),), prepared)
+    prepared = Prepared(config, tokenizer, load_model_config(config), [], None, template_time)
+    pairs = _read(config, [PairSource(str(path))], prepared)
     tokens = _tokenize(config, pairs, f"stage {stage.name}", prepared)
     check_fit(config, prepared.model_config, [tokens])
     prepared.say_warnings(reporter)
     return _stage_data(stage, pairs, tokens)
 
 
+def planned_steps(config: RunConfig, stage: StageData) -> int:
+    """The optimizer steps of a stage, counted as Trainer does."""
+    settings = config.stage_trainer(stage.config)
+    if settings.get("max_steps", -1) > 0:
+        return settings["max_steps"]
+
+    # a last partial batch counts, and so does a last partial accumulation
+    batches = math.ceil(len(stage.tokens) / settings["per_device_train_batch_size"])
+    return math.ceil(math.ceil(batches / settings.get("gradient_accumulation_steps", 1)) * stage.config.epochs)
+
+
+def _check_steps(config: RunConfig, stage: StageData) -> None:
+    """UserError if `epochs` makes more steps than `max_steps` may be: the run would never end."""
+    steps = planned_steps(config, stage)
+    if steps > LARGEST:
+        raise UserError(
+            f"stage {stage.config.name}: epochs: was {stage.config.epochs:g}, which is {steps:.3g} steps, must be at "
+            f"most {LARGEST:,} steps"
+        )
+
+
 def _prompts(config: RunConfig, stage: StageConfig, prepared: Prepared) -> StageData:
     """A stage that will generate its pairs: its prompts, checked as far as possible without a model."""
     assert stage.prompts is not None
     assert stage.source is not None
-    prompts, skipped = read_prompts(stage.prompts, config.on_bad_row)
+    prompts, skipped = read_prompts(stage.prompts, config.on_bad_row, prepared.template_time)
     prepared.skipped += skipped
 
     # a missing judge or answer is reported now, not when the stage starts hours later
@@ -146,16 +193,45 @@ def _shared_prompts(stages: Sequence[StageData], evaluated: Sequence[Pair]) -> l
     ]
 
 
-def _read(config: RunConfig, sources: Sequence[str], prepared: Prepared) -> list[Pair]:
+def _sources(
+    config: RunConfig, entries: Sequence[str | DataEntry], stage: StageConfig | None = None
+) -> list[PairSource]:
+    """The data sources with how their rows are read: an entry's own settings, else the stage's, else the run's."""
+    sources = []
+    for entry in entries:
+        levels = [entry if isinstance(entry, DataEntry) else None, stage, config]
+        columns = next((level.columns for level in levels if level is not None and level.columns is not None), None)
+        prompt = next(level.prompt for level in levels if level is not None and level.prompt is not None)
+        sources.append(PairSource(entry_path(entry), Shape(columns or ColumnSettings(), prompt == "implicit")))
+    return sources
+
+
+def _read(config: RunConfig, sources: Sequence[PairSource], prepared: Prepared) -> list[Pair]:
     data = read_pairs(sources, on_bad_row=config.on_bad_row, score_column=config.score_column)
     prepared.skipped += data.skipped
+
+    # a column that sounds like a part of the prompt is worth a warning; an id or a source is not
+    prepared.unused |= data.unused
+    prepared.warnings += [
+        f"{source}: the column {name!r} is not used; if it is part of the prompt, name it in columns"
+        for source, names in data.unused.items()
+        for name in names
+        if name in (*PROMPT_NAMES, *SYSTEM_NAMES)
+    ]
     if not data.pairs:
-        raise UserError(f"{', '.join(sources)}: no pair is left after {len(data.skipped)} bad rows were skipped")
+        paths = ", ".join(source.path for source in sources)
+        raise UserError(f"{paths}: no pair is left after {len(data.skipped)} bad rows were skipped")
     return data.pairs
 
 
 def _tokenize(config: RunConfig, pairs: list[Pair], name: str, prepared: Prepared) -> TokenizedPairs:
-    tokens = tokenize_pairs(pairs, prepared.tokenizer, max_length=config.max_length, truncation=config.truncation)
+    tokens = tokenize_pairs(
+        pairs,
+        prepared.tokenizer,
+        max_length=config.max_length,
+        truncation=config.truncation,
+        template_time=prepared.template_time,
+    )
     prepared.warnings += [f"{name}: {warning}" for warning in tokens.warnings]
     _note_truncation(config, tokens, name, prepared)
     if tokens.dropped:

@@ -10,6 +10,7 @@ Calling it again resumes a run that was stopped, and does nothing for a finished
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 from torch import Tensor
@@ -25,6 +26,7 @@ from sdpo_kernels.stepwise.post.after_run import check_start, post_done, run_pos
 from sdpo_kernels.stepwise.prepare import Prepared, prepare
 from sdpo_kernels.stepwise.record.expo_record import expo_line
 from sdpo_kernels.stepwise.record.manifest import Record
+from sdpo_kernels.stepwise.record.template_time import template_time
 from sdpo_kernels.stepwise.references.evaluation import EVAL_FILE
 from sdpo_kernels.stepwise.references.scorer import Scorer, pad_token_id
 from sdpo_kernels.stepwise.report.run_report import stage_table, write_report
@@ -57,13 +59,15 @@ def run(config: RunConfig, reporter: Reporter | None = None) -> Record:
 
 def _run(config: RunConfig, folder: Path, reporter: Reporter) -> Record:
     # an input that only one node lacks is an error on all ranks
-    prepared = ranks.agree(lambda: _checked(config))
+    now = ranks.on_first(lambda: template_time(config))
+    prepared = ranks.agree(lambda: _checked(config, now))
     prepared.say_warnings(reporter)
 
     with locked(folder):
         ordered = order_stages(config, prepared.stages, _ranking(prepared, folder, reporter))
-        stages = _in_first_order(ordered, folder, reporter)
-        state = open_run(config, prepared.tokenizer, stages, prepared.eval_tokens, folder, reporter)
+        # in place of the unordered ones, so that the tokens are in memory once
+        prepared.stages = stages = _in_first_order(ordered, folder, reporter)
+        state = open_run(config, prepared.tokenizer, stages, prepared.eval_tokens, folder, reporter, now)
         if ranks.is_first():
             _remove_leftovers(state)
 
@@ -89,10 +93,10 @@ def _run(config: RunConfig, folder: Path, reporter: Reporter) -> Record:
     return state.manifest.data
 
 
-def _checked(config: RunConfig) -> Prepared:
+def _checked(config: RunConfig, now: datetime) -> Prepared:
     """All input of the run; UserError for whatever would stop it later, its post-step included."""
     check_start(config)
-    return prepare(config)
+    return prepare(config, now)
 
 
 def _in_first_order(stages: list[StageData], folder: Path, reporter: Reporter) -> list[StageData]:

@@ -16,8 +16,10 @@ from sdpo_kernels.stepwise.data.order import scored_counts
 from sdpo_kernels.stepwise.prepare import read_eval
 from sdpo_kernels.stepwise.record.expo_record import expo_folder
 from sdpo_kernels.stepwise.record.manifest import Record
+from sdpo_kernels.stepwise.record.template_time import template_time
 from sdpo_kernels.stepwise.references.evaluation import summarise
 from sdpo_kernels.stepwise.references.scorer import Scorer, pad_token_id
+from sdpo_kernels.stepwise.settings.columns import DataEntry
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
 
@@ -32,10 +34,10 @@ def score_run(config: RunConfig, models: Sequence[str], data: Sequence[str], *, 
     UserError if there is no data, or a model cannot be loaded.
     """
     reporter = Reporter(quiet=as_json)
-    sources = tuple(data) or config.eval_data
+    sources: Sequence[str | DataEntry] | None = tuple(data) or config.eval_data
     if not sources:
         raise UserError("eval_data: is not set in the run's settings; set it, or use --data FILE")
-    tokens, warnings, tokenizer = read_eval(config, sources)
+    tokens, warnings, tokenizer = read_eval(config, sources, template_time(config))
     for warning in warnings:
         reporter.warn(warning)
 

@@ -24,6 +24,7 @@ from sdpo_kernels.stepwise.sources.make import PAIRS_FILE, make_pairs, stage_con
 from sdpo_kernels.stepwise.state import Stage
 from sdpo_kernels.stepwise.training import publish
 from sdpo_kernels.stepwise.training.checkpoints import latest_checkpoint
+from sdpo_kernels.stepwise.training.end_guard import check_saved, score_trained
 from sdpo_kernels.stepwise.training.stage_training import announce_resume, make_trainer, train_to_end
 from sdpo_kernels.stepwise.training.trainer import StageTrainer
 
@@ -36,7 +37,9 @@ def train_stage(stage: Stage) -> None:
     3. If the stage has prompts, generate its pairs, unless they are there.
     4. Score the references, or read them from the cache, and make the Trainer.
     5. Drop metrics past the checkpoint, then train from there, or from the start.
-    6. Save, evaluate and publish the stage, and record it in the manifest.
+    6. Make sure there is a checkpoint of the last step, and score a few pairs with the trained model.
+    7. Save the stage, and check that what was saved scores these pairs alike.
+    8. Evaluate and publish the stage, and record it in the manifest.
 
     On several ranks all train; only rank 0 writes and logs.
 
@@ -45,7 +48,7 @@ def train_stage(stage: Stage) -> None:
         Interrupted: after Ctrl-C or SIGTERM, with everything saved.
     """
     if publish.is_published(stage):
-        ranks.on_first(lambda: publish.record_published(stage))
+        publish.record_published(stage)
         return
     started = time.monotonic()
     reset_peak_memory()
@@ -69,11 +72,16 @@ def train_stage(stage: Stage) -> None:
         announce_resume(stage, checkpoint, step)
     stopped = train_to_end(stage, trainer, checkpoint)
 
+    # from here on nothing that fails loses what was trained
+    trainer.keep_last_step()
+    trained = score_trained(stage, trainer)
+
     steps = trainer.state.global_step
     record = ranks.on_first(lambda: _record(stage, steps, step, time.monotonic() - started))
     staging = publish.save(stage, trainer, ref_logps)
-    del trainer  # the evaluation loads the model that was saved
+    del trainer  # what follows loads the model that was saved
     release_memory()
+    check_saved(stage, staging, trained)
     publish.publish(stage, staging, record)
 
     # a signal in the last step: the stage is done, the run is not
@@ -129,7 +137,8 @@ def _generate_pairs(stage: Stage) -> None:
     release_memory()
 
     # pairs that a stopped stage has generated are not generated again, so they must be the same
-    stage.data = generated_stage(stage.run.config, stage.data.config, stage.run.tokenizer, path, stage.run.reporter)
+    run = stage.run
+    stage.data = generated_stage(run.config, stage.data.config, run.tokenizer, path, run.reporter, run.template_time)
     tokens = stage.data.tokens
     counts = {
         "pairs": len(tokens),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase, TrainingArguments
@@ -18,6 +19,7 @@ from sdpo_kernels.stepwise.data.prompts import prompts_hash
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
 from sdpo_kernels.stepwise.record.environment import environment_warning, run_environment
 from sdpo_kernels.stepwise.record.manifest import Manifest, MetricsFile, Record
+from sdpo_kernels.stepwise.record.template_time import recorded_time
 from sdpo_kernels.stepwise.references.evaluation import EvalData
 from sdpo_kernels.stepwise.references.scorer import Scorer, pad_token_id
 from sdpo_kernels.stepwise.references.stage_references import StageReferences
@@ -38,6 +40,11 @@ class Run:
     metrics: MetricsFile
     reporter: Reporter
     eval_data: EvalData | None
+
+    @property
+    def template_time(self) -> datetime:
+        """The time that chat templates read as now."""
+        return recorded_time(self.manifest.data)
 
     def check_weights(self, path: str, digest: str) -> None:
         """UserError if the weights in `path` are not those that this run loaded there first."""
@@ -129,6 +136,7 @@ def open_run(
     eval_tokens: TokenizedPairs | None,
     folder: Path,
     reporter: Reporter,
+    template_time: datetime,
 ) -> Run:
     """Create the run in `folder`, or reopen it if its manifest matches the config and data.
 
@@ -143,6 +151,7 @@ def open_run(
         "version": __version__,
         "model": config.model,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "template_time": template_time.isoformat(),
         "environment": environment,
         "config": config.model_dump(mode="json"),
         "eval_data_hash": None if eval_tokens is None else eval_tokens.content_hash(),

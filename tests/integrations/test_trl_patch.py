@@ -173,6 +173,26 @@ def test_no_trl(monkeypatch):
         patch()
 
 
+@pytest.mark.parametrize("stash_bytes", [-1, "much", 0.5, True, None])
+def test_wrong_stash_bytes_are_refused_at_once(trl, stash_bytes):
+    theirs = TheirFunction
+    with pytest.raises(ValueError, match=f"stash_bytes: was {stash_bytes!r}, must be"):
+        patch(stash_bytes=stash_bytes)
+    assert untouched(trl, theirs)
+
+
+def test_what_was_replaced_is_logged_once(trl, caplog):
+    fused_trl._log_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="sdpo_kernels"):
+        for _ in range(2):
+            with patch(), patch(stash_bytes=0):
+                pass
+    modules = ", ".join(sorted([__name__, "trl.kernels", fused_trl.SEAM, "trl.trainer.utils"]))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"trl 1.16: replaced ChunkedLogProbFunction by linear_logps in {modules}"
+    ]
+
+
 def test_an_unknown_backend_is_refused(trl):
     theirs = TheirFunction
     with pytest.raises(ValueError, match="backend: was 'cuda'"):

@@ -4,6 +4,7 @@ import io
 import re
 
 import pytest
+import transformers
 from rich.console import Console
 
 from sdpo_kernels.stepwise.check import check_run
@@ -103,22 +104,60 @@ def test_a_tokenizer_of_another_model_is_an_error(tmp_path):
             command(runs.configured(tmp_path, folder))
 
 
-@pytest.mark.parametrize(("kind", "field"), [("GPT2Config", "n_positions"), ("OPTConfig", "max_position_embeddings")])
-def test_sequences_past_the_positions_a_model_has_learned_are_found_out(tmp_path, kind, field):
-    import transformers
-
-    sizes = {"GPT2Config": {"n_embd": 16, "n_layer": 1, "n_head": 2}, "OPTConfig": {
-        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 16, "word_embed_proj_dim": 16,
-    }}  # fmt: skip
-    config = getattr(transformers, kind)(vocab_size=len(runs.VOCABULARY), **sizes[kind], **{field: 4})
-    folder = tmp_path / "learned"
+def learned(folder, kind, positions):
+    """A model with a table of learned positions."""
+    config = {
+        "GPT2": lambda: transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=positions),
+        "OPT": lambda: transformers.OPTConfig(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16, word_embed_proj_dim=16,
+            max_position_embeddings=positions,
+        ),
+    }[kind]()  # fmt: skip
+    config.vocab_size = len(runs.VOCABULARY)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     runs.make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "OPT"])
+def test_sequences_past_the_positions_a_model_has_learned_are_found_out(tmp_path, kind):
+    folder = learned(tmp_path / "learned", kind, positions=4)
     for command in (checked, runs.train):
         with pytest.raises(
             UserError, match=r"max_length: was \d+, and the longest sequence has \d+ tokens, must be at"
         ):
             command(runs.configured(tmp_path, folder))
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "OPT"])
+def test_the_limit_is_the_number_of_usable_positions(tmp_path, kind):
+    """OPT's table has two rows more, which no position uses."""
+    folder = learned(tmp_path / "start", kind, positions=4)
+    with pytest.raises(UserError) as error:
+        checked(runs.configured(tmp_path, folder))
+    longest = int(re.search(r"longest sequence has (\d+) tokens", str(error.value))[1])
+
+    for fewer in (1, 2):
+        folder = learned(tmp_path / f"fewer{fewer}", kind, positions=longest - fewer)
+        with pytest.raises(UserError, match=f"has {longest} tokens, must be at most {longest - fewer}: the model has"):
+            checked(runs.configured(tmp_path, folder))
+
+    config = runs.configured(tmp_path, learned(tmp_path / "enough", kind, positions=longest))
+    checked(config)
+    runs.train(config)
+
+
+def test_the_positions_of_a_vision_tower_are_no_limit(tmp_path):
+    """Gemma 3: a table of 4 patches beside a language model that computes its positions."""
+    text = {"vocab_size": len(runs.VOCABULARY), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 131072}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14})
+    folder = tmp_path / "gemma"
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    runs.make_tokenizer().save_pretrained(folder)
+    text = checked(runs.configured(tmp_path, folder))
+    assert int(row(text, "s1")[5]) > 4
 
 
 def test_settings_that_transformers_refuses_are_an_error(tmp_path, model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -182,3 +183,27 @@ def test_fsdp_that_would_be_plain_ddp_is_an_error(whole, tmp_path):
     ranks = two_with(whole[2], tmp_path / "run", "trainer.fsdp=true")
     assert ranks.wait()[0] == 2, ranks.text
     assert "fsdp: needs several GPUs" in ranks.texts[0]
+
+
+def test_a_stage_published_just_before_a_crash_is_recorded_on_every_rank(tmp_path, model):
+    """The next stage reads the earlier one's steps from the manifest that each rank has in memory."""
+    yaml, run = yaml_of(tmp_path, model, 2), tmp_path / "run"
+    ranks = two(yaml, run)
+    assert ranks.wait() == [0, 0], ranks.text
+
+    # as if killed between the rename of stage 1 and the manifest's last write
+    manifest = json.loads((run / "manifest.json").read_text())
+    for stage in manifest["stages"]:
+        for key in ("steps", "first_loss", "last_loss", "resumed_at_step", "seconds", "peak_memory_bytes"):
+            del stage[key]
+        stage |= {"eval": None, "state": "training" if stage["index"] == 1 else "pending"}
+    for key in ("reference_hash", "gamma_reference", "score_seconds"):
+        del manifest["stages"][1][key]
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    shutil.rmtree(run / "stage-2-s2")
+
+    again = two(yaml, run)
+    assert again.wait() == [0, 0], again.text
+    stages = json.loads((run / "manifest.json").read_text())["stages"]
+    assert [stage["state"] for stage in stages] == ["done", "done"]
+    assert all(stage["steps"] > 0 for stage in stages)

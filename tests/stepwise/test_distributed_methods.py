@@ -21,13 +21,13 @@ from tests.stepwise.sources.test_sources import prompt_file
 pytestmark = pytest.mark.xdist_group("distributed")
 
 
+EPSILON = 1e-6  # Adam's own, 1e-8, turns rounding in gradients near 0 into steps of their own
 NEAR = 5e-3 * 1e-2  # of Adam's step, the learning rate: a pair lost or counted twice changes weights by much more
 
 
 def trained(folder: Path, model: Path, count: int, batch: int, fault: Any = None, options: Any = (), **settings: Any):
     """The folder of a run on `count` ranks, with `batch` pairs per step over all of them."""
-    # A larger epsilon than Adam's 1e-8, which turns rounding in gradients near 0 into steps of their own.
-    share = {"per_device_train_batch_size": batch // count, "adam_epsilon": 1e-6, **settings.pop("trainer", {})}
+    share = {"per_device_train_batch_size": batch // count, "adam_epsilon": EPSILON, **settings.pop("trainer", {})}
     yaml = runs.write_settings(folder, model, trainer=share, **settings).rename(folder / f"{count}.yaml")
     run = folder / f"by-{count}"
     ranks = Ranks(folder, "train", yaml, f"output_dir={run}", "--quiet", count=count, fault=fault, options=options)
@@ -88,7 +88,7 @@ def _asked_to_stop(rank: int, victim: int) -> None:
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_signal_on_one_rank_stops_all_and_the_run_resumes(tmp_path, model, victim):
     whole = trained(tmp_path, model, 1, 4)
-    yaml = runs.write_settings(tmp_path, model, trainer={"per_device_train_batch_size": 2})
+    yaml = runs.write_settings(tmp_path, model, trainer={"per_device_train_batch_size": 2, "adam_epsilon": EPSILON})
     stopped = Ranks(tmp_path, "train", yaml, "--quiet", fault=_asked_to_stop, options=[victim])
     assert stopped.wait()[0] == 130, stopped.text  # the other rank waits for rank 0 to print, as with any error
     assert stopped.texts[1] == ""
@@ -140,7 +140,7 @@ def test_an_fsdp2_run_resumes_on_another_number_of_ranks(tmp_path, model):
     whole = trained(tmp_path, model, 1, 6, **settings)
     run = tmp_path / "run"
     for count, (killed_at, codes) in ((2, (3, [-9, -9])), (3, (0, [0, 0, 0]))):
-        trainer = {"per_device_train_batch_size": 6 // count, "save_steps": 2, "fsdp": True}
+        trainer = {"per_device_train_batch_size": 6 // count, "save_steps": 2, "adam_epsilon": EPSILON, "fsdp": True}
         yaml = runs.write_settings(tmp_path, model, sizes=(13, 6), trainer=trainer)
         options = [f"output_dir={run}", "--quiet"]
         ranks = Ranks(

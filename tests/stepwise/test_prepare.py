@@ -1,5 +1,7 @@
 """Reading a run's input: what is kept, dropped, skipped and warned about before training."""
 
+from pathlib import Path
+
 import pytest
 
 from sdpo_kernels.stepwise.common.errors import UserError
@@ -146,3 +148,49 @@ def test_evaluation_data_alone(tmp_path, model):
     assert len(tokens) == 2
     assert tokenizer.eos_token == "</s>"
     assert said == [f"{data}:3: 'rejected' is missing; a row needs chosen and rejected (and may have prompt)"]
+
+
+ORCA = str(Path(__file__).resolve().parents[1] / "data" / "shapes" / "orca.jsonl")
+
+
+def test_a_question_under_another_name_stops_the_run(tmp_path, model):
+    config = runs.configured(tmp_path, model, stages=[{"name": "s1", "data": ORCA}])
+    with pytest.raises(
+        UserError, match=r"orca\.jsonl:1: 'prompt' is missing.* columns: \{prompt: question, system: system\}"
+    ):
+        prepare(config)
+
+
+@pytest.mark.parametrize("level", ["run", "stage", "entry"])
+def test_columns_of_a_run_a_stage_and_an_entry(tmp_path, model, level):
+    """The same tokens as with TRL's column names."""
+    rows = runs.make_rows(4)
+    alpaca = [
+        {"instruction": "good1", "input": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]}
+        for row in rows
+    ]
+    path = str(runs.write_rows(tmp_path / "alpaca.jsonl", alpaca))
+    columns = {"prompt": ["instruction", "input"]}
+    stage = {"name": "s1", "data": path}
+    if level == "stage":
+        stage["columns"] = columns
+    if level == "entry":
+        stage["data"] = [{"path": path, "columns": columns}]
+    more = {"columns": columns} if level == "run" else {"columns": {"prompt": "nowhere"}}
+    prepared = prepare(runs.configured(tmp_path, model, stages=[stage], **more))
+    assert prepared.unused == {}
+
+    trl = [row | {"prompt": f"good1\n{row['prompt']}"} for row in rows]
+    plain = str(runs.write_rows(tmp_path / "plain.jsonl", trl))
+    alone = prepare(runs.configured(tmp_path, model, stages=[{"name": "s1", "data": plain}]))
+    assert len(prepared.stages[0].tokens) == 4
+    assert prepared.stages[0].tokens.content_hash() == alone.stages[0].tokens.content_hash()
+
+
+def test_a_column_that_sounds_like_the_prompt_is_a_warning_and_others_are_listed(tmp_path, model):
+    rows = [row | {"system": "Be brief.", "id": n} for n, row in enumerate(runs.make_rows(4))]
+    data = str(runs.write_rows(tmp_path / "d.jsonl", rows))
+    prepared = prepare(runs.configured(tmp_path, model, stages=[{"name": "s1", "data": data}]))
+    assert prepared.unused == {data: ["id", "system"]}
+    assert [w for w in prepared.warnings if "'system' is not used" in w]
+    assert not [w for w in prepared.warnings if "'id'" in w]

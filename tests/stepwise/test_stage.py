@@ -298,7 +298,7 @@ def test_a_resumed_stage_reads_its_cache(tmp_path, model, monkeypatch):
     ("trainer", "message"),
     [
         ({"optim": "adamw_8bit"}, "stage s1: trainer: .*bitsandbytes"),
-        ({"report_to": "nonesuch"}, "stage s1: trainer: nonesuch is not supported"),
+        ({"report_to": "nonesuch"}, r"stage s1: trainer\.report_to: nonesuch is not supported"),
         (
             {"dataloader_drop_last": True, "per_device_train_batch_size": 50},
             r"stage s1: trainer\.dataloader_drop_last drops its only batch",

@@ -115,17 +115,16 @@ def tile_of(program, n_rows, n_columns, BM: tl.constexpr, BN: tl.constexpr, GROU
 
 
 @triton.jit
-def store_parts(parts, gemm_target, e, z, k, rows, row_there, target, columns, inside, counted, first_column, n_rows,
+def store_parts(parts, gemm_target, e, z, k, rows, row_there, target, at_target, inside, counted, first_column, n_rows,
                 BN: tl.constexpr):  # fmt: skip
     """What the extras need of a tile, for each row: PARTS, and the target's logit if it is in this tile."""
     # where E is 0 the logit may be −inf, and 0 · (−inf) is NaN
-    tl.store(parts + rows, tl.sum(tl.where(e == 0.0, 0.0, e * (z - k[:, None])), 1), row_there)
+    to = parts + rows
+    tl.store(to, tl.sum(tl.where(e == 0.0, 0.0, e * (z - k[:, None])), 1), row_there)
     squares = tl.where(counted, tl.exp2(2.0 * (z - k[:, None]) * LOG2E - SHIFT_BITS), 0.0)
-    tl.store(parts + n_rows + rows, tl.sum(squares, 1), row_there)
-    tl.store(parts + 2 * n_rows + rows, tl.sum(tl.where(inside[None, :], z, 0.0), 1), row_there)
-    tl.store(parts + 3 * n_rows + rows, tl.max(tl.where(counted, z, float("-inf")), 1), row_there)
-
-    at_target = columns[None, :] == target[:, None]
+    tl.store(to + n_rows, tl.sum(squares, 1), row_there)
+    tl.store(to + 2 * n_rows, tl.sum(tl.where(inside[None, :], z, 0.0), 1), row_there)
+    tl.store(to + 3 * n_rows, tl.max(tl.where(counted, z, float("-inf")), 1), row_there)
     in_tile = row_there & (target >= first_column) & (target < first_column + BN)
     tl.store(gemm_target + rows, tl.sum(tl.where(at_target, z, 0.0), 1), in_tile)
 
@@ -155,9 +154,11 @@ def logits_kernel(
         acc += tl.load(bias + columns, inside, other=0.0).to(tl.float32)[None, :]
     z, slope = transform(acc, before, after, CAPPED)
 
-    # E, without the target's column and without padding
+    # E, without the target's column and without padding; at_target is compared here because doing it in store_parts,
+    # after its stores, makes the compiler spill registers
     target = tl.load(targets + rows, row_there, other=-1)
     k = tl.load(shift + rows, row_there, other=0.0)
+    at_target = columns[None, :] == target[:, None]
     counted = inside[None, :] & (columns[None, :] != target[:, None])
     e = tl.where(counted, tl.exp2((z - k[:, None]) * LOG2E - SHIFT_BITS), 0.0)
 
@@ -166,7 +167,7 @@ def logits_kernel(
         tl.store(sums + out * n_rows + rows, tl.sum(e, 1), row_there)
     if EXTRAS:
         store_parts(
-            parts + column_tile.to(tl.int64) * PARTS * n_rows, gemm_target, e, z, k, rows, row_there, target, columns,
+            parts + column_tile.to(tl.int64) * PARTS * n_rows, gemm_target, e, z, k, rows, row_there, target, at_target,
             inside, counted, column_tile * BN, n_rows, BN,
         )  # fmt: skip
     # S, up to the stash's last column

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +47,14 @@ class PairDataset(Dataset):
         return {"index": index, "chosen": pair.chosen, "rejected": pair.rejected, "ref_logps": refs}
 
 
+class LossInputs(NamedTuple):
+    """What one batch of B pairs gives the loss."""
+
+    sums: Tensor  # [2B] log-probs, weighted as the loss asks
+    weights: Tensor | None  # [B] of the pairs, if the loss weighs them
+    aux_loss: Tensor | None  # scalar: of the router of a mixture of experts, if the model computes it
+
+
 @dataclass(frozen=True)
 class Batch:
     """One batch of B pairs, in the form that the model and the loss need."""
@@ -75,28 +83,39 @@ class Batch:
         """
         return self._sums(self._outputs(model)["logps"], ld_alpha)
 
-    def logps_for(self, model: torch.nn.Module, loss: LossSum) -> tuple[Tensor, Tensor | None]:
-        """The inputs of `loss`: summed log-probs [2B], weighted as it asks, and weights of the pairs [B] or None."""
+    def logps_for(self, model: torch.nn.Module, loss: LossSum) -> LossInputs:
+        """The inputs of `loss`."""
         if not loss.weighs_pairs:
-            return self.logps(model, loss.ld_alpha), None
+            found = self._outputs(model)
+            return LossInputs(self._sums(found["logps"], loss.ld_alpha), None, found.get("aux_loss"))
 
         # the weights come from the same forward as the log-probs
         found = self._outputs(model, "log_sum_sq_probs")
         weights = agreement_weights(found["logps"], found["log_sum_sq_probs"], self.rows)
-        return self._sums(found["logps"], loss.ld_alpha), weights
+        return LossInputs(self._sums(found["logps"], loss.ld_alpha), weights, found.get("aux_loss"))
 
     def _sums(self, logps: Tensor, ld_alpha: float | None) -> Tensor:
         weights = None if ld_alpha is None else length_weights(self.rows, ld_alpha)
         return sequence_logps(logps, self.rows, weights)
 
     def _outputs(self, model: torch.nn.Module, *extras: str) -> dict[str, Tensor]:
-        """Log-probs and `extras` [N] of the rows of all groups, concatenated."""
+        """Log-probs and `extras` [N] of the rows of all groups, concatenated; `aux_loss` if the model computes it."""
         rows = self.rows if len(self.groups) == 1 else None  # with several groups, the head finds the rows of each
         options: dict[str, Any] = {"logp_outputs": extras} if extras else {}
 
         # each group is a forward of its own; the caller sees one concatenated result, as with a packed batch
         parts = [model(**group, logp_rows=rows, use_cache=False, **options) for group in self.groups]
-        return {name: torch.cat([part[name] for part in parts]) for name in ("logps", *extras)}
+        found = {name: torch.cat([part[name] for part in parts]) for name in ("logps", *extras)}
+        if parts[0].aux_loss is not None:
+            found["aux_loss"] = self._mean_aux_loss([part.aux_loss for part in parts])
+        return found
+
+    def _mean_aux_loss(self, losses: list[Tensor]) -> Tensor:
+        """The mean over the groups, each with the weight of its tokens without padding."""
+        if len(losses) == 1:
+            return losses[0]
+        tokens = torch.stack([group["attention_mask"].sum() for group in self.groups]).to(losses[0])
+        return torch.stack(losses) @ (tokens / tokens.sum())
 
 
 def collate_packed(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:

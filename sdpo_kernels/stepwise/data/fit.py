@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from sdpo_kernels.integrations.positions import position_limit
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
@@ -45,7 +45,7 @@ def check_positions(config: RunConfig, model_config: Any, longest: int, what: st
     `what` names the cause in the message: 'max_length' for pairs, or a stage whose `longest` is its longest prompt plus
     max_new_tokens.
     """
-    positions = _learned_positions(config, model_config)
+    positions = _position_limit(config, model_config)
     if positions is None or longest <= positions:
         return
 
@@ -53,11 +53,27 @@ def check_positions(config: RunConfig, model_config: Any, longest: int, what: st
         was = f"max_length: was {config.max_length}, and the longest sequence has {longest} tokens"
     else:
         was = f"{what}: its longest prompt plus max_new_tokens is {longest} tokens"
-    raise UserError(f"{was}, must be at most {positions}: the model has no embeddings for more positions")
+    raise UserError(f"{was}, must be at most {positions}: the model has no more positions")
 
 
-def _learned_positions(config: RunConfig, model_config: Any) -> int | None:
-    """How many positions the model has embeddings for; None if positions are computed (rotary, ALiBi)."""
+def position_warnings(model_config: Any, parts: Sequence[TokenizedPairs]) -> list[str]:
+    """A warning if sequences are longer than the positions the model was trained on, by its config.
+
+    Rotary positions are computed, so training runs all the same; that the model scores such sequences well is unlikely.
+    """
+    stated = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    longer = sum(int((tokens.lengths.max(1) > stated).sum()) for tokens in parts) if isinstance(stated, int) else 0
+    if not longer:
+        return []
+    longest = max(int(tokens.lengths.max()) for tokens in parts)
+    return [
+        f"model: its config states max_position_embeddings {stated}, and {longer} pairs are longer, up to {longest} "
+        "tokens; set max_length, or the model is trained on positions it has not seen"
+    ]
+
+
+def _position_limit(config: RunConfig, model_config: Any) -> int | None:
+    """How many positions the language model has; None if there is no limit (rotary, ALiBi)."""
     # on the meta device the modules have no weights, so even a large model is built at once
     try:
         with torch.device("meta"):
@@ -66,9 +82,4 @@ def _learned_positions(config: RunConfig, model_config: Any) -> int | None:
         return None  # loading the model will report what is wrong
 
     # configs name the number of positions differently, and rotary models set it too; only a table is a hard limit
-    tables = [
-        module.num_embeddings
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and ("position" in name or name.rpartition(".")[2] == "wpe")
-    ]
-    return min(tables, default=None)
+    return position_limit(model)

@@ -3,10 +3,10 @@
     data = read_pairs(["data/a.jsonl", "org/name:train"], on_bad_row="error")
     data.pairs[0].prompt, data.pairs[0].chosen, data.pairs[0].where          # ..., 'data/a.jsonl:1'
 
-`prompt`, `chosen` and `rejected` are all strings or all lists of {role, content} messages. If `prompt` is missing, it
-is the common prefix of chosen and rejected. `tools` and `chat_template_kwargs` of a row are passed to the chat
-template, as in TRL; all other columns are ignored. A pair whose answers are equal is a bad row, because it teaches
-nothing.
+`prompt`, `chosen` and `rejected` are all strings or all lists of {role, content} messages; shapes.py brings other
+schemas into this one. A conversation without `prompt` starts with the messages that chosen and rejected share. `tools`
+and `chat_template_kwargs` of a row are passed to the chat template, as in TRL; all other columns are listed as unused.
+A pair whose answers are equal is a bad row, because it teaches nothing.
 """
 
 from __future__ import annotations
@@ -16,16 +16,23 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.data.raw_rows import Row, read_rows
+from sdpo_kernels.stepwise.data.shapes import BadRow, Shape, clean, unused
 
 Message = dict[str, Any]
 Text = str | list[Message]
 
-_COLUMNS = ["prompt", "chosen", "rejected", "tools", "chat_template_kwargs"]
+
+@dataclass(frozen=True)
+class PairSource:
+    """A data file or Hub dataset, and how its rows are read."""
+
+    path: str
+    shape: Shape = field(default_factory=Shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,19 +59,16 @@ class PairData:
 
     pairs: list[Pair]
     skipped: list[str]
-
-
-class BadRow(Exception):
-    """A row that cannot be used; the message says what is wrong with it."""
+    unused: dict[str, list[str]] = field(default_factory=dict)  # source → columns that nothing reads
 
 
 def read_pairs(
-    sources: Sequence[str], *, on_bad_row: Literal["error", "skip"], score_column: str | None = None
+    sources: Sequence[str | PairSource], *, on_bad_row: Literal["error", "skip"], score_column: str | None = None
 ) -> PairData:
     """Read and validate all sources.
 
     Args:
-        sources: Data files or Hub datasets, see raw_rows.py.
+        sources: Data files or Hub datasets, see raw_rows.py, with their shape where it is not TRL's.
         on_bad_row: 'error' raises if any row is bad, with the first bad row and the number of others in the message.
             'skip' leaves bad rows out and lists them.
         score_column: Reads a score for each pair from the columns '<name>_chosen' and '<name>_rejected', or from a
@@ -76,11 +80,14 @@ def read_pairs(
     scores = [score_column, f"{score_column}_chosen", f"{score_column}_rejected"] if score_column else []
     pairs: list[Pair] = []
     bad: list[str] = []
-    for source in sources:
+    ignored: dict[str, list[str]] = {}
+    for source, shape in map(_path_and_shape, sources):
         good_before, bad_before = len(pairs), len(bad)
-        for row in read_rows(source, _COLUMNS + scores):
+        columns: set[str] = set()
+        for row in read_rows(source, sorted(shape.names | set(scores))):
+            columns.update(row.values, row.others)
             try:
-                pairs.append(_pair_of(row, score_column))
+                pairs.append(_pair_of(row, shape, score_column))
             except BadRow as problem:
                 bad.append(f"{row.where}: {problem}")
 
@@ -90,10 +97,16 @@ def read_pairs(
             raise UserError(f"{source}: has no rows")
         if len(pairs) == good_before and on_bad_row == "skip":
             raise UserError(f"{source}: none of its {new_bad} rows can be used; the first: {bad[bad_before]}")
+        if names := unused(columns - set(scores), shape):
+            ignored[source] = names
 
     if on_bad_row == "error":
         refuse_bad_rows(bad)
-    return PairData(pairs, bad)
+    return PairData(pairs, bad, ignored)
+
+
+def _path_and_shape(source: str | PairSource) -> tuple[str, Shape]:
+    return (source, Shape()) if isinstance(source, str) else (source.path, source.shape)
 
 
 def refuse_bad_rows(bad: Sequence[str]) -> None:
@@ -132,15 +145,16 @@ def _key(pair: Pair) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def _pair_of(row: Row, score_column: str | None) -> Pair:
+def _pair_of(row: Row, shape: Shape, score_column: str | None) -> Pair:
     if row.problem:
         raise BadRow(row.problem)
+    values = shape.read(row.values)
     return Pair(
-        *_texts(row.values),
+        *_texts(values),
         where=row.where,
         score=None if score_column is None else _score(row.values, score_column),
-        tools=_tools(row.values),
-        chat_template_kwargs=_template_options(row.values),
+        tools=clean(_tools(values)) or None,  # an empty list and none are the same to a template
+        chat_template_kwargs=clean(_template_options(values)),
     )
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -18,11 +19,15 @@ from sdpo_kernels.stepwise.data.render import RenderedChat, chat_ids, ended, pla
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One prompt, a string or messages; `values` is the whole row, which is passed to the judge."""
+    """One prompt, a string or messages; `values` is the whole row, which is passed to the judge.
+
+    `template_time` is the time that a chat template reads; None: now.
+    """
 
     prompt: Any
     values: dict[str, Any]
     where: str
+    template_time: datetime | None = None
 
     @property
     def is_conversational(self) -> bool:
@@ -38,7 +43,7 @@ class PromptRow:
     def _render(self, tokenizer: PreTrainedTokenizerBase, **answers: Any) -> RenderedChat:
         """Apply the chat template, with the row's own tools and template options."""
         options = {"tools": self.values.get("tools"), **(self.values.get("chat_template_kwargs") or {})}
-        return render_chat(self.prompt, answers, tokenizer, options, self.where)
+        return render_chat(self.prompt, answers, tokenizer, options, self.where, template_time=self.template_time)
 
     def whole_ids(self, tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
         """Token ids of the prompt followed by a whole answer and, if the tokenizer has one, an end token."""
@@ -62,7 +67,9 @@ class PromptRow:
         return {"prompt": self.prompt, **both, **template, **more}
 
 
-def read_prompts(sources: Sequence[str], on_bad_row: Literal["error", "skip"]) -> tuple[list[PromptRow], list[str]]:
+def read_prompts(
+    sources: Sequence[str], on_bad_row: Literal["error", "skip"], template_time: datetime | None = None
+) -> tuple[list[PromptRow], list[str]]:
     """The prompts of all sources in order, and 'file:line: what is wrong' for each skipped row.
 
     Raises UserError if a row is bad and `on_bad_row` is 'error', or if no prompt is left.
@@ -75,7 +82,7 @@ def read_prompts(sources: Sequence[str], on_bad_row: Literal["error", "skip"]) -
             if problem:
                 bad.append(f"{row.where}: {problem}")
             else:
-                prompts.append(PromptRow(row.values["prompt"], row.values, row.where))
+                prompts.append(PromptRow(row.values["prompt"], row.values, row.where, template_time))
 
     if on_bad_row == "error":
         refuse_bad_rows(bad)

@@ -11,7 +11,7 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ class Row(NamedTuple):
     where: str
     values: dict[str, Any]
     problem: str | None = None
+    others: tuple[str, ...] = ()  # columns of the source that were not loaded
 
 
 def read_rows(source: str, columns: list[str] | None) -> Iterator[Row]:
@@ -130,23 +131,43 @@ def _parquet(path: Path, source: str, columns: list[str] | None) -> Iterator[Row
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
             present = names if columns is None else [name for name in columns if name in names]
+            others = tuple(name for name in names if name not in present)
 
             # a batch at a time, so that a large file is never in memory as a whole
             for batch in file.iter_batches(columns=present):
+                decoders = [_json_decoder(kind) for kind in batch.schema.types]
                 for index in range(batch.num_rows):
                     number += 1
-                    yield _record_of(batch, index, f"{source}:row {number}")
+                    yield _record_of(batch, index, f"{source}:row {number}", decoders)._replace(others=others)
 
     except pa.ArrowException as error:
         raise UserError(f"{source}: is not a readable Parquet file: {str(error).splitlines()[0]}") from error
 
 
-def _record_of(batch: Any, index: int, where: str) -> Row:
+def _record_of(batch: Any, index: int, where: str, decoders: Sequence[Callable[[Any], Any]]) -> Row:
     names = batch.schema.names
     try:
-        return Row(where, {name: batch.column(at)[index].as_py() for at, name in enumerate(names)})
+        return Row(where, {name: decoders[at](batch.column(at)[index].as_py()) for at, name in enumerate(names)})
     except UnicodeDecodeError as error:
         return Row(where, {}, f"is not UTF-8 (byte {error.start} of a string)")
+
+
+def _json_decoder(kind: Any) -> Callable[[Any], Any]:
+    """What turns a Parquet value into the Python value that was stored.
+
+    `datasets` 5 stores values of mixed structure, such as the arguments of tool calls, as JSON text (`arrow.json`).
+    """
+    import pyarrow as pa
+
+    if isinstance(kind, pa.JsonType):
+        return lambda value: None if value is None else json.loads(value)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        decode = _json_decoder(kind.value_type)
+        return lambda values: None if values is None else [decode(value) for value in values]
+    if pa.types.is_struct(kind):
+        fields = {field.name: _json_decoder(field.type) for field in kind}
+        return lambda value: None if value is None else {name: fields[name](below) for name, below in value.items()}
+    return lambda value: value
 
 
 def _hub_rows(source: str, columns: list[str] | None) -> Iterator[Row]:
@@ -164,8 +185,9 @@ def _hub_rows(source: str, columns: list[str] | None) -> Iterator[Row]:
     # columns that nobody asked for may be images or audio, which are slow to decode
     names = dataset.column_names
     present = names if columns is None else [column for column in columns if column in names]
+    others = tuple(name for name in names if name not in present)
     for number, record in enumerate(dataset.select_columns(present), start=1):
-        yield Row(f"{source}:row {number}", record)
+        yield Row(f"{source}:row {number}", record, others=others)
 
 
 _READERS: dict[str, Callable[[Path, str, list[str] | None], Iterator[Row]]] = {

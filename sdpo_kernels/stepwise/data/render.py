@@ -14,9 +14,12 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.data.template_clock import apply_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,6 +91,8 @@ def render_chat(
     tokenizer: PreTrainedTokenizerBase,
     options: Mapping[str, Any],
     where: str,
+    *,
+    template_time: datetime | None = None,
 ) -> RenderedChat:
     """Apply the chat template to a prompt and to the prompt with each of `answers` (by their column).
 
@@ -96,14 +101,14 @@ def render_chat(
     3. If BOS or EOS came out twice, because messages have their own, render again without those of the messages.
     4. Look for every message's content in the text.
 
-    `options` go to the template. Raises UserError, which names `where`: the template fails or drops a message, or an
-    answer cannot continue the prefill.
+    `options` go to the template; `template_time` is the time that it reads, None: now. Raises UserError, which names
+    `where`: the template fails or drops a message, or an answer cannot continue the prefill.
     """
     whole = {name: _joined(prompt, answer, name, where) for name, answer in answers.items()}
     conversations = [prompt, *whole.values()]
 
     def render(conversations: Sequence[Messages]) -> list[str]:
-        return _render_all(conversations, tokenizer, options, where)
+        return _render_all(conversations, tokenizer, {**options, "template_time": template_time}, where)
 
     texts = render(conversations)
     conversations, texts = _without_doubles(conversations, texts, tokenizer, render)
@@ -163,7 +168,7 @@ def _render_all(
 ) -> list[str]:
     """The texts of a prompt, the first of `conversations`, and of the whole conversations after it."""
     prompt, *whole = conversations
-    render: Any = tokenizer.apply_chat_template
+    render: Any = partial(apply_template, tokenizer)
     ending = {"continue_final_message": True} if is_prefill(prompt) else {"add_generation_prompt": True}
     try:
         return [

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -165,8 +166,9 @@ def tokenize_pairs(
     max_length: int,
     truncation: Literal["keep_start", "keep_end"],
     drop_equal: bool = True,
+    template_time: datetime | None = None,
 ) -> TokenizedPairs:
-    """Tokenise `pairs`.
+    """Tokenise `pairs`. `template_time` is the time that a chat template reads; None: now.
 
     1. Tokenise prompt, prompt + chosen and prompt + rejected of each pair.
     2. The prompt ends where the three first differ.
@@ -180,7 +182,7 @@ def tokenize_pairs(
 
     made = _Made()
     noted = _Noted()
-    for index, raw in enumerate(_raw_pairs(pairs, tokenizer)):
+    for index, raw in enumerate(_raw_pairs(pairs, tokenizer, template_time)):
         pair = pairs[index]
 
         # both sides share one prompt length, as in TRL
@@ -256,7 +258,9 @@ def _check_tokenizer(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) 
         raise UserError(f"{chat.where}: is a conversation, but the tokenizer {name} has no chat template")
 
 
-def _raw_pairs(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> Iterable[_RawPair]:
+def _raw_pairs(
+    pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, template_time: datetime | None
+) -> Iterable[_RawPair]:
     """Token ids of each pair, in order; the tokenizer gets `_CHUNK` pairs at a time."""
     for start in range(0, len(pairs), _CHUNK):
         chunk = pairs[start : start + _CHUNK]
@@ -269,7 +273,7 @@ def _raw_pairs(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> Ite
             prompt, chosen, rejected = ids[3 * place : 3 * place + 3]
             raw[i] = _RawPair(prompt, chosen, rejected, False)
 
-        chats = {i: _rendered(pair, tokenizer) for i, pair in enumerate(chunk) if pair.is_conversational}
+        chats = {i: _rendered(pair, tokenizer, template_time) for i, pair in enumerate(chunk) if pair.is_conversational}
         ids = chat_ids([text for chat in chats.values() for text in (chat.prompt, *chat.answers)], tokenizer)
         for place, (i, chat) in enumerate(chats.items()):
             prompt, chosen, rejected = ids[3 * place : 3 * place + 3]
@@ -284,12 +288,12 @@ def _plain_texts(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [prompt, *(prompt + ended(str(answer), tokenizer) for answer in (pair.chosen, pair.rejected))]
 
 
-def _rendered(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> RenderedChat:
+def _rendered(pair: Pair, tokenizer: PreTrainedTokenizerBase, template_time: datetime | None) -> RenderedChat:
     """The same three texts through the chat template."""
     prompt: Any = pair.prompt
     answers: dict[str, Any] = {"chosen": pair.chosen, "rejected": pair.rejected}
     options = {"tools": pair.tools, **(pair.chat_template_kwargs or {})}
-    return render_chat(prompt, answers, tokenizer, options, pair.where)
+    return render_chat(prompt, answers, tokenizer, options, pair.where, template_time=template_time)
 
 
 def _common_prefix(ids: list[int], other: list[int]) -> int:

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from sdpo_kernels.integrations.causal_lm import attach_fused_head, disable_dropout
 from sdpo_kernels.integrations.packed_attention import use_packed_attention
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.models.precision import Precision
+from sdpo_kernels.stepwise.models.saving import is_tied, keep_generation_config, say_untied, says_tied
 from sdpo_kernels.stepwise.settings.run_settings import LoraSettings, RunConfig
 
 logger = logging.getLogger(__name__)
@@ -96,16 +98,52 @@ def _pretrained(path: str, config: RunConfig, device: torch.device) -> tuple[Any
     if config.lora is None or path == config.model or not (Path(path) / ADAPTER).is_dir():
         adapter = None
 
+    model = pretrained(path, config, path if adapter is None else config.model)
+    keep_generation_config(model)
+    return model.to(device), adapter
+
+
+def pretrained(path: str, config: RunConfig, source: str | None = None, **options: Any) -> Any:
+    """The causal language model in `source` (by default `path`), in the run's dtype; `options` are transformers' own.
+
+    UserError, which names `path`: it cannot be loaded, or weights of the model are missing in it. transformers would
+    give those random values.
+    """
+    source = source or path
+    options = {"dtype": getattr(torch, config.dtype), "trust_remote_code": config.trust_remote_code} | options
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path if adapter is None else config.model,
-            dtype=getattr(torch, config.dtype),
-            use_safetensors=True,
-            trust_remote_code=config.trust_remote_code,
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, use_safetensors=True, output_loading_info=True, **options
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"model: {path} cannot be loaded: {_first_line(error)}") from error
-    return model.to(device), adapter
+        raise UserError(f"model: {path} cannot be loaded: {load_error(error, source)}") from error
+
+    model, found = loaded
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise UserError(
+            f"model: {path} cannot be loaded: {len(missing)} of the weights of a {type(model).__name__} are missing in "
+            f"it, first {missing[0]}; is it another kind of model ({_architectures(source)})?"
+        )
+
+    # transformers ties nothing if the weights have a head of their own, whatever the config says; other software may
+    if says_tied(model.config) and not is_tied(model):
+        say_untied(model.config)
+    return model
+
+
+def load_error(error: BaseException, source: str) -> str:
+    """Why a model cannot be loaded, in one line."""
+    text = _first_line(error)
+    if text.startswith("Unrecognized configuration class"):
+        return f"transformers has no causal language model class for {_architectures(source)}"
+    return text
+
+
+def _architectures(source: str) -> str:
+    """The architectures that the model's config names; its type if it names none."""
+    found = PretrainedConfig.get_config_dict(source)[0]
+    return ", ".join(found.get("architectures") or [str(found.get("model_type"))])
 
 
 def _with_adapter(model: nn.Module, adapter: Path) -> nn.Module:
@@ -141,6 +179,7 @@ def add_adapter(loaded: Loaded, lora: LoraSettings) -> None:
     if isinstance(loaded.model, PeftModel):
         return
 
+    _require_targets(loaded.model, lora)
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     settings = LoraConfig(
         task_type="CAUSAL_LM",
@@ -152,18 +191,27 @@ def add_adapter(loaded: Loaded, lora: LoraSettings) -> None:
     try:
         loaded.model = get_peft_model(loaded.model, settings)
     except ValueError as error:
-        raise UserError(f"lora: {_first_line(error)}") from error
+        raise UserError(f"lora: {' '.join(str(error).split())} ({_targets(loaded.model)})") from error
 
 
-def merge_adapter(adapter: Path, config: RunConfig) -> nn.Module:
-    """The run's base model with a LoRA adapter merged into it, in float32 on the CPU."""
-    from peft import PeftModel
+def _require_targets(model: nn.Module, lora: LoraSettings) -> None:
+    """UserError for a name in `target_modules` that no module has; PEFT ignores it if another name has one."""
+    if isinstance(lora.target_modules, str):
+        return
+    names = [f".{name}" for name, _ in model.named_modules()]
+    for target in lora.target_modules:
+        if not any(name.endswith(f".{target}") for name in names):
+            raise UserError(f"lora.target_modules: no module of this model is named {target!r} ({_targets(model)})")
 
-    base: Any = AutoModelForCausalLM.from_pretrained(
-        config.model, dtype=torch.float32, use_safetensors=True, trust_remote_code=config.trust_remote_code
-    )
-    merged: Any = PeftModel.from_pretrained(base, str(adapter))
-    return merged.merge_and_unload()
+
+def _targets(model: nn.Module) -> str:
+    """The names of the model's modules that can have an adapter."""
+    names = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Embedding, Conv1D))
+    }
+    return f"it has {', '.join(sorted(names))}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -19,6 +19,7 @@ from sdpo_kernels.stepwise.data.order import scored_counts
 from sdpo_kernels.stepwise.models.load import ADAPTER
 from sdpo_kernels.stepwise.post.weights import Weights
 from sdpo_kernels.stepwise.prepare import read_eval
+from sdpo_kernels.stepwise.record.template_time import template_time
 from sdpo_kernels.stepwise.references.evaluation import summarise
 from sdpo_kernels.stepwise.references.scorer import Scorer, pad_token_id
 from sdpo_kernels.stepwise.settings.post import Metric
@@ -51,7 +52,7 @@ class PairScore:
         )
 
         self.metric = metric
-        self.tokens, warnings, tokenizer = read_eval(self.config, tuple(data))
+        self.tokens, warnings, tokenizer = read_eval(self.config, tuple(data), template_time(settings))
         for warning in warnings:
             say.warn(warning)
 

@@ -15,7 +15,7 @@ from typing import Any
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.files import read_json, replace_file, sync, write_json
-from sdpo_kernels.stepwise.settings.run_file import config_diff
+from sdpo_kernels.stepwise.settings.run_file import config_diff, with_new_defaults
 
 Record = dict[str, Any]
 
@@ -78,7 +78,7 @@ def different_settings(run_dir: Path, differences: list[str]) -> str:
 def _comparable(data: Record, header: Record) -> tuple[Record, Record]:
     """Both configs. If the numbers of processes differ, the pairs per step replace the settings they depend on."""
     before, now = (record.get("environment", {}).get("world_size", 1) for record in (data, header))
-    configs = data.get("config", {}), header["config"]
+    configs = with_new_defaults(data.get("config", {})), header["config"]
     return configs if before == now else (_of_steps(configs[0], before), _of_steps(configs[1], now))
 
 

@@ -120,8 +120,9 @@ def _unknown_key(
 
 
 def _path_in_file(loc: Sequence[str | int]) -> list[str | int]:
-    """The keys that lead to a mistake in the file: pydantic inserts a source's kind between `source` and its keys."""
-    return [part for place, part in enumerate(loc) if place == 0 or loc[place - 1] != "source"]
+    """The keys that lead to a mistake in the file, without the kinds that pydantic inserts: a source's, <entry>."""
+    kinds = ("<path>", "<entry>")
+    return [part for place, part in enumerate(loc) if part not in kinds and (place == 0 or loc[place - 1] != "source")]
 
 
 def _section_of(loc: Sequence[str | int], sections: Mapping[str, type[BaseModel]]) -> type[BaseModel]:

@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.settings.columns import ColumnSettings, DataEntry
 from sdpo_kernels.stepwise.settings.mistakes import error_lines
 from sdpo_kernels.stepwise.settings.post import ExpoSettings, PostSettings
 from sdpo_kernels.stepwise.settings.reference import EmaSettings, MultiSettings
@@ -34,6 +35,8 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "lora": LoraSettings,
     "multi": MultiSettings,
     "ema": EmaSettings,
+    "columns": ColumnSettings,
+    "<entry>": DataEntry,
     "post": PostSettings,
     "post.expo": ExpoSettings,
     **{f"source.{kind}": section for kind, section in SOURCES.items()},
@@ -66,6 +69,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def dump_config(config: RunConfig) -> str:
     """The config as YAML, with all defaults filled in; `load_config` reads back an equal config."""
     return write_settings(config.model_dump())
+
+
+def with_new_defaults(stored: dict[str, Any]) -> dict[str, Any]:
+    """The stored config of a run, with defaults for the settings that an earlier version did not have.
+
+    A config that this version refuses is returned as it is: its differences are then shown like any others.
+    """
+    try:
+        return RunConfig.model_validate(stored).model_dump(mode="json")
+    except ValidationError:
+        return stored
 
 
 def config_diff(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -108,7 +122,7 @@ def _resolve_paths(config: RunConfig, file: str) -> RunConfig:
             "multi": _absolute_models(config.multi, file),
             "output_dir": output,
             "stages": stages,
-            "eval_data": _absolute_files(config.eval_data),
+            "eval_data": _absolute_entries(config.eval_data),
         }
     )
 
@@ -137,9 +151,22 @@ def _absolute_stage(stage: StageConfig) -> StageConfig:
     source = stage.source
     if isinstance(source, RankedSource) and source.reward_model and os.path.isdir(_absolute(source.reward_model)):
         source = source.model_copy(update={"reward_model": _absolute(source.reward_model)})
-    files = {"data": _absolute_files(stage.data), "prompts": _absolute_files(stage.prompts)}
+    files = {"data": _absolute_entries(stage.data), "prompts": _absolute_files(stage.prompts)}
     return stage.model_copy(update={**files, "source": source})
 
 
+def _absolute_entries(entries: tuple[str | DataEntry, ...] | None) -> tuple[str | DataEntry, ...] | None:
+    return entries and tuple(
+        _absolute_source(entry)
+        if isinstance(entry, str)
+        else entry.model_copy(update={"path": _absolute_source(entry.path)})
+        for entry in entries
+    )
+
+
 def _absolute_files(sources: tuple[str, ...] | None) -> tuple[str, ...] | None:
-    return sources and tuple(_absolute(source) if is_file_source(source) else source for source in sources)
+    return sources and tuple(_absolute_source(source) for source in sources)
+
+
+def _absolute_source(source: str) -> str:
+    return _absolute(source) if is_file_source(source) else source

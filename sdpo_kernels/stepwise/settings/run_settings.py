@@ -15,13 +15,14 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from sdpo_kernels import losses
 from sdpo_kernels.losses import LossSum
+from sdpo_kernels.stepwise.settings.columns import ColumnSettings, DataSources, PromptMode
 from sdpo_kernels.stepwise.settings.loss import Loss, loss_mistakes
 from sdpo_kernels.stepwise.settings.mistakes import SettingErrors, show
 from sdpo_kernels.stepwise.settings.post import ExpoSettings, PostSettings, post_mistakes
 from sdpo_kernels.stepwise.settings.reference import EmaSettings, MultiSettings, reference_mistakes
 from sdpo_kernels.stepwise.settings.source import Source
 from sdpo_kernels.stepwise.settings.trainer import DEFAULT_TRAINER, check_trainer
-from sdpo_kernels.stepwise.settings.types import Count, Integer, Number, Positive, Section, Sources, Text
+from sdpo_kernels.stepwise.settings.types import Count, Integer, Number, Positive, Section, Sources, Text, Time
 
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -79,18 +80,23 @@ class StageConfig(Section):
 
     Args:
         name: Name of the stage's folder. Must be unique in a run.
-        data: Preference pairs: a data file or Hub dataset, or a list of them.
+        data: Preference pairs: a data file or Hub dataset, or a list of them. An entry may be a mapping with `path` and
+            its own `columns` or `prompt`.
         prompts: Prompts to generate pairs from: a data file or Hub dataset, or a list of them.
         source: How pairs are generated from `prompts`.
+        columns: The file's names for the parts of a pair, instead of the run's `columns`.
+        prompt: Where prompts come from, instead of the run's `prompt`.
         epochs: Passes over the stage's pairs; may be a fraction.
         beta: β of this stage, instead of the run's.
         trainer: Fields of TrainingArguments for this stage; they take precedence over the run's.
     """
 
     name: str
-    data: Sources | None = None
+    data: DataSources | None = None
     prompts: Sources | None = None
     source: Source | None = None
+    columns: ColumnSettings | None = None
+    prompt: PromptMode | None = None
     epochs: Positive = 1.0
     beta: Positive | None = None
     trainer: Options = Field(default_factory=dict)
@@ -153,9 +159,15 @@ class RunConfig(Section):
         beta: β of the loss.
         max_length: Most tokens of a prompt and its completion together.
         truncation: Which end of a longer sequence is kept: 'keep_start' or 'keep_end'.
+        columns: The file's names for the parts of a pair, such as {prompt: question, system: system}. A prompt of
+            several columns, {prompt: [instruction, input]}, is joined by line breaks.
+        prompt: 'column' requires a prompt column for pairs of plain strings. 'implicit' takes the text that both
+            answers start with. Conversations may always leave it out: their common messages are the prompt.
         on_bad_row: 'error' stops at bad rows in a data file before any training; 'skip' leaves them out and lists them.
         stages: The stages, at least one.
         eval_data: Pairs on which M₀ and every stage's model are scored.
+        template_time: The time that chat templates read as now (`strftime_now`): a date, or a date and time. By default
+            that of the run's first start.
         batching: 'packed' concatenates sequences without padding; 'padded' is for models that cannot keep packed
             sequences apart.
         trust_remote_code: Whether code that comes with the model may run.
@@ -181,9 +193,12 @@ class RunConfig(Section):
     beta: Positive = 0.1
     max_length: Annotated[Integer, Field(ge=2)] = 1024
     truncation: Literal["keep_start", "keep_end"] = "keep_start"
+    columns: ColumnSettings | None = None
+    prompt: PromptMode = "column"
     on_bad_row: Literal["error", "skip"] = "error"
     stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)]
-    eval_data: Sources | None = None
+    eval_data: DataSources | None = None
+    template_time: Time | None = None
     batching: Literal["packed", "padded"] = "packed"
     trust_remote_code: bool = False
     trainer: Options = Field(default_factory=dict, validate_default=True)

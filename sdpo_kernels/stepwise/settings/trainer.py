@@ -99,18 +99,21 @@ REMOVED: dict[str, str] = {
     "include_tokens_per_second": "use include_num_input_tokens_seen",
 }
 
+_SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+LARGEST = 2**31 - 1  # of sizes and counts of steps; beyond it some library overflows, and no run would end
+
 # Limits that TrainingArguments does not check, so that training would fail late: (field, is valid, must be).
 _LIMITS: list[tuple[str, typing.Callable[[Any], bool], str]] = [
     ("learning_rate", lambda v: v > 0, "above 0"),
-    ("per_device_train_batch_size", lambda v: v >= 1, "at least 1"),
-    ("per_device_eval_batch_size", lambda v: v >= 1, "at least 1"),
-    ("gradient_accumulation_steps", lambda v: v >= 1, "at least 1"),
+    *((name, lambda v: 1 <= v <= LARGEST, f"at least 1 and at most {LARGEST}") for name in _SIZES),
+    ("seed", lambda v: 0 <= v < 2**32, f"at least 0 and at most {2**32 - 1}"),
+    ("data_seed", lambda v: v is None or 0 <= v < 2**32, f"at least 0 and at most {2**32 - 1}"),
     ("logging_steps", lambda v: v > 0, "above 0"),
     ("save_steps", lambda v: v > 0, "above 0"),
     ("warmup_steps", lambda v: v >= 0, "at least 0"),
     ("weight_decay", lambda v: v >= 0, "at least 0"),
     ("max_grad_norm", lambda v: v >= 0, "at least 0"),
-    ("max_steps", lambda v: v == -1 or v >= 1, "at least 1, or -1 for all epochs"),
+    ("max_steps", lambda v: v == -1 or 1 <= v <= LARGEST, f"at least 1 and at most {LARGEST}, or -1 for all epochs"),
     ("save_strategy", lambda v: v != "best", "steps, epoch or no (a stage's result is its last model)"),
     (
         "train_sampling_strategy",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from datetime import date, datetime
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -25,11 +26,23 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _as_time(value: Any) -> Any:
+    """A date, or a date and time, in ISO form."""
+    if isinstance(value, date):  # a datetime too
+        value = value.isoformat()
+    try:
+        return datetime.fromisoformat(value).isoformat()
+    except (TypeError, ValueError):
+        text = f"was {show(value)}, must be a date such as 2026-11-28, or a date and time such as 2026-11-28T10:00:00"
+        raise ValueError(text) from None
+
+
 Text = Annotated[str, Field(min_length=1)]
 Integer = Annotated[int, BeforeValidator(_no_bool)]
 Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_no_bool)]
 Count = Annotated[Integer, Field(ge=1)]
 Positive = Annotated[Number, Field(gt=0)]
+Time = Annotated[str, BeforeValidator(_as_time)]
 Sources = Annotated[tuple[Text, ...], Field(min_length=1), BeforeValidator(_as_list)]  # files or Hub datasets
 
 

@@ -130,7 +130,12 @@ def score_answers(ctx: SourceContext, questions: Sequence[Question], model: str)
     pairs = [Pair(q.row.prompt, q.row.completion(q.first), q.row.completion(q.second), q.row.where) for q in questions]
     # equal answers too, because the last of an odd number of samples may be paired with itself
     tokens = tokenize_pairs(
-        pairs, ctx.tokenizer, max_length=config.max_length, truncation=config.truncation, drop_equal=False
+        pairs,
+        ctx.tokenizer,
+        max_length=config.max_length,
+        truncation=config.truncation,
+        drop_equal=False,
+        template_time=ctx.template_time,
     )
 
     scores = torch.zeros((len(questions), 2), dtype=torch.float64)

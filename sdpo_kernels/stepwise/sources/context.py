@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class SourceContext:
     tokenizer: PreTrainedTokenizerBase
     scorer: Scorer
     reporter: Reporter
+    template_time: datetime | None = None  # what chat templates read as now; None: the machine's clock
 
     def label(self, what: str) -> str:
         """The label of a progress bar."""

@@ -131,8 +131,9 @@ class Discriminator:
         settings = self.settings
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=settings.scorer_learning_rate, weight_decay=0.0)
         pairs = [
-            [self._ids(PromptRow(label["prompt"], label, ""), _text(label[side])) for side in ("chosen", "rejected")]
+            [self._ids(row, _text(label[side])) for side in ("chosen", "rejected")]
             for label in gold
+            for row in [PromptRow(label["prompt"], label, "", self.ctx.template_time)]
         ]
 
         # its own generator for the order, so that the same labels give the same scorer

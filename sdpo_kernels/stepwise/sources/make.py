@@ -66,6 +66,7 @@ def stage_context(stage: Stage) -> SourceContext:
         tokenizer=stage.run.tokenizer,
         scorer=stage.scorer,
         reporter=stage.run.reporter,
+        template_time=stage.run.template_time,
     )
 
 

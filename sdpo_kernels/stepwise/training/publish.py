@@ -15,7 +15,9 @@ from torch import Tensor
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.files import empty_folder, publish_folder, read_json, remove_folder, replace_file
-from sdpo_kernels.stepwise.models.load import ADAPTER, merge_adapter
+from sdpo_kernels.stepwise.models.load import ADAPTER
+from sdpo_kernels.stepwise.models.merge import merge_adapter
+from sdpo_kernels.stepwise.models.saving import copy_beside
 from sdpo_kernels.stepwise.models.sharded import gathered, require_same
 from sdpo_kernels.stepwise.record.manifest import Record, planned
 from sdpo_kernels.stepwise.record.model_cards import model_card
@@ -34,7 +36,10 @@ def is_published(stage: Stage) -> bool:
 
 
 def record_published(stage: Stage) -> None:
-    """Record in the manifest a stage folder that was published just before a crash."""
+    """Record in the manifest a stage folder that was published just before a crash.
+
+    On every rank: each has the manifest in memory, and later stages read from it; only rank 0 writes files.
+    """
     record = read_json(stage.folder / RECORD)
     if planned(record) != planned(stage.record):
         raise UserError(f"{stage.folder} is from another run; move it away or choose another output_dir")
@@ -45,13 +50,25 @@ def record_published(stage: Stage) -> None:
 def save(stage: Stage, trainer: StageTrainer, ref_logps: Tensor) -> Path:
     """Save everything in a finished stage but its model card and its record, into a hidden folder; return that folder.
 
-    UserError if the last step made a weight NaN or infinite. On several ranks, sharded weights are gathered on rank 0,
-    and only rank 0 writes.
+    UserError if the last step made a weight NaN or infinite, or if something cannot be saved: the last checkpoint has
+    the trained weights then. On several ranks, sharded weights are gathered on rank 0, and only rank 0 writes.
     """
     trainer.require_finite_weights()
     require_same(trainer.model)
     weights = gathered(trainer)
-    return ranks.on_first(lambda: _write(stage, trainer, weights, ref_logps))
+
+    def write() -> Path:
+        try:
+            return _write(stage, trainer, weights, ref_logps)
+        except Exception as error:  # whatever a library raises must not look as if the training were lost
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(
+                f"stage {stage.name}: is trained, but could not be saved: {reason}. Its weights are in "
+                f"{trainer.last_checkpoint()}; correct the cause and run the same command again, which saves them "
+                "without training"
+            ) from error
+
+    return ranks.on_first(write)
 
 
 def publish(stage: Stage, staging: Path, record: Record) -> None:
@@ -84,12 +101,14 @@ def _write(stage: Stage, trainer: StageTrainer, weights: dict[str, Tensor] | Non
     # with LoRA both the adapter, which later stages train further, and merged weights that anyone can load
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     if stage.run.config.lora is not None:
-        model.save_pretrained(staging / ADAPTER, state_dict=weights)
+        # the embedding is the base's: PEFT would add a copy of it if it or the head has an adapter
+        model.save_pretrained(staging / ADAPTER, state_dict=weights, save_embedding_layers=False)
         model, weights = merge_adapter(staging / ADAPTER, stage.run.config), None
     else:
         model.config.use_cache = stage.use_cache  # Trainer switched it off; generation needs it
     model.save_pretrained(staging, state_dict=weights)
     stage.run.tokenizer.save_pretrained(staging)
+    copy_beside(stage.run.config.model, staging, code=stage.run.config.trust_remote_code)
 
     if stage.data.config.source is not None:
         shutil.copyfile(stage.work / PAIRS_FILE, staging / PAIRS_FILE)

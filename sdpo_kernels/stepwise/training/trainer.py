@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer
 
 from sdpo_kernels.dpo_output import DPOOutput, pair_output
+from sdpo_kernels.integrations.router_loss import router_coefficient
 from sdpo_kernels.losses import LossSum
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
@@ -21,7 +22,7 @@ from sdpo_kernels.stepwise.data.batches import Batch
 from sdpo_kernels.stepwise.data.rank_batches import share_batches
 from sdpo_kernels.stepwise.models.sharded import not_finite
 from sdpo_kernels.stepwise.references.ema import EmaReference
-from sdpo_kernels.stepwise.training.checkpoints import AtomicCheckpoints
+from sdpo_kernels.stepwise.training.checkpoints import AtomicCheckpoints, is_complete
 from sdpo_kernels.stepwise.training.start_guard import StartGuard
 
 PENDING = "pending_metrics.safetensors"  # in a checkpoint: the metrics collected since the last log
@@ -45,6 +46,7 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         following: EmaReference | None = None,
         **trainer: Any,
     ) -> None:
+        self.aux_coefficient = router_coefficient(trainer["model"])  # of a mixture of experts
         super().__init__(**trainer)
         self.remove_callback(PrinterCallback)
         self.loss, self.beta, self.stage = loss, beta, stage
@@ -81,7 +83,8 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         2. Get the reference's log-probs: cached, or of a reference that follows the policy.
         3. Compute the policy's log-probs with the fused head, and the loss.
         4. At the first training batch, check the policy against the reference.
-        5. Collect the metrics, and scale the loss.
+        5. Add the auxiliary loss of a mixture of experts whose config sets output_router_logits.
+        6. Collect the metrics, and scale the loss.
 
         UserError if the check of the first batch fails, on all ranks if it fails on one.
         """
@@ -92,10 +95,15 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         fresh = None if guard is None else self._rescore_without_grad(model, batch)
 
         ref_logps = self._reference_logps(model, batch)
-        sums, weights = batch.logps_for(model, self.loss)
+        sums, weights, aux_loss = batch.logps_for(model, self.loss)
         out = pair_output(sums, ref_logps, batch.rows.counts, pair_weights=weights, loss_type=self.loss, beta=self.beta)
         if guard is not None and fresh is not None:
             ranks.agree(lambda: guard.check(batch.pair_index, sums, fresh, ref_logps, float(out.loss.detach())))
+
+        # the guard has compared the loss of the pairs alone with its start value
+        if aux_loss is not None:
+            loss = out.loss + self.aux_coefficient * aux_loss.to(out.loss)
+            out = out._replace(loss=loss, aux_loss=aux_loss.detach())
 
         # in an epoch's last step a rank may be left without pairs; it takes part all the same
         if batch.pairs:
@@ -120,7 +128,7 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         model.eval()
         with torch.no_grad():
             # logps_for, as in compute_loss: with wpo's extra output the last bit may differ from a plain sum
-            fresh, _ = batch.logps_for(model, self.loss)
+            fresh = batch.logps_for(model, self.loss).sums
         model.train()
         return fresh
 
@@ -148,6 +156,8 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         metrics["rewards/margins"].append(out.margins)
         metrics["logps/chosen"].append(out.chosen_logps)
         metrics["logps/rejected"].append(out.rejected_logps)
+        if out.aux_loss is not None:
+            metrics["aux_loss"].append(out.aux_loss.expand(len(out.accuracy)))
 
         if training:
             finite = torch.isfinite(out.loss.detach())
@@ -197,6 +207,22 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         self.require_finite_weights()
         self.before_checkpoint()
         super()._save_checkpoint(model, trial)
+
+    def last_checkpoint(self) -> Path:
+        """Where the checkpoint of the current step is, or will be."""
+        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+
+    def keep_last_step(self) -> None:
+        """Save a checkpoint of the last step, unless there is one: nothing that fails after it may lose the weights."""
+        if not ranks.on_first(lambda: is_complete(self.last_checkpoint())):
+            self._save_checkpoint(self.model_wrapped, None)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # resumed at the last step in the middle of an epoch, Trainer would train one more
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def require_finite_weights(self) -> None:
         """UserError if the last update made a weight NaN or infinite, though every loss was finite before it."""

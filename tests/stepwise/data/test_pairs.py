@@ -12,7 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sdpo_kernels.stepwise.common.errors import UserError
-from sdpo_kernels.stepwise.data.pairs import Pair, PairData, read_pairs, shared_pairs
+from sdpo_kernels.stepwise.data.pairs import Pair, PairData, PairSource, read_pairs, shared_pairs
+from sdpo_kernels.stepwise.data.shapes import Shape
+from sdpo_kernels.stepwise.settings.columns import ColumnSettings
 
 DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
 
@@ -151,7 +153,8 @@ def test_byte_order_mark_and_windows_line_endings_are_accepted():
     ],
 )
 def test_implicit_prompt_of_strings(chosen, rejected, expected):
-    pair = the_pair({"chosen": chosen, "rejected": rejected})
+    source = PairSource(write_lines({"chosen": chosen, "rejected": rejected}), Shape(implicit_prompt=True))
+    (pair,) = read_pairs([source], on_bad_row="error").pairs
     assert (pair.prompt, pair.chosen, pair.rejected) == expected
 
 
@@ -190,7 +193,7 @@ def test_tools_and_template_options_are_kept():
 
 def test_a_message_with_tool_calls_needs_no_content():
     call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
-    assert the_pair({**CHAT, "chosen": [call]}).chosen == [call]
+    assert the_pair({**CHAT, "chosen": [call]}).chosen == [call | {"content": ""}]
 
 
 def changed(row: dict, **values) -> dict:
@@ -211,12 +214,15 @@ BAD_ROWS = [
     (changed(PLAIN, chosen=...), "'chosen' is missing"),
     (changed(PLAIN, chosen=3), "'chosen' is of type int, must be a string or a list of messages"),
     (changed(PLAIN, prompt=None), "'prompt' is null, must be a string or a list of messages"),
-    (changed(PLAIN, chosen={"a": 1}), "'chosen' is of type dict, must be a string or a list of messages"),
+    (changed(PLAIN, chosen={"a": 1}), "'chosen[0]' has no role, must have one such as user or assistant"),
     (changed(PLAIN, chosen=""), "'chosen' is empty"),
     (changed(PLAIN, rejected=" \n"), "'rejected' is empty"),
     (changed(PLAIN, rejected=" 4"), "'chosen' and 'rejected' are equal; the pair teaches nothing"),
     (changed(CHAT, rejected=[BLUE]), "'chosen' and 'rejected' are equal; the pair teaches nothing"),
-    (changed(CHAT, prompt="Sky?"), "prompt is a string, chosen is a list of messages, rejected is a list of messages;"),
+    (
+        changed(CHAT, rejected="Red."),
+        "prompt is a list of messages, chosen is a list of messages, rejected is a string;",
+    ),
     (changed(PLAIN, chosen=[BLUE]), "prompt is a string, chosen is a list of messages, rejected is a string;"),
     (changed(CHAT, chosen=[]), "'chosen' is empty"),
     (changed(CHAT, prompt=[]), "'prompt' has no messages; a conversation needs at least one"),
@@ -226,7 +232,15 @@ BAD_ROWS = [
     (changed(CHAT, prompt=[{"content": "x"}]), "'prompt[0]' has no role"),
     (changed(CHAT, prompt=[USER, {"role": 3, "content": "x"}]), "'prompt[1]' has no role"),
     (changed(CHAT, prompt=[{"role": "user"}]), "'prompt[0]' has no content"),
-    (changed(CHAT, prompt=[{"role": "user", "content": [{"type": "image"}]}]), "'prompt[0].content' is of type list"),
+    (
+        changed(CHAT, prompt=[{"role": "user", "content": [{"type": "image"}]}]),
+        "'prompt[0].content' has a part of type 'image'",
+    ),
+    (changed(CHAT, images=["a.png"]), "'images' is set; only text can be trained on here"),
+    (
+        changed(PLAIN, prompt=...),
+        "'prompt' is missing; the row has the columns chosen, rejected. Name its columns with",
+    ),
     (changed(CHAT, tools="[1"), "'tools' is broken JSON: "),
     (changed(CHAT, tools={"a": 1}), "'tools' is of type dict, must be a list"),
     (changed(CHAT, chat_template_kwargs={"tokenize": True}), "chat_template_kwargs: 'tokenize' is set by the driver"),
@@ -349,7 +363,7 @@ def test_a_hub_dataset(monkeypatch, source, name, split):
 
     def load_dataset(path, split):
         asked.append((path, split))
-        return datasets.Dataset.from_list([{**CHAT, "image": "not read"}])
+        return datasets.Dataset.from_list([{**CHAT, "extra": "not read"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     (pair,) = read_pairs([source], on_bad_row="error").pairs
@@ -417,3 +431,60 @@ def test_the_real_stages_share_no_pairs():
     if not all((DATA / name).exists() for name in names):
         pytest.skip(f"{DATA}/compact is absent")
     assert shared_pairs({name: read_pairs([str(DATA / name)], on_bad_row="error").pairs for name in names}) == []
+
+
+FILES = Path(__file__).resolve().parents[2] / "data" / "shapes"
+SHAPES = {
+    "orca.jsonl": Shape(ColumnSettings(prompt=("question",), system="system")),
+    "alpaca.jsonl": Shape(ColumnSettings(prompt=("instruction", "input"))),
+}
+
+
+@pytest.mark.parametrize("path", sorted(path for path in FILES.glob("*.jsonl") if path.name != "images.jsonl"), ids=str)
+def test_every_shape_gives_pairs_with_its_question(path):
+    data = read_pairs([PairSource(str(path), SHAPES.get(path.name, Shape()))], on_bad_row="error")
+    assert len(data.pairs) == 4
+    assert "What is 2+2?" in json.dumps(data.pairs[0].prompt)
+    assert "Name a primary colour." in json.dumps(data.pairs[1].prompt)
+    if path.name != "tool_calls.jsonl":
+        assert "four" in json.dumps(data.pairs[0].chosen)
+        assert "five" in json.dumps(data.pairs[0].rejected)
+
+
+def test_unused_columns_are_listed_by_source(tmp_path):
+    rows = [{**PLAIN, "id": 1}, {**PLAIN, "source": "x"}]
+    first, second = write_lines(*rows, name="a.jsonl"), write_lines(PLAIN, name="b.jsonl")
+    table = pa.Table.from_pylist([{**PLAIN, "embedding": [0.5]}])
+    pq.write_table(table, "c.parquet")
+    data = read_pairs([first, second, "c.parquet"], on_bad_row="error")
+    assert data.unused == {"a.jsonl": ["id", "source"], "c.parquet": ["embedding"]}
+
+
+def test_a_score_column_is_used():
+    path = write_lines({**PLAIN, "score_chosen": 2, "score_rejected": 1, "other": 3})
+    assert read_pairs([path], on_bad_row="error", score_column="score").unused == {path: ["other"]}
+
+
+@pytest.mark.parametrize("writer", ["pyarrow", "datasets", "datasets from JSON"])
+def test_parquet_gives_the_pairs_that_json_lines_give(writer, tmp_path):
+    """Structures of Parquet have all fields of all rows, as nulls, and `datasets` 5 stores mixed ones as JSON."""
+    path = FILES / "tool_calls.jsonl"
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    if writer == "pyarrow":
+        pq.write_table(pa.Table.from_pylist(rows), "d.parquet")
+    else:
+        stored = datasets.Dataset.from_list(rows)
+        if writer == "datasets from JSON":
+            stored = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "c"))
+            assert "arrow.json" in str(stored.data.schema)
+        stored.to_parquet("d.parquet")
+    wanted = read_pairs([str(path)], on_bad_row="error").pairs
+    found = read_pairs(["d.parquet"], on_bad_row="error").pairs
+    assert [(p.prompt, p.chosen, p.rejected, p.tools) for p in found] == [
+        (p.prompt, p.chosen, p.rejected, p.tools) for p in wanted
+    ]
+    assert found[2].chosen[0]["tool_calls"][0]["function"]["arguments"] == {"city": "Paris"}
+
+
+def test_an_empty_list_of_tools_is_no_tools():
+    assert the_pair({**CHAT, "tools": []}).tools is None

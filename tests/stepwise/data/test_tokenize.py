@@ -459,7 +459,7 @@ def test_a_template_that_raises(characters):
     assert text == "d.jsonl:1: the tokenizer's chat template failed: TemplateError: no system turn"
 
 
-@pytest.mark.parametrize("name", ["where", "prompt", "tokenizer", "answers"])
+@pytest.mark.parametrize("name", ["where", "prompt", "answers"])
 def test_a_template_option_may_have_any_other_name(characters, name):
     assert len(tokenize([chat("a", "b", "c", chat_template_kwargs={name: 1})], characters)) == 1
 

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, Lfm2Config
 
 from sdpo_kernels.stepwise.common.errors import UserError
-from sdpo_kernels.stepwise.models.load import add_adapter, load_model, load_tokenizer, merge_adapter, weights_hash
+from sdpo_kernels.stepwise.models.load import add_adapter, load_model, load_tokenizer, weights_hash
+from sdpo_kernels.stepwise.models.merge import merge_adapter
 from sdpo_kernels.stepwise.models.precision import Precision
 from sdpo_kernels.stepwise.settings.run_settings import LoraSettings
 from tests.stepwise import runs

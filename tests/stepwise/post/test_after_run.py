@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from sdpo_kernels.stepwise.check import check_run
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.progress import Reporter
-from sdpo_kernels.stepwise.models.load import merge_adapter
+from sdpo_kernels.stepwise.models.merge import merge_adapter
 from sdpo_kernels.stepwise.post import after_run
 from sdpo_kernels.stepwise.record.expo_record import expo_line
 from sdpo_kernels.stepwise.record.manifest import Manifest

@@ -172,7 +172,7 @@ MISTAKES = [
     ("trainer: {learning_rate: .nan}", "run.yaml: trainer.learning_rate: was nan, must be a finite number"),
     ("trainer: {seed: 1.5}", "run.yaml: trainer.seed: was 1.5, must be a valid integer"),
     ("trainer: {per_device_train_batch_size: 0}", "run.yaml: trainer.per_device_train_batch_size: was 0, must"),
-    ("trainer: {max_steps: 0}", "run.yaml: trainer.max_steps: was 0, must be at least 1, or -1 for all epochs"),
+    ("trainer: {max_steps: 0}", "run.yaml: trainer.max_steps: was 0, must be at least 1 and at most 2147483647"),
     ("trainer: {lr_scheduler_type: linaer}", "run.yaml: trainer.lr_scheduler_type: was 'linaer'; did you mean 'linear"),
     ("trainer: {log_level: loud}", "run.yaml: trainer.log_level: was 'loud', must be one of detail, debug, info"),
     ("trainer: {train_sampling_strategy: group_by_length}", "run.yaml: trainer.train_sampling_strategy: was 'group"),

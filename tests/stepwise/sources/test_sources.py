@@ -287,7 +287,7 @@ def test_programs_that_pass_are_chosen(tmp_path, model):
 def no_bubblewrap(monkeypatch):
     found = shutil.which
     monkeypatch.setattr(
-        shutil, "which", lambda name, *rest, **options: name != "bwrap" and found(name, *rest, **options)
+        shutil, "which", lambda name, *rest, **options: None if name == "bwrap" else found(name, *rest, **options)
     )
 
 

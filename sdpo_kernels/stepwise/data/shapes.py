@@ -1,0 +1,222 @@
+"""Rows of other people's data in one shape: TRL's prompt, chosen and rejected, all strings or all lists of messages.
+
+    shape = Shape(ColumnSettings(prompt=("question",), system="system"), implicit_prompt=False)
+    shape.read({"system": "Be brief.", "question": "2+2?", "chosen": "4", "rejected": "5"})
+
+What is read without any setting: TRL's own schema; conversations without a prompt column (the messages that both
+answers start with are the prompt); ShareGPT (`conversations`, messages with `from` and `value`); an answer that is one
+message; content in parts of `{type: text}`; a prompt string next to answers that are conversations (UltraFeedback
+binarized); transcripts of `\n\nHuman:` and `\n\nAssistant:` (HH-RLHF). Plain strings under other names need `columns`,
+since a column that is only guessed to be the prompt would be trained on without anyone noticing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from sdpo_kernels.stepwise.settings.columns import ColumnSettings
+
+PARTS = ("prompt", "chosen", "rejected", "system", "tools")
+OPTIONS = "chat_template_kwargs"
+CONVERSATIONS = "conversations"  # ShareGPT's name for the messages before the answers
+
+# names that other data sets give to the prompt and the system message, for the suggestion of an error
+PROMPT_NAMES = ("question", "instruction", "query", "input", "problem", "user", "human", "context")
+SYSTEM_NAMES = ("system", "system_prompt")
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+
+class BadRow(Exception):
+    """What is wrong with one row."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the rows of one source are read."""
+
+    columns: ColumnSettings = field(default_factory=ColumnSettings)
+    implicit_prompt: bool = False
+
+    @property
+    def names(self) -> set[str]:
+        """Every column that may be read."""
+        own = {OPTIONS, CONVERSATIONS, *MEDIA, *PARTS} - {"system"}
+        for part in PARTS:
+            own |= set(_names(self.columns, part))
+        return own
+
+    def read(self, row: dict[str, Any]) -> dict[str, Any]:
+        """`row` in TRL's schema; what its texts hold is checked by `pairs.py`. BadRow if it cannot be read.
+
+        1. Rename the columns, join a prompt of several.
+        2. Normalise messages: ShareGPT's keys, one message instead of a list, content in parts, nulls.
+        3. Find the prompt where there is no column of it.
+        4. Make conversations of plain strings next to a system message or to messages.
+        """
+        _refuse_media(row)
+        values = self._renamed(row)
+        for part in ("prompt", "chosen", "rejected"):
+            if part in values:
+                values[part] = _normalised(part, values[part])
+        if "prompt" not in values:
+            values = self._with_prompt(values, row)
+        return _same_kind(values)
+
+    def _renamed(self, row: dict[str, Any]) -> dict[str, Any]:
+        values = {name: row[name] for name in (OPTIONS,) if name in row}
+        for part in PARTS:
+            names = _names(self.columns, part)
+            missing = [name for name in names if name not in row]
+            if missing and getattr(self.columns, part) is not None:
+                raise BadRow(f"columns.{part}: the row has no column {missing[0]!r}; it has {_listed(row)}")
+            if missing or not names:
+                continue
+            values[part] = row[names[0]] if len(names) == 1 else _joined(part, names, row)
+
+        if "prompt" not in values and isinstance(row.get(CONVERSATIONS), list):
+            values["prompt"] = row[CONVERSATIONS]
+        return values
+
+    def _with_prompt(self, values: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+        """`values` with the prompt that both answers start with, if the row allows one to be found there."""
+        chosen, rejected = values.get("chosen"), values.get("rejected")
+        if not isinstance(chosen, str) or not isinstance(rejected, str):
+            return values  # conversations: pairs.py takes the messages that both start with
+        if self.implicit_prompt:
+            return values
+        if (found := _split_transcript(chosen, rejected)) is not None:
+            return values | found
+        raise BadRow(
+            f"'prompt' is missing; the row has {_listed(row)}. Name its columns with {_suggestion(row)}, or set "
+            "prompt: implicit to take the text that both answers start with"
+        )
+
+
+def unused(names: Iterable[str], shape: Shape) -> list[str]:
+    """Of the columns that a source has, those that are not read."""
+    return sorted(set(names) - shape.names)
+
+
+def clean(value: Any) -> Any:
+    """`value` without the nulls and empty lists of objects in it, which to a template are the same as an absent key.
+
+    Parquet gives every row all the argument names of the others, as nulls; JSON lines of the same rows have none.
+    """
+    if isinstance(value, dict):
+        return {key: clean(below) for key, below in value.items() if below is not None and below != []}
+    return [clean(below) for below in value] if isinstance(value, list) else value
+
+
+def _names(columns: ColumnSettings, part: str) -> tuple[str, ...]:
+    """The file's names of `part`; a system message is read only if it is asked for."""
+    given = getattr(columns, part)
+    if given is None:
+        return () if part == "system" else (part,)
+    return given if isinstance(given, tuple) else (given,)
+
+
+def _joined(part: str, names: tuple[str, ...], row: dict[str, Any]) -> str:
+    texts = [row[name] or "" for name in names]
+    for name, text in zip(names, texts, strict=True):
+        if not isinstance(text, str):
+            raise BadRow(f"columns.{part}: {name!r} is of type {type(text).__name__}, must be a string to be joined")
+    return "\n".join(text for text in texts if text)
+
+
+def _normalised(part: str, value: Any) -> Any:
+    if isinstance(value, dict):  # one message
+        value = [value]
+    if not isinstance(value, list):
+        return value
+    return [_message(f"{part}[{index}]", clean(message)) for index, message in enumerate(value)]
+
+
+def _message(name: str, message: Any) -> Any:
+    if not isinstance(message, dict):
+        return message
+    if "from" in message and "value" in message and "role" not in message:
+        role = message["from"]
+        if isinstance(role, str):
+            role = SHAREGPT_ROLES.get(role, role)
+        message = {"role": role, "content": message["value"]}
+    if message.get("content") is None and message.get("tool_calls"):
+        message = message | {"content": ""}
+    if isinstance(message.get("content"), list):
+        message = message | {"content": "".join(_text_of(name, part) for part in message["content"])}
+    return message
+
+
+def _text_of(name: str, part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if kind != "text" or not isinstance(part.get("text"), str):
+        raise BadRow(f"'{name}.content' has a part of type {kind!r}; only text can be trained on here")
+    return part["text"]
+
+
+def _split_transcript(chosen: str, rejected: str) -> dict[str, str] | None:
+    """prompt, chosen and rejected of two HH-RLHF transcripts; None if they are not, or part before the last turn."""
+    if not (chosen.startswith(HUMAN) and rejected.startswith(HUMAN)):
+        return None
+    end = chosen.rfind(ASSISTANT) + len(ASSISTANT)
+    if end < len(ASSISTANT) or chosen[:end] != rejected[:end]:
+        return None
+    return {"prompt": chosen[:end], "chosen": chosen[end:], "rejected": rejected[end:]}
+
+
+def _same_kind(values: dict[str, Any]) -> dict[str, Any]:
+    """Conversations of plain strings, where a system message or one of the other parts makes the row a conversation."""
+    parts = {part: values[part] for part in ("prompt", "chosen", "rejected") if part in values}
+    system = values.pop("system", None)
+    if system is not None and not isinstance(system, str):
+        raise BadRow(f"'system' is of type {type(system).__name__}, must be a string")
+    kinds = {part: isinstance(value, list) for part, value in parts.items()}
+    if system is None and (not any(kinds.values()) or kinds.get("chosen") != kinds.get("rejected")):
+        return values  # plain strings, or a mixture that pairs.py refuses
+
+    for part, value in parts.items():
+        if isinstance(value, str):
+            values[part] = [{"role": "user" if part == "prompt" else "assistant", "content": value}]
+    if "prompt" in parts and isinstance(parts["prompt"], str):
+        values = _without_repeated_prompt(values, parts["prompt"])
+    if not system:
+        return values
+    if "prompt" not in values:
+        raise BadRow("columns.system: needs a prompt column, to stand before its messages")
+    if values["prompt"] and isinstance(values["prompt"][0], dict) and values["prompt"][0].get("role") == "system":
+        raise BadRow("columns.system: the prompt has a system message of its own")
+    return values | {"prompt": [{"role": "system", "content": system}, *values["prompt"]]}
+
+
+def _without_repeated_prompt(values: dict[str, Any], prompt: str) -> dict[str, Any]:
+    """UltraFeedback binarized has the prompt as a string and again as the first message of both answers."""
+    first = {"role": "user", "content": prompt}
+    if all(isinstance(values[part], list) and values[part][:1] == [first] for part in ("chosen", "rejected")):
+        return {name: value for name, value in values.items() if name != "prompt"}
+    return values
+
+
+def _refuse_media(row: dict[str, Any]) -> None:
+    for name in MEDIA:
+        if row.get(name) not in (None, [], ""):
+            raise BadRow(f"{name!r} is set; only text can be trained on here")
+
+
+def _listed(row: dict[str, Any]) -> str:
+    return "the columns " + ", ".join(row) if row else "no columns"
+
+
+def _suggestion(row: dict[str, Any]) -> str:
+    """The `columns` line that would most likely read this row."""
+    prompts = [name for name in PROMPT_NAMES if isinstance(row.get(name), str)]
+    if "instruction" in prompts and "input" in prompts:
+        prompts = ["instruction", "input"]
+    name = f"[{', '.join(prompts[:2])}]" if prompts[:2] == ["instruction", "input"] else (prompts or ["NAME"])[0]
+    system = next((f", system: {known}" for known in SYSTEM_NAMES if known in row), "")
+    return f"columns: {{prompt: {name}{system}}}"

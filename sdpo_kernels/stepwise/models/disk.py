@@ -1,0 +1,73 @@
+"""How much disk space a run needs, estimated from the model's parameters before training."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.units import write_bytes
+from sdpo_kernels.stepwise.settings.run_settings import RunConfig
+
+# bytes of optimizer state per byte of trained weights; 2 (Adam's two moments) for every other optimizer
+_STATES = {"sgd": 0.0, "adafactor": 0.1, "adagrad": 1.0, "rmsprop": 1.0, "lion": 1.0, "lomo": 0.0}
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a run writes, in bytes."""
+
+    checkpoint: int  # of a stage in progress; while one is saved, the previous one is still there
+    finished: int  # a published stage
+
+    @classmethod
+    def of(cls, config: RunConfig, model: Any, args: TrainingArguments) -> Space:
+        """The space for `model`, which may be on the meta device, with its adapter on it if the run has one."""
+        weights = list(model.parameters())
+        trained = sum(w.numel() * w.element_size() for w in weights if w.requires_grad)
+        states = trained * _states(str(getattr(args.optim, "value", args.optim)))
+        averages = trained if config.reference == "ema" else 0
+
+        # a checkpoint of a LoRA run has the adapter only; merged weights are float32, and the adapter is next to them
+        if config.lora is not None:
+            finished = sum(4 * w.numel() for w in weights if not w.requires_grad) + trained
+        else:
+            finished = sum(w.numel() * w.element_size() for w in weights)
+        saved = trained if config.lora is not None else finished
+        return cls(int(saved + states + 2 * averages), int(finished + averages))
+
+
+def check_space(space: Space, folder: Path, stages: int) -> str | None:
+    """A warning if two checkpoints and the run's unfinished stages do not fit on the disk of `folder`; otherwise None.
+
+    UserError if not even one checkpoint and the stage it belongs to fit.
+    """
+    missing = stages - len(list(folder.glob("stage-*/stage.json")))
+    if missing <= 0:
+        return None
+
+    free = shutil.disk_usage(_existing(folder)).free
+    least, whole = max(space.checkpoint, space.finished), 2 * space.checkpoint + missing * space.finished
+    needs = (
+        f"{write_bytes(free)} are free on the disk of {folder}; a checkpoint takes about "
+        f"{write_bytes(space.checkpoint)}, a finished stage {write_bytes(space.finished)}"
+    )
+    if free < least:
+        raise UserError(f"output_dir: {needs}; free some space or choose another output_dir")
+    if free < whole:
+        return f"output_dir: {needs}; two checkpoints and {missing} stages are {write_bytes(whole)}, more than is free"
+    return None
+
+
+def _states(optimizer: str) -> float:
+    found = next((factor for name, factor in _STATES.items() if name in optimizer), 2.0)
+    return found / 4 if "8bit" in optimizer else found / 8 if "4bit" in optimizer else found
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())

@@ -1,0 +1,161 @@
+"""Other people's data in TRL's schema: each shape has a file of four rows under tests/data/shapes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from sdpo_kernels.stepwise.data.shapes import BadRow, Shape, clean, unused
+from sdpo_kernels.stepwise.settings.columns import ColumnSettings
+
+FILES = Path(__file__).resolve().parents[2] / "data" / "shapes"
+QUESTIONS = ["What is 2+2?", "Name a primary colour.", "Is ice cold?", "Who wrote Hamlet?"]
+CHOSEN = ["four", "Red", "Yes, it is cold.", "Shakespeare wrote it."]
+REJECTED = ["five", "Beige", "No, it is warm.", "Nobody did."]
+
+ORCA = Shape(ColumnSettings(prompt=("question",), system="system"))
+ALPACA = Shape(ColumnSettings(prompt=("instruction", "input")))
+PLAIN = Shape()
+
+
+def rows(name: str) -> list[dict]:
+    return [json.loads(line) for line in (FILES / name).read_text("utf-8").splitlines()]
+
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def answer(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+SYSTEM = {"role": "system", "content": "You are helpful."}
+
+# what the four rows of a file are read as: shape, prompts, whether the answers are messages
+READ = {
+    "trl_text.jsonl": (PLAIN, [q + " " for q in QUESTIONS], False),
+    "trl_conversations.jsonl": (PLAIN, [[user(q)] for q in QUESTIONS], True),
+    "orca.jsonl": (ORCA, [[*([SYSTEM] if i else []), user(q)] for i, q in enumerate(QUESTIONS)], True),
+    "alpaca.jsonl": (ALPACA, [q + ("" if i % 2 else "\nBe brief.") for i, q in enumerate(QUESTIONS)], False),
+    "sharegpt.jsonl": (PLAIN, [[SYSTEM, user(q)] for q in QUESTIONS], True),
+    "one_message.jsonl": (PLAIN, [[user(q)] for q in QUESTIONS], True),
+    "content_parts.jsonl": (PLAIN, [[user(q)] for q in QUESTIONS], True),
+    "prompt_text_answers_messages.jsonl": (PLAIN, [[user(q)] for q in QUESTIONS], True),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_shape_is_read(name):
+    shape, prompts, conversational = READ[name]
+    read = [shape.read(row) for row in rows(name)]
+    assert [values["prompt"] for values in read] == prompts
+    assert [values["chosen"] for values in read] == [[answer(c)] if conversational else c for c in CHOSEN]
+    assert [values["rejected"] for values in read] == [[answer(r)] if conversational else r for r in REJECTED]
+
+
+@pytest.mark.parametrize("name", ["implicit_conversations.jsonl", "ultrafeedback_binarized.jsonl"])
+def test_a_prompt_inside_both_conversations_is_left_there(name):
+    """The common messages become the prompt in `pairs.py`."""
+    for row, question, chosen in zip(rows(name), QUESTIONS, CHOSEN, strict=True):
+        values = PLAIN.read(row)
+        assert "prompt" not in values
+        assert values["chosen"] == [user(question), answer(chosen)]
+
+
+def test_transcripts_are_split_at_the_last_turn():
+    for row, question, chosen, rejected in zip(rows("hh_rlhf.jsonl"), QUESTIONS, CHOSEN, REJECTED, strict=True):
+        values = PLAIN.read(row)
+        assert values["prompt"] == f"\n\nHuman: Hello\n\nAssistant: Hi\n\nHuman: {question}\n\nAssistant:"
+        assert (values["chosen"], values["rejected"]) == (f" {chosen}", f" {rejected}")
+
+
+@pytest.mark.parametrize(
+    ("row", "suggestion"),
+    [
+        (rows("orca.jsonl")[1], "columns: {prompt: question, system: system}"),
+        (rows("alpaca.jsonl")[0], "columns: {prompt: [instruction, input]}"),
+        ({"problem": "1+1", "chosen": "2", "rejected": "3"}, "columns: {prompt: problem}"),
+        ({"foo": "1+1", "chosen": "2", "rejected": "3"}, "columns: {prompt: NAME}"),
+    ],
+)
+def test_plain_strings_without_a_prompt_are_an_error_with_the_line_to_write(row, suggestion):
+    with pytest.raises(BadRow) as raised:
+        PLAIN.read(row)
+    message = str(raised.value)
+    assert message.startswith("'prompt' is missing; the row has the columns " + ", ".join(row))
+    assert suggestion in message
+    assert "prompt: implicit" in message
+
+
+def test_an_implicit_prompt_of_plain_strings_is_asked_for():
+    row = {"chosen": "A dog barks", "rejected": "A dog flies"}
+    assert Shape(implicit_prompt=True).read(row) == row  # pairs.py splits it
+
+
+def test_the_suggested_line_reads_the_row():
+    row = {"system_prompt": "Be brief.", "question": "2+2?", "chosen": "4", "rejected": "5"}
+    with pytest.raises(BadRow, match=r"columns: \{prompt: question, system: system_prompt\}"):
+        PLAIN.read(row)
+    read = Shape(ColumnSettings(prompt=("question",), system="system_prompt")).read(row)
+    assert read["prompt"] == [{"role": "system", "content": "Be brief."}, user("2+2?")]
+
+
+@pytest.mark.parametrize(
+    ("row", "shape", "message"),
+    [
+        (
+            {"chosen": "a", "rejected": "b"},
+            ORCA,
+            "columns.prompt: the row has no column 'question'; it has the columns",
+        ),
+        ({"question": "q", "system": 3, "chosen": "a", "rejected": "b"}, ORCA, "'system' is of type int"),
+        ({"instruction": "q", "input": 3, "chosen": "a", "rejected": "b"}, ALPACA, "'input' is of type int"),
+        (
+            {"question": [SYSTEM], "system": "x", "chosen": "a", "rejected": "b"},
+            ORCA,
+            "has a system message of its own",
+        ),
+        (rows("images.jsonl")[0], PLAIN, "'images' is set; only text can be trained on here"),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "image"}]}], "chosen": "a", "rejected": "b"},
+            PLAIN,
+            "has a part of type 'image'; only text can be trained on here",
+        ),
+    ],
+)
+def test_what_cannot_be_read_says_why(row, shape, message):
+    with pytest.raises(BadRow) as raised:
+        shape.read(row)
+    assert message in str(raised.value)
+
+
+def test_unused_columns_are_named():
+    assert unused(["prompt", "chosen", "rejected", "source", "id", "system"], PLAIN) == ["id", "source", "system"]
+    assert unused(["question", "chosen", "rejected", "system", "id"], ORCA) == ["id"]
+
+
+def test_nulls_and_empty_lists_of_objects_are_absent_keys():
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris", "expression": None}}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call], "images": []}
+    assert clean(message) == {
+        "role": "assistant",
+        "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}],
+    }
+
+
+def test_content_of_a_tool_call_is_the_same_whether_null_absent_or_empty():
+    call = [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+    base = {"prompt": [user("q")], "rejected": [answer("no")]}
+    contents = [{"content": None}, {}, {"content": ""}]
+    read = [PLAIN.read(base | {"chosen": [{"role": "assistant", **c, "tool_calls": call}]}) for c in contents]
+    assert read[0] == read[1] == read[2]
+
+
+def test_the_docs_name_every_shape_that_is_tested():
+    page = (FILES.parents[2] / "docs/data.md").read_text(encoding="utf-8")
+    files = sorted(path.name for path in FILES.glob("*.jsonl"))
+    assert sorted(re.findall(r"`(\w+\.jsonl)` \|", page)) == files
