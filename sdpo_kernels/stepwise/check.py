@@ -62,6 +62,8 @@ def check_run(config: RunConfig, reporter: Reporter) -> None:
     _say_reference(prepared, reporter)
     if reads_clock(prepared.tokenizer):
         reporter.say(f"clock      the chat template reads the date: {now.isoformat()} throughout the run")
+    for note in prepared.notes:
+        reporter.say(f"cut        {note}")
     reporter.say(_state(config))
 
 

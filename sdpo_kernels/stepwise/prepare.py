@@ -30,6 +30,8 @@ from sdpo_kernels.stepwise.settings.run_settings import RunConfig, StageConfig
 from sdpo_kernels.stepwise.settings.trainer import LARGEST
 from sdpo_kernels.stepwise.sources.make import check_source
 
+_CUT_NOTED = 0.01  # share of the pairs or scored tokens that truncation may cut without a warning
+
 
 @dataclass
 class Prepared:
@@ -41,6 +43,7 @@ class Prepared:
     stages: list[StageData]
     eval_tokens: TokenizedPairs | None
     template_time: datetime | None = None  # what chat templates read as now; None: the machine's clock
+    notes: list[str] = field(default_factory=list)  # what `check` prints although it needs no warning
     skipped: list[str] = field(default_factory=list)  # bad rows, 'file:line: what is wrong', with on_bad_row: skip
     warnings: list[str] = field(default_factory=list)
     unused: dict[str, list[str]] = field(default_factory=dict)  # data source → columns that nothing reads
@@ -230,11 +233,29 @@ def _tokenize(config: RunConfig, pairs: list[Pair], name: str, prepared: Prepare
         template_time=prepared.template_time,
     )
     prepared.warnings += [f"{name}: {warning}" for warning in tokens.warnings]
+    _note_truncation(config, tokens, name, prepared)
     if tokens.dropped:
         prepared.warnings.append(
             f"{name}: {len(tokens.dropped)} of {len(pairs)} pairs dropped, the first: {tokens.dropped[0]}"
         )
     return tokens
+
+
+def _note_truncation(config: RunConfig, tokens: TokenizedPairs, name: str, prepared: Prepared) -> None:
+    """Say how much truncation cuts: a warning if it is more than `_CUT_NOTED` of the pairs or of the scored tokens."""
+    if not tokens.cut_pairs:
+        return
+
+    total = len(tokens) + len(tokens.dropped)
+    share = tokens.lost_tokens / tokens.whole_tokens
+    text = (
+        f"{name}: max_length {config.max_length} cuts {tokens.cut_pairs:,} of {total:,} pairs, which lose "
+        f"{tokens.lost_tokens:,} of {tokens.whole_tokens:,} scored tokens ({share:.1%})"
+    )
+    if max(share, tokens.cut_pairs / total) > _CUT_NOTED:
+        prepared.warnings.append(f"{text}; raise max_length to keep them")
+    else:
+        prepared.notes.append(text)
 
 
 def _stage_data(stage: StageConfig, pairs: list[Pair], tokens: TokenizedPairs) -> StageData:

@@ -140,7 +140,13 @@ def _generate_pairs(stage: Stage) -> None:
     run = stage.run
     stage.data = generated_stage(run.config, stage.data.config, run.tokenizer, path, run.reporter, run.template_time)
     tokens = stage.data.tokens
-    counts = {"pairs": len(tokens), "dropped": len(tokens.dropped), "pairs_hash": tokens.content_hash()}
+    counts = {
+        "pairs": len(tokens),
+        "dropped": len(tokens.dropped),
+        "cut_pairs": tokens.cut_pairs,
+        "lost_tokens": tokens.lost_tokens,
+        "pairs_hash": tokens.content_hash(),
+    }
     if stage.record.get("pairs_hash") not in (None, counts["pairs_hash"]):
         raise UserError(f"{path} has changed since its stage started; put it back, or choose another output_dir")
     stage.update(counts)

@@ -177,6 +177,8 @@ def _planned_record(config: RunConfig, index: int, stage: StageData) -> Record:
         "prompts": None if stage.prompts is None else len(stage.prompts),  # of a stage that generates its pairs
         "pairs": len(stage.tokens),
         "dropped": len(stage.tokens.dropped),
+        "cut_pairs": stage.tokens.cut_pairs,
+        "lost_tokens": stage.tokens.lost_tokens,
         "data_hash": stage.tokens.content_hash() if stage.prompts is None else prompts_hash(stage.prompts),
         "accuracy_before": stage.accuracy,
         "reference": config.reference,

@@ -41,8 +41,78 @@ def test_pairs_emptied_by_truncation_are_dropped_and_counted_in_a_warning(tmp_pa
     stage = prepared.stages[0]
     assert len(stage.tokens) == 3
     assert stage.where == [f"{data}:{i}" for i in (1, 3, 4)]
-    (warning,) = prepared.warnings
-    assert warning.startswith(f"stage s1: 1 of 4 pairs dropped, the first: {data}:2: max_length 8 leaves nothing")
+    cut, dropped = prepared.warnings
+    assert dropped.startswith(f"stage s1: 1 of 4 pairs dropped, the first: {data}:2: max_length 8 leaves nothing")
+    assert cut.startswith("stage s1: max_length 8 cuts 4 of 4 pairs, which lose 11 of 33 scored tokens (33.3%)")
+
+
+def ten_words(prompt: int, answer: int) -> dict[str, str]:
+    """A pair of a prompt and answers of so many words; with the end token, an answer has one more token."""
+    texts = [[word] * count for word, count in (("word1", prompt), ("good1", answer), ("bad1", answer))]
+    return dict(zip(("prompt", "chosen", "rejected"), (f" {' '.join(text)}" for text in texts), strict=True))
+
+
+def test_cut_pairs_and_lost_tokens_are_a_warning_from_one_percent_on(tmp_path, model):
+    """200 pairs of 2 × 5 scored tokens; each that is cut loses its two end tokens, 0.1 % of the scored tokens."""
+
+    def prepared(cut: int):
+        rows = [ten_words(3 if place < cut else 2, 4) for place in range(200)]
+        runs.write_rows(tmp_path / "data1.jsonl", rows)
+        evaluation = runs.write_rows(tmp_path / "e.jsonl", rows[:1] * 100)
+        return prepare(runs.configured(tmp_path, model, sizes=(200,), max_length=7, eval_data=str(evaluation)))
+
+    few = prepared(2)
+    text = "stage s1: max_length 7 cuts 2 of 200 pairs, which lose 4 of 2,000 scored tokens (0.2%)"
+    assert few.notes == [text]
+    assert few.warnings[0] == (
+        "eval_data: max_length 7 cuts 100 of 100 pairs, which lose 200 of 1,000 scored tokens (20.0%); raise "
+        "max_length to keep them"
+    )
+    assert (few.stages[0].tokens.cut_pairs, few.stages[0].tokens.lost_tokens) == (2, 4)
+
+    more = prepared(3)
+    assert more.notes == []
+    text = "stage s1: max_length 7 cuts 3 of 200 pairs, which lose 6 of 2,000 scored tokens (0.3%)"
+    assert more.warnings[0] == f"{text}; raise max_length to keep them"
+    assert prepared(0).notes == []
+
+
+def test_a_few_long_pairs_that_lose_many_tokens_are_a_warning(tmp_path, model):
+    rows = [ten_words(1, 1)] * 199 + [ten_words(1, 30)]
+    runs.write_rows(tmp_path / "data1.jsonl", rows)
+    (warning,) = prepare(runs.configured(tmp_path, model, sizes=(200,), max_length=7)).warnings
+    assert warning.startswith("stage s1: max_length 7 cuts 1 of 200 pairs, which lose 50 of 858 scored tokens (5.8%)")
+
+
+def test_pairs_that_truncation_makes_equal_are_dropped_with_the_reason(tmp_path, model):
+    same = {"prompt": "word1", "chosen": " good1 good2 good3 bad1", "rejected": " good1 good2 good3 bad2"}
+    data = runs.write_rows(tmp_path / "data1.jsonl", [same, ten_words(1, 1)])
+    prepared = prepare(runs.configured(tmp_path, model, sizes=(2,), max_length=4))
+    assert prepared.stages[0].where == [f"{data}:2"]
+    reason = "max_length 4 leaves equal tokens of chosen and rejected; the pair teaches nothing"
+    assert prepared.warnings[1] == f"stage s1: 1 of 2 pairs dropped, the first: {data}:1: {reason}"
+
+
+def test_a_repeated_prompt_is_a_warning_of_its_stage(tmp_path, model):
+    rows = runs.make_rows(3)
+    rows[1] |= {side: f" {rows[1]['prompt']}{rows[1][side]}" for side in ("chosen", "rejected")}
+    data = runs.write_rows(tmp_path / "data1.jsonl", rows)
+    (warning,) = prepare(runs.configured(tmp_path, model, sizes=(3,))).warnings
+    assert warning.startswith(f"stage s1: 1 of 3 pairs (first: {data}:2): both answers begin with the prompt, which")
+
+
+def test_a_prompt_of_a_source_whose_message_the_template_drops(tmp_path):
+    folder = runs.make_model(tmp_path / "with_template")
+    template = "{% for m in messages if m.role == 'user' %}{{ m.content }} {% endfor %}"
+    runs.make_tokenizer(chat_template=template).save_pretrained(folder)
+    messages = [{"role": "human", "content": "word1"}, {"role": "user", "content": "word2"}]
+    data = runs.write_rows(tmp_path / "p.jsonl", [{"prompt": messages}])
+    source = {"kind": "ranked", "judge": "builtins:len"}
+    stages = [{"name": "a", "prompts": str(data), "source": source}]
+    with pytest.raises(
+        UserError, match=r"p.jsonl:1: the chat template drops the message of role 'human' \(prompt\[0\]"
+    ):
+        prepare(runs.configured(tmp_path, folder, stages=stages))
 
 
 def test_scores_stay_with_their_pairs_when_others_are_dropped(tmp_path, model):

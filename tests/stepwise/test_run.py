@@ -179,7 +179,33 @@ def test_dropped_pairs_are_counted_in_every_order(tmp_path, model, settings):
     rows = [row | {"prompt": " ".join(["word1"] * 20)} if place < 2 else row
             for place, row in enumerate(runs.make_rows(8))]  # fmt: skip
     runs.write_rows(tmp_path / "data1.jsonl", rows)
-    assert [stage["dropped"] for stage in runs.train(config)["stages"]] == [2, 0]
+    stages = runs.train(config)["stages"]
+    assert [stage["dropped"] for stage in stages] == [stage["cut_pairs"] for stage in stages] == [2, 0]
+    lost = sum(len(row[side].split()) + 1 for row in rows[:2] for side in ("chosen", "rejected"))
+    assert [stage["lost_tokens"] for stage in stages] == [lost, 0]
+
+
+def test_cut_pairs_and_lost_tokens_are_in_the_manifest_the_card_and_the_report(tmp_path, model, pictures):
+    rows = [row | {"prompt": "word1"} for row in runs.make_rows(8, longest=2)]
+    rows[2]["chosen"] = " good1" * 9
+    runs.write_rows(tmp_path / "data1.jsonl", rows)
+    config = runs.configured(tmp_path, model, sizes=(8,), max_length=6)
+    (stage,) = runs.train(config)["stages"]
+    assert (stage["pairs"], stage["dropped"], stage["cut_pairs"], stage["lost_tokens"]) == (8, 0, 1, 5)
+    card = (tmp_path / "run" / "stage-1-s1" / "README.md").read_text()
+    assert "| pairs cut at 6 tokens | 1, losing 5 scored tokens |" in card
+    assert "cut pairs" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_run_of_an_earlier_version_without_these_counts_goes_on(tmp_path, model):
+    config = runs.configured(tmp_path, model)
+    runs.train(config)
+    path = tmp_path / "run" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for stage in manifest["stages"]:
+        del stage["cut_pairs"], stage["lost_tokens"]
+    path.write_text(json.dumps(manifest))
+    assert runs.train(config) == manifest
 
 
 def test_evaluations_during_training(tmp_path, model, evaluation):

@@ -43,7 +43,7 @@ class PromptRow:
     def _render(self, tokenizer: PreTrainedTokenizerBase, **answers: Any) -> RenderedChat:
         """Apply the chat template, with the row's own tools and template options."""
         options = {"tools": self.values.get("tools"), **(self.values.get("chat_template_kwargs") or {})}
-        return render_chat(self.prompt, answers, tokenizer, self.where, template_time=self.template_time, **options)
+        return render_chat(self.prompt, answers, tokenizer, options, self.where, template_time=self.template_time)
 
     def whole_ids(self, tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
         """Token ids of the prompt followed by a whole answer and, if the tokenizer has one, an end token."""

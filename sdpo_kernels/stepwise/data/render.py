@@ -1,7 +1,7 @@
 """Prompts and answers as the tokenizer gets them: plain strings, or conversations through the chat template.
 
     plain_ids([prompt, prompt + ended(answer, tokenizer)], tokenizer)
-    rendered = render_chat(prompt, {"chosen": chosen, "rejected": rejected}, tokenizer, "d.jsonl:1")
+    rendered = render_chat(prompt, {"chosen": chosen, "rejected": rejected}, tokenizer, {"tools": None}, "d.jsonl:1")
     rendered.prompt, rendered.answers                               # text of the prompt, texts of prompt + answer
 
 Nothing goes missing and nothing is written twice: every message must be found in the text that the template made of it,
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -89,10 +89,10 @@ def render_chat(
     prompt: Messages,
     answers: Mapping[str, Messages],
     tokenizer: PreTrainedTokenizerBase,
+    options: Mapping[str, Any],
     where: str,
     *,
     template_time: datetime | None = None,
-    **options: Any,
 ) -> RenderedChat:
     """Apply the chat template to a prompt and to the prompt with each of `answers` (by their column).
 
@@ -106,14 +106,16 @@ def render_chat(
     """
     whole = {name: _joined(prompt, answer, name, where) for name, answer in answers.items()}
     conversations = [prompt, *whole.values()]
-    options["template_time"] = template_time
-    texts = _render_all(conversations, tokenizer, where, options)
-    conversations, texts = _without_doubles(conversations, texts, tokenizer, where, options)
+
+    def render(conversations: Sequence[Messages]) -> list[str]:
+        return _render_all(conversations, tokenizer, {**options, "template_time": template_time}, where)
+
+    texts = render(conversations)
+    conversations, texts = _without_doubles(conversations, texts, tokenizer, render)
 
     # without answers, the prompt itself is all there is to check
-    for name, messages, text in zip(
-        answers or [""], conversations[-len(answers) :], texts[-len(answers) :], strict=True
-    ):
+    checked = slice(-len(answers), None)
+    for name, messages, text in zip(answers or [""], conversations[checked], texts[checked], strict=True):
         if (missing := _first_missing(messages, text)) is not None:
             first_of_answer = len(messages) - len(answers.get(name, []))
             at = f"prompt[{missing}]" if missing < first_of_answer else f"{name}[{missing - first_of_answer}]"
@@ -162,7 +164,7 @@ def _joined(prompt: Messages, answer: Messages, name: str, where: str) -> Messag
 
 
 def _render_all(
-    conversations: Sequence[Messages], tokenizer: PreTrainedTokenizerBase, where: str, options: dict[str, Any]
+    conversations: Sequence[Messages], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any], where: str
 ) -> list[str]:
     """The texts of a prompt, the first of `conversations`, and of the whole conversations after it."""
     prompt, *whole = conversations
@@ -185,28 +187,37 @@ def _without_doubles(
     conversations: list[Messages],
     texts: list[str],
     tokenizer: PreTrainedTokenizerBase,
-    where: str,
-    options: dict[str, Any],
+    render: Callable[[Sequence[Messages]], list[str]],
 ) -> tuple[list[Messages], list[str]]:
-    """Conversations and texts without BOS and EOS tokens of the messages that the template writes as well."""
-    bos, eos = (re.escape(str(token or "")) for token in (tokenizer.bos_token, tokenizer.eos_token))
+    """Conversations and texts without the BOS and EOS tokens of messages where the template writes its own.
 
-    # an own BOS stays if the template, given the messages without it, writes none
-    if bos and (cut := _without(rf"\A\s*(?:{bos})+", conversations)) != conversations:
-        again = _render_all(cut, tokenizer, where, options)
-        if re.match(bos, again[-1]):
-            conversations, texts = cut, again
+    With a template that writes none, messages keep one of theirs.
+    """
+    bos, eos = str(tokenizer.bos_token or ""), str(tokenizer.eos_token or "")
+    starts, ends = rf"\A\s*(?:{re.escape(bos)})+", rf"(?:{re.escape(eos)}\s*)+\Z"
 
-    if eos and any(re.search(rf"{eos}\s*{eos}", text) for text in texts):
-        cut = _without(rf"(?:{eos}\s*)+\Z", conversations)
-        conversations, texts = cut, _render_all(cut, tokenizer, where, options)
+    # a BOS of any message, not only of the first: the template's is at the start
+    if bos and (cut := _replaced(starts, "", conversations)) != conversations:
+        again = render(cut)
+        if not again[-1].startswith(bos):
+            cut = _replaced(starts, bos, conversations)
+            again = render(cut)
+        conversations, texts = cut, again
+
+    if eos and any(re.search(rf"{re.escape(eos)}\s*{re.escape(eos)}", text) for text in texts):
+        cut = _replaced(ends, "", conversations)
+        again = render(cut)
+        if eos not in again[-1]:
+            cut = _replaced(ends, eos, conversations)
+            again = render(cut)
+        conversations, texts = cut, again
     return conversations, texts
 
 
-def _without(pattern: str, conversations: Sequence[Messages]) -> list[Messages]:
-    """`conversations` with `pattern` removed from every content."""
+def _replaced(pattern: str, by: str, conversations: Sequence[Messages]) -> list[Messages]:
+    """`conversations` with `by` in place of `pattern` in every content."""
     return [
-        [m | {"content": re.sub(pattern, "", m["content"])} if m.get("content") else m for m in messages]
+        [m | {"content": re.sub(pattern, lambda _: by, m["content"])} if m.get("content") else m for m in messages]
         for messages in conversations
     ]
 

@@ -180,12 +180,7 @@ def tokenize_pairs(
     """
     _check_tokenizer(pairs, tokenizer)
 
-    sequences: list[TokenizedSequence] = []
-    kept: list[int] = []
-    was_cut: list[bool] = []
-    lost: list[int] = []
-    dropped: list[str] = []
-    dropped_cut = dropped_lost = 0
+    made = _Made()
     noted = _Noted()
     for index, raw in enumerate(_raw_pairs(pairs, tokenizer, template_time)):
         pair = pairs[index]
@@ -196,33 +191,59 @@ def tokenize_pairs(
 
         whole = [TokenizedSequence(np.asarray(ids, dtype=np.int32), prompt_length) for ids in raw[1:3]]
         cut = [_truncate(sequence, max_length, truncation) for sequence in whole]
-        is_cut = any(len(ids) > max_length for ids in raw[1:3])
+        reason = _unscored(cut, whole, max_length)
+        if reason is None and drop_equal:
+            reason = _equal(cut, whole, max_length)
+        made.add(index, whole, cut, reason and f"{pair.where}: {reason}")
+
+    if pairs and not made.kept:
+        cause = f"max_length: was {max_length}, which leaves none" if made.dropped_cut else "nothing to learn in any"
+        raise UserError(f"{cause} of {len(pairs)} pairs; first: {made.dropped[0]}")
+    return made.tokenized(noted.warnings(len(pairs)))
+
+
+class _Made:
+    """Collects pairs as they are tokenised, see TokenizedPairs."""
+
+    def __init__(self) -> None:
+        self.sequences: list[TokenizedSequence] = []
+        self.kept: list[int] = []
+        self.cut: list[bool] = []
+        self.lost: list[int] = []
+        self.dropped: list[str] = []
+        self.dropped_cut = 0
+        self.dropped_lost = 0
+
+    def add(
+        self, index: int, whole: list[TokenizedSequence], cut: list[TokenizedSequence], drop_reason: str | None
+    ) -> None:
+        """Add a pair before and after truncation, or drop it."""
+        is_cut = _is_cut(cut, whole)
         scored = sum(map(_scored, whole))
 
-        reason = _unscored(cut, whole, max_length) or (_equal(cut, is_cut, max_length) if drop_equal else None)
-        if reason:
-            dropped.append(f"{pair.where}: {reason}")
-            dropped_cut += is_cut
-            dropped_lost += scored if is_cut else 0
+        # truncation costs a pair that is dropped for it all its tokens
+        if drop_reason:
+            self.dropped.append(drop_reason)
+            self.dropped_cut += is_cut
+            self.dropped_lost += scored if is_cut else 0
         else:
-            kept.append(index)
-            sequences += cut
-            was_cut.append(is_cut)
-            lost.append(scored - sum(map(_scored, cut)))
+            self.kept.append(index)
+            self.sequences += cut
+            self.cut.append(is_cut)
+            self.lost.append(scored - sum(map(_scored, cut)))
 
-    if pairs and not kept:
-        cause = f"max_length: was {max_length}, which leaves none" if dropped_cut else "nothing can be learned from any"
-        raise UserError(f"{cause} of {len(pairs)} pairs; first: {dropped[0]}")
-    return TokenizedPairs(
-        **_flat(sequences),
-        kept=np.array(kept, dtype=np.int64),
-        cut=np.array(was_cut, dtype=np.bool_),
-        lost=np.array(lost, dtype=np.int64),
-        dropped=dropped,
-        dropped_cut=dropped_cut,
-        dropped_lost=dropped_lost,
-        warnings=noted.warnings(len(pairs)),
-    )
+    def tokenized(self, warnings: list[str]) -> TokenizedPairs:
+        """All that was added."""
+        return TokenizedPairs(
+            **_flat(self.sequences),
+            kept=np.array(self.kept, dtype=np.int64),
+            cut=np.array(self.cut, dtype=np.bool_),
+            lost=np.array(self.lost, dtype=np.int64),
+            dropped=self.dropped,
+            dropped_cut=self.dropped_cut,
+            dropped_lost=self.dropped_lost,
+            warnings=warnings,
+        )
 
 
 def _check_tokenizer(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -272,7 +293,7 @@ def _rendered(pair: Pair, tokenizer: PreTrainedTokenizerBase, template_time: dat
     prompt: Any = pair.prompt
     answers: dict[str, Any] = {"chosen": pair.chosen, "rejected": pair.rejected}
     options = {"tools": pair.tools, **(pair.chat_template_kwargs or {})}
-    return render_chat(prompt, answers, tokenizer, pair.where, template_time=template_time, **options)
+    return render_chat(prompt, answers, tokenizer, options, pair.where, template_time=template_time)
 
 
 def _common_prefix(ids: list[int], other: list[int]) -> int:
@@ -311,11 +332,15 @@ def _unscored(cut: list[TokenizedSequence], whole: list[TokenizedSequence], max_
     return None
 
 
-def _equal(cut: list[TokenizedSequence], is_cut: bool, max_length: int) -> str | None:
+def _is_cut(cut: list[TokenizedSequence], whole: list[TokenizedSequence]) -> bool:
+    return any(len(after.ids) < len(before.ids) for after, before in zip(cut, whole, strict=True))
+
+
+def _equal(cut: list[TokenizedSequence], whole: list[TokenizedSequence], max_length: int) -> str | None:
     """Why chosen and rejected are the same tokens, or None if they differ."""
     if not np.array_equal(cut[0].ids, cut[1].ids):
         return None
-    if is_cut:
+    if _is_cut(cut, whole):
         return f"max_length {max_length} leaves equal tokens of chosen and rejected; the pair teaches nothing"
     return "chosen and rejected are equal tokens; the pair teaches nothing"
 

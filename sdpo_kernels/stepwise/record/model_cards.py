@@ -25,6 +25,7 @@ def model_card(config: RunConfig, stage: Record) -> str:
         f"| loss | {stage['loss']}, beta {stage['beta']:g} |",
         f"| reference | {stage['reference']} |",
         f"| pairs | {stage['pairs']} |",
+        *_truncation_rows(config, stage),
         f"| steps | {stage['steps']} |",
         f"| first and last loss | {stage['first_loss']:.4f}, {stage['last_loss']:.4f} |",
     ]
@@ -38,6 +39,14 @@ def model_card(config: RunConfig, stage: Record) -> str:
     if config.lora is not None:
         lines += ["", "The weights are the base with the adapter merged in float32; the adapter is in `adapter/`."]
     return "\n".join(lines) + "\n"
+
+
+def _truncation_rows(config: RunConfig, stage: Record) -> list[str]:
+    """What truncation cut, if anything; the records of earlier versions do not say."""
+    if not stage.get("cut_pairs"):
+        return []
+    counts = f"{stage['cut_pairs']}, losing {stage['lost_tokens']} scored tokens"
+    return [f"| pairs cut at {config.max_length} tokens | {counts} |"]
 
 
 def expo_card(start: Path, aligned: Path, alpha: float, notes: Sequence[str], is_adapter: bool) -> str:

@@ -211,6 +211,8 @@ COLUMNS = (
     Column("stage", "name", str, text=True),
     Column("pairs", "pairs", "{:,}".format),
     Column("dropped", "dropped", "{:,}".format, usual=0),
+    Column("cut pairs", "cut_pairs", "{:,}".format, usual=0),
+    Column("lost tokens", "lost_tokens", "{:,}".format, usual=0),
     Column("steps", "steps", "{:,}".format),
     Column("first loss", "first_loss", "{:.4f}".format),
     Column("last loss", "last_loss", "{:.4f}".format),

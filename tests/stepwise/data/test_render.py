@@ -342,8 +342,11 @@ def test_an_own_bos_gives_way_to_the_templates(template):
 def test_an_own_bos_stays_with_a_template_that_writes_none():
     bare = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
     assert texts(pair(turns("user: <s>Once"), *ANSWERS), tokenizer_of(bare)) == ("<s>Once\n", "four\n", "five\n")
-    ended = turns("assistant: four</s>"), turns("assistant: five</s>")
-    assert texts(pair(turns("user: Once"), *ended), tokenizer_of(bare)) == ("Once\n", "four</s>\n", "five</s>\n")
+    assert texts(pair(turns("user: <s><s>Once"), *ANSWERS), tokenizer_of(bare))[0] == "<s>Once\n"
+    for end in ("</s>", "</s></s>"):
+        ended = turns(f"assistant: four{end}"), turns(f"assistant: five{end}")
+        expected = "Once\n", "four</s>\n", "five</s>\n"
+        assert texts(pair(turns("user: Once"), *ended), tokenizer_of(bare)) == expected
 
 
 # The prompt again in both answers

@@ -275,7 +275,7 @@ def test_equal_tokens_of_different_texts_are_dropped_without_blaming_max_length(
     tokens = tokenize([pair("ab", "c", "c~"), pair("ab", "c", "d")], characters)
     assert tokens.dropped == ["d.jsonl:1: chosen and rejected are equal tokens; the pair teaches nothing"]
     assert (tokens.cut_pairs, tokens.lost_tokens) == (0, 0)
-    with pytest.raises(UserError, match=r"^nothing can be learned from any of 1 pairs; first: d.jsonl:1: chosen and"):
+    with pytest.raises(UserError, match=r"^nothing to learn in any of 1 pairs; first: d.jsonl:1: chosen and"):
         tokenize([pair("ab", "c", "c~")], characters)
 
 
@@ -376,7 +376,7 @@ def test_any_pairs_are_truncated_or_dropped_by_the_rule(characters, texts, max_l
 
     pairs = [pair(*text) for text in texts]
     if not expected:
-        with pytest.raises(UserError, match="leaves none" if cut_pairs else "nothing can be learned from any"):
+        with pytest.raises(UserError, match="leaves none" if cut_pairs else "nothing to learn in any"):
             tokenize(pairs, characters, max_length, truncation)
         return
 
@@ -457,6 +457,11 @@ def test_no_chat_template():
 def test_a_template_that_raises(characters):
     text = refusal(pair(message("system", "a"), message("assistant", "b"), message("assistant", "c")), characters)
     assert text == "d.jsonl:1: the tokenizer's chat template failed: TemplateError: no system turn"
+
+
+@pytest.mark.parametrize("name", ["where", "prompt", "answers"])
+def test_a_template_option_may_have_any_other_name(characters, name):
+    assert len(tokenize([chat("a", "b", "c", chat_template_kwargs={name: 1})], characters)) == 1
 
 
 def test_a_template_option_that_clashes_with_our_own(characters):

@@ -38,6 +38,14 @@ def test_a_stages_card_has_its_settings_and_results():
     assert "adapter" not in body
 
 
+def test_a_stages_card_says_what_was_cut():
+    cut = STAGE | {"cut_pairs": 1347, "lost_tokens": 113482}
+    _, body = front_matter(model_card(config(max_length=256), cut))
+    assert "| pairs cut at 256 tokens | 1347, losing 113482 scored tokens |" in body
+    for whole in (STAGE, STAGE | {"cut_pairs": 0, "lost_tokens": 0}):
+        assert "cut at" not in model_card(config(), whole)
+
+
 def test_a_stages_card_has_its_scores_and_adapter():
     _, body = front_matter(model_card(config(lora={}), STAGE | {"eval": SCORES}))
     assert "| pair accuracy on 77 evaluation pairs | 0.625 |" in body

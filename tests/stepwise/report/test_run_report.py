@@ -284,6 +284,20 @@ def test_terminal_table_fits_80_columns() -> None:
     assert re.split(r"\s+", row.strip()) == " ".join(values).split()
 
 
+def test_cut_pairs_and_lost_tokens_are_in_both_tables(tmp_path: Path) -> None:
+    stages = [stage(1, "easy", cut_pairs=0, lost_tokens=0), stage(2, "hard", cut_pairs=1347, lost_tokens=113482)]
+    write_run(tmp_path, stages, all_lines(2))
+    write_report(tmp_path)
+    page = Page((tmp_path / "report.html").read_text())
+    at = page.cells.index("2 hard")
+    assert page.cells[at : at + 4] == ["2 hard", "1,234", "1,347", "113,482"]
+
+    text = printed({"stages": stages, "initial_eval": scores(0)})
+    assert max(map(len, text.splitlines())) <= 80
+    assert re.search(r"2 hard +1,234 +1,347 +113,482", text)
+    assert "cut" not in printed({"stages": stages[:1], "initial_eval": scores(0)})
+
+
 def test_global_state_is_left_alone(tmp_path: Path) -> None:
     write_run(tmp_path, [pending(1, "easy")], [line(1, 1, loss=0.5)], initial_eval=None)
     with matplotlib.rc_context({"font.size": 31.0}):

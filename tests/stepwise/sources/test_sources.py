@@ -65,6 +65,18 @@ def test_ranked_pairs_best_with_worst(tmp_path, model, monkeypatch):
     }  # fmt: skip
 
 
+def test_truncation_of_generated_pairs_is_counted(tmp_path, model):
+    config = source_config(tmp_path, model, "ranked", stages=1, settings={"max_length": 8}, judge=JUDGE)
+    (record,) = run(config, QUIET)["stages"]
+    pairs = pairs_of(tmp_path / "run" / "stage-1-s1")
+
+    # three words of prompt, and the end token: an answer of up to four words is whole
+    words = [[len(pair[side].split()) for side in ("chosen", "rejected")] for pair in pairs]
+    assert record["cut_pairs"] == sum(max(two) > 4 for two in words) > 0
+    assert record["dropped"] == 0
+    assert record["lost_tokens"] == sum(max(0, count - 4) for two in words for count in two)
+
+
 def test_a_ranked_run_keeps_its_pairs_and_resumes_after_a_kill(tmp_path, model, monkeypatch):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
