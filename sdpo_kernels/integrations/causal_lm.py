@@ -195,18 +195,7 @@ def _fused_logps(
 ) -> tuple[LinearLogps, Tensor | None]:
     """Body, then the fused head: log-probs [N] fp32, and the router's auxiliary loss if there is one."""
     fused = _attached(base)
-
-    # the same arguments as the model's forward, except those about logits
-    if len(args) > 1:
-        raise ValueError(f"forward: was given {len(args)} positional arguments with logp_targets, must be at most 1")
-    inputs = {name: value for name, value in kwargs.items() if value is not None}
-    for name in ("labels", "logits_to_keep"):
-        if name in inputs:
-            raise ValueError(f"{name}: was given with logp_targets, must be left out")
-    if args:
-        inputs["input_ids"] = args[0]
-    inputs["use_cache"] = False
-
+    inputs = _body_inputs(args, kwargs)
     balance = find_router_loss(base, inputs.pop("output_router_logits", None))
     if balance is not None:
         inputs["output_router_logits"] = True
@@ -244,6 +233,20 @@ def _fused_logps(
         stash_bytes=fused.stash_bytes,
     )
     return found, aux_loss
+
+
+def _body_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The body's arguments: those of the model's forward, except those about logits."""
+    if len(args) > 1:
+        raise ValueError(f"forward: was given {len(args)} positional arguments with logp_targets, must be at most 1")
+
+    inputs = {name: value for name, value in kwargs.items() if value is not None}
+    for name in ("labels", "logits_to_keep"):
+        if name in inputs:
+            raise ValueError(f"{name}: was given with logp_targets, must be left out")
+    if args:
+        inputs["input_ids"] = args[0]
+    return inputs | {"use_cache": False}
 
 
 def disable_dropout(model: nn.Module) -> int:
