@@ -27,7 +27,6 @@ class DPOOutput(NamedTuple):
     rejected_rewards: Tensor
     margins: Tensor  # chosen_rewards − rejected_rewards
     accuracy: Tensor  # 1 where the chosen reward is above the rejected one, else 0
-    aux_loss: Tensor | None = None  # scalar, of `dpo_step` with a mixture of experts; the loss contains it, scaled
 
 
 def pair_output(

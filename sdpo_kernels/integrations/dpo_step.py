@@ -26,6 +26,14 @@ from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows, sequence_logps
 from sdpo_kernels.token_weights import agreement_weights, length_weights
 
 
+class DPOStepOutput(DPOOutput):
+    """The fields of `DPOOutput`, and an attribute of its own, which is not one of the tuple's fields."""
+
+    aux_loss: Tensor | None = (
+        None  # scalar, detached: of a mixture of experts; `loss` contains it, times its coefficient
+    )
+
+
 def score_pairs(
     model: nn.Module,
     input_ids: Tensor,
@@ -63,7 +71,7 @@ def dpo_step(
     beta: float = 0.1,
     loss_type: LossType = "sigmoid",
     **loss_options: Any,
-) -> DPOOutput:
+) -> DPOStepOutput:
     """The loss of B pairs, which carries the gradient into `model`, and their metrics (see `DPOOutput`).
 
     If the config of a mixture of experts sets `output_router_logits`, the loss contains `router_aux_loss_coef` times
@@ -83,9 +91,12 @@ def dpo_step(
         scored.sums, ref_logps, scored.rows.counts, pair_weights=scored.pair_weights, loss_type=wanted, beta=beta
     )
     if scored.aux_loss is None:
-        return out
+        return DPOStepOutput(*out)
+
     loss = out.loss + router_coefficient(model) * scored.aux_loss.to(out.loss)
-    return out._replace(loss=loss, aux_loss=scored.aux_loss.detach())
+    step = DPOStepOutput(loss, *out[1:])
+    step.aux_loss = scored.aux_loss.detach()
+    return step
 
 
 class _Scored(NamedTuple):

@@ -10,6 +10,7 @@ import torch
 import transformers as tf
 from peft import LoraConfig, get_peft_model
 
+from sdpo_kernels.dpo_output import DPOOutput
 from sdpo_kernels.integrations import causal_lm
 from sdpo_kernels.integrations.causal_lm import attach_fused_head, check_head, disable_dropout
 from sdpo_kernels.integrations.dpo_step import dpo_step, score_pairs
@@ -111,6 +112,7 @@ def test_dpo_step_adds_it(family):
     assert not ten.aux_loss.requires_grad
     torch.testing.assert_close(ten.loss, off.loss + 10 * ten.aux_loss)
     assert torch.equal(ten.margins, off.margins)
+    assert len(ten) == len(off) == len(DPOOutput._fields)  # the tuple itself is the one of other losses
     for without, none, with_it in zip(*(results[name][1] for name in ("off", "0", "10")), strict=True):
         torch.testing.assert_close(without, none)
         assert not torch.allclose(without, with_it)

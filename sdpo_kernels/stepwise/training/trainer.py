@@ -103,11 +103,11 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         # the guard has compared the loss of the pairs alone with its start value
         if aux_loss is not None:
             loss = out.loss + self.aux_coefficient * aux_loss.to(out.loss)
-            out = out._replace(loss=loss, aux_loss=aux_loss.detach())
+            out = out._replace(loss=loss)
 
         # in an epoch's last step a rank may be left without pairs; it takes part all the same
         if batch.pairs:
-            self._collect_metrics(out, model.training)
+            self._collect_metrics(out, aux_loss, model.training)
         if model.training:
             self.rows_seen += batch.n_rows * ranks.world_size()
 
@@ -144,7 +144,7 @@ class StageTrainer(AtomicCheckpoints, Trainer):
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
 
-    def _collect_metrics(self, out: DPOOutput, training: bool) -> None:
+    def _collect_metrics(self, out: DPOOutput, aux_loss: Tensor | None, training: bool) -> None:
         """Keep the pairs' metrics as tensors [B]: reading them here would wait for the device at every step."""
         metrics = self._metrics["train" if training else "eval"]
 
@@ -156,8 +156,8 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         metrics["rewards/margins"].append(out.margins)
         metrics["logps/chosen"].append(out.chosen_logps)
         metrics["logps/rejected"].append(out.rejected_logps)
-        if out.aux_loss is not None:
-            metrics["aux_loss"].append(out.aux_loss.expand(len(out.accuracy)))
+        if aux_loss is not None:
+            metrics["aux_loss"].append(aux_loss.detach().expand(len(out.accuracy)))
 
         if training:
             finite = torch.isfinite(out.loss.detach())
