@@ -99,8 +99,8 @@ def _nothing_lost(stage: Stage, checkpoint: Path) -> Iterator[None]:
     except Exception as error:  # of transformers, PEFT, safetensors, the disk
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"stage {stage.name}: is trained, but could not be saved: {reason}. Its weights are in {checkpoint}; correct "
-            "the cause and run the same command again, which saves them without training"
+            f"stage {stage.name}: is trained, but could not be saved: {reason}. Its weights are in {checkpoint}; "
+            "correct the cause and run the same command again, which saves them without training"
         ) from error
 
 

@@ -239,7 +239,7 @@ def test_a_failure_while_saving_costs_no_step(tmp_path, model, monkeypatch, trai
     steps = 2 if "max_steps" in trainer else 3
     with monkeypatch.context() as patch:
         break_at(patch, place)
-        with pytest.raises(UserError, match="stage s1: is trained, but could not be saved: .*No space left") as error:
+        with pytest.raises(UserError, match=r"stage s1: is trained, but could not be saved: .*No space left") as error:
             runs.train(config)
     assert f"Its weights are in {run}/.stage-1-s1/checkpoint-{steps}; " in str(error.value)
     assert not (run / "stage-1-s1").exists()
