@@ -367,10 +367,11 @@ def test_no_model_is_in_memory_when_the_next_is_loaded(tmp_path, model, evaluati
     from_pretrained = AutoModelForCausalLM.from_pretrained
 
     def counting(*args, **kwargs):
-        alive.append(sum(isinstance(thing, PreTrainedModel) for thing in gc.get_objects()))
+        if kwargs.get("device_map") != "meta":  # where things are only tried out, no weights are loaded
+            alive.append(sum(isinstance(thing, PreTrainedModel) for thing in gc.get_objects()))
         return from_pretrained(*args, **kwargs)
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", counting)
     runs.train(runs.configured(tmp_path, model, reference="initial", eval_data=evaluation))
-    assert len(alive) >= 6
+    assert len(alive) == 8  # M_0's evaluation; two references, one policy; a check and an evaluation of each stage
     assert set(alive) == {0}
