@@ -141,7 +141,7 @@ def test_check_and_score_and_report(main, tmp_path, model, pictures):
 
 
 def test_a_stop_outside_of_training_says_how_to_resume(main, tmp_path, model, monkeypatch):
-    def stop(config):
+    def stop(config, template_time):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run_module, "prepare", stop)
