@@ -97,6 +97,8 @@ def read_pairs(
             raise UserError(f"{source}: has no rows")
         if len(pairs) == good_before and on_bad_row == "skip":
             raise UserError(f"{source}: none of its {new_bad} rows can be used; the first: {bad[bad_before]}")
+        if absent := shape.mapped - columns:
+            raise UserError(f"{source}: columns: no row has the column {min(absent)!r}, which they name")
         if names := unused(columns - set(scores), shape):
             ignored[source] = names
 

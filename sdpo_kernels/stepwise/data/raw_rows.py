@@ -150,6 +150,8 @@ def _record_of(batch: Any, index: int, where: str, decoders: Sequence[Callable[[
         return Row(where, {name: decoders[at](batch.column(at)[index].as_py()) for at, name in enumerate(names)})
     except UnicodeDecodeError as error:
         return Row(where, {}, f"is not UTF-8 (byte {error.start} of a string)")
+    except ValueError as error:
+        return Row(where, {}, f"broken JSON: {error}")
 
 
 def _json_decoder(kind: Any) -> Callable[[Any], Any]:

@@ -50,6 +50,13 @@ class Shape:
             own |= set(_names(self.columns, part))
         return own
 
+    @property
+    def mapped(self) -> set[str]:
+        """The columns that the settings name."""
+        return {
+            name for part in PARTS if getattr(self.columns, part) is not None for name in _names(self.columns, part)
+        }
+
     def read(self, row: dict[str, Any]) -> dict[str, Any]:
         """`row` in TRL's schema; what its texts hold is checked by `pairs.py`. BadRow if it cannot be read.
 
@@ -65,13 +72,16 @@ class Shape:
                 values[part] = _normalised(part, values[part])
         if "prompt" not in values:
             values = self._with_prompt(values, row)
-        return _same_kind(values)
+        return _same_kind(values, self.columns.system is not None)
 
     def _renamed(self, row: dict[str, Any]) -> dict[str, Any]:
         values = {name: row[name] for name in (OPTIONS,) if name in row}
         for part in PARTS:
             names = _names(self.columns, part)
-            missing = [name for name in names if name not in row]
+            # a row may lack what can be empty: a system message, tools, Alpaca's input
+            missing = [name for name in (names[:1] if part == "prompt" else names) if name not in row]
+            if missing and part in ("system", "tools"):
+                continue
             if missing and getattr(self.columns, part) is not None:
                 raise BadRow(f"columns.{part}: the row has no column {missing[0]!r}; it has {_listed(row)}")
             if missing or not names:
@@ -103,12 +113,13 @@ def unused(names: Iterable[str], shape: Shape) -> list[str]:
 
 
 def clean(value: Any) -> Any:
-    """`value` without the nulls and empty lists of objects in it, which to a template are the same as an absent key.
+    """`value` without the nulls of the objects in it.
 
-    Parquet gives every row all the argument names of the others, as nulls; JSON lines of the same rows have none.
+    Parquet gives every row all the argument names of the others, as nulls; JSON lines of the same rows have none. Empty
+    lists stay: in arguments and schemas they mean something.
     """
     if isinstance(value, dict):
-        return {key: clean(below) for key, below in value.items() if below is not None and below != []}
+        return {key: clean(below) for key, below in value.items() if below is not None}
     return [clean(below) for below in value] if isinstance(value, list) else value
 
 
@@ -121,7 +132,7 @@ def _names(columns: ColumnSettings, part: str) -> tuple[str, ...]:
 
 
 def _joined(part: str, names: tuple[str, ...], row: dict[str, Any]) -> str:
-    texts = [row[name] or "" for name in names]
+    texts = [row.get(name) or "" for name in names]
     for name, text in zip(names, texts, strict=True):
         if not isinstance(text, str):
             raise BadRow(f"columns.{part}: {name!r} is of type {type(text).__name__}, must be a string to be joined")
@@ -139,6 +150,9 @@ def _normalised(part: str, value: Any) -> Any:
 def _message(name: str, message: Any) -> Any:
     if not isinstance(message, dict):
         return message
+
+    # to a template an empty list of tool calls is the same as none
+    message = {key: value for key, value in message.items() if value != []}
     if "from" in message and "value" in message and "role" not in message:
         role = message["from"]
         if isinstance(role, str):
@@ -170,14 +184,14 @@ def _split_transcript(chosen: str, rejected: str) -> dict[str, str] | None:
     return {"prompt": chosen[:end], "chosen": chosen[end:], "rejected": rejected[end:]}
 
 
-def _same_kind(values: dict[str, Any]) -> dict[str, Any]:
-    """Conversations of plain strings, where a system message or one of the other parts makes the row a conversation."""
+def _same_kind(values: dict[str, Any], with_system: bool) -> dict[str, Any]:
+    """Conversations of plain strings, where a system column or one of the other parts makes the row a conversation."""
     parts = {part: values[part] for part in ("prompt", "chosen", "rejected") if part in values}
     system = values.pop("system", None)
     if system is not None and not isinstance(system, str):
         raise BadRow(f"'system' is of type {type(system).__name__}, must be a string")
     kinds = {part: isinstance(value, list) for part, value in parts.items()}
-    if system is None and (not any(kinds.values()) or kinds.get("chosen") != kinds.get("rejected")):
+    if not with_system and (not any(kinds.values()) or kinds.get("chosen") != kinds.get("rejected")):
         return values  # plain strings, or a mixture that pairs.py refuses
 
     for part, value in parts.items():
@@ -195,16 +209,31 @@ def _same_kind(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_repeated_prompt(values: dict[str, Any], prompt: str) -> dict[str, Any]:
-    """UltraFeedback binarized has the prompt as a string and again as the first message of both answers."""
-    first = {"role": "user", "content": prompt}
-    if all(isinstance(values[part], list) and values[part][:1] == [first] for part in ("chosen", "rejected")):
+    """UltraFeedback binarized has the prompt as a string and again in the messages that both answers start with.
+
+    BadRow if the answers start with other messages than an assistant's: prompt and messages would both be trained on.
+    """
+    chosen, rejected = values["chosen"], values["rejected"]
+    if not all(isinstance(answer, list) and answer for answer in (chosen, rejected)):
+        return values
+    if all(
+        isinstance(answer[0], dict) and answer[0].get("role") in ("assistant", "tool") for answer in (chosen, rejected)
+    ):
+        return values
+
+    shared = [one for one, other in zip(chosen, rejected, strict=False) if one == other]
+    users = [m["content"] for m in shared if isinstance(m, dict) and m.get("role") == "user" and "content" in m]
+    if not prompt.strip() or prompt.strip() in [str(content).strip() for content in users]:
         return {name: value for name, value in values.items() if name != "prompt"}
-    return values
+    raise BadRow(
+        "'prompt' is a string, and the answers are conversations that do not contain it; leave out the column "
+        "prompt, or start the answers with the assistant's message"
+    )
 
 
 def _refuse_media(row: dict[str, Any]) -> None:
     for name in MEDIA:
-        if row.get(name) not in (None, [], ""):
+        if row.get(name):
             raise BadRow(f"{name!r} is set; only text can be trained on here")
 
 

@@ -488,3 +488,10 @@ def test_parquet_gives_the_pairs_that_json_lines_give(writer, tmp_path):
 
 def test_an_empty_list_of_tools_is_no_tools():
     assert the_pair({**CHAT, "tools": []}).tools is None
+
+
+def test_a_column_that_no_row_has_is_an_error():
+    path = write_lines({"question": "q", "chosen": " a", "rejected": " b"})
+    shape = Shape(ColumnSettings(prompt=("question",), system="sytem"))
+    with pytest.raises(UserError, match=r"d\.jsonl: columns: no row has the column 'sytem'"):
+        read_pairs([PairSource(path, shape)], on_bad_row="error")

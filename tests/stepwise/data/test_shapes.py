@@ -138,13 +138,51 @@ def test_unused_columns_are_named():
     assert unused(["question", "chosen", "rejected", "system", "id"], ORCA) == ["id"]
 
 
-def test_nulls_and_empty_lists_of_objects_are_absent_keys():
-    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris", "expression": None}}}
-    message = {"role": "assistant", "content": None, "tool_calls": [call], "images": []}
+def test_nulls_are_absent_keys_and_empty_lists_of_arguments_stay():
+    arguments = {"city": "Paris", "expression": None, "tags": []}
+    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
     assert clean(message) == {
         "role": "assistant",
-        "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}],
+        "tool_calls": [
+            {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris", "tags": []}}}
+        ],
     }
+
+
+def test_an_empty_list_of_tool_calls_is_none():
+    row = {"prompt": [user("q")], "chosen": [{**answer("a"), "tool_calls": []}], "rejected": [answer("b")]}
+    assert PLAIN.read(row)["chosen"] == [answer("a")]
+
+
+SHARED = [SYSTEM, user("Q")]
+
+
+@pytest.mark.parametrize("prompt", ["Q", "Q ", ""])
+def test_a_prompt_string_that_both_conversations_contain_is_not_repeated(prompt):
+    row = {"prompt": prompt, "chosen": [*SHARED, answer("a")], "rejected": [*SHARED, answer("b")]}
+    assert "prompt" not in PLAIN.read(row)
+
+
+def test_a_prompt_string_beside_other_conversations_is_a_bad_row():
+    row = {"prompt": "other", "chosen": [*SHARED, answer("a")], "rejected": [*SHARED, answer("b")]}
+    with pytest.raises(BadRow, match="'prompt' is a string, and the answers are conversations that do not contain it"):
+        PLAIN.read(row)
+
+
+@pytest.mark.parametrize("system", [{"system": None}, {"system": ""}, {}])
+def test_a_row_without_a_system_message_is_a_conversation_like_the_others(system):
+    row = {"question": "q", "chosen": "a", "rejected": "b", **system}
+    assert ORCA.read(row)["prompt"] == [user("q")]
+
+
+def test_alpacas_input_may_be_absent():
+    assert ALPACA.read({"instruction": "q", "chosen": "a", "rejected": "b"})["prompt"] == "q"
+
+
+def test_a_label_named_like_media_is_no_media():
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "audio": False}
+    assert PLAIN.read(row)["prompt"] == "q"
 
 
 def test_content_of_a_tool_call_is_the_same_whether_null_absent_or_empty():
