@@ -19,7 +19,8 @@ from sdpo_kernels.stepwise.common.progress import Reporter
 from sdpo_kernels.stepwise.data.fit import check_fit, check_positions, load_model_config, position_warnings
 from sdpo_kernels.stepwise.data.order import StageData
 from sdpo_kernels.stepwise.data.pairs import Pair, PairSource, read_pairs, shared_pairs
-from sdpo_kernels.stepwise.data.prompts import read_prompts
+from sdpo_kernels.stepwise.data.prompts import PromptRow, read_prompts
+from sdpo_kernels.stepwise.data.render import RowError
 from sdpo_kernels.stepwise.data.shapes import PROMPT_NAMES, SYSTEM_NAMES, Shape
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs, tokenize_pairs
 from sdpo_kernels.stepwise.models.load import load_tokenizer
@@ -158,7 +159,8 @@ def _prompts(config: RunConfig, stage: StageConfig, prepared: Prepared) -> Stage
     """A stage that will generate its pairs: its prompts, checked as far as possible without a model."""
     assert stage.prompts is not None
     assert stage.source is not None
-    prompts, skipped = read_prompts(stage.prompts, config.on_bad_row, prepared.template_time)
+    sources = _sources(config, stage.prompts, stage)
+    prompts, skipped = read_prompts(sources, config.on_bad_row, prepared.template_time)
     prepared.skipped += skipped
 
     # a missing judge or answer is reported now, not when the stage starts hours later
@@ -172,13 +174,35 @@ def _prompts(config: RunConfig, stage: StageConfig, prepared: Prepared) -> Stage
     if chat is not None and not prepared.tokenizer.chat_template:
         raise UserError(f"{chat.where}: is a conversation, but the tokenizer has no chat template")
 
+    prompts, lengths = _rendered_prompts(config, prompts, prepared)
+
     # prompt and generated answer together must fit the model's positions
-    lengths = [len(row.ids(prepared.tokenizer)) for row in prompts]
     check_positions(config, prepared.model_config, max(lengths) + stage.source.max_new_tokens, f"stage {stage.name}")
     long = sum(length >= config.max_length for length in lengths)
     if long:
         prepared.warnings.append(f"stage {stage.name}: {long} of {len(prompts)} prompts alone reach max_length")
     return StageData(stage, TokenizedPairs.concatenate([]), [], prompts=prompts)
+
+
+def _rendered_prompts(
+    config: RunConfig, prompts: Sequence[PromptRow], prepared: Prepared
+) -> tuple[list[PromptRow], list[int]]:
+    """The prompts that the chat template can render, and their lengths in tokens; the others are bad rows."""
+    good: list[PromptRow] = []
+    lengths: list[int] = []
+    for row in prompts:
+        try:
+            lengths.append(len(row.ids(prepared.tokenizer)))
+        except RowError as error:
+            if config.on_bad_row == "error":
+                raise
+            prepared.skipped.append(str(error))
+        else:
+            good.append(row)
+
+    if not good:
+        raise UserError(f"the chat template can render none of {len(prompts)} prompts: {prepared.skipped[-1]}")
+    return good, lengths
 
 
 def _shared_prompts(stages: Sequence[StageData], evaluated: Sequence[Pair]) -> list[str]:
@@ -202,7 +226,11 @@ def _sources(
         levels = [entry if isinstance(entry, DataEntry) else None, stage, config]
         columns = next((level.columns for level in levels if level is not None and level.columns is not None), None)
         prompt = next(level.prompt for level in levels if level is not None and level.prompt is not None)
-        sources.append(PairSource(entry_path(entry), Shape(columns or ColumnSettings(), prompt == "implicit")))
+
+        # the run's columns are those of its training data; data to evaluate on may have TRL's
+        optional = stage is None and (levels[0] is None or levels[0].columns is None)
+        shape = Shape(columns or ColumnSettings(), prompt == "implicit", columns_optional=optional)
+        sources.append(PairSource(entry_path(entry), shape))
     return sources
 
 
@@ -212,6 +240,10 @@ def _read(config: RunConfig, sources: Sequence[PairSource], prepared: Prepared) 
 
     # a column that sounds like a part of the prompt is worth a warning; an id or a source is not
     prepared.unused |= data.unused
+    prepared.notes += [
+        f"{source}: has none of the columns that the run's columns name, and is read by TRL's names"
+        for source in data.own_names
+    ]
     prepared.warnings += [
         f"{source}: the column {name!r} is not used; if it is part of the prompt, name it in columns"
         for source, names in data.unused.items()
@@ -230,6 +262,7 @@ def _tokenize(config: RunConfig, pairs: list[Pair], name: str, prepared: Prepare
         prepared.tokenizer,
         max_length=config.max_length,
         truncation=config.truncation,
+        on_bad_row=config.on_bad_row,
         template_time=prepared.template_time,
     )
     prepared.warnings += [f"{name}: {warning}" for warning in tokens.warnings]

@@ -1,5 +1,6 @@
 """Reading a run's input: what is kept, dropped, skipped and warned about before training."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -194,3 +195,43 @@ def test_a_column_that_sounds_like_the_prompt_is_a_warning_and_others_are_listed
     assert prepared.unused == {data: ["id", "system"]}
     assert [w for w in prepared.warnings if "'system' is not used" in w]
     assert not [w for w in prepared.warnings if "'id'" in w]
+
+
+def test_the_runs_columns_are_optional_in_data_to_evaluate_on(tmp_path, model):
+    rows = runs.make_rows(4)
+    renamed = [{"question": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]} for row in rows]
+    trl, own = (
+        str(runs.write_rows(tmp_path / name, found)) for name, found in (("t.jsonl", rows), ("o.jsonl", renamed))
+    )
+    columns = {"prompt": "question"}
+    config = runs.configured(tmp_path, model, stages=[{"name": "s1", "data": own}], columns=columns, eval_data=trl)
+    prepared = prepare(config)
+    assert prepared.eval_tokens.content_hash() == prepared.stages[0].tokens.content_hash()
+    assert prepared.notes == [f"{trl}: has none of the columns that the run's columns name, and is read by TRL's names"]
+    assert read_eval(config, [trl])[0].content_hash() == read_eval(config, [own])[0].content_hash()
+
+    # training data, and an entry's own columns, have to be there
+    for settings in ({"stages": [{"name": "s1", "data": trl}]}, {"eval_data": [{"path": trl, "columns": columns}]}):
+        config = runs.configured(
+            tmp_path, model, **{"stages": [{"name": "s1", "data": own}], **settings}, columns=columns
+        )
+        with pytest.raises(
+            UserError, match="no row has the column 'question', which they name; there are chosen, prompt"
+        ):
+            prepare(config)
+
+
+def test_prompts_that_the_template_drops_are_bad_rows(tmp_path, model):
+    rows = [{"prompt": [{"role": role, "content": "word1 word2"}]} for role in ("human", "user", "gpt")]
+    data = str(runs.write_rows(tmp_path / "p.jsonl", rows))
+    source = {"kind": "ranked", "samples": 2, "judge": "tests.stepwise.sources.judges:good_words"}
+    stages = [{"name": "s1", "prompts": data, "source": source}]
+    chat = tmp_path / "chat"
+    shutil.copytree(model, chat)
+    template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    (chat / "chat_template.jinja").write_text(template)
+    prepared = prepare(runs.configured(tmp_path, chat, stages=stages, on_bad_row="skip"))
+    assert [row.where for row in prepared.stages[0].prompts] == [f"{data}:2"]
+    assert [line.split(": ")[0] for line in prepared.skipped] == [f"{data}:1", f"{data}:3"]
+    with pytest.raises(UserError, match=r"p\.jsonl:1: the chat template drops the message of role 'human'"):
+        prepare(runs.configured(tmp_path, chat, stages=stages))

@@ -16,7 +16,7 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from sdpo_kernels.stepwise.common.errors import UserError
@@ -33,6 +33,11 @@ class PairSource:
 
     path: str
     shape: Shape = field(default_factory=Shape)
+
+    @property
+    def prompt_shape(self) -> Shape:
+        """How its rows are read if only their prompts are wanted: columns of answers need not be there."""
+        return replace(self.shape, columns=self.shape.columns.model_copy(update={"chosen": None, "rejected": None}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,7 @@ class PairData:
     pairs: list[Pair]
     skipped: list[str]
     unused: dict[str, list[str]] = field(default_factory=dict)  # source → columns that nothing reads
+    own_names: list[str] = field(default_factory=list)  # sources that have none of the columns that settings name
 
 
 def read_pairs(
@@ -81,7 +87,8 @@ def read_pairs(
     pairs: list[Pair] = []
     bad: list[str] = []
     ignored: dict[str, list[str]] = {}
-    for source, shape in map(_path_and_shape, sources):
+    own_names: list[str] = []
+    for source, shape in ((found.path, found.shape) for found in map(as_source, sources)):
         good_before, bad_before = len(pairs), len(bad)
         columns: set[str] = set()
         for row in read_rows(source, sorted(shape.names | set(scores))):
@@ -97,18 +104,33 @@ def read_pairs(
             raise UserError(f"{source}: has no rows")
         if len(pairs) == good_before and on_bad_row == "skip":
             raise UserError(f"{source}: none of its {new_bad} rows can be used; the first: {bad[bad_before]}")
-        if absent := shape.mapped - columns:
-            raise UserError(f"{source}: columns: no row has the column {min(absent)!r}, which they name")
+        if not check_mapped(source, shape, columns):
+            own_names.append(source)
         if names := unused(columns - set(scores), shape):
             ignored[source] = names
 
     if on_bad_row == "error":
         refuse_bad_rows(bad)
-    return PairData(pairs, bad, ignored)
+    return PairData(pairs, bad, ignored, own_names)
 
 
-def _path_and_shape(source: str | PairSource) -> tuple[str, Shape]:
-    return (source, Shape()) if isinstance(source, str) else (source.path, source.shape)
+def check_mapped(source: str, shape: Shape, columns: set[str]) -> bool:
+    """Whether the columns that the settings name are among those of `source`; False if none is and none needs to be.
+
+    Raises UserError otherwise.
+    """
+    absent = shape.mapped - columns
+    if absent and absent == shape.mapped and shape.columns_optional:
+        return False
+    if absent:
+        there = ", ".join(sorted(columns)) or "none"
+        raise UserError(f"{source}: columns: no row has the column {min(absent)!r}, which they name; there are {there}")
+    return True
+
+
+def as_source(source: str | PairSource) -> PairSource:
+    """A path alone as a source in TRL's schema."""
+    return PairSource(source) if isinstance(source, str) else source
 
 
 def refuse_bad_rows(bad: Sequence[str]) -> None:
@@ -155,17 +177,18 @@ def _pair_of(row: Row, shape: Shape, score_column: str | None) -> Pair:
         *_texts(values),
         where=row.where,
         score=None if score_column is None else _score(row.values, score_column),
-        tools=clean(_tools(values)) or None,  # an empty list and none are the same to a template
-        chat_template_kwargs=clean(_template_options(values)),
+        tools=read_tools(values),
+        chat_template_kwargs=read_template_options(values),
     )
 
 
-def _template_options(values: dict[str, Any]) -> dict[str, Any] | None:
+def read_template_options(values: dict[str, Any]) -> dict[str, Any] | None:
+    """The row's further arguments for the chat template. Raises BadRow for those that the driver sets."""
     options = _mapping(values, "chat_template_kwargs")
     for name in ("tokenize", "tools", "return_dict", "return_tensors", "return_assistant_tokens_mask"):
         if options is not None and name in options:
             raise BadRow(f"chat_template_kwargs: {name!r} is set by the driver; remove it")
-    return options
+    return clean(options)
 
 
 def _texts(values: dict[str, Any]) -> tuple[Any, Any, Any]:
@@ -303,8 +326,11 @@ def _number(values: dict[str, Any], name: str) -> float:
     return float(value)
 
 
-def _tools(values: dict[str, Any]) -> list[Any] | None:
-    """The row's tools: a list, or a list as JSON text, because Parquet columns cannot contain mixed structures."""
+def read_tools(values: dict[str, Any]) -> list[Any] | None:
+    """The row's tools: a list, or a list as JSON text, because Parquet columns cannot contain mixed structures.
+
+    An empty list and none are the same to a template.
+    """
     tools = values.get("tools")
     if isinstance(tools, str):
         try:
@@ -313,7 +339,7 @@ def _tools(values: dict[str, Any]) -> list[Any] | None:
             raise BadRow(f"'tools' is broken JSON: {error}") from None
     if tools is not None and not isinstance(tools, list):
         raise BadRow(f"'tools' is of type {type(tools).__name__}, must be a list")
-    return tools
+    return clean(tools) or None
 
 
 def _mapping(values: dict[str, Any], name: str) -> dict[str, Any] | None:

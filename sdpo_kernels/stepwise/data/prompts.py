@@ -12,14 +12,26 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from sdpo_kernels.stepwise.common.errors import UserError
-from sdpo_kernels.stepwise.data.pairs import BadRow, check_text, refuse_bad_rows
+from sdpo_kernels.stepwise.data.pairs import (
+    Pair,
+    PairSource,
+    as_source,
+    check_mapped,
+    check_text,
+    read_template_options,
+    read_tools,
+    refuse_bad_rows,
+)
 from sdpo_kernels.stepwise.data.raw_rows import Row, read_rows
-from sdpo_kernels.stepwise.data.render import RenderedChat, chat_ids, ended, plain_ids, render_chat
+from sdpo_kernels.stepwise.data.render import RenderedChat, chat_ids, ended, is_prefill, plain_ids, render_chat
+from sdpo_kernels.stepwise.data.shapes import CONVERSATIONS, BadRow, Shape
 
 
 @dataclass(frozen=True)
 class PromptRow:
     """One prompt, a string or messages; `values` is the whole row, which is passed to the judge.
+
+    The row's `tools` and `chat_template_kwargs` are in `values`, as the chat template gets them.
 
     `template_time` is the time that a chat template reads; None: now.
     """
@@ -40,9 +52,14 @@ class PromptRow:
             return self.prompt
         return self._render(tokenizer).prompt
 
+    @property
+    def _options(self) -> dict[str, Any]:
+        """What the row has for the chat template."""
+        return {name: self.values[name] for name in ("tools", "chat_template_kwargs") if self.values.get(name)}
+
     def _render(self, tokenizer: PreTrainedTokenizerBase, **answers: Any) -> RenderedChat:
         """Apply the chat template, with the row's own tools and template options."""
-        options = {"tools": self.values.get("tools"), **(self.values.get("chat_template_kwargs") or {})}
+        options = {"tools": self._options.get("tools"), **self._options.get("chat_template_kwargs", {})}
         return render_chat(self.prompt, answers, tokenizer, options, self.where, template_time=self.template_time)
 
     def whole_ids(self, tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
@@ -63,12 +80,15 @@ class PromptRow:
     def pair(self, chosen: str, rejected: str, **more: Any) -> dict[str, Any]:
         """A row of a data file of pairs, in TRL's schema."""
         both = {"chosen": self.completion(chosen), "rejected": self.completion(rejected)}
-        template = {name: self.values[name] for name in ("tools", "chat_template_kwargs") if self.values.get(name)}
-        return {"prompt": self.prompt, **both, **template, **more}
+        return {"prompt": self.prompt, **both, **self._options, **more}
+
+    def pair_of(self, chosen: str, rejected: str) -> Pair:
+        """The same pair as it is tokenised."""
+        return Pair(self.prompt, self.completion(chosen), self.completion(rejected), self.where, **self._options)
 
 
 def read_prompts(
-    sources: Sequence[str], on_bad_row: Literal["error", "skip"], template_time: datetime | None = None
+    sources: Sequence[str | PairSource], on_bad_row: Literal["error", "skip"], template_time: datetime | None = None
 ) -> tuple[list[PromptRow], list[str]]:
     """The prompts of all sources in order, and 'file:line: what is wrong' for each skipped row.
 
@@ -76,18 +96,22 @@ def read_prompts(
     """
     prompts: list[PromptRow] = []
     bad: list[str] = []
-    for source in sources:
-        for row in read_rows(source, None):
-            problem = row.problem or _problem(row)
-            if problem:
+    for source in map(as_source, sources):
+        columns: set[str] = set()
+        for row in read_rows(source.path, None):
+            columns.update(row.values)
+            try:
+                values = _read(row, source.prompt_shape)
+            except BadRow as problem:
                 bad.append(f"{row.where}: {problem}")
             else:
-                prompts.append(PromptRow(row.values["prompt"], row.values, row.where, template_time))
+                prompts.append(PromptRow(values["prompt"], values, row.where, template_time))
+        check_mapped(source.path, source.prompt_shape, columns)
 
     if on_bad_row == "error":
         refuse_bad_rows(bad)
     if not prompts:
-        raise UserError(f"{', '.join(sources)}: has no prompts")
+        raise UserError(f"{', '.join(as_source(source).path for source in sources)}: has no prompts")
     return prompts, bad
 
 
@@ -97,12 +121,21 @@ def prompts_hash(prompts: Sequence[PromptRow]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _problem(row: Row) -> str | None:
-    prompt = row.values.get("prompt")
+def _read(row: Row, shape: Shape) -> dict[str, Any]:
+    """The row's values with its prompt, tools and options as they go to the chat template. Raises BadRow."""
+    if row.problem:
+        raise BadRow(row.problem)
+    values = shape.read_prompt(row.values)
+
+    prompt = values.get("prompt")
     if prompt is None:
-        return "'prompt' is missing"
-    try:
-        check_text("prompt", prompt)
-    except BadRow as problem:
-        return str(problem)
-    return None if prompt else "'prompt' is empty"
+        raise BadRow("'prompt' is missing")
+    check_text("prompt", prompt)
+    if not prompt:
+        raise BadRow("'prompt' is empty")
+    if "prompt" not in row.values and CONVERSATIONS in row.values and is_prefill(prompt):
+        raise BadRow(f"{CONVERSATIONS!r} ends with an assistant's message, must end with the user's to be a prompt")
+
+    # columns that the row does not have stay absent: the judge gets the row as it is
+    read = {"tools": read_tools(values), "chat_template_kwargs": read_template_options(values)}
+    return values | {name: value for name, value in read.items() if name in values}

@@ -161,14 +161,17 @@ def _json_decoder(kind: Any) -> Callable[[Any], Any]:
     """
     import pyarrow as pa
 
-    if isinstance(kind, pa.JsonType):
+    if getattr(kind, "extension_name", "") == "arrow.json":
         return lambda value: None if value is None else json.loads(value)
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         decode = _json_decoder(kind.value_type)
         return lambda values: None if values is None else [decode(value) for value in values]
     if pa.types.is_struct(kind):
         fields = {field.name: _json_decoder(field.type) for field in kind}
         return lambda value: None if value is None else {name: fields[name](below) for name, below in value.items()}
+    if pa.types.is_map(kind):  # comes as a list of (key, value)
+        decode = _json_decoder(kind.item_type)
+        return lambda pairs: None if pairs is None else {key: decode(value) for key, value in pairs}
     return lambda value: value
 
 

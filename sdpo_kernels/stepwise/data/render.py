@@ -4,21 +4,21 @@
     rendered = render_chat(prompt, {"chosen": chosen, "rejected": rejected}, tokenizer, {"tools": None}, "d.jsonl:1")
     rendered.prompt, rendered.answers                               # text of the prompt, texts of prompt + answer
 
-Nothing goes missing and nothing is written twice: every message must be found in the text that the template made of it,
-and BOS and EOS are not added where the text has its own.
+Nothing goes missing and nothing is written twice: a message that the template drops is an error (`dropped.py`), and BOS
+and EOS are not added where the text has its own.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.data.dropped import dropped
 from sdpo_kernels.stepwise.data.template_clock import apply_template
 
 if TYPE_CHECKING:
@@ -76,6 +76,10 @@ def _trailing(ids: Sequence[int], token: Any) -> int:
 # ---- conversations ----
 
 
+class RowError(UserError):
+    """A row that the chat template cannot render as it should; the message starts with where the row is."""
+
+
 @dataclass(frozen=True)
 class RenderedChat:
     """Texts of a prompt and of prompt + answer for each answer, in the order in which the answers were given."""
@@ -83,6 +87,28 @@ class RenderedChat:
     prompt: str
     answers: list[str]
     lost_reasoning: bool  # whether the reasoning of an answer is missing from its text
+    lost_call_text: bool  # whether a text of the prompt next to a tool call is missing
+
+
+@dataclass(frozen=True)
+class _Template:
+    """The tokenizer's chat template with the options of one row."""
+
+    tokenizer: PreTrainedTokenizerBase
+    options: dict[str, Any]
+    where: str
+
+    def render(self, messages: Messages, ending: Mapping[str, Any]) -> str:
+        """The text of a conversation; `ending` says what comes after the last message."""
+        if _wants_parts(self.tokenizer, str(self.tokenizer.chat_template)):
+            messages = _in_parts(messages)
+        try:
+            return str(apply_template(self.tokenizer, messages, tokenize=False, **ending, **self.options))
+        except Exception as error:  # a template is a program, which may raise anything
+            reason = (str(error).splitlines() or [""])[0]
+            raise RowError(
+                f"{self.where}: the tokenizer's chat template failed: {type(error).__name__}: {reason}"
+            ) from error
 
 
 def render_chat(
@@ -96,36 +122,37 @@ def render_chat(
 ) -> RenderedChat:
     """Apply the chat template to a prompt and to the prompt with each of `answers` (by their column).
 
-    1. If the prompt ends with an assistant's message (a prefill), the first message of each answer continues it.
+    1. If the prompt ends with an assistant's message (a prefill), the first message of each answer continues it, unless
+       the answers start with another role.
     2. Render the prompt up to where the answer starts, and each whole conversation.
     3. If BOS or EOS came out twice, because messages have their own, render again without those of the messages.
-    4. Look for every message's content in the text.
+    4. Look for every message in the text.
 
-    `options` go to the template; `template_time` is the time that it reads, None: now. Raises UserError, which names
+    `options` go to the template; `template_time` is the time that it reads, None: now. Raises RowError, which names
     `where`: the template fails or drops a message, or an answer cannot continue the prefill.
     """
-    whole = {name: _joined(prompt, answer, name, where) for name, answer in answers.items()}
-    conversations = [prompt, *whole.values()]
+    template = _Template(tokenizer, {**options, "template_time": template_time}, where)
+    continued = _is_continued(prompt, answers, where)
+    whole = [_joined(prompt, answer, name, where) if continued else prompt + answer for name, answer in answers.items()]
+    conversations = [prompt, *whole]
+
+    after_prompt = {"continue_final_message": True} if continued else {"add_generation_prompt": not is_prefill(prompt)}
+    endings: list[dict[str, bool]] = [after_prompt, *({} for _ in whole)]
 
     def render(conversations: Sequence[Messages]) -> list[str]:
-        return _render_all(conversations, tokenizer, {**options, "template_time": template_time}, where)
+        return [template.render(messages, ending) for messages, ending in zip(conversations, endings, strict=True)]
 
-    texts = render(conversations)
-    conversations, texts = _without_doubles(conversations, texts, tokenizer, render)
+    conversations, texts = _without_doubles(conversations, render(conversations), tokenizer, render)
 
-    # without answers, the prompt itself is all there is to check
-    checked = slice(-len(answers), None)
-    for name, messages, text in zip(answers or [""], conversations[checked], texts[checked], strict=True):
-        if (missing := _first_missing(messages, text)) is not None:
-            first_of_answer = len(messages) - len(answers.get(name, []))
-            at = f"prompt[{missing}]" if missing < first_of_answer else f"{name}[{missing - first_of_answer}]"
-            raise UserError(
-                f"{where}: the chat template drops the message of role {messages[missing]['role']!r} ({at}); rename "
-                "the role or change the template"
-            )
+    # the whole conversations contain the prompt; without answers, it is all there is to check
+    lost_call_text = False
+    for place, (name, answer) in enumerate(answers.items(), start=1) if answers else [(0, ("", []))]:
+        messages = conversations[place]
+        missing = dropped(messages, texts[place], partial(template.render, ending=endings[place]))
+        lost_call_text |= _refuse_dropped(messages, missing, len(messages) - len(answer), name, where)
 
     lost = [_loses_reasoning(messages[-1], text) for messages, text in zip(conversations[1:], texts[1:], strict=True)]
-    return RenderedChat(texts[0], texts[1:], any(lost))
+    return RenderedChat(texts[0], texts[1:], any(lost), lost_call_text)
 
 
 def chat_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -135,49 +162,90 @@ def chat_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[l
 
 
 def is_prefill(prompt: Messages) -> bool:
-    """Whether `prompt` ends with the start of the answer."""
+    """Whether `prompt` ends with an assistant's message, which may be the start of the answer."""
     return bool(prompt) and prompt[-1]["role"] == "assistant"
 
 
+def _is_continued(prompt: Messages, answers: Mapping[str, Messages], where: str) -> bool:
+    """Whether the answers continue the last message of the prompt. RowError if some do and others do not."""
+    if not is_prefill(prompt):
+        return False
+    others = {
+        name: answer[0]["role"] for name, answer in answers.items() if answer and answer[0]["role"] != "assistant"
+    }
+    if others and len(others) < len(answers):
+        name, role = next(iter(others.items()))
+        raise _no_continuation(where, f"{name!r} starts with the role {role!r}")
+    return not others
+
+
 def _joined(prompt: Messages, answer: Messages, name: str, where: str) -> Messages:
-    """`prompt` and `answer` as one conversation; a prefill and the answer's first message become one message."""
-    if not answer or not is_prefill(prompt):
-        return prompt + answer
+    """`prompt` and `answer` as one conversation, where a prefill and the answer's first message are one message."""
+    if not answer:
+        return prompt
     start, first = prompt[-1], answer[0]
 
-    reason = None
-    if first["role"] != "assistant":
-        reason = f"{name!r} starts with the role {first['role']!r}"
-    elif start.get("tool_calls") or start.get("content") is None:
-        reason = "that message calls a tool"
-    else:
-        both = [key for key in start if key not in ("role", "content") and start[key] != first.get(key, start[key])]
-        reason = f"both have {both[0]!r}" if both else None
-    if reason:
-        raise UserError(
-            f"{where}: 'prompt' ends with an assistant's message, which the answers must continue, but {reason}; end "
-            "the prompt with the user's message, or start the answers with the assistant's"
-        )
+    if start.get("tool_calls") or start.get("content") is None:
+        raise _no_continuation(where, "that message calls a tool")
+    both = [key for key in start if key not in ("role", "content") and start[key] != first.get(key, start[key])]
+    if both:
+        raise _no_continuation(where, f"it and the first message of {name!r} have different {both[0]!r}")
 
     content = start["content"] + (first.get("content") or "")
     return [*prompt[:-1], {**start, **first, "content": content}, *answer[1:]]
 
 
-def _render_all(
-    conversations: Sequence[Messages], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any], where: str
-) -> list[str]:
-    """The texts of a prompt, the first of `conversations`, and of the whole conversations after it."""
-    prompt, *whole = conversations
-    render: Any = partial(apply_template, tokenizer)
-    ending = {"continue_final_message": True} if is_prefill(prompt) else {"add_generation_prompt": True}
-    try:
-        return [
-            str(render(prompt, tokenize=False, **ending, **options)),
-            *(str(render(messages, tokenize=False, **options)) for messages in whole),
-        ]
-    except Exception as error:  # a template is a program, which may raise anything
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"{where}: the tokenizer's chat template failed: {type(error).__name__}: {reason}") from error
+def _no_continuation(where: str, reason: str) -> RowError:
+    return RowError(
+        f"{where}: 'prompt' ends with an assistant's message, which the answers must continue, but {reason}; end the "
+        "prompt with the user's message, or start the answers with the assistant's"
+    )
+
+
+@lru_cache(maxsize=8)
+def _wants_parts(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Whether the chat template, whose text is `template`, writes only contents that are lists of parts.
+
+    Templates of vision models do (SmolVLM, Idefics 3, LLaVA-NeXT).
+    """
+
+    def writes(content: Any) -> bool:
+        try:
+            return "Hello" in str(tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False))
+        except Exception:  # a template is a program, which may raise anything
+            return False
+
+    return not writes("Hello") and writes([{"type": "text", "text": "Hello"}])
+
+
+def _in_parts(messages: Messages) -> Messages:
+    return [
+        m | {"content": [{"type": "text", "text": m["content"]}]} if m.get("content") is not None else m
+        for m in messages
+    ]
+
+
+def _refuse_dropped(messages: Messages, missing: Sequence[int], n_prompt: int, name: str, where: str) -> bool:
+    """RowError if the template drops a message, of which the first `n_prompt` are the prompt's, the others those of
+    the answer `name`.
+
+    A text of the prompt next to a tool call is no error, since many templates write only the call: returns whether
+    there is one.
+    """
+    for index in missing:
+        in_prompt = index < n_prompt
+        at = f"prompt[{index}]" if in_prompt else f"{name}[{index - n_prompt}]"
+        if not messages[index].get("tool_calls"):
+            raise RowError(
+                f"{where}: the chat template drops the message of role {messages[index]['role']!r} ({at}); rename the "
+                "role or change the template"
+            )
+        if not in_prompt:
+            raise RowError(
+                f"{where}: the chat template drops the text next to the tool call ({at}); leave it out or change the "
+                "template"
+            )
+    return bool(missing)
 
 
 # ---- BOS and EOS ----
@@ -222,82 +290,16 @@ def _replaced(pattern: str, by: str, conversations: Sequence[Messages]) -> list[
     ]
 
 
-# ---- dropped messages ----
-
-
-def _content(message: dict[str, Any]) -> str:
-    return message.get("content") or ""
-
-
-def _first_missing(messages: Messages, text: str) -> int | None:
-    """The index of the first message whose content is not in `text`; None if all are there.
-
-    1. Nearly always all contents are there in order, one after the other.
-    2. Otherwise each content takes a place of its own, which no other message has taken: the longest contents first,
-       so that "ok" is not found in "look"; after the messages before it if possible, else anywhere, because some
-       templates move the system message.
-    3. If that fails too, the same again with all whitespace alike, which templates may change.
-    """
-    contents = [_content(message) for message in messages]
-    if _all_in_order(contents, text):
-        return None
-    if _first_without_place(contents, text) is None:
-        return None
-    return _first_without_place([_one_line(content) for content in contents], _one_line(text))
-
-
-def _all_in_order(contents: Sequence[str], text: str) -> bool:
-    end = 0
-    for content in contents:
-        bare = content.strip()
-        at = text.find(bare, end)
-        if at < 0:
-            return False
-        end = at + len(bare)
-    return True
-
-
-def _first_without_place(contents: Sequence[str], text: str) -> int | None:
-    places: dict[int, tuple[int, int]] = {}  # by index of the message
-    missing = []
-    for index in sorted(range(len(contents)), key=lambda i: -len(contents[i])):
-        after = max((end for other, (_, end) in places.items() if other < index), default=0)
-        tried = (
-            _free_place(form, text, start, places.values()) for form in _forms(contents[index]) for start in (after, 0)
-        )
-        place = next((found for found in tried if found is not None), None)
-        if place is None:
-            missing.append(index)
-        else:
-            places[index] = place
-    return min(missing, default=None)
-
-
-def _forms(content: str) -> list[str]:
-    """`content` in the forms that templates give it: stripped, without its reasoning, as JSON (results of tools)."""
-    rest = content.rpartition(THINK_END)[2]
-    return [content.strip(), rest.strip(), json.dumps(content, ensure_ascii=False)[1:-1]]
-
-
-def _free_place(form: str, text: str, start: int, taken: Collection[tuple[int, int]]) -> tuple[int, int] | None:
-    """Where `form` is in `text`, from `start` on, outside of all that is `taken`."""
-    at = text.find(form, start)
-    while at >= 0:
-        end = at + len(form)
-        blocking = [stop for begin, stop in taken if begin < end and at < stop]
-        if not blocking:
-            return at, end
-        at = text.find(form, max(blocking))
-    return None
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+# ---- reasoning ----
 
 
 def _loses_reasoning(message: dict[str, Any], text: str) -> bool:
     """Whether the reasoning of an answer's last message is missing from `text`."""
-    before, end, _ = _content(message).rpartition(THINK_END)
+    before, end, _ = (message.get("content") or "").rpartition(THINK_END)
     parts = [before.rpartition(THINK_START)[2]] if end else []
     parts += [message[key] for key in REASONING_KEYS if isinstance(message.get(key), str)]
     return any(_one_line(part) not in _one_line(text) for part in parts)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

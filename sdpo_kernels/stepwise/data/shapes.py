@@ -41,6 +41,7 @@ class Shape:
 
     columns: ColumnSettings = field(default_factory=ColumnSettings)
     implicit_prompt: bool = False
+    columns_optional: bool = False  # a row with none of the columns that the settings name is read without settings
 
     @property
     def names(self) -> set[str]:
@@ -64,15 +65,34 @@ class Shape:
         2. Normalise messages: ShareGPT's keys, one message instead of a list, content in parts, nulls.
         3. Find the prompt where there is no column of it.
         4. Make conversations of plain strings next to a system message or to messages.
+
+        A row of prompts has no answers: `read_prompt`.
         """
         _refuse_media(row)
+        if self.columns_optional and not self.mapped & row.keys():
+            return Shape(implicit_prompt=self.implicit_prompt).read(row)
+
         values = self._renamed(row)
         for part in ("prompt", "chosen", "rejected"):
             if part in values:
                 values[part] = _normalised(part, values[part])
+        if values.get("prompt", "") is None and isinstance(values.get("chosen"), list):
+            del values["prompt"]  # a null next to conversations, which may contain it
         if "prompt" not in values:
             values = self._with_prompt(values, row)
         return _same_kind(values, self.columns.system is not None)
+
+    def read_prompt(self, row: dict[str, Any]) -> dict[str, Any]:
+        """`row` with its prompt, tools and options as `read` would give them; its other columns stay as they are."""
+        _refuse_media(row)
+        if self.columns_optional and not self.mapped & row.keys():
+            return Shape().read_prompt(row)
+
+        # answers may be there, and are not looked at
+        values = self._renamed({name: value for name, value in row.items() if name not in ("chosen", "rejected")})
+        if "prompt" in values:
+            values["prompt"] = _normalised("prompt", values["prompt"])
+        return {**row, **_same_kind(values, self.columns.system is not None)}
 
     def _renamed(self, row: dict[str, Any]) -> dict[str, Any]:
         values = {name: row[name] for name in (OPTIONS,) if name in row}
@@ -197,15 +217,23 @@ def _same_kind(values: dict[str, Any], with_system: bool) -> dict[str, Any]:
     for part, value in parts.items():
         if isinstance(value, str):
             values[part] = [{"role": "user" if part == "prompt" else "assistant", "content": value}]
-    if "prompt" in parts and isinstance(parts["prompt"], str):
+    if isinstance(parts.get("prompt"), str) and "chosen" in parts and "rejected" in parts:
         values = _without_repeated_prompt(values, parts["prompt"])
     if not system:
         return values
-    if "prompt" not in values:
+
+    if "prompt" not in values and not (kinds.get("chosen") and kinds.get("rejected")):
         raise BadRow("columns.system: needs a prompt column, to stand before its messages")
-    if values["prompt"] and isinstance(values["prompt"][0], dict) and values["prompt"][0].get("role") == "system":
-        raise BadRow("columns.system: the prompt has a system message of its own")
-    return values | {"prompt": [{"role": "system", "content": system}, *values["prompt"]]}
+
+    # without a prompt column the messages that both answers start with are the prompt
+    for beginning in ["prompt"] if "prompt" in values else ["chosen", "rejected"]:
+        messages = values[beginning]
+        if not isinstance(messages, list):
+            continue  # pairs.py refuses it
+        if messages and isinstance(messages[0], dict) and messages[0].get("role") == "system":
+            raise BadRow(f"columns.system: {beginning!r} has a system message of its own")
+        values = values | {beginning: [{"role": "system", "content": system}, *messages]}
+    return values
 
 
 def _without_repeated_prompt(values: dict[str, Any], prompt: str) -> dict[str, Any]:

@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.data.pair_notes import LOST_CALL_TEXT, LOST_REASONING, NO_PREFIX, PairNotes
 from sdpo_kernels.stepwise.data.pairs import Pair
-from sdpo_kernels.stepwise.data.render import RenderedChat, chat_ids, ended, plain_ids, render_chat
+from sdpo_kernels.stepwise.data.render import RenderedChat, RowError, chat_ids, ended, plain_ids, render_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,7 +54,7 @@ class TokenizedPairs:
     kept            [n] int64, index of each pair in the list that was tokenised
     cut             [n] bool, whether truncation cut the chosen or the rejected sequence
     lost            [n] int64, scored tokens of the pair that truncation cut off
-    dropped         'file:line: why' for each pair that has nothing to score or equal sequences
+    dropped         'file:line: why' for each pair with nothing to score, with equal sequences, or not rendered
     dropped_cut     how many of the dropped pairs were cut
     dropped_lost    how many scored tokens those had
     warnings        messages for the user; not part of `content_hash`
@@ -156,7 +157,8 @@ class _RawPair(NamedTuple):
     prompt: list[int]
     chosen: list[int]  # prompt + completion
     rejected: list[int]
-    lost_reasoning: bool  # whether the chat template left out an answer's reasoning
+    lost_reasoning: bool = False  # whether the chat template left out an answer's reasoning
+    lost_call_text: bool = False  # whether it left out a text of the prompt next to a tool call
 
 
 def tokenize_pairs(
@@ -166,6 +168,7 @@ def tokenize_pairs(
     max_length: int,
     truncation: Literal["keep_start", "keep_end"],
     drop_equal: bool = True,
+    on_bad_row: Literal["error", "skip"] = "error",
     template_time: datetime | None = None,
 ) -> TokenizedPairs:
     """Tokenise `pairs`. `template_time` is the time that a chat template reads; None: now.
@@ -173,21 +176,33 @@ def tokenize_pairs(
     1. Tokenise prompt, prompt + chosen and prompt + rejected of each pair.
     2. The prompt ends where the three first differ.
     3. Cut both sequences to `max_length` tokens: keep their start or their end. No end token is added to a cut one.
-    4. Drop and list the pair if either sequence has no scored token left, or if both are equal (`drop_equal`).
+    4. Drop and list the pair if either sequence has no scored token left, if both are equal (`drop_equal`), or if the
+       chat template fails or drops a message (`on_bad_row` 'skip').
 
     Raises UserError if the tokenizer has no EOS token but a pair is plain text, if it has no chat template but a pair
-    is a conversation, if the template fails or drops a message, and if no pair at all is left.
+    is a conversation, if the template fails or drops a message (`on_bad_row` 'error'), and if no pair at all is left.
     """
     _check_tokenizer(pairs, tokenizer)
 
     made = _Made()
-    noted = _Noted()
+    notes = PairNotes()
     for index, raw in enumerate(_raw_pairs(pairs, tokenizer, template_time)):
         pair = pairs[index]
+        if isinstance(raw, RowError):
+            if on_bad_row == "error":
+                raise raw
+            made.dropped.append(str(raw))
+            continue
 
         # both sides share one prompt length, as in TRL
         prompt_length = min(_common_prefix(raw.prompt, raw.chosen), _common_prefix(raw.prompt, raw.rejected))
-        noted.note(pair, raw, prompt_length)
+        notes.look_at(pair)
+        if prompt_length < len(raw.prompt):
+            notes.add(pair, NO_PREFIX)
+        if raw.lost_reasoning:
+            notes.add(pair, LOST_REASONING)
+        if raw.lost_call_text:
+            notes.add(pair, LOST_CALL_TEXT)
 
         whole = [TokenizedSequence(np.asarray(ids, dtype=np.int32), prompt_length) for ids in raw[1:3]]
         cut = [_truncate(sequence, max_length, truncation) for sequence in whole]
@@ -199,7 +214,7 @@ def tokenize_pairs(
     if pairs and not made.kept:
         cause = f"max_length: was {max_length}, which leaves none" if made.dropped_cut else "nothing to learn in any"
         raise UserError(f"{cause} of {len(pairs)} pairs; first: {made.dropped[0]}")
-    return made.tokenized(noted.warnings(len(pairs)))
+    return made.tokenized(notes.warnings(len(pairs)))
 
 
 class _Made:
@@ -260,24 +275,30 @@ def _check_tokenizer(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) 
 
 def _raw_pairs(
     pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, template_time: datetime | None
-) -> Iterable[_RawPair]:
-    """Token ids of each pair, in order; the tokenizer gets `_CHUNK` pairs at a time."""
+) -> Iterable[_RawPair | RowError]:
+    """Token ids of each pair, in order, or why it has none; the tokenizer gets `_CHUNK` pairs at a time."""
     for start in range(0, len(pairs), _CHUNK):
         chunk = pairs[start : start + _CHUNK]
-        raw: dict[int, _RawPair] = {}
+        raw: dict[int, _RawPair | RowError] = {}
 
         # the two kinds need different options of the tokenizer, so a call for each
         plain = [i for i, pair in enumerate(chunk) if not pair.is_conversational]
         ids = plain_ids([text for i in plain for text in _plain_texts(chunk[i], tokenizer)], tokenizer)
         for place, i in enumerate(plain):
             prompt, chosen, rejected = ids[3 * place : 3 * place + 3]
-            raw[i] = _RawPair(prompt, chosen, rejected, False)
+            raw[i] = _RawPair(prompt, chosen, rejected)
 
-        chats = {i: _rendered(pair, tokenizer, template_time) for i, pair in enumerate(chunk) if pair.is_conversational}
+        chats: dict[int, RenderedChat] = {}
+        for i, pair in enumerate(chunk):
+            if pair.is_conversational:
+                try:
+                    chats[i] = _rendered(pair, tokenizer, template_time)
+                except RowError as error:
+                    raw[i] = error
         ids = chat_ids([text for chat in chats.values() for text in (chat.prompt, *chat.answers)], tokenizer)
         for place, (i, chat) in enumerate(chats.items()):
             prompt, chosen, rejected = ids[3 * place : 3 * place + 3]
-            raw[i] = _RawPair(prompt, chosen, rejected, chat.lost_reasoning)
+            raw[i] = _RawPair(prompt, chosen, rejected, chat.lost_reasoning, chat.lost_call_text)
 
         yield from (raw[i] for i in range(len(chunk)))
 
@@ -343,49 +364,6 @@ def _equal(cut: list[TokenizedSequence], whole: list[TokenizedSequence], max_len
     if _is_cut(cut, whole):
         return f"max_length {max_length} leaves equal tokens of chosen and rejected; the pair teaches nothing"
     return "chosen and rejected are equal tokens; the pair teaches nothing"
-
-
-class _Noted:
-    """Collects where pairs deserve a warning."""
-
-    def __init__(self) -> None:
-        self._places: dict[str, list[str]] = {}  # warning → where the pairs are
-
-    def note(self, pair: Pair, raw: _RawPair, prompt_length: int) -> None:
-        """Look at a pair, whose prompt has `prompt_length` tokens in common with both answers."""
-        if prompt_length < len(raw.prompt):
-            self._add(
-                pair,
-                "the tokenised prompt is not a prefix of the tokenised prompt + completion. The completion starts "
-                "where they differ, so the model is trained on a context that differs from the one at inference. End "
-                "the prompt on a token boundary, or fix the chat template",
-            )
-        if raw.lost_reasoning:
-            self._add(
-                pair,
-                "the chat template leaves out the reasoning of an answer, which is not trained; change the template",
-            )
-        if _repeats_prompt(pair):
-            self._add(
-                pair,
-                "both answers begin with the prompt, which is then trained on as a part of them; remove it from the "
-                "answers, or drop the column prompt and set prompt: implicit",
-            )
-
-    def _add(self, pair: Pair, warning: str) -> None:
-        self._places.setdefault(warning, []).append(pair.where)
-
-    def warnings(self, total: int) -> list[str]:
-        """One warning of each kind, with the number of pairs and the first of them."""
-        return [f"{len(at)} of {total} pairs (first: {at[0]}): {warning}" for warning, at in self._places.items()]
-
-
-def _repeats_prompt(pair: Pair) -> bool:
-    """Whether both answers of a plain pair begin with its prompt. Of conversations pairs.py finds it."""
-    if pair.is_conversational:
-        return False
-    prompt = str(pair.prompt).strip()
-    return bool(prompt) and all(str(answer).lstrip().startswith(prompt) for answer in (pair.chosen, pair.rejected))
 
 
 def _flat(sequences: Sequence[TokenizedSequence]) -> dict[str, Any]:

@@ -44,14 +44,16 @@ class Space:
 def check_space(space: Space, folder: Path, stages: int) -> str | None:
     """A warning if two checkpoints and the run's unfinished stages do not fit on the disk of `folder`; otherwise None.
 
-    UserError if not even one checkpoint and the stage it belongs to fit.
+    UserError if not even one checkpoint or finished stage fits. A run that has a checkpoint already may need no other.
     """
     missing = stages - len(list(folder.glob("stage-*/stage.json")))
     if missing <= 0:
         return None
 
     free = shutil.disk_usage(_existing(folder)).free
-    least, whole = max(space.checkpoint, space.finished), 2 * space.checkpoint + missing * space.finished
+    saved = any(folder.glob(".stage-*/checkpoint-*"))
+    least = space.finished if saved else max(space.checkpoint, space.finished)
+    whole = 2 * space.checkpoint + missing * space.finished
     needs = (
         f"{write_bytes(free)} are free on the disk of {folder}; a checkpoint takes about "
         f"{write_bytes(space.checkpoint)}, a finished stage {write_bytes(space.finished)}"

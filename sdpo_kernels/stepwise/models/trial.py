@@ -27,6 +27,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging as transformers_logging
 
 from sdpo_kernels.integrations.lm_head import find_head
+from sdpo_kernels.integrations.router_loss import find_router_loss
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.models.disk import Space, check_space
 from sdpo_kernels.stepwise.models.load import Loaded, add_adapter, load_error, pretrained
@@ -39,7 +40,7 @@ from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
 def try_run(config: RunConfig, tokenizer: PreTrainedTokenizerBase, model_config: Any) -> list[str]:
     """Try what a run does after its data is read, without weights; returns warnings.
 
-    1. Build the model on the meta device; its head must be one the fused kernels can use.
+    1. Build the model on the meta device; its head must be one the fused kernels can use, and so must its router.
     2. Save its config, generation config, tokenizer, model card and the files beside it into a temporary folder.
     3. Add the adapter, if the run has one.
     4. For every stage make TrainingArguments, the integrations of report_to, the optimizer's class, the scheduler.
@@ -50,6 +51,7 @@ def try_run(config: RunConfig, tokenizer: PreTrainedTokenizerBase, model_config:
     model = _on_meta(config, model_config)
     try:
         find_head(model)
+        find_router_loss(model)
     except ValueError as error:
         raise UserError(f"model: {config.model} cannot be trained: {error}") from error
 

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sdpo_kernels.stepwise.data.pairs import Pair
 from sdpo_kernels.stepwise.data.prompts import PromptRow
 from sdpo_kernels.stepwise.data.tokenize import tokenize_pairs
 from sdpo_kernels.stepwise.settings.source import ActiveSource
@@ -127,7 +126,7 @@ def score_answers(ctx: SourceContext, questions: Sequence[Question], model: str)
     config = ctx.scorer.config.model_copy(update={"loss": "sigmoid", "loss_options": {}})
     scorer = replace(ctx.scorer, config=config)
 
-    pairs = [Pair(q.row.prompt, q.row.completion(q.first), q.row.completion(q.second), q.row.where) for q in questions]
+    pairs = [q.row.pair_of(q.first, q.second) for q in questions]
     # equal answers too, because the last of an odd number of samples may be paired with itself
     tokens = tokenize_pairs(
         pairs,

@@ -147,7 +147,74 @@ def test_prompts_of_generated_pairs_are_checked_alike():
         failing.ids(tokenizer_of("{{ raise_exception('no') }}"))
 
 
+def test_bad_rows_of_the_template_can_be_skipped():
+    pairs = [
+        pair(turns("human: What is 2+2?"), *ANSWERS),
+        pair(turns("user: What is 2+2?"), *ANSWERS),
+        pair(turns("user: What is 2+2?", "assistant: It is"), turns("user: Sure?"), ANSWERS[1]),
+    ]
+    tokens = tokenize_pairs(pairs, tokenizer_of(), max_length=99, truncation="keep_start", on_bad_row="skip")
+    assert tokens.kept.tolist() == [1]
+    assert tokens.dropped[0] == DROPPED.format("human", "prompt[0]")
+    assert "'chosen' starts with the role 'user'" in tokens.dropped[1]
+    with pytest.raises(UserError, match=r"nothing to learn in any of 1 pairs; first: d\.jsonl:3: the chat template"):
+        tokenize_pairs(pairs[:1], tokenizer_of(), max_length=99, truncation="keep_start", on_bad_row="skip")
+
+
+# the second condition is that of Llama 3.1's and gpt-oss's templates
+CALLS_ALONE = """{% for m in messages %}{{ m.role }}: {% if m.tool_calls %}{{ m.tool_calls | tojson }}
+{%- else %}{{ m.content }}{% endif %}{{ eos_token }}{% endfor %}"""
+
+
+def test_text_next_to_a_tool_call_is_a_warning_in_prompts_and_an_error_in_answers():
+    call = {"role": "assistant", "content": "Let me look.", "tool_calls": [{"name": "look"}]}
+    prompt = [*turns("user: Weather?"), call, *turns("tool: grey")]
+    tokens = tokenized(pair(prompt, *ANSWERS), tokenizer_of(CALLS_ALONE))
+    assert tokens.warnings == [
+        "1 of 1 pairs (first: d.jsonl:3): the chat template leaves out the text next to a tool call of the prompt"
+    ]
+    assert refusal(pair(turns("user: Weather?"), [call], ANSWERS[1]), tokenizer_of(CALLS_ALONE)) == (
+        "d.jsonl:3: the chat template drops the text next to the tool call (chosen[0]); leave it out or change the "
+        "template"
+    )
+
+
 # What templates may do with contents
+
+
+# SmolLM3's flags, and a template that escapes
+FLAGS = """{% for m in messages %}{{ m.role }}: {{ m.content.replace("/no_think", "").replace("/system_override", "") }}
+{{- eos_token }}{% endfor %}"""
+ESCAPED = "{% for m in messages %}{{ m.role }}: {{ m.content | e }}{{ eos_token }}{% endfor %}"
+
+
+@pytest.mark.parametrize("system", ["/no_think", "/system_override Be brief and kind.", "Be brief. /no_think"])
+def test_flags_in_a_system_message_may_be_taken_out(system):
+    text = texts(pair(turns(f"system: {system}", "user: What is 2+2?"), *ANSWERS), tokenizer_of(FLAGS))[0]
+    assert "/no" not in text
+    assert "What is 2+2?" in text
+
+
+def test_contents_may_be_escaped():
+    prompt = turns("user: Is 1 < 2 && 2 > 1?")
+    assert texts(pair(prompt, *ANSWERS), tokenizer_of(ESCAPED))[0] == "user: Is 1 &lt; 2 &amp;&amp; 2 &gt; 1?</s>"
+
+
+# writes only contents that are lists of parts, as the templates of SmolVLM and Idefics 3
+PARTS = """{% for m in messages %}{{ m.role }}:{% for part in m.content %}{% if part.type == "text" %} {{ part.text }}
+{%- endif %}{% endfor %}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"""
+
+
+def test_a_template_that_wants_parts_gets_them():
+    assert texts(pair(turns("user: What is 2+2?"), *ANSWERS), tokenizer_of(PARTS)) == (
+        "user: What is 2+2?</s>assistant:",
+        " four</s>",
+        " five</s>",
+    )
+    prefilled = pair(turns("user: What is 2+2?", "assistant: It is"), turns("assistant:  4"), turns("assistant:  5"))
+    assert texts(prefilled, tokenizer_of(PARTS))[1:] == (" 4</s>", " 5</s>")
+    image = pair(turns("human: What is 2+2?"), *ANSWERS)
+    assert texts(image, tokenizer_of(PARTS))[0] == "human: What is 2+2?</s>assistant:"
 
 
 def test_contents_may_be_stripped():
@@ -239,8 +306,12 @@ def test_minimind_continues_a_prefill(minimind):
 def test_a_prefill_is_continued_by_the_first_message_only():
     prompt = turns("user: 2+2?", "assistant: It is")
     longer = turns("assistant:  four.", "user: Sure?", "assistant: Yes.")
-    _, chosen, _ = texts(pair(prompt, longer, turns("assistant:  five.")), tokenizer_of(MISTRAL))
-    assert chosen == " four.</s>[INST] Sure? [/INST] Yes.</s>"
+    tokenizer = tokenizer_of(MISTRAL)
+    tokens = tokenized(pair(prompt, longer, turns("assistant:  five.")), tokenizer)
+    ids, start = tokens[0].chosen
+    assert tokenizer.decode(ids[start:]) == " four.</s>[INST] Sure? [/INST] Yes.</s>"
+    (warning,) = tokens.warnings
+    assert "messages of role 'user', which are trained on" in warning
 
 
 def test_a_space_at_the_end_of_a_prefill_that_the_template_strips():
@@ -256,7 +327,7 @@ def test_a_space_at_the_end_of_a_prefill_that_the_template_strips():
         ({}, "user: Sure?", "'chosen' starts with the role 'user'"),
         ({}, "tool: 4", "'chosen' starts with the role 'tool'"),
         ({"tool_calls": [{}]}, "assistant: 4", "that message calls a tool"),
-        ({"name": "a"}, "assistant: 4", "both have 'name'"),
+        ({"name": "a"}, "assistant: 4", "it and the first message of 'chosen' have different 'name'"),
     ],
 )
 def test_answers_that_cannot_continue_a_prefill(start, chosen, reason):
@@ -266,6 +337,21 @@ def test_answers_that_cannot_continue_a_prefill(start, chosen, reason):
     assert text == (
         "d.jsonl:3: 'prompt' ends with an assistant's message, which the answers must continue, but "
         f"{reason}; end the prompt with the user's message, or start the answers with the assistant's"
+    )
+
+
+@pytest.mark.parametrize("role", ["user", "tool"])
+def test_answers_of_another_role_follow_the_assistants_message(role):
+    """The prompt of TRL, where both conversations start with [user, assistant] and part in a later user's turn."""
+    prompt = turns("user: What is 2+2?", "assistant: It is four.")
+    chosen, rejected = turns(f"{role}: Sure?", "assistant: Yes."), turns(f"{role}: Why?", "assistant: So.")
+    tokens = tokenized(pair(prompt, chosen, rejected), tokenizer_of(NO_REASONING))
+    (sequence, _) = tokens[0]
+    text = tokenizer_of(NO_REASONING).decode(sequence.ids[: sequence.prompt_length])
+    assert text == "user: What is 2+2?</s>assistant: It is four.</s>"
+    assert tokens.warnings[-1] == (
+        f"1 of 1 pairs (first: d.jsonl:3): the answers have messages of role {role!r}, which are trained on like the "
+        "assistant's; move them into the prompt if that is not meant"
     )
 
 

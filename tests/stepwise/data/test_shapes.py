@@ -19,6 +19,7 @@ REJECTED = ["five", "Beige", "No, it is warm.", "Nobody did."]
 ORCA = Shape(ColumnSettings(prompt=("question",), system="system"))
 ALPACA = Shape(ColumnSettings(prompt=("instruction", "input")))
 PLAIN = Shape()
+SYSTEM_ONLY = Shape(ColumnSettings(system="system"), implicit_prompt=True)
 
 
 def rows(name: str) -> list[dict]:
@@ -119,6 +120,12 @@ def test_the_suggested_line_reads_the_row():
             ORCA,
             "has a system message of its own",
         ),
+        ({"system": "x", "chosen": "a", "rejected": "b"}, SYSTEM_ONLY, "columns.system: needs a prompt column"),
+        (
+            {"system": "x", "chosen": [SYSTEM, user("q"), answer("a")], "rejected": [SYSTEM, user("q"), answer("b")]},
+            SYSTEM_ONLY,
+            "columns.system: 'chosen' has a system message of its own",
+        ),
         (rows("images.jsonl")[0], PLAIN, "'images' is set; only text can be trained on here"),
         (
             {"prompt": [{"role": "user", "content": [{"type": "image"}]}], "chosen": "a", "rejected": "b"},
@@ -148,6 +155,35 @@ def test_nulls_are_absent_keys_and_empty_lists_of_arguments_stay():
             {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris", "tags": []}}}
         ],
     }
+
+
+def test_a_null_prompt_next_to_conversations_is_no_prompt():
+    row = {"prompt": None, "chosen": [user("q"), answer("a")], "rejected": [user("q"), answer("b")]}
+    assert PLAIN.read(row) == {name: row[name] for name in ("chosen", "rejected")}
+    plain = {"prompt": None, "chosen": "a", "rejected": "b"}
+    assert PLAIN.read(plain) == plain  # pairs.py refuses it
+
+
+def test_a_system_message_stands_before_conversations_without_a_prompt_column():
+    row = {"system": SYSTEM["content"], "chosen": [user("q"), answer("a")], "rejected": [user("q"), answer("b")]}
+    read = SYSTEM_ONLY.read(row)
+    assert read["chosen"] == [SYSTEM, user("q"), answer("a")]
+    assert read["rejected"] == [SYSTEM, user("q"), answer("b")]
+
+
+def test_a_row_without_answers_is_left_to_the_pairs():
+    assert "chosen" not in ORCA.read({"question": "q", "system": "s", "rejected": "b"})
+
+
+def test_columns_of_other_data_are_optional_where_they_are_inherited():
+    """The run's columns are those of its training data: other files may have TRL's names, or those."""
+    shape = Shape(ORCA.columns, columns_optional=True)
+    trl = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    assert shape.read(trl) == trl
+    orca = {"question": "q", "system": "s", "chosen": "a", "rejected": "b"}
+    assert shape.read(orca) == ORCA.read(orca)
+    with pytest.raises(BadRow, match=r"columns\.prompt: the row has no column 'question'"):
+        shape.read(trl | {"system": "s"})
 
 
 def test_an_empty_list_of_tool_calls_is_none():

@@ -296,6 +296,14 @@ def test_a_disk_without_room_for_two_checkpoints_and_all_stages_is_a_warning(tmp
     assert disk.check_space(space, tmp_path / "run", 2) is None
 
 
+def test_a_run_with_a_checkpoint_needs_room_for_its_finished_stage_only(tmp_path):
+    space, folder = disk.Space(checkpoint=2**60, finished=0), tmp_path / "run"
+    with pytest.raises(UserError, match="free some space"):
+        disk.check_space(space, folder, 1)
+    (folder / ".stage-1-a" / "checkpoint-7").mkdir(parents=True)
+    assert "more than is free" in disk.check_space(space, folder, 1)
+
+
 def test_a_finished_run_needs_no_space(tmp_path, model, monkeypatch):
     config = runs.configured(tmp_path, model, sizes=(4,))
     runs.train(config)
