@@ -6,12 +6,14 @@ The driver's folder is too large for one floor, so its own folders and files are
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "sdpo_kernels"
@@ -147,3 +149,60 @@ def test_importing_the_package_imports_none_of_the_extras(name):
     new = set(answer.stdout.split())
     assert PACKAGE in new
     assert not new & EXTRAS
+
+
+def newly_imported(program: str) -> set[str]:
+    """The top-level modules, and those of torch with one more part, that `program` imports in a fresh process."""
+    report = "print(*{'.'.join(name.split('.')[:2 if name.startswith('torch') else 1]) for name in sys.modules})"
+    answer = subprocess.run(
+        [sys.executable, "-c", f"import sys; {program}\n{report}"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return set(answer.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        f"import {PACKAGE}",
+        f"import {PACKAGE}.cli",
+        f"import runpy, contextlib; sys.argv = ['sdpo', 'train', '--help']\n"
+        f"with contextlib.suppress(SystemExit): runpy.run_module('{PACKAGE}', run_name='__main__')\n",
+    ],
+    ids=["package", "command", "help"],
+)
+def test_help_does_not_wait_for_torch(program):
+    assert not {"torch", "numpy", "transformers"} & newly_imported(program)
+
+
+def test_the_kernels_import_little_more_than_torch():
+    """torch._dynamo alone takes a second, which a program that compiles nothing has no use for."""
+    program = f"import {PACKAGE}; [getattr({PACKAGE}, name) for name in {PACKAGE}.__all__]"
+    new = newly_imported(program) - newly_imported("import torch")
+    assert not {"torch._dynamo", "torch._inductor", "sympy", "triton", *EXTRAS} & new
+
+
+def test_every_public_name_is_where_the_editor_looks_for_it():
+    """Names that are imported late stand twice in __init__.py: for people's editors, and for Python."""
+    tree = ast.parse((ROOT / PACKAGE / "__init__.py").read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {alias.name: node.module for node in block.body for alias in node.names}
+    package = importlib.import_module(PACKAGE)
+    assert sorted({*seen, "__version__"}) == package.__all__ == sorted(package.__all__)
+    for name, module in seen.items():
+        home = importlib.import_module(f"{module}.{name}" if name == "losses" else module)
+        assert getattr(package, name) is (home if name == "losses" else getattr(home, name))
+    assert set(package.__all__) <= set(dir(package))
+    with pytest.raises(AttributeError, match="module 'sdpo_kernels' has no attribute 'linear_logp'"):
+        package.linear_logp  # noqa: B018
+
+
+def test_the_mark_of_a_constant_for_compile_is_torchs_own():
+    """native.py sets it without `torch.compiler`, whose function imports torch._dynamo."""
+    from sdpo_kernels.backends import native
+
+    def marked():
+        pass
+
+    torch.compiler.assume_constant_result(marked)
+    assert vars(marked) == {"_dynamo_marked_constant": True}
+    assert native._cuda_unavailable_reason._dynamo_marked_constant is True

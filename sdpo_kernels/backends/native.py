@@ -41,7 +41,6 @@ _ROW_EXTRAS = ("top", "sum", "sum_z", "sum_sq", "all", "target_z")  # of csrc/cp
 _EAGER = EagerBackend()
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
 def _cuda_unavailable_reason(device: int) -> str | None:
     """Load the CUDA library at the first CUDA tensor; None, or why it cannot serve `device`."""
@@ -52,6 +51,10 @@ def _cuda_unavailable_reason(device: int) -> str | None:
     if reason is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "it is built for compute capability 8.0 and later"
     return reason or torch.ops.sdpo_native.cuda_refuses(device) or None
+
+
+# what torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes a second
+_cuda_unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class NativeBackend:
