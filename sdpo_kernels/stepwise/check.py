@@ -13,11 +13,11 @@ from sdpo_kernels.stepwise.data.order import scored_counts
 from sdpo_kernels.stepwise.data.template_clock import reads_clock
 from sdpo_kernels.stepwise.post.after_run import check_start
 from sdpo_kernels.stepwise.prepare import Prepared, planned_steps, prepare
+from sdpo_kernels.stepwise.record.changes import refused_settings
 from sdpo_kernels.stepwise.record.expo_record import FOLDER
 from sdpo_kernels.stepwise.record.manifest import different_settings
 from sdpo_kernels.stepwise.record.template_time import template_time
 from sdpo_kernels.stepwise.settings.reference import EmaSettings
-from sdpo_kernels.stepwise.settings.run_file import config_diff, with_new_defaults
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 
 _ORDERS = {
@@ -135,8 +135,8 @@ def _state(config: RunConfig) -> str:
 
     # only the config is compared: some orders need scores before the stages' data is known
     manifest = read_json(path)
-    differences = config_diff(with_new_defaults(manifest.get("config", {})), config.model_dump(mode="json"))
-    if differences:
+    header = {"config": config.model_dump(mode="json"), "environment": manifest.get("environment", {})}
+    if differences := refused_settings(manifest, header):
         raise UserError(different_settings(path.parent, differences))
     stages = manifest.get("stages", [])
     done = sum(stage.get("state") == "done" for stage in stages)
