@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -64,7 +66,7 @@ def check_run(config: RunConfig, reporter: Reporter) -> None:
         reporter.say(f"clock      the chat template reads the date: {now.isoformat()} throughout the run")
     for note in prepared.notes:
         reporter.say(f"cut        {note}")
-    reporter.say(_state(config))
+    reporter.say(_state(config, now))
 
 
 def _say_reference(prepared: Prepared, reporter: Reporter) -> None:
@@ -127,7 +129,7 @@ def _table(prepared: Prepared) -> Table:
     return table
 
 
-def _state(config: RunConfig) -> str:
+def _state(config: RunConfig, now: datetime) -> str:
     """The line about output_dir; UserError if it contains a run with another config."""
     path = Path(config.output_dir) / "manifest.json"
     if not path.exists():
@@ -135,7 +137,8 @@ def _state(config: RunConfig) -> str:
 
     # only the config is compared: some orders need scores before the stages' data is known
     manifest = read_json(path)
-    header = {"config": config.model_dump(mode="json"), "environment": manifest.get("environment", {})}
+    header: dict[str, Any] = {"config": config.model_dump(mode="json"), "environment": manifest.get("environment", {})}
+    header["template_time"] = now.isoformat()
     if differences := refused_settings(manifest, header):
         raise UserError(different_settings(path.parent, differences))
     stages = manifest.get("stages", [])

@@ -68,8 +68,6 @@ def refused_changes(data: Record, header: Record, stages: Sequence[Record]) -> l
     started = started_stages(data)
     before, now = ({s["name"]: planned(s) for s in part if s["name"] in started} for part in (data["stages"], stages))
     differences = config_diff({"stages": before}, {"stages": now})
-    if data.get("template_time") not in (None, header.get("template_time")) and started:
-        differences.append(f"template_time: {data['template_time']} -> {header['template_time']}")
     return [_with_reason(line) for line in differences]
 
 
@@ -92,7 +90,13 @@ def refused_settings(data: Record, header: Record) -> list[str]:
     worlds = [record.get("environment", {}).get("world_size", 1) for record in (data, header)]
     processes = worlds if worlds[0] != worlds[1] else [None, None]
     before, now = (_trained_with(config, started, n) for config, n in zip((old, new), processes, strict=True))
-    return [_with_reason(line) for line in config_diff(before, now)]
+    differences = config_diff(before, now)
+
+    # not the setting: without it the time of the first start holds
+    times = data.get("template_time"), header.get("template_time")
+    if None not in times and times[0] != times[1]:
+        differences.append(f"template_time: {times[0]} -> {times[1]}")
+    return [_with_reason(line) for line in differences]
 
 
 def started_stages(data: Record) -> list[str]:
