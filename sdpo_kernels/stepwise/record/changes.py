@@ -51,6 +51,8 @@ _WHY = {
     "dtype": "the weights have this data type",
     "lora": "the adapter was made with it",
     "trainer": "the steps that are done depend on it",
+    "attn_implementation": "the rounding depends on it",
+    "batching": "the rounding depends on it",
     "template_time": "the tokens may depend on it",
 }
 _WHY_ELSE = "the weights so far depend on it"
@@ -90,7 +92,8 @@ def refused_settings(data: Record, header: Record) -> list[str]:
     worlds = [record.get("environment", {}).get("world_size", 1) for record in (data, header)]
     processes = worlds if worlds[0] != worlds[1] else [None, None]
     before, now = (_trained_with(config, started, n) for config, n in zip((old, new), processes, strict=True))
-    differences = config_diff(before, now)
+    of_run = config_diff(*({key: config.get(key) for key in ("beta", "trainer")} for config in (old, new)))
+    differences = _gathered(config_diff(before, now), started, of_run)
 
     # not the setting: without it the time of the first start holds
     times = data.get("template_time"), header.get("template_time")
@@ -139,6 +142,13 @@ def _of_stage(config: Record, stage: Record, processes: int | None) -> Record:
         if key not in _FREE_OF_TRAINER and not key.startswith(_FREE_PREFIXES)
     }
     return own | {"beta": beta, "trainer": kept}
+
+
+def _gathered(differences: list[str], started: Sequence[str], of_run: Sequence[str]) -> list[str]:
+    """`differences` with one line for what has changed in the run's settings (`of_run`) and so in every stage."""
+    common = [line for line in of_run if all(f"stages.{name}.{line}" in differences for name in started)]
+    covered = {f"stages.{name}.{line}" for name in started for line in common}
+    return common + [line for line in differences if line not in covered]
 
 
 def _with_reason(line: str) -> str:

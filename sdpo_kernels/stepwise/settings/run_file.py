@@ -20,10 +20,11 @@ from pydantic import BaseModel, ValidationError
 
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.settings.columns import ColumnSettings, DataEntry
+from sdpo_kernels.stepwise.settings.lora import LoraSettings
 from sdpo_kernels.stepwise.settings.mistakes import error_lines
 from sdpo_kernels.stepwise.settings.post import ExpoSettings, PostSettings
 from sdpo_kernels.stepwise.settings.reference import EmaSettings, MultiSettings
-from sdpo_kernels.stepwise.settings.run_settings import LoraSettings, RunConfig, StageConfig
+from sdpo_kernels.stepwise.settings.run_settings import RunConfig, StageConfig
 from sdpo_kernels.stepwise.settings.source import SOURCES, RankedSource
 from sdpo_kernels.stepwise.settings.trainer import trainer_fields
 from sdpo_kernels.stepwise.settings.types import is_file_source
