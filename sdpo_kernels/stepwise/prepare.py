@@ -114,7 +114,7 @@ def read_eval(
     pairs = _read(config, _sources(config, sources), prepared)
     tokens = _tokenize(config, pairs, ", ".join(map(entry_path, sources)), prepared)
     check_fit(config, prepared.model_config, [tokens])
-    return tokens, prepared.warnings + prepared.skipped, prepared.tokenizer
+    return tokens, prepared.warnings + prepared.notes + prepared.skipped, prepared.tokenizer
 
 
 def generated_stage(
@@ -227,8 +227,9 @@ def _sources(
         columns = next((level.columns for level in levels if level is not None and level.columns is not None), None)
         prompt = next(level.prompt for level in levels if level is not None and level.prompt is not None)
 
-        # the run's columns are those of its training data; data to evaluate on may have TRL's
-        optional = stage is None and (levels[0] is None or levels[0].columns is None)
+        # the run's columns are those of its pairs to train on; other data may have TRL's
+        from_run = columns is not None and all(level is None or level.columns is None for level in levels[:2])
+        optional = from_run and (stage is None or stage.prompts is not None)
         shape = Shape(columns or ColumnSettings(), prompt == "implicit", columns_optional=optional)
         sources.append(PairSource(entry_path(entry), shape))
     return sources

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from sdpo_kernels.stepwise.data.pairs import Pair
+from sdpo_kernels.stepwise.data.render import RenderedChat
 
 NO_PREFIX = (
     "the tokenised prompt is not a prefix of the tokenised prompt + completion. The completion starts where they "
@@ -17,7 +18,15 @@ NO_PREFIX = (
     "boundary, or fix the chat template"
 )
 LOST_REASONING = "the chat template leaves out the reasoning of an answer, which is not trained; change the template"
+CHANGED = (
+    "the chat template changes an answer (it leaves out a part of it, or escapes it), so other text is trained on than "
+    "the data has"
+)
 LOST_CALL_TEXT = "the chat template leaves out the text next to a tool call of the prompt"
+IGNORED_TOOLS = "the chat template does not write the row's tools, so the model does not see them; change the template"
+NO_END = (
+    "the chat template writes no end token after the answer, so the model does not learn to stop; change the template"
+)
 REPEATED_PROMPT = (
     "both answers begin with the prompt, which is then trained on as a part of them; remove it from the answers, or "
     "drop the column prompt and set prompt: implicit"
@@ -38,8 +47,17 @@ class PairNotes:
         """Note that `warning` is about `pair`, too."""
         self._places.setdefault(warning, []).append(pair.where)
 
-    def look_at(self, pair: Pair) -> None:
-        """Note what can be seen before a pair is tokenised."""
+    def look_at(self, pair: Pair, chat: RenderedChat | None) -> None:
+        """Note what can be seen before a pair is tokenised; `chat` is what the template made of a conversation."""
+        if chat is not None:
+            found = {
+                LOST_REASONING: chat.lost_reasoning,
+                CHANGED: chat.changed,
+                LOST_CALL_TEXT: chat.lost_call_text,
+                IGNORED_TOOLS: chat.ignored_tools,
+            }
+            for warning in (text for text, holds in found.items() if holds):
+                self.add(pair, warning)
         if _repeats_prompt(pair):
             self.add(pair, REPEATED_PROMPT)
         if role := _other_role(pair):

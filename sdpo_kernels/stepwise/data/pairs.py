@@ -89,9 +89,11 @@ def read_pairs(
     ignored: dict[str, list[str]] = {}
     own_names: list[str] = []
     for source, shape in ((found.path, found.shape) for found in map(as_source, sources)):
-        good_before, bad_before = len(pairs), len(bad)
+        good_before, bad_before, given = len(pairs), len(bad), shape
         columns: set[str] = set()
         for row in read_rows(source, sorted(shape.names | set(scores))):
+            if not columns:  # the first row shows which columns the source has
+                given, shape = shape, shape.of_source([*row.values, *row.others])
             columns.update(row.values, row.others)
             try:
                 pairs.append(_pair_of(row, shape, score_column))
@@ -104,7 +106,8 @@ def read_pairs(
             raise UserError(f"{source}: has no rows")
         if len(pairs) == good_before and on_bad_row == "skip":
             raise UserError(f"{source}: none of its {new_bad} rows can be used; the first: {bad[bad_before]}")
-        if not check_mapped(source, shape, columns):
+        check_mapped(source, shape, columns)
+        if shape is not given:
             own_names.append(source)
         if names := unused(columns - set(scores), shape):
             ignored[source] = names
@@ -114,18 +117,17 @@ def read_pairs(
     return PairData(pairs, bad, ignored, own_names)
 
 
-def check_mapped(source: str, shape: Shape, columns: set[str]) -> bool:
-    """Whether the columns that the settings name are among those of `source`; False if none is and none needs to be.
+def check_mapped(source: str, shape: Shape, columns: set[str]) -> None:
+    """Raises UserError if no row of `source` has a column that the settings name; `columns` are those there are.
 
-    Raises UserError otherwise.
+    A system message or tools need not be there where the settings are those of other data.
     """
     absent = shape.mapped - columns
-    if absent and absent == shape.mapped and shape.columns_optional:
-        return False
+    if shape.columns_optional:
+        absent -= shape.may_lack
     if absent:
         there = ", ".join(sorted(columns)) or "none"
         raise UserError(f"{source}: columns: no row has the column {min(absent)!r}, which they name; there are {there}")
-    return True
 
 
 def as_source(source: str | PairSource) -> PairSource:
@@ -182,10 +184,16 @@ def _pair_of(row: Row, shape: Shape, score_column: str | None) -> Pair:
     )
 
 
+_DRIVERS_OPTIONS = (
+    "tokenize", "tools", "return_dict", "return_tensors", "return_assistant_tokens_mask", "add_generation_prompt",
+    "continue_final_message",
+)  # fmt: skip
+
+
 def read_template_options(values: dict[str, Any]) -> dict[str, Any] | None:
     """The row's further arguments for the chat template. Raises BadRow for those that the driver sets."""
     options = _mapping(values, "chat_template_kwargs")
-    for name in ("tokenize", "tools", "return_dict", "return_tensors", "return_assistant_tokens_mask"):
+    for name in _DRIVERS_OPTIONS:
         if options is not None and name in options:
             raise BadRow(f"chat_template_kwargs: {name!r} is set by the driver; remove it")
     return clean(options)

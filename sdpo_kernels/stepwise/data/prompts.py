@@ -31,8 +31,6 @@ from sdpo_kernels.stepwise.data.shapes import CONVERSATIONS, BadRow, Shape
 class PromptRow:
     """One prompt, a string or messages; `values` is the whole row, which is passed to the judge.
 
-    The row's `tools` and `chat_template_kwargs` are in `values`, as the chat template gets them.
-
     `template_time` is the time that a chat template reads; None: now.
     """
 
@@ -40,6 +38,8 @@ class PromptRow:
     values: dict[str, Any]
     where: str
     template_time: datetime | None = None
+    tools: list[Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     @property
     def is_conversational(self) -> bool:
@@ -55,11 +55,12 @@ class PromptRow:
     @property
     def _options(self) -> dict[str, Any]:
         """What the row has for the chat template."""
-        return {name: self.values[name] for name in ("tools", "chat_template_kwargs") if self.values.get(name)}
+        options = {"tools": self.tools, "chat_template_kwargs": self.chat_template_kwargs}
+        return {name: value for name, value in options.items() if value}
 
     def _render(self, tokenizer: PreTrainedTokenizerBase, **answers: Any) -> RenderedChat:
         """Apply the chat template, with the row's own tools and template options."""
-        options = {"tools": self._options.get("tools"), **self._options.get("chat_template_kwargs", {})}
+        options = {"tools": self.tools, **(self.chat_template_kwargs or {})}
         return render_chat(self.prompt, answers, tokenizer, options, self.where, template_time=self.template_time)
 
     def whole_ids(self, tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
@@ -97,16 +98,16 @@ def read_prompts(
     prompts: list[PromptRow] = []
     bad: list[str] = []
     for source in map(as_source, sources):
-        columns: set[str] = set()
+        shape, columns = source.prompt_shape, set[str]()
         for row in read_rows(source.path, None):
+            if not columns:  # the first row shows which columns the source has
+                shape = shape.of_source(row.values)
             columns.update(row.values)
             try:
-                values = _read(row, source.prompt_shape)
+                prompts.append(_read(row, shape, template_time))
             except BadRow as problem:
                 bad.append(f"{row.where}: {problem}")
-            else:
-                prompts.append(PromptRow(values["prompt"], values, row.where, template_time))
-        check_mapped(source.path, source.prompt_shape, columns)
+        check_mapped(source.path, shape, columns)
 
     if on_bad_row == "error":
         refuse_bad_rows(bad)
@@ -121,21 +122,22 @@ def prompts_hash(prompts: Sequence[PromptRow]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _read(row: Row, shape: Shape) -> dict[str, Any]:
-    """The row's values with its prompt, tools and options as they go to the chat template. Raises BadRow."""
+def _read(row: Row, shape: Shape, template_time: datetime | None) -> PromptRow:
+    """The prompt of a row, with its tools and options as they go to the chat template. Raises BadRow."""
     if row.problem:
         raise BadRow(row.problem)
-    values = shape.read_prompt(row.values)
+    read = shape.read_prompt(row.values)
 
-    prompt = values.get("prompt")
+    prompt = read.get("prompt")
     if prompt is None:
         raise BadRow("'prompt' is missing")
     check_text("prompt", prompt)
     if not prompt:
         raise BadRow("'prompt' is empty")
-    if "prompt" not in row.values and CONVERSATIONS in row.values and is_prefill(prompt):
-        raise BadRow(f"{CONVERSATIONS!r} ends with an assistant's message, must end with the user's to be a prompt")
 
-    # columns that the row does not have stay absent: the judge gets the row as it is
-    read = {"tools": read_tools(values), "chat_template_kwargs": read_template_options(values)}
-    return values | {name: value for name, value in read.items() if name in values}
+    # the judge gets the row as it is, with the prompt under its usual name
+    own = shape.columns.prompt is None and row.values.get("prompt") is not None
+    if not own and shape.columns.prompt is None and is_prefill(prompt):
+        raise BadRow(f"{CONVERSATIONS!r} ends with an assistant's message, must end with the user's to be a prompt")
+    values = row.values if own and shape.columns.system is None else row.values | {"prompt": prompt}
+    return PromptRow(prompt, values, row.where, template_time, read_tools(read), read_template_options(read))

@@ -11,14 +11,15 @@ and EOS are not added where the text has its own.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from sdpo_kernels.stepwise.common.errors import UserError
-from sdpo_kernels.stepwise.data.dropped import dropped
+from sdpo_kernels.stepwise.data.dropped import Dropped, dropped, is_changed, one_line
 from sdpo_kernels.stepwise.data.template_clock import apply_template
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 Messages = list[dict[str, Any]]
 
 THINK_START, THINK_END = "<think>", "</think>"
+# structures of conversations that a tokenizer's templates write whole, see dropped.py
+_KNOWN: WeakKeyDictionary[PreTrainedTokenizerBase, set[Hashable]] = WeakKeyDictionary()
+
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # read by templates that know reasoning
 
 
@@ -87,7 +91,9 @@ class RenderedChat:
     prompt: str
     answers: list[str]
     lost_reasoning: bool  # whether the reasoning of an answer is missing from its text
+    changed: bool  # whether an answer is there in another form only, although its reasoning is not missing
     lost_call_text: bool  # whether a text of the prompt next to a tool call is missing
+    ignored_tools: bool  # whether the template does not write the row's tools
 
 
 @dataclass(frozen=True)
@@ -98,11 +104,16 @@ class _Template:
     options: dict[str, Any]
     where: str
 
+    @property
+    def form(self) -> _Form:
+        """What the template that this row gets wants: its own, or one of several."""
+        text = self.tokenizer.get_chat_template(self.options.get("chat_template"), self.options.get("tools"))
+        return _form(self.tokenizer, text)
+
     def render(self, messages: Messages, ending: Mapping[str, Any]) -> str:
         """The text of a conversation; `ending` says what comes after the last message."""
-        if _wants_parts(self.tokenizer, str(self.tokenizer.chat_template)):
-            messages = _in_parts(messages)
         try:
+            messages = _in_parts(messages) if self.form.parts else messages
             return str(apply_template(self.tokenizer, messages, tokenize=False, **ending, **self.options))
         except Exception as error:  # a template is a program, which may raise anything
             reason = (str(error).splitlines() or [""])[0]
@@ -146,13 +157,22 @@ def render_chat(
 
     # the whole conversations contain the prompt; without answers, it is all there is to check
     lost_call_text = False
+    known = _KNOWN.setdefault(tokenizer, set())
     for place, (name, answer) in enumerate(answers.items(), start=1) if answers else [(0, ("", []))]:
-        messages = conversations[place]
-        missing = dropped(messages, texts[place], partial(template.render, ending=endings[place]))
-        lost_call_text |= _refuse_dropped(messages, missing, len(messages) - len(answer), name, where)
+        messages, again = conversations[place], partial(template.render, ending=endings[place])
+        missing = dropped(messages, texts[place], again, known, {**options, "template": tokenizer.chat_template})
+        n_prompt = len(messages) - len(answer)
+        lost_call_text |= _refuse_dropped(messages, missing, n_prompt, name, texts[0] if answers else "", where)
 
-    lost = [_loses_reasoning(messages[-1], text) for messages, text in zip(conversations[1:], texts[1:], strict=True)]
-    return RenderedChat(texts[0], texts[1:], any(lost), lost_call_text)
+    whole_texts = list(zip(conversations[1:], texts[1:], answers.values(), strict=True))
+    lost = any(_loses_reasoning(messages[-1], text) for messages, text, _ in whole_texts)
+    changed = not lost and any(
+        is_changed(message.get("content") or "", text)
+        for messages, text, answer in whole_texts
+        for message in messages[len(messages) - len(answer) :]
+    )
+    ignored_tools = bool(options.get("tools")) and template.form.no_tools
+    return RenderedChat(texts[0], texts[1:], lost, changed, lost_call_text, ignored_tools)
 
 
 def chat_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -170,6 +190,8 @@ def _is_continued(prompt: Messages, answers: Mapping[str, Messages], where: str)
     """Whether the answers continue the last message of the prompt. RowError if some do and others do not."""
     if not is_prefill(prompt):
         return False
+    if not answers and prompt[-1].get("tool_calls"):
+        raise RowError(f"{where}: 'prompt' ends with a tool call, must end with the tool's result or a user's message")
     others = {
         name: answer[0]["role"] for name, answer in answers.items() if answer and answer[0]["role"] != "assistant"
     }
@@ -202,20 +224,30 @@ def _no_continuation(where: str, reason: str) -> RowError:
     )
 
 
-@lru_cache(maxsize=8)
-def _wants_parts(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
-    """Whether the chat template, whose text is `template`, writes only contents that are lists of parts.
+class _Form(NamedTuple):
+    """What a chat template wants contents to be."""
 
-    Templates of vision models do (SmolVLM, Idefics 3, LLaVA-NeXT).
-    """
+    parts: bool  # lists of parts, as the templates of vision models (SmolVLM, Idefics 3, LLaVA-NeXT)
+    no_tools: bool  # tools are not written, so a model would not see them
 
-    def writes(content: Any) -> bool:
+
+@lru_cache(maxsize=16)
+def _form(tokenizer: PreTrainedTokenizerBase, template: str) -> _Form:
+    """The form of contents that a template writes, found by trying."""
+
+    def writes(*messages: dict[str, Any], tools: Any = None) -> bool:
         try:
-            return "Hello" in str(tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False))
+            text = tokenizer.apply_chat_template(list(messages), tools=tools, chat_template=template, tokenize=False)
+            return "Hello" in str(text)
         except Exception:  # a template is a program, which may raise anything
             return False
 
-    return not writes("Hello") and writes([{"type": "text", "text": "Hello"}])
+    user = {"role": "user", "content": "Hi"}
+    parts = not writes(user | {"content": "Hello"}) and writes(user | {"content": [{"type": "text", "text": "Hello"}]})
+
+    tool = {"name": "Hello", "description": "Hello", "parameters": {"type": "object", "properties": {}}}
+    tools = writes(user, tools=[{"type": "function", "function": tool}])
+    return _Form(parts, not tools)
 
 
 def _in_parts(messages: Messages) -> Messages:
@@ -225,22 +257,25 @@ def _in_parts(messages: Messages) -> Messages:
     ]
 
 
-def _refuse_dropped(messages: Messages, missing: Sequence[int], n_prompt: int, name: str, where: str) -> bool:
-    """RowError if the template drops a message, of which the first `n_prompt` are the prompt's, the others those of
-    the answer `name`.
+def _refuse_dropped(
+    messages: Messages, missing: Sequence[Dropped], n_prompt: int, name: str, prompt_text: str, where: str
+) -> bool:
+    """RowError for what the template drops of `messages`: `n_prompt` of the prompt, then those of the answer `name`.
 
     A text of the prompt next to a tool call is no error, since many templates write only the call: returns whether
-    there is one.
+    there is one. But if the prompt alone has it, the answer would start at the call.
     """
-    for index in missing:
-        in_prompt = index < n_prompt
+    for index, what in missing:
+        message, in_prompt = messages[index], index < n_prompt
         at = f"prompt[{index}]" if in_prompt else f"{name}[{index - n_prompt}]"
-        if not messages[index].get("tool_calls"):
+        if what == "call":
+            raise RowError(f"{where}: the chat template drops the tool call ({at}); use a template that writes them")
+        if not message.get("tool_calls"):
             raise RowError(
-                f"{where}: the chat template drops the message of role {messages[index]['role']!r} ({at}); rename the "
-                "role or change the template"
+                f"{where}: the chat template drops the message of role {message['role']!r} ({at}); rename the role or "
+                "change the template"
             )
-        if not in_prompt:
+        if not in_prompt or message["content"].strip() in prompt_text:
             raise RowError(
                 f"{where}: the chat template drops the text next to the tool call ({at}); leave it out or change the "
                 "template"
@@ -298,8 +333,4 @@ def _loses_reasoning(message: dict[str, Any], text: str) -> bool:
     before, end, _ = (message.get("content") or "").rpartition(THINK_END)
     parts = [before.rpartition(THINK_START)[2]] if end else []
     parts += [message[key] for key in REASONING_KEYS if isinstance(message.get(key), str)]
-    return any(_one_line(part) not in _one_line(text) for part in parts)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return any(one_line(part) not in one_line(text) for part in parts)

@@ -41,7 +41,7 @@ class Shape:
 
     columns: ColumnSettings = field(default_factory=ColumnSettings)
     implicit_prompt: bool = False
-    columns_optional: bool = False  # a row with none of the columns that the settings name is read without settings
+    columns_optional: bool = False  # a source with none of the columns that the settings name may have TRL's
 
     @property
     def names(self) -> set[str]:
@@ -58,6 +58,30 @@ class Shape:
             name for part in PARTS if getattr(self.columns, part) is not None for name in _names(self.columns, part)
         }
 
+    @property
+    def may_lack(self) -> set[str]:
+        """Those of `mapped` that a row can do without."""
+        return {
+            name
+            for part in ("system", "tools")
+            if getattr(self.columns, part) is not None
+            for name in _names(self.columns, part)
+        }
+
+    def of_source(self, columns: Iterable[str]) -> Shape:
+        """This shape, or TRL's if the columns are optional and none of `columns`, the source's, is named by them.
+
+        By the columns of prompt and answers alone: rows may lack a system message or tools.
+        """
+        wanted = {
+            name
+            for part in ("prompt", "chosen", "rejected")
+            if getattr(self.columns, part) is not None
+            for name in _names(self.columns, part)
+        }
+        is_other = self.columns_optional and wanted and not wanted & set(columns)
+        return Shape(implicit_prompt=self.implicit_prompt) if is_other else self
+
     def read(self, row: dict[str, Any]) -> dict[str, Any]:
         """`row` in TRL's schema; what its texts hold is checked by `pairs.py`. BadRow if it cannot be read.
 
@@ -69,9 +93,6 @@ class Shape:
         A row of prompts has no answers: `read_prompt`.
         """
         _refuse_media(row)
-        if self.columns_optional and not self.mapped & row.keys():
-            return Shape(implicit_prompt=self.implicit_prompt).read(row)
-
         values = self._renamed(row)
         for part in ("prompt", "chosen", "rejected"):
             if part in values:
@@ -85,8 +106,6 @@ class Shape:
     def read_prompt(self, row: dict[str, Any]) -> dict[str, Any]:
         """`row` with its prompt, tools and options as `read` would give them; its other columns stay as they are."""
         _refuse_media(row)
-        if self.columns_optional and not self.mapped & row.keys():
-            return Shape().read_prompt(row)
 
         # answers may be there, and are not looked at
         values = self._renamed({name: value for name, value in row.items() if name not in ("chosen", "rejected")})
@@ -108,7 +127,7 @@ class Shape:
                 continue
             values[part] = row[names[0]] if len(names) == 1 else _joined(part, names, row)
 
-        if "prompt" not in values and isinstance(row.get(CONVERSATIONS), list):
+        if values.get("prompt") is None and isinstance(row.get(CONVERSATIONS), list):
             values["prompt"] = row[CONVERSATIONS]
         return values
 
@@ -224,13 +243,15 @@ def _same_kind(values: dict[str, Any], with_system: bool) -> dict[str, Any]:
 
     if "prompt" not in values and not (kinds.get("chosen") and kinds.get("rejected")):
         raise BadRow("columns.system: needs a prompt column, to stand before its messages")
+    if "prompt" not in values and values["chosen"][:1] != values["rejected"][:1]:
+        raise BadRow("'chosen' and 'rejected' share no first message; a conversation needs at least one before them")
 
     # without a prompt column the messages that both answers start with are the prompt
     for beginning in ["prompt"] if "prompt" in values else ["chosen", "rejected"]:
         messages = values[beginning]
-        if not isinstance(messages, list):
+        if not isinstance(messages, list) or not messages:
             continue  # pairs.py refuses it
-        if messages and isinstance(messages[0], dict) and messages[0].get("role") == "system":
+        if isinstance(messages[0], dict) and messages[0].get("role") == "system":
             raise BadRow(f"columns.system: {beginning!r} has a system message of its own")
         values = values | {beginning: [{"role": "system", "content": system}, *messages]}
     return values

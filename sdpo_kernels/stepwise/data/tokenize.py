@@ -20,13 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdpo_kernels.stepwise.common.errors import UserError
-from sdpo_kernels.stepwise.data.pair_notes import LOST_CALL_TEXT, LOST_REASONING, NO_PREFIX, PairNotes
+from sdpo_kernels.stepwise.data.pair_notes import NO_END, NO_PREFIX, PairNotes
 from sdpo_kernels.stepwise.data.pairs import Pair
 from sdpo_kernels.stepwise.data.render import RenderedChat, RowError, chat_ids, ended, plain_ids, render_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_END = 4  # tokens at the end of a conversation among which its end token is, before line breaks
 _CHUNK = 1000  # pairs per call of the tokenizer, which processes the texts of a call in parallel
 
 
@@ -157,8 +158,7 @@ class _RawPair(NamedTuple):
     prompt: list[int]
     chosen: list[int]  # prompt + completion
     rejected: list[int]
-    lost_reasoning: bool = False  # whether the chat template left out an answer's reasoning
-    lost_call_text: bool = False  # whether it left out a text of the prompt next to a tool call
+    chat: RenderedChat | None = None  # None: plain text
 
 
 def tokenize_pairs(
@@ -184,6 +184,10 @@ def tokenize_pairs(
     """
     _check_tokenizer(pairs, tokenizer)
 
+    # with chat templates another token than EOS may end a turn
+    ends = {place for place, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ends |= set(tokenizer.all_special_ids)
+
     made = _Made()
     notes = PairNotes()
     for index, raw in enumerate(_raw_pairs(pairs, tokenizer, template_time)):
@@ -196,13 +200,11 @@ def tokenize_pairs(
 
         # both sides share one prompt length, as in TRL
         prompt_length = min(_common_prefix(raw.prompt, raw.chosen), _common_prefix(raw.prompt, raw.rejected))
-        notes.look_at(pair)
+        notes.look_at(pair, raw.chat)
         if prompt_length < len(raw.prompt):
             notes.add(pair, NO_PREFIX)
-        if raw.lost_reasoning:
-            notes.add(pair, LOST_REASONING)
-        if raw.lost_call_text:
-            notes.add(pair, LOST_CALL_TEXT)
+        if raw.chat is not None and not ends & {*raw.chosen[-_END:], *raw.rejected[-_END:]}:
+            notes.add(pair, NO_END)
 
         whole = [TokenizedSequence(np.asarray(ids, dtype=np.int32), prompt_length) for ids in raw[1:3]]
         cut = [_truncate(sequence, max_length, truncation) for sequence in whole]
@@ -298,7 +300,7 @@ def _raw_pairs(
         ids = chat_ids([text for chat in chats.values() for text in (chat.prompt, *chat.answers)], tokenizer)
         for place, (i, chat) in enumerate(chats.items()):
             prompt, chosen, rejected = ids[3 * place : 3 * place + 3]
-            raw[i] = _RawPair(prompt, chosen, rejected, chat.lost_reasoning, chat.lost_call_text)
+            raw[i] = _RawPair(prompt, chosen, rejected, chat)
 
         yield from (raw[i] for i in range(len(chunk)))
 

@@ -44,15 +44,15 @@ class Space:
 def check_space(space: Space, folder: Path, stages: int) -> str | None:
     """A warning if two checkpoints and the run's unfinished stages do not fit on the disk of `folder`; otherwise None.
 
-    UserError if not even one checkpoint or finished stage fits. A run that has a checkpoint already may need no other.
+    UserError if not even one checkpoint or finished stage fits. The last stage may need no further checkpoint.
     """
     missing = stages - len(list(folder.glob("stage-*/stage.json")))
     if missing <= 0:
         return None
 
     free = shutil.disk_usage(_existing(folder)).free
-    saved = any(folder.glob(".stage-*/checkpoint-*"))
-    least = space.finished if saved else max(space.checkpoint, space.finished)
+    last_is_saved = missing == 1 and any(folder.glob(".stage-*/checkpoint-*"))
+    least = space.finished if last_is_saved else max(space.checkpoint, space.finished)
     whole = 2 * space.checkpoint + missing * space.finished
     needs = (
         f"{write_bytes(free)} are free on the disk of {folder}; a checkpoint takes about "

@@ -134,6 +134,7 @@ def score_answers(ctx: SourceContext, questions: Sequence[Question], model: str)
         max_length=config.max_length,
         truncation=config.truncation,
         drop_equal=False,
+        on_bad_row="skip",  # an answer that the chat template refuses counts like one with nothing to score
         template_time=ctx.template_time,
     )
 

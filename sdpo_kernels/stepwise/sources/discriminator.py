@@ -107,6 +107,11 @@ class Discriminator:
             )  # fmt: skip
         self.model.to(ctx.scorer.device)
 
+    def _labelled(self, label: PairRow) -> PromptRow:
+        """The prompt of a label, with what the chat template got."""
+        options = {name: label.get(name) for name in ("tools", "chat_template_kwargs")}
+        return PromptRow(label["prompt"], label, "", self.ctx.template_time, **options)
+
     def _ids(self, row: PromptRow, text: str) -> list[int]:
         return encode(row, text, self.ctx.tokenizer, self.ctx.scorer.config.max_length)
 
@@ -133,7 +138,7 @@ class Discriminator:
         pairs = [
             [self._ids(row, _text(label[side])) for side in ("chosen", "rejected")]
             for label in gold
-            for row in [PromptRow(label["prompt"], label, "", self.ctx.template_time)]
+            for row in [self._labelled(label)]
         ]
 
         # its own generator for the order, so that the same labels give the same scorer

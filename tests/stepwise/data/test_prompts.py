@@ -53,9 +53,23 @@ def test_generation_and_training_see_the_same_tokens(tmp_path, tools):
         assert ids.tolist() == row.whole_ids(tokenizer, "four")
 
 
-def test_the_judge_gets_the_whole_row(tmp_path):
-    rows = {"prompt": "q", "answer": "a", "tests": {"in": None}}, {"prompt": "p", "chosen": "x", "rejected": [1]}
-    assert [row.values for row in read(tmp_path, *rows)] == list(rows)
+def test_the_judge_gets_the_whole_row_as_it_is(tmp_path):
+    """So does the hash of the prompts."""
+    talk = [{"role": "user", "content": "q", "name": None}]
+    rows = [
+        {"prompt": "q", "answer": "a", "tests": {"in": None}},
+        {"prompt": "p", "chosen": "x", "rejected": [1]},
+        {"prompt": talk, "tools": [], "chat_template_kwargs": {"a": None}},
+    ]
+    found = read(tmp_path, *rows)
+    assert [row.values for row in found] == rows
+    assert (found[2].prompt, found[2].tools, found[2].chat_template_kwargs) == (
+        [{"role": "user", "content": "q"}],
+        None,
+        {},
+    )
+    (renamed,) = read(tmp_path, {"question": "q", "n": 1}, shape=Shape(ColumnSettings(prompt=("question",))))
+    assert renamed.values == {"question": "q", "n": 1, "prompt": "q"}
 
 
 def test_columns_name_prompt_and_system(tmp_path):
@@ -88,6 +102,24 @@ def test_bad_rows_say_why(tmp_path, row, problem):
     assert str(raised.value).startswith(f"{tmp_path}/prompts.jsonl:1: ")
     assert problem in str(raised.value)
     assert [kept.prompt for kept in read(tmp_path, row, {"prompt": "fine"}, on_bad_row="skip")] == ["fine"]
+
+
+@pytest.mark.parametrize("conversations", [None, 3, [{"from": "gpt", "value": "Hi."}]])
+def test_conversations_beside_a_prompt_are_another_column(tmp_path, conversations):
+    messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "It is"}]
+    shape = Shape(ColumnSettings(prompt=("question",)))
+    for question in ("2+2?", messages):
+        (row,) = read(tmp_path, {"question": question, "conversations": conversations}, shape=shape)
+        assert row.prompt == question
+
+
+def test_the_runs_columns_are_optional(tmp_path):
+    shape = Shape(ColumnSettings(prompt=("question",), system="system"), columns_optional=True)
+    assert read(tmp_path, {"prompt": "q"}, {"prompt": "r", "system": "s"}, shape=shape)[1].prompt == "r"
+    (row,) = read(tmp_path, {"question": "q"}, shape=shape)
+    assert row.prompt == [{"role": "user", "content": "q"}]
+    with pytest.raises(UserError, match="'prompt' is empty"):
+        read(tmp_path, {"question": [], "system": "s"}, shape=shape)
 
 
 def test_sharegpt_conversations_that_end_with_the_user_are_prompts(tmp_path):

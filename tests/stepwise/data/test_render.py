@@ -17,7 +17,7 @@ MINIMIND = Path(__file__).resolve().parents[4] / "shared" / "data" / "tokenizers
 # strips contents; results of tools as JSON; any other role is dropped
 LLAMA = """{{ bos_token }}{% for m in messages %}
 {%- if m.role in ["system", "user", "assistant"] %}
-{{- "<|start|>" + m.role + "<|end|>\n\n" + m.content | trim + eos_token }}
+{{- "<|start|>" + m.role + "<|end|>\n\n" + m.content | trim }}{{ m.tool_calls | tojson if m.tool_calls }}{{ eos_token }}
 {%- elif m.role == "tool" %}{{ "<|start|>ipython<|end|>\n\n" }}{{ m.content | tojson }}{{ eos_token }}{% endif %}
 {%- endfor %}{% if add_generation_prompt %}{{ "<|start|>assistant<|end|>\n\n" }}{% endif %}"""
 
@@ -179,6 +179,99 @@ def test_text_next_to_a_tool_call_is_a_warning_in_prompts_and_an_error_in_answer
     )
 
 
+def test_text_next_to_a_tool_call_that_the_prompt_alone_has_is_an_error():
+    """As in gpt-oss's template: the answers would start at the call."""
+    drops_with_answer = """{% for m in messages %}{{ m.role }}: {% if m.tool_calls and (messages | last) != m
+    and (messages | last).role == "assistant" %}{{ m.tool_calls | tojson }}{% else %}{{ m.content }}
+    {{- m.tool_calls | tojson if m.tool_calls }}{% endif %}{{ eos_token }}{% endfor %}"""
+    call = {"role": "assistant", "content": "Let me look.", "tool_calls": [{"name": "look"}]}
+    prompt = [*turns("user: Weather?"), call, *turns("tool: grey")]
+    expected = "d.jsonl:3: the chat template drops the text next to the tool call (prompt[1]); leave it out or"
+    assert refusal(pair(prompt, *ANSWERS), tokenizer_of(drops_with_answer)).startswith(expected)
+
+
+def test_a_message_that_the_template_writes_itself_is_no_message_of_the_data():
+    """Qwen 2.5 has this text as its default system message; the data's has the role developer."""
+    helpful = "You are a helpful assistant."
+    default = QWEN.replace(
+        "{% for m", "{% if messages[0].role != 'system' %}<|start|>system\n" + helpful + "\n{% endif %}{% for m", 1
+    )
+    prompt = turns(f"developer: {helpful}", "user: What is two plus two?")
+    answers = turns("assistant: It is certainly four."), turns("assistant: It is certainly five.")
+    assert refusal(pair(prompt, *answers), tokenizer_of(default)) == DROPPED.format("developer", "prompt[0]")
+
+
+def test_the_second_conversation_of_a_structure_is_looked_at_too():
+    """The template drops a message by its content."""
+    picky = QWEN.replace(
+        '["system", "user", "assistant"]', '["system", "user", "assistant"] and "secret" not in content'
+    )
+    tokenizer = tokenizer_of(picky)
+    texts(pair(turns("user: What is 2+2?"), *ANSWERS), tokenizer)
+    secret = pair(turns("user: What is the secret?"), *ANSWERS)
+    assert refusal(secret, tokenizer) == DROPPED.format("user", "prompt[0]")
+
+
+def test_a_template_that_refuses_marks_does_not_hide_what_it_drops():
+    strict = QWEN.replace(
+        "{% for m in messages %}",
+        """{% for m in messages %}
+{%- if m.role == "user" and not m.content.endswith("?") %}{{ raise_exception("no question") }}{% endif %}""",
+        1,
+    )
+    prompt = turns("human: Be brief and kind.", "user: What is 2+2?")
+    assert refusal(pair(prompt, *ANSWERS), tokenizer_of(strict)) == DROPPED.format("human", "prompt[0]")
+
+
+CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "w", "arguments": {}}}],
+}
+NO_CALL = "d.jsonl:3: the chat template drops the tool call ({}); use a template that writes them"
+
+
+def test_a_dropped_tool_call_is_an_error():
+    """Otherwise an empty turn would be trained."""
+    prompt = [*turns("user: Weather?"), CALL, *turns("tool: grey")]
+    plain = QWEN.replace('"assistant"] %}<', '"assistant", "tool"] %}<')
+    assert refusal(pair(prompt, *ANSWERS), tokenizer_of(plain)) == NO_CALL.format("prompt[1]")
+    assert refusal(pair(turns("user: Weather?"), [CALL], ANSWERS[1]), tokenizer_of(plain)) == NO_CALL.format(
+        "chosen[0]"
+    )
+
+
+def test_tools_that_the_template_does_not_write_are_a_warning():
+    one = Pair(turns("user: Weather?"), *ANSWERS, "d.jsonl:3", tools=[{"type": "function", "function": {"name": "w"}}])
+    (warning,) = tokenized(one, tokenizer_of(QWEN)).warnings
+    assert warning.endswith(
+        "the chat template does not write the row's tools, so the model does not see them; change the template"
+    )
+    tools = QWEN.replace("{% for m", "{{ tools | tojson if tools }}{% for m", 1)
+    assert tokenized(one, tokenizer_of(tools)).warnings == []
+
+
+def test_a_template_without_an_end_token_is_a_warning():
+    (warning,) = tokenized(
+        pair(turns("user: 2+2?"), *ANSWERS), tokenizer_of(QWEN.replace("{{ eos_token }}", ""))
+    ).warnings
+    assert "the chat template writes no end token after the answer" in warning
+
+
+def test_an_answer_of_which_a_part_is_dropped_is_a_warning():
+    """Gemma's channels; the end of the answer is there."""
+    channels = QWEN.replace("set content = m.content", "set content = m.content.split('<channel|>')[-1]")
+    answers = turns("assistant: <|channel>thought I add.<channel|>It is four."), turns("assistant: five")
+    (warning,) = tokenized(pair(turns("user: What is 2+2?"), *answers), tokenizer_of(channels)).warnings
+    assert "the chat template changes an answer (it leaves out a part of it" in warning
+
+
+def test_generation_cannot_start_after_a_tool_call():
+    row = PromptRow([*turns("user: Weather?"), CALL], {}, "d.jsonl:3")
+    with pytest.raises(UserError, match=r"d\.jsonl:3: 'prompt' ends with a tool call, must end with the tool's result"):
+        row.ids(tokenizer_of(LLAMA))
+
+
 # What templates may do with contents
 
 
@@ -213,8 +306,17 @@ def test_a_template_that_wants_parts_gets_them():
     )
     prefilled = pair(turns("user: What is 2+2?", "assistant: It is"), turns("assistant:  4"), turns("assistant:  5"))
     assert texts(prefilled, tokenizer_of(PARTS))[1:] == (" 4</s>", " 5</s>")
-    image = pair(turns("human: What is 2+2?"), *ANSWERS)
-    assert texts(image, tokenizer_of(PARTS))[0] == "human: What is 2+2?</s>assistant:"
+
+
+def test_a_rows_own_template_decides_about_parts():
+    own = Pair(turns("user: What is 2+2?"), *ANSWERS, "d.jsonl:3", chat_template_kwargs={"chat_template": NO_REASONING})
+    assert texts(own, tokenizer_of(PARTS))[0] == "user: What is 2+2?</s>"
+    several = tokenizer_of()
+    several.chat_template = {"default": PARTS, "tool_use": "{{ tools | tojson }}" + NO_REASONING}
+    tools = [{"type": "function", "function": {"name": "w"}}]
+    with_tools = Pair(turns("user: What is 2+2?"), *ANSWERS, "d.jsonl:3", tools=tools)
+    assert texts(with_tools, several)[0].endswith("user: What is 2+2?</s>")
+    assert texts(pair(turns("user: What is 2+2?"), *ANSWERS), several)[0] == "user: What is 2+2?</s>assistant:"
 
 
 def test_contents_may_be_stripped():
@@ -224,9 +326,9 @@ def test_contents_may_be_stripped():
 
 
 def test_whitespace_within_contents_may_change():
-    joining = "{% for m in messages %}{{ m.role }}: {{ m.content.split() | join(' ') }}\n{% endfor %}"
+    joining = "{% for m in messages %}{{ m.role }}: {{ m.content.split() | join(' ') + eos_token }}\n{% endfor %}"
     prompt = turns("user: What\n\n  is 2+2?")
-    assert texts(pair(prompt, *ANSWERS), tokenizer_of(joining))[0] == "user: What is 2+2?\n"
+    assert texts(pair(prompt, *ANSWERS), tokenizer_of(joining))[0] == "user: What is 2+2?</s>\n"
 
 
 def test_the_system_message_may_be_moved():
@@ -427,8 +529,10 @@ def test_an_own_bos_gives_way_to_the_templates(template):
 
 def test_an_own_bos_stays_with_a_template_that_writes_none():
     bare = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
-    assert texts(pair(turns("user: <s>Once"), *ANSWERS), tokenizer_of(bare)) == ("<s>Once\n", "four\n", "five\n")
-    assert texts(pair(turns("user: <s><s>Once"), *ANSWERS), tokenizer_of(bare))[0] == "<s>Once\n"
+    answers = turns("assistant: four</s>"), turns("assistant: five</s>")
+    expected = ("<s>Once\n", "four</s>\n", "five</s>\n")
+    assert texts(pair(turns("user: <s>Once"), *answers), tokenizer_of(bare)) == expected
+    assert texts(pair(turns("user: <s><s>Once"), *answers), tokenizer_of(bare))[0] == "<s>Once\n"
     for end in ("</s>", "</s></s>"):
         ended = turns(f"assistant: four{end}"), turns(f"assistant: five{end}")
         expected = "Once\n", "four</s>\n", "five</s>\n"

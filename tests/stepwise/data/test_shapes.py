@@ -164,6 +164,23 @@ def test_a_null_prompt_next_to_conversations_is_no_prompt():
     assert PLAIN.read(plain) == plain  # pairs.py refuses it
 
 
+@pytest.mark.parametrize("kept", ["no prompt", "null prompt"])
+def test_conversations_beside_a_prompt_that_is_null_are_the_prompt(kept):
+    row = {
+        "conversations": [{"from": "human", "value": "Weather?"}],
+        "chosen": [answer("a")],
+        "rejected": [answer("b")],
+    }
+    assert PLAIN.read(row if kept == "no prompt" else row | {"prompt": None})["prompt"] == [user("Weather?")]
+
+
+@pytest.mark.parametrize("first", [answer, user])
+def test_a_system_message_alone_is_no_prompt(first):
+    row = {"system": "s", "chosen": [first("a"), answer("c")], "rejected": [first("b"), answer("d")]}
+    with pytest.raises(BadRow, match="'chosen' and 'rejected' share no first message"):
+        SYSTEM_ONLY.read(row)
+
+
 def test_a_system_message_stands_before_conversations_without_a_prompt_column():
     row = {"system": SYSTEM["content"], "chosen": [user("q"), answer("a")], "rejected": [user("q"), answer("b")]}
     read = SYSTEM_ONLY.read(row)
@@ -179,11 +196,18 @@ def test_columns_of_other_data_are_optional_where_they_are_inherited():
     """The run's columns are those of its training data: other files may have TRL's names, or those."""
     shape = Shape(ORCA.columns, columns_optional=True)
     trl = {"prompt": "q", "chosen": "a", "rejected": "b"}
-    assert shape.read(trl) == trl
-    orca = {"question": "q", "system": "s", "chosen": "a", "rejected": "b"}
-    assert shape.read(orca) == ORCA.read(orca)
-    with pytest.raises(BadRow, match=r"columns\.prompt: the row has no column 'question'"):
-        shape.read(trl | {"system": "s"})
+    assert shape.of_source(trl).read(trl) == trl
+    assert shape.of_source(trl | {"system": "s"}).columns == ColumnSettings()
+    orca = {"question": "q", "chosen": "a", "rejected": "b"}
+    assert shape.of_source(orca) is shape
+    assert ORCA.of_source(trl) is ORCA
+
+
+def test_a_system_message_that_is_missing_changes_nothing_about_the_source():
+    """Rows with and without one stay conversations."""
+    shape = Shape(ColumnSettings(system="system"), columns_optional=True)
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    assert shape.of_source(row).read(row)["prompt"] == [user("q")]
 
 
 def test_an_empty_list_of_tool_calls_is_none():

@@ -122,7 +122,9 @@ def test_a_prompt_that_is_not_a_prefix_ends_where_the_texts_differ(characters):
     pairs = [chat("ab", "cd", "cce", chat_template_kwargs={"hint": True}), chat("ab", "c", "d")]
     tokens = tokenize(pairs, characters)
     assert tokens[0].chosen.prompt_length == tokens[0].rejected.prompt_length == tokens[1].chosen.prompt_length + 1
-    (warning,) = tokens.warnings
+    warning, no_end = tokens.warnings
+    assert "2 of 2 pairs" in no_end
+    assert "writes no end token" in no_end
     assert warning.startswith("1 of 2 pairs (first: d.jsonl:1): the tokenised prompt is not a prefix of")
 
 
