@@ -7,7 +7,6 @@ loaded first.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import struct
 from collections.abc import Callable
@@ -15,22 +14,12 @@ from pathlib import Path
 
 import torch
 
+from sdpo_kernels.backends.source_digest import source_digest
+
 PACKAGE = Path(__file__).resolve().parents[1]
 CUDA_LIBRARY = PACKAGE / "_cuda.so"
 LIBRARY = Path(os.environ.get("SDPO_NATIVE_LIBRARY", PACKAGE / "_cpu.so"))  # `make sanitize` sets another one
 SOURCES = PACKAGE.parent / "csrc"  # in a checkout; next to an installed wheel it may belong to something else
-SUFFIXES = (".cpp", ".h", ".inl", ".cu", ".cuh")
-
-
-def source_digest(sources: Path, cuda: bool) -> str:
-    """A digest of the files under `sources` that go into a library."""
-    digest = hashlib.sha256()
-    other = "cpu" if cuda else "cuda"
-    for path in sorted(path for path in sources.rglob("*") if path.suffix in SUFFIXES):
-        name = path.relative_to(sources)
-        if name.parts[0] != other:
-            digest.update(name.as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def is_checkout() -> bool:
