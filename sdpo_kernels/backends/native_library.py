@@ -31,7 +31,7 @@ def how_to_build() -> str:
     """The command that rebuilds the library of this installation."""
     if is_checkout():
         return f"cd {SOURCES.parent} && python setup.py build_ext --inplace"
-    return "python -m pip install --no-build-isolation --no-deps --force-reinstall --no-binary :all: sdpo-kernels"
+    return "python -m pip install --no-deps --force-reinstall --no-binary sdpo-kernels sdpo-kernels"
 
 
 def is_whole(library: Path) -> bool:
@@ -60,7 +60,7 @@ def load_cuda() -> str | None:
 
 def _load(library: Path, compiler: str, built_from: Callable[[], str], cuda: bool) -> str | None:
     if not library.exists():
-        return f"{library} does not exist (built at installation if {compiler} is found); to build it: {how_to_build()}"
+        return f"no library was built ({library} does not exist); with {compiler} installed, run: {how_to_build()}"
 
     # the library exists: from here on a problem is an error, not a reason to use another backend
     if not is_whole(library):

@@ -24,6 +24,7 @@ from sdpo_kernels.stepwise.data.order import StageData, order_stages
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
 from sdpo_kernels.stepwise.post.after_run import check_start, post_done, run_post
 from sdpo_kernels.stepwise.prepare import Prepared, prepare
+from sdpo_kernels.stepwise.record.environment import run_backend
 from sdpo_kernels.stepwise.record.expo_record import expo_line
 from sdpo_kernels.stepwise.record.manifest import Record
 from sdpo_kernels.stepwise.record.template_time import template_time
@@ -39,7 +40,7 @@ from sdpo_kernels.stepwise.state import Run, Stage, open_run
 def run(config: RunConfig, reporter: Reporter | None = None) -> Record:
     """Train the stages of `config` that are not done, and return the manifest.
 
-    1. Read and check all input.
+    1. Name the backend; read and check all input.
     2. Lock the run's folder; order the stages, which may need scores of the initial model.
     3. Create the run or reopen it, and remove what a kill left behind.
     4. Evaluate the initial model, then train the stages one after another.
@@ -58,6 +59,7 @@ def run(config: RunConfig, reporter: Reporter | None = None) -> Record:
 
 
 def _run(config: RunConfig, folder: Path, reporter: Reporter) -> Record:
+    reporter.say(f"backend: {run_backend(config)}")
     # an input that only one node lacks is an error on all ranks
     now = ranks.on_first(lambda: template_time(config))
     prepared = ranks.agree(lambda: _checked(config, now))
