@@ -40,7 +40,7 @@ from sdpo_kernels.stepwise.state import Run, Stage, open_run
 def run(config: RunConfig, reporter: Reporter | None = None) -> Record:
     """Train the stages of `config` that are not done, and return the manifest.
 
-    1. Name the backend; read and check all input.
+    1. Read and check all input.
     2. Lock the run's folder; order the stages, which may need scores of the initial model.
     3. Create the run or reopen it, and remove what a kill left behind.
     4. Evaluate the initial model, then train the stages one after another.
@@ -59,7 +59,6 @@ def run(config: RunConfig, reporter: Reporter | None = None) -> Record:
 
 
 def _run(config: RunConfig, folder: Path, reporter: Reporter) -> Record:
-    reporter.say(f"backend: {run_backend(config)}")
     # an input that only one node lacks is an error on all ranks
     now = ranks.on_first(lambda: template_time(config))
     prepared = ranks.agree(lambda: _checked(config, now))
@@ -83,6 +82,7 @@ def _run(config: RunConfig, folder: Path, reporter: Reporter) -> Record:
         # `sdpo report` may have written one already; after a kill it must not pass for the final one
         if ranks.is_first():
             (folder / "report.html").unlink(missing_ok=True)
+        reporter.say(f"backend: {run_backend(config)}")
         _train(state, stages)
         ranks.on_first(lambda: run_post(state))
         if ranks.is_first():
