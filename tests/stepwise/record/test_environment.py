@@ -45,8 +45,6 @@ def test_a_changed_environment_is_a_warning():
 def test_the_backend_is_that_of_the_runs_precision(monkeypatch):
     """The native kernels take no float16, and SDPO_BACKEND is what `auto` means."""
     half = CONFIG.model_copy(update={"trainer": CONFIG.trainer | {"fp16": True}})
-    assert run_environment(half)["backend"] == (
-        "eager; native skipped: it takes float32 and bfloat16, not float16"
-    )
+    assert run_environment(half)["backend"] == ("eager; native skipped: it takes float32 and bfloat16, not float16")
     monkeypatch.setenv("SDPO_BACKEND", "eager")
     assert run_environment(CONFIG)["backend"] == "eager"
