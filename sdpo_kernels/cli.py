@@ -16,10 +16,14 @@ from sdpo_kernels.version import __version__
 
 app = typer.Typer(
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Stepwise DPO (arXiv 2403.19270): preference training in stages, with one model in memory.",
 )
+
+# an unknown option becomes an override, so that `_settings` can say how settings are overridden
+_TAKES_OVERRIDES = {"ignore_unknown_options": True}
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="RUN.YAML", help="The run's settings.")]
 Overrides = Annotated[
@@ -28,14 +32,14 @@ Overrides = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and warnings only.")]
 
 
-@app.command()
+@app.command(context_settings=_TAKES_OVERRIDES)
 def train(config: ConfigFile, overrides: Overrides = None, quiet: Quiet = False) -> None:
     """Train all stages. Run the same command again after a crash: it resumes where it stopped."""
     from sdpo_kernels.stepwise.common.progress import Reporter
     from sdpo_kernels.stepwise.run import run
     from sdpo_kernels.stepwise.settings.run_file import load_config
 
-    settings = load_config(config, overrides or [])
+    settings = load_config(config, _settings(overrides))
     try:
         run(settings, Reporter(quiet))
     except KeyboardInterrupt:
@@ -43,17 +47,17 @@ def train(config: ConfigFile, overrides: Overrides = None, quiet: Quiet = False)
         raise Interrupted("stopped; run the same command again to resume") from None
 
 
-@app.command()
+@app.command(context_settings=_TAKES_OVERRIDES)
 def check(config: ConfigFile, overrides: Overrides = None) -> None:
     """Read config, data and tokenizer, and print what `train` would do, without training."""
     from sdpo_kernels.stepwise.check import check_run
     from sdpo_kernels.stepwise.common.progress import Reporter
     from sdpo_kernels.stepwise.settings.run_file import load_config
 
-    check_run(load_config(config, overrides or []), Reporter())
+    check_run(load_config(config, _settings(overrides)), Reporter())
 
 
-@app.command()
+@app.command(context_settings=_TAKES_OVERRIDES)
 def score(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -67,7 +71,7 @@ def score(
     from sdpo_kernels.stepwise.score import score_run
     from sdpo_kernels.stepwise.settings.run_file import load_config
 
-    score_run(load_config(config, overrides or []), model or [], data or [], as_json=json_output)
+    score_run(load_config(config, _settings(overrides)), model or [], data or [], as_json=json_output)
 
 
 @app.command()
@@ -126,6 +130,19 @@ def info() -> None:
     from sdpo_kernels.info import info_text
 
     typer.echo(info_text())
+
+
+def _settings(overrides: list[str] | None) -> list[str]:
+    """The overrides 'key=value' of a command line. Raises UserError for an option, with what to write instead."""
+    given = overrides or []
+    for at, text in enumerate(given):
+        if not text.startswith("-"):
+            continue
+        name, equals, value = text.lstrip("-").partition("=")
+        if not equals:  # the value is the next word
+            value = next((word for word in given[at + 1 :] if not word.startswith("-")), "VALUE")
+        raise UserError(f"{text}: no such option; settings are overridden as key=value: {name}={value}")
+    return given
 
 
 def _version(wanted: bool) -> None:

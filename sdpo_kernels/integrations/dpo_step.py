@@ -29,9 +29,8 @@ from sdpo_kernels.token_weights import agreement_weights, length_weights
 class DPOStepOutput(DPOOutput):
     """The fields of `DPOOutput`, and an attribute of its own, which is not one of the tuple's fields."""
 
-    aux_loss: Tensor | None = (
-        None  # scalar, detached: of a mixture of experts; `loss` contains it, times its coefficient
-    )
+    # scalar, detached: of a mixture of experts; `loss` contains it, times its coefficient
+    aux_loss: Tensor | None = None
 
 
 def score_pairs(
@@ -47,7 +46,9 @@ def score_pairs(
 
     Args:
         model: with its fused head attached (`attach_fused_head`), wrapped or not.
-        input_ids, labels: [2B, T] int64, chosen half first; attention_mask: [2B, T], 0 for padding, on either side.
+        input_ids: [2B, T] int64, chosen half first.
+        labels: [2B, T] int64, as transformers has them: not shifted, −100 for tokens that are not scored.
+        attention_mask: [2B, T], 0 for padding, on either side; None: no padding.
         without_adapter: score a PEFT model with its adapter off: the reference of a LoRA run.
         ld_alpha: the weight of tokens beyond the pair's shorter answer, for the reference of the loss ld_dpo.
 
@@ -85,6 +86,9 @@ def dpo_step(
     if ref_logps is None and not wanted.reference_free:
         raise ValueError(f"ref_logps: was None, must be given: the loss {wanted.label!r} reads the reference")
 
+    if not isinstance(ref_logps, Tensor | None):
+        raise ValueError(f"ref_logps: was a {type(ref_logps).__name__}, must be a tensor [2B]")
+
     scored = _score(model, input_ids, labels, attention_mask, wanted, wanted.ld_alpha)
     ref_logps = torch.zeros_like(scored.sums) if ref_logps is None else ref_logps
     out = pair_output(
@@ -116,7 +120,7 @@ def _score(
     wanted: LossSum | None,
     ld_alpha: float | None,
 ) -> _Scored:
-    _check(model, input_ids, labels)
+    _check(model, input_ids, labels, attention_mask)
     end = labels.new_full((len(labels), 1), IGNORE_INDEX)
     targets = torch.cat([labels[:, 1:], end], 1)  # position t predicts token t + 1
     rows = ScoredRows.from_labels(targets)
@@ -141,9 +145,14 @@ def _score(
     return _Scored(sums, rows, pair_weights, out.aux_loss)
 
 
-def _check(model: nn.Module, input_ids: Tensor, labels: Tensor) -> None:
+def _check(model: nn.Module, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None) -> None:
     if "_sdpo_fused" not in unwrap(model).__dict__:
         raise ValueError(f"model: was a {type(unwrap(model)).__name__} without a fused head; call attach_fused_head")
+    for name, value in (("input_ids", input_ids), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name}: was a {type(value).__name__}, must be an int64 tensor [2B, T]")
+    if not isinstance(attention_mask, Tensor | None):
+        raise ValueError(f"attention_mask: was a {type(attention_mask).__name__}, must be a tensor [2B, T]")
     if input_ids.dim() != 2 or len(input_ids) < 2 or len(input_ids) % 2:
         raise ValueError(f"input_ids: was of shape {list(input_ids.shape)}, must be [2B, T], chosen half first")
     if labels.shape != input_ids.shape:

@@ -40,10 +40,14 @@ STATEFUL_CLASS = re.compile(
 PROBE_LENGTHS = (7, 6)
 
 
-def use_packed_attention(model: nn.Module) -> str | None:
+def use_packed_attention(model: nn.Module, *, only: str | None = None) -> str | None:
     """Switch `model` to an attention that keeps the sequences of one packed row apart.
 
     Call it before DDP or FSDP wrap the model, under the autocast used for training.
+
+    Args:
+        model: A causal language model of transformers.
+        only: The name of the one attention to use, such as "flash_attention_2"; None: the fastest that is right.
 
     Returns:
         None if the model was switched; else why it cannot be. In that case the model is unchanged and needs padded
@@ -59,6 +63,12 @@ def use_packed_attention(model: nn.Module) -> str | None:
     sequences = _probe_sequences(base)
     with evaluating(base):
         alone = [_hidden(head, [ids]) for ids in sequences]
+
+    if only is not None:
+        reason = _try(base, head, only, sequences, alone)
+        if reason is not None:
+            base.set_attn_implementation(before)
+        return reason
 
     # Our own first, on every device: only with it can the probe see the windows that the layers get.
     reason = _try(base, head, PACKED, sequences, alone)

@@ -77,11 +77,11 @@ class LossSum(NamedTuple):
         return None
 
 
-LossType = str | Sequence[Mapping[str, Any]] | LossSum
+LossType = str | Sequence[str | Mapping[str, Any]] | LossSum
 
 
 def loss_sum(loss_type: LossType, options: Mapping[str, Any] | None = None) -> LossSum:
-    """Read a name with its options, or a list of {name, weight (1), options ({})}.
+    """Read a name with its options, or a list of names and of {name, weight (1), options ({})}.
 
     Raises:
         ValueError: naming the key (of an entry as '0.weight'), what it was and what it should be.
@@ -107,8 +107,10 @@ def loss_sum(loss_type: LossType, options: Mapping[str, Any] | None = None) -> L
 
 
 def _entry(index: int, entry: Any) -> Term:
+    if isinstance(entry, str):
+        entry = {"name": entry}
     if not isinstance(entry, Mapping):
-        raise ValueError(f"{index}: was {entry!r}, must have the keys {', '.join(KEYS)}")
+        raise ValueError(f"{index}: was {entry!r}, must be a name, or have the keys {', '.join(KEYS)}")
     for key in entry:
         if key not in KEYS:
             raise ValueError(f"{index}.{key}: unknown key, must be one of {', '.join(KEYS)}{nearest(key, KEYS)}")
@@ -119,7 +121,7 @@ def _entry(index: int, entry: Any) -> Term:
     weight, options = entry.get("weight", 1.0), entry.get("options")
     require(f"{index}.weight", weight, POSITIVE)
     if options is not None and not isinstance(options, Mapping):
-        raise ValueError(f"{index}.options: was {options!r}, must be keys with values")
+        raise ValueError(f"{index}.options: was {options!r}, must be a mapping")
     return _term(entry["name"], float(weight), options or {}, f"{index}.")
 
 

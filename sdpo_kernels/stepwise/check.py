@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -13,12 +15,12 @@ from sdpo_kernels.stepwise.data.order import scored_counts
 from sdpo_kernels.stepwise.data.template_clock import reads_clock
 from sdpo_kernels.stepwise.post.after_run import check_start
 from sdpo_kernels.stepwise.prepare import Prepared, planned_steps, prepare
+from sdpo_kernels.stepwise.record.changes import refused_settings
 from sdpo_kernels.stepwise.record.environment import run_backend
 from sdpo_kernels.stepwise.record.expo_record import FOLDER
 from sdpo_kernels.stepwise.record.manifest import different_settings
 from sdpo_kernels.stepwise.record.template_time import template_time
 from sdpo_kernels.stepwise.settings.reference import EmaSettings
-from sdpo_kernels.stepwise.settings.run_file import config_diff, with_new_defaults
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 
 _ORDERS = {
@@ -66,7 +68,7 @@ def check_run(config: RunConfig, reporter: Reporter) -> None:
         reporter.say(f"clock      the chat template reads the date: {now.isoformat()} throughout the run")
     for note in prepared.notes:
         reporter.say(f"cut        {note}")
-    reporter.say(_state(config))
+    reporter.say(_state(config, now))
 
 
 def _say_reference(prepared: Prepared, reporter: Reporter) -> None:
@@ -129,7 +131,7 @@ def _table(prepared: Prepared) -> Table:
     return table
 
 
-def _state(config: RunConfig) -> str:
+def _state(config: RunConfig, now: datetime) -> str:
     """The line about output_dir; UserError if it contains a run with another config."""
     path = Path(config.output_dir) / "manifest.json"
     if not path.exists():
@@ -137,8 +139,9 @@ def _state(config: RunConfig) -> str:
 
     # only the config is compared: some orders need scores before the stages' data is known
     manifest = read_json(path)
-    differences = config_diff(with_new_defaults(manifest.get("config", {})), config.model_dump(mode="json"))
-    if differences:
+    header: dict[str, Any] = {"config": config.model_dump(mode="json"), "environment": manifest.get("environment", {})}
+    header["template_time"] = now.isoformat()
+    if differences := refused_settings(manifest, header):
         raise UserError(different_settings(path.parent, differences))
     stages = manifest.get("stages", [])
     done = sum(stage.get("state") == "done" for stage in stages)

@@ -28,13 +28,18 @@ from sdpo_kernels.stepwise.record.environment import run_backend
 from sdpo_kernels.stepwise.record.expo_record import expo_line
 from sdpo_kernels.stepwise.record.manifest import Record
 from sdpo_kernels.stepwise.record.template_time import template_time
-from sdpo_kernels.stepwise.references.evaluation import EVAL_FILE
 from sdpo_kernels.stepwise.references.scorer import Scorer, pad_token_id
 from sdpo_kernels.stepwise.report.run_report import stage_table, write_report
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
 from sdpo_kernels.stepwise.stage import train_stage
 from sdpo_kernels.stepwise.state import Run, Stage, open_run
+from sdpo_kernels.stepwise.training.finished_stages import (
+    check_moved_model,
+    evaluate_models,
+    missing_weights,
+    needs_evaluation,
+)
 
 
 def run(config: RunConfig, reporter: Reporter | None = None) -> Record:
@@ -67,12 +72,14 @@ def _run(config: RunConfig, folder: Path, reporter: Reporter) -> Record:
     with locked(folder):
         ordered = order_stages(config, prepared.stages, _ranking(prepared, folder, reporter))
         # in place of the unordered ones, so that the tokens are in memory once
-        prepared.stages = stages = _in_first_order(ordered, folder, reporter)
+        prepared.stages = stages = _in_first_order(config, ordered, folder, reporter)
         state = open_run(config, prepared.tokenizer, stages, prepared.eval_tokens, folder, reporter, now)
         if ranks.is_first():
             _remove_leftovers(state)
 
-        if all(stage["state"] == "done" for stage in state.manifest.stages) and post_done(state):
+        missing = ranks.on_first(lambda: missing_weights(state))
+        all_done = all(stage["state"] == "done" for stage in state.manifest.stages)
+        if all_done and post_done(state) and not needs_evaluation(state, missing):
             # a kill after the last stage may have prevented the report
             if ranks.is_first() and not (folder / "report.html").exists():
                 write_report(folder)
@@ -83,7 +90,7 @@ def _run(config: RunConfig, folder: Path, reporter: Reporter) -> Record:
         if ranks.is_first():
             (folder / "report.html").unlink(missing_ok=True)
         reporter.say(f"backend: {run_backend(config)}")
-        _train(state, stages)
+        _train(state, stages, missing)
         ranks.on_first(lambda: run_post(state))
         if ranks.is_first():
             write_report(folder)
@@ -101,10 +108,11 @@ def _checked(config: RunConfig, now: datetime) -> Prepared:
     return prepare(config, now)
 
 
-def _in_first_order(stages: list[StageData], folder: Path, reporter: Reporter) -> list[StageData]:
+def _in_first_order(config: RunConfig, stages: list[StageData], folder: Path, reporter: Reporter) -> list[StageData]:
     """The stages in the order in which the run in `folder` was started, even if the ranking comes out differently now.
 
-    UserError if `folder` has stage folders but no manifest: they are not this run's, and would be overwritten.
+    Stages that were added since come last. UserError if `folder` has stage folders but no manifest: they are not this
+    run's, and would be overwritten.
     """
     path = folder / "manifest.json"
     if not ranks.on_first(path.exists):
@@ -116,13 +124,13 @@ def _in_first_order(stages: list[StageData], folder: Path, reporter: Reporter) -
             )
         return stages
 
-    # other names are a difference that the manifest reports
-    first = [stage.get("name") for stage in read_json(path).get("stages", [])]
+    if config.order == "given":
+        return stages  # what is in the file holds; a stage that has started and moved is an error of the manifest
     named = {stage.config.name: stage for stage in stages}
-    if first == list(named) or sorted(map(str, first)) != sorted(named):
-        return stages
-    reporter.warn(f"the run keeps the order it was started in ({', '.join(first)}); the ranking is different now")
-    return [named[name] for name in first]
+    first = [stage["name"] for stage in read_json(path).get("stages", []) if stage["name"] in named]
+    if first != [name for name in named if name in first]:
+        reporter.warn(f"the run keeps the order it was started in ({', '.join(first)}); the ranking is different now")
+    return [named[name] for name in first] + [stage for name, stage in named.items() if name not in first]
 
 
 def _ranking(prepared: Prepared, folder: Path, reporter: Reporter) -> Callable[[TokenizedPairs], Tensor]:
@@ -148,16 +156,14 @@ def _remove_leftovers(state: Run) -> None:
             remove_folder(path)
 
 
-def _train(state: Run, data: list[StageData]) -> None:
-    """Evaluate the initial model, unless that is done, then train the stages that are not."""
+def _train(state: Run, data: list[StageData], missing: dict[int, str]) -> None:
+    """Evaluate the models there are, unless that is done, then train the stages that are not finished."""
     # All are made before the first one trains, so that settings which transformers refuses are reported at once.
     stages = [Stage(state, index, stage_data) for index, stage_data in enumerate(data, 1)]
 
-    scored = state.manifest.data["initial_eval"] is not None and (state.folder / EVAL_FILE).exists()
-    if state.eval_data is not None and not scored:
-        scores = state.eval_data.evaluate(state.config.model, state.folder, stages[0].scorer)
-        state.manifest.data["initial_eval"] = scores
-        state.manifest.save()
+    check_moved_model(state, stages[0])
+    if state.eval_data is not None:
+        evaluate_models(state, state.eval_data, stages, missing)
 
     for index, stage_data in enumerate(data, 1):
         if state.manifest.stages[index - 1]["state"] != "done":

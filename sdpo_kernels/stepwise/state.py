@@ -23,10 +23,15 @@ from sdpo_kernels.stepwise.record.template_time import recorded_time
 from sdpo_kernels.stepwise.references.evaluation import EvalData
 from sdpo_kernels.stepwise.references.scorer import Scorer, pad_token_id
 from sdpo_kernels.stepwise.references.stage_references import StageReferences
-from sdpo_kernels.stepwise.settings.run_file import dump_config
+from sdpo_kernels.stepwise.settings.run_file import CONFIG, dump_config
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
 from sdpo_kernels.version import __version__
+
+_CONFIG_COMMENT = f"""\
+# The settings of the run in this folder, with all defaults. `sdpo train {CONFIG}` trains in this folder, whatever
+# output_dir says, also in a copy of it.
+"""
 
 
 @dataclass
@@ -50,9 +55,12 @@ class Run:
         """UserError if the weights in `path` are not those that this run loaded there first."""
         known = self.manifest.data.setdefault("weights", {})
 
-        # the run's own stages by name, so that the run's folder can be moved
+        # by what they are in the run, so that its folder and the models can be moved
         own = Path(path).parent == self.folder
         name = "initial" if path == self.config.model else Path(path).name if own else path
+        further = () if self.config.multi is None else self.config.multi.models
+        if path in further and path not in known:  # runs of earlier versions have the path
+            name = f"multi.models.{further.index(path)}"
         if name not in known:
             known[name] = digest
             self.manifest.save()
@@ -162,7 +170,7 @@ def open_run(
     manifest = ranks.on_first(lambda: Manifest.open(folder, header, records))
     if warning := environment_warning(manifest, environment):
         reporter.warn(warning)
-    replace_file(folder / "config.yaml", dump_config(config).encode())
+    replace_file(folder / CONFIG, (_CONFIG_COMMENT + dump_config(config)).encode())
 
     eval_data = None if eval_tokens is None else EvalData(eval_tokens, folder, config.beta, config.model)
     return Run(config, folder, tokenizer, manifest, MetricsFile(folder), reporter, eval_data)

@@ -91,6 +91,14 @@ def test_wrong_calls_are_refused():
     attach_fused_head(model)
     with pytest.raises(ValueError, match="ref_logps: was None, must be given: the loss 'sigmoid'"):
         dpo_step(model, ids, labels, mask)
+    with pytest.raises(ValueError, match=r"input_ids: was a list, must be an int64 tensor \[2B, T\]"):
+        score_pairs(model, ids.tolist(), labels, mask)
+    with pytest.raises(ValueError, match=r"labels: was a list, must be an int64 tensor"):
+        dpo_step(model, ids, labels.tolist(), mask, ref_logps=torch.zeros(4))
+    with pytest.raises(ValueError, match=r"attention_mask: was a list, must be a tensor \[2B, T\]"):
+        score_pairs(model, ids, labels, mask.tolist())
+    with pytest.raises(ValueError, match=r"ref_logps: was a list, must be a tensor \[2B\]"):
+        dpo_step(model, ids, labels, mask, ref_logps=[0.0] * 4)
     with pytest.raises(ValueError, match=r"input_ids: was of shape \[3, 9\], must be \[2B, T\]"):
         score_pairs(model, ids[:3], labels[:3], mask[:3])
     with pytest.raises(ValueError, match=r"labels: was of shape \[4, 8\], must be \[4, 9\]"):

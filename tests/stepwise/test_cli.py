@@ -57,7 +57,7 @@ def test_train_from_the_command_line(main, tmp_path, model):
     assert main("train", path, *settings) == (0, f"nothing to do: all 2 stages in {tmp_path}/run are done\n", "")
     code, out, err = main("train", path)
     assert (code, out) == (2, "")
-    assert "\n  beta: 0.3 -> 0.1\n" in err
+    assert "\n  beta: 0.3 -> 0.1 (the weights so far depend on it)\n" in err
 
 
 def test_quiet_prints_nothing(main, tmp_path, model):
@@ -80,7 +80,7 @@ def test_version(main):
     assert main("--version") == (0, f"sdpo_kernels {__version__}\n", "")
 
 
-@pytest.mark.parametrize("command", [[], ["train", "--help"], ["--help"]])
+@pytest.mark.parametrize("command", [[], ["train", "--help"], ["--help"], ["-h"], ["score", "-h"]])
 def test_help_names_the_commands(main, command):
     _, out, err = main(*command)
     assert ("train" in out + err) or ("RUN.YAML" in out + err)
@@ -94,6 +94,8 @@ def test_help_names_the_commands(main, command):
         (["nonesuch.yaml"], "error: nonesuch.yaml: no such file"),
         (["{yaml}", "betta=1"], "betta: unknown key; did you mean 'beta'? (from the override 'betta=1')"),
         (["{yaml}", "beta=-1"], "beta: was -1, must be greater than 0 (from the override 'beta=-1')"),
+        (["{yaml}", "--beta", "0.05"], "--beta: no such option; settings are overridden as key=value: beta=0.05\n"),
+        (["{yaml}", "--beta=0.05"], "--beta=0.05: no such option; settings are overridden as key=value: beta=0.05\n"),
         (["{yaml}", "beta"], "error: override 'beta': must be key=value"),
         (["{yaml}", "eval_data=nonesuch.jsonl"], "nonesuch.jsonl: no such file"),
         (["{yaml}", "trainer.learning_rate=fast"], "trainer.learning_rate: was 'fast', must be a valid number"),

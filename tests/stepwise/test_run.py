@@ -3,7 +3,6 @@
 import gc
 import json
 import os
-from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -93,13 +92,8 @@ def test_changed_data_is_an_error_that_lists_it(tmp_path, model, evaluation):
     runs.train(config)
     rows = runs.make_rows(8, seed=2)
     rows[3]["chosen"] = " good1 good1"
-    kept = (tmp_path / "data2.jsonl").read_text()
     runs.write_rows(tmp_path / "data2.jsonl", rows)
     with pytest.raises(UserError, match=r"s2\.data_hash: \w+ -> \w+"):
-        runs.train(config)
-    (tmp_path / "data2.jsonl").write_text(kept)
-    runs.write_rows(Path(evaluation), runs.make_rows(5, seed=10))
-    with pytest.raises(UserError, match="eval_data_hash"):
         runs.train(config)
 
 

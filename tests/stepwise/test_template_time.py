@@ -118,7 +118,7 @@ def test_another_setting_is_another_run(dated, today):
     today(FIRST)
     runs.train(dated())
     for stops in (runs.train, checked):
-        with pytest.raises(UserError, match="template_time: null -> 2026-11-09T00:00:00"):
+        with pytest.raises(UserError, match="template_time: 2026-11-08T23:30:00 -> 2026-11-09T00:00:00"):
             stops(dated(template_time="2026-11-09"))
 
 

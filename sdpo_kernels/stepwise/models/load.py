@@ -20,7 +20,8 @@ from sdpo_kernels.integrations.packed_attention import use_packed_attention
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.models.precision import Precision
 from sdpo_kernels.stepwise.models.saving import is_tied, keep_generation_config, say_untied, says_tied
-from sdpo_kernels.stepwise.settings.run_settings import LoraSettings, RunConfig
+from sdpo_kernels.stepwise.settings.lora import LoraSettings
+from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def load_model(path: str, config: RunConfig, precision: Precision) -> Loaded:
     packed = config.batching == "packed"
     if packed:
         with precision.computing(model):
-            reason = use_packed_attention(model)
+            reason = use_packed_attention(model, only=config.attn_implementation)
         if reason is not None:
             logger.warning("batches are padded, in groups of similar length, instead of packed: %s", reason)
             packed = False
@@ -111,6 +112,8 @@ def pretrained(path: str, config: RunConfig, source: str | None = None, **option
     """
     source = source or path
     options = {"dtype": getattr(torch, config.dtype), "trust_remote_code": config.trust_remote_code} | options
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, use_safetensors=True, output_loading_info=True, **options
@@ -181,16 +184,17 @@ def add_adapter(loaded: Loaded, lora: LoraSettings) -> None:
 
     _require_targets(loaded.model, lora)
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-    settings = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a float works as well as an int
-        lora_dropout=0.0,  # off, like the model's own (load_model)
-        target_modules=targets,
-    )
     try:
+        settings = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=lora.r,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a float works as well as an int
+            lora_dropout=0.0,  # off, like the model's own (load_model)
+            target_modules=targets,
+            **lora.more,
+        )
         loaded.model = get_peft_model(loaded.model, settings)
-    except ValueError as error:
+    except (ValueError, TypeError, NotImplementedError, KeyError) as error:
         raise UserError(f"lora: {' '.join(str(error).split())} ({_targets(loaded.model)})") from error
 
 

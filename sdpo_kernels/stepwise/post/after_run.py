@@ -6,6 +6,7 @@ is in .expo; running the same command again redoes it.
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 
@@ -39,15 +40,16 @@ def check_start(config: RunConfig) -> None:
 
 def post_done(run: Run) -> bool:
     """Whether there is nothing left to do after the last stage."""
-    made = run.manifest.data.get("post", {})
-    return run.config.expo is None or "expo" in made
+    made = run.manifest.data.get("post", {}).get("expo")
+    return run.config.expo is None or (made is not None and _is_of(made, _plan(run, run.config.expo)))
 
 
 def run_post(run: Run) -> None:
     """Do the run's post step, unless it is done.
 
-    1. If the folder is there, a kill came between its rename and the manifest's last write: read its record. Any
-       other folder of that name is a UserError.
+    1. If the folder is there, a kill came between its rename and the manifest's last write: read its record. If it was
+       made from another stage, or with other settings, keep it under another name; one that is not this run's is a
+       UserError.
     2. Otherwise extrapolate in .expo, write the record next to the weights, and publish both in one rename.
     3. Enter the record in the manifest.
     """
@@ -55,16 +57,14 @@ def run_post(run: Run) -> None:
     if settings is None or post_done(run):
         return
 
-    # what the folder's record must say to be this run's
     folder, work = run.folder / FOLDER, run.folder / f".{FOLDER}"
-    asked = settings.model_dump(mode="json")
-    plan = {"from": settings.start, "asked": asked, "theta1": run.manifest.stages[-1]["name"]}
+    plan = _plan(run, settings)
+    record = read_json(folder / RECORD) if (folder / RECORD).exists() else {}
 
-    if folder.exists():
-        record = read_json(folder / RECORD) if (folder / RECORD).exists() else {}
-        if {key: record.get(key) for key in plan} != plan:
-            raise UserError(f"{folder} does not belong to this run; move it away or choose another output_dir")
-    else:
+    # of a run that has grown by a stage since, or has other settings for this step
+    if folder.exists() and not _is_of(record, plan):
+        _put_aside(run, folder, record)
+    if not folder.exists():
         record = plan | _make(run, settings, empty_folder(work))
         write_json(work / "finished" / RECORD, record)
         publish_folder(work / "finished", folder)
@@ -72,6 +72,28 @@ def run_post(run: Run) -> None:
     remove_folder(work)
     run.manifest.data["post"] = {"expo": record}
     run.manifest.save()
+
+
+def _plan(run: Run, settings: ExpoSettings) -> Record:
+    """What the record of the folder must say: settings and θ1."""
+    asked = settings.model_dump(mode="json")
+    return {"from": settings.start, "asked": asked, "theta1": run.manifest.stages[-1]["name"]}
+
+
+def _is_of(record: Record, plan: Record) -> bool:
+    return {key: record.get(key) for key in plan} == plan
+
+
+def _put_aside(run: Run, folder: Path, record: Record) -> None:
+    """Rename an earlier result of this run to expo-<stage>, or expo-<stage>-2 and so on."""
+    stage = record.get("theta1")
+    if stage not in [stage["name"] for stage in run.manifest.stages]:
+        raise UserError(f"{folder} does not belong to this run; move it away or choose another output_dir")
+
+    names = (f"{FOLDER}-{stage}" + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
+    other = next(path for name in names if not (path := folder.with_name(name)).exists())
+    folder.rename(other)
+    run.reporter.say(f"{FOLDER}: the earlier result, of stage {stage}, is now in {other}")
 
 
 def _make(run: Run, settings: ExpoSettings, work: Path) -> Record:

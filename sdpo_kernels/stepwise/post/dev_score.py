@@ -22,8 +22,9 @@ from sdpo_kernels.stepwise.prepare import read_eval
 from sdpo_kernels.stepwise.record.template_time import template_time
 from sdpo_kernels.stepwise.references.evaluation import summarise
 from sdpo_kernels.stepwise.references.scorer import Scorer, pad_token_id
+from sdpo_kernels.stepwise.settings.lora import LoraSettings
 from sdpo_kernels.stepwise.settings.post import Metric
-from sdpo_kernels.stepwise.settings.run_settings import LoraSettings, RunConfig
+from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
 
 

@@ -7,20 +7,13 @@ the same keys.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.files import read_json, replace_file, sync, write_json
-from sdpo_kernels.stepwise.settings.run_file import config_diff, with_new_defaults
-
-Record = dict[str, Any]
-
-# the keys of a stage's record that are fixed before it trains; on an existing run a difference is an error
-PLANNED = ("name", "prompts", "pairs", "dropped", "data_hash", "beta", "loss", "reference", "policy")
+from sdpo_kernels.stepwise.record.changes import Record, refused_changes, started_stages
 
 
 @dataclass
@@ -32,10 +25,13 @@ class Manifest:
 
     @classmethod
     def open(cls, run_dir: Path, header: Record, stages: list[Record]) -> Manifest:
-        """The run's manifest, created if there is none.
+        """The run's manifest, created if there is none, brought up to the present settings if there is one.
+
+        Stages that have started keep their records; the others are those of `stages`. Evaluations on other data than
+        the present are dropped, so that they are made again.
 
         Raises:
-            UserError: the run was started with another config or other data; the message lists every difference.
+            UserError: weights depend on settings or data that have changed; the message lists every difference.
         """
         path = run_dir / "manifest.json"
         if not path.exists():
@@ -43,14 +39,14 @@ class Manifest:
             manifest.save()
             return manifest
 
-        # config first: another config usually changes the stages too, and is what the user can put back
-        data = read_json(path)
-        differences = config_diff(*_comparable(data, header))
-        if not differences:
-            differences = config_diff(_plan(data), _plan(header | {"stages": stages}))
-        if differences:
-            raise UserError(different_settings(run_dir, differences))
-        return cls(path, data)
+        before = read_json(path)
+        if lines := refused_changes(before, header, stages):
+            raise UserError(different_settings(run_dir, lines))
+
+        manifest = cls(path, _brought_up(before, header, stages))
+        if manifest.data != before:
+            manifest.save()
+        return manifest
 
     @property
     def stages(self) -> list[Record]:
@@ -67,45 +63,25 @@ class Manifest:
         write_json(self.path, self.data)
 
 
+def _brought_up(before: Record, header: Record, stages: list[Record]) -> Record:
+    """The manifest `before` with the present settings, and the records in `stages` of stages that have not started."""
+    started = len(started_stages(before))
+    if not started and before.get("config") != header["config"]:
+        return {**header, "initial_eval": None, "stages": stages}  # nothing is trained yet: a new run
+
+    data = before | {"config": header["config"], "stages": [*before["stages"][:started], *stages[started:]]}
+    if header["eval_data_hash"] not in (None, before.get("eval_data_hash")):
+        data |= {"eval_data_hash": header["eval_data_hash"], "initial_eval": None}
+        data["stages"] = [stage | {"eval": None} for stage in data["stages"]]
+    return data
+
+
 def different_settings(run_dir: Path, differences: list[str]) -> str:
     """The error message for a run folder whose config or data differ from the current ones."""
     return (
         f"{run_dir} already contains a run with different settings; choose another output_dir, or go back to the "
         "values on the left:\n  " + "\n  ".join(differences)
     )
-
-
-def _comparable(data: Record, header: Record) -> tuple[Record, Record]:
-    """Both configs. If the numbers of processes differ, the pairs per step replace the settings they depend on."""
-    before, now = (record.get("environment", {}).get("world_size", 1) for record in (data, header))
-    configs = with_new_defaults(data.get("config", {})), header["config"]
-    return configs if before == now else (_of_steps(configs[0], before), _of_steps(configs[1], now))
-
-
-def _of_steps(config: Record, processes: int) -> Record:
-    """`config` with the pairs per step in place of batch size and gradient accumulation, for each stage too."""
-    factors = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
-
-    def changed(settings: Record) -> Record:
-        # a stage's own trainer settings override the run's
-        effective = factors | config.get("trainer", {}) | settings
-        rest = {key: value for key, value in settings.items() if key not in factors}
-        return rest | {" x ".join([*factors, "processes"]): math.prod(effective[key] for key in factors) * processes}
-
-    stages = [stage | {"trainer": changed(stage.get("trainer") or {})} for stage in config.get("stages", [])]
-    return config | {"trainer": changed(config.get("trainer", {})), "stages": stages}
-
-
-def _plan(data: Record) -> Record:
-    """The parts of a manifest that must not change; stages by name, so that a difference names its stage."""
-    stages = {stage["name"]: planned(stage) for stage in data.get("stages", [])}
-    return {"eval_data_hash": data.get("eval_data_hash"), "order of stages": list(stages), **stages}
-
-
-def planned(stage: Record) -> Record:
-    """The part of a stage's record that is fixed before it trains."""
-    generated = stage.get("prompts") is not None  # its pairs are counted once they are generated
-    return {key: stage.get(key) for key in PLANNED if not (generated and key in ("pairs", "dropped"))}
 
 
 class MetricsFile:

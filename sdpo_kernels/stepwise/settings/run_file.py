@@ -20,10 +20,11 @@ from pydantic import BaseModel, ValidationError
 
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.settings.columns import ColumnSettings, DataEntry
+from sdpo_kernels.stepwise.settings.lora import LoraSettings
 from sdpo_kernels.stepwise.settings.mistakes import error_lines
 from sdpo_kernels.stepwise.settings.post import ExpoSettings, PostSettings
 from sdpo_kernels.stepwise.settings.reference import EmaSettings, MultiSettings
-from sdpo_kernels.stepwise.settings.run_settings import LoraSettings, RunConfig, StageConfig
+from sdpo_kernels.stepwise.settings.run_settings import RunConfig, StageConfig
 from sdpo_kernels.stepwise.settings.source import SOURCES, RankedSource
 from sdpo_kernels.stepwise.settings.trainer import trainer_fields
 from sdpo_kernels.stepwise.settings.types import is_file_source
@@ -41,6 +42,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "post.expo": ExpoSettings,
     **{f"source.{kind}": section for kind, section in SOURCES.items()},
 }
+CONFIG = "config.yaml"  # in a run's folder
 _ABSENT = object()
 
 
@@ -50,7 +52,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     1. Read the YAML file.
     2. Apply `overrides` in order: 'key=value', where dots in the key lead into sections and the value is YAML.
     3. Check everything against the schema.
-    4. Make paths absolute.
+    4. Make paths absolute. The config.yaml that a run has written into its folder is about the run in that folder,
+       even if the folder was moved or copied, unless an override names another output_dir.
 
     Raises UserError with one line per mistake.
     """
@@ -63,7 +66,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except ValidationError as error:
         raise UserError("\n".join(error_lines(error, str(path), overrides, SECTIONS, trainer_fields()))) from None
 
-    return _resolve_paths(config, str(path))
+    own = None if any(override.startswith("output_dir=") for override in overrides) else _folder_of_run(Path(path))
+    return _resolve_paths(config, str(path), own)
 
 
 def dump_config(config: RunConfig) -> str:
@@ -109,9 +113,20 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _resolve_paths(config: RunConfig, file: str) -> RunConfig:
-    """The config with absolute paths, so that it means the same from any working directory."""
+def _folder_of_run(path: Path) -> str | None:
+    """The folder of `path` if it is the config.yaml that a run has written there: the run may have been moved."""
+    is_runs = path.name == CONFIG and (path.parent / "manifest.json").exists()
+    return _absolute(str(path.parent)) if is_runs else None
+
+
+def _resolve_paths(config: RunConfig, file: str, own_folder: str | None) -> RunConfig:
+    """The config with absolute paths, so that it means the same from any working directory.
+
+    `own_folder` takes the place of output_dir.
+    """
     output = _absolute(config.output_dir)
+    if own_folder is not None:
+        output = own_folder
     if os.path.exists(output) and not os.path.isdir(output):
         raise UserError(f"{file}: output_dir: was {config.output_dir!r}, which is a file, must be a folder")
 

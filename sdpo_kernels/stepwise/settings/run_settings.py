@@ -16,13 +16,14 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from sdpo_kernels import losses
 from sdpo_kernels.losses import LossSum
 from sdpo_kernels.stepwise.settings.columns import ColumnSettings, DataSources, PromptMode
+from sdpo_kernels.stepwise.settings.lora import LoraSettings
 from sdpo_kernels.stepwise.settings.loss import Loss, loss_mistakes
 from sdpo_kernels.stepwise.settings.mistakes import SettingErrors, show
 from sdpo_kernels.stepwise.settings.post import ExpoSettings, PostSettings, post_mistakes
 from sdpo_kernels.stepwise.settings.reference import EmaSettings, MultiSettings, reference_mistakes
 from sdpo_kernels.stepwise.settings.source import Source
 from sdpo_kernels.stepwise.settings.trainer import DEFAULT_TRAINER, check_trainer
-from sdpo_kernels.stepwise.settings.types import Count, Integer, Number, Positive, Section, Sources, Text, Time
+from sdpo_kernels.stepwise.settings.types import Integer, Positive, Section, Sources, Text, Time
 
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -33,44 +34,6 @@ def _empty_as_dict(value: Any) -> Any:
 
 
 Options = Annotated[dict[str, Any], BeforeValidator(_empty_as_dict)]
-
-
-class LoraSettings(Section):
-    """Train a low-rank adapter (LoRA) instead of all weights.
-
-    One adapter is trained through all stages. At the end of each stage it is merged into the base weights in float32,
-    and the merged weights are saved next to the adapter.
-
-    Args:
-        r: Rank of the adapter.
-        alpha: Scale of the adapter; its output is multiplied by alpha / r.
-        dropout: Must be 0. With dropout the first loss of a stage would not be ln 2, the check that it starts from its
-            reference.
-        target_modules: Which modules get an adapter: 'all-linear', a pattern (regular expression) or a list of names.
-    """
-
-    r: Count = 16
-    alpha: Positive = 32.0
-    dropout: Number = 0.0
-    target_modules: str | tuple[str, ...] = "all-linear"
-
-    @field_validator("dropout")
-    @classmethod
-    def _no_dropout(cls, dropout: float) -> float:
-        if dropout != 0:
-            raise ValueError(
-                f"was {show(dropout)}, must be 0: a stage starts from its reference, so its first loss must be ln 2, "
-                "and dropout would break this check for a wrong reference"
-            )
-        return dropout
-
-    @field_validator("target_modules", mode="before")
-    @classmethod
-    def _module_names(cls, value: Any) -> Any:
-        names = value if isinstance(value, (list, tuple)) else [value]
-        if not (names and all(isinstance(name, str) and name for name in names)):
-            raise ValueError(f"was {show(value)}, must be all-linear, a pattern or a list of module names")
-        return value
 
 
 class StageConfig(Section):
@@ -170,6 +133,8 @@ class RunConfig(Section):
             that of the run's first start.
         batching: 'packed' concatenates sequences without padding; 'padded' is for models that cannot keep packed
             sequences apart.
+        attn_implementation: The attention that transformers uses, such as 'flash_attention_2' or 'sdpa'. By default
+            the fastest one that keeps packed sequences apart; one that does not gets padded batches.
         trust_remote_code: Whether code that comes with the model may run.
         trainer: Any field of transformers.TrainingArguments that the driver does not set itself. DEFAULT_TRAINER fills
             in what is missing.
@@ -200,6 +165,7 @@ class RunConfig(Section):
     eval_data: DataSources | None = None
     template_time: Time | None = None
     batching: Literal["packed", "padded"] = "packed"
+    attn_implementation: Text | None = None
     trust_remote_code: bool = False
     trainer: Options = Field(default_factory=dict, validate_default=True)
     lora: LoraSettings | None = None

@@ -176,7 +176,7 @@ def _check_field(name: str, value: Any) -> Any:
     if name not in fields:
         raise ValueError(f"unknown key; {did_you_mean(name, trainer_fields())}")
 
-    value = _convert(_field_types()[name], value)
+    value = convert(_field_types()[name], value)
 
     # some fields list their choices in the metadata, as plain strings
     choices = list(fields[name].metadata.get("choices") or ())
@@ -188,7 +188,7 @@ def _check_field(name: str, value: Any) -> Any:
     return value
 
 
-def _convert(hint: Any, value: Any) -> Any:
+def convert(hint: Any, value: Any) -> Any:
     """Convert `value` to the type `hint`: "5e-7" becomes 5e-7; an unknown name of an enum is an error."""
     is_union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
     kinds = typing.get_args(hint) if is_union else (hint,)

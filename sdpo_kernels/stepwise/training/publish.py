@@ -21,7 +21,8 @@ from sdpo_kernels.stepwise.models.load import ADAPTER
 from sdpo_kernels.stepwise.models.merge import merge_adapter
 from sdpo_kernels.stepwise.models.saving import copy_beside
 from sdpo_kernels.stepwise.models.sharded import gathered, require_same
-from sdpo_kernels.stepwise.record.manifest import Record, planned
+from sdpo_kernels.stepwise.record.changes import planned
+from sdpo_kernels.stepwise.record.manifest import Record
 from sdpo_kernels.stepwise.record.model_cards import model_card
 from sdpo_kernels.stepwise.references.cache import write_scores
 from sdpo_kernels.stepwise.references.stage_references import REFERENCE_FILE

@@ -5,13 +5,16 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Lfm2Config
 
+from sdpo_kernels.stepwise.check import check_run
 from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.progress import Reporter
 from sdpo_kernels.stepwise.models.load import add_adapter, load_model, load_tokenizer, weights_hash
 from sdpo_kernels.stepwise.models.merge import merge_adapter
 from sdpo_kernels.stepwise.models.precision import Precision
-from sdpo_kernels.stepwise.settings.run_settings import LoraSettings
+from sdpo_kernels.stepwise.settings.lora import LoraSettings
 from tests.stepwise import runs
 
 CPU = torch.device("cpu")
@@ -146,3 +149,33 @@ def test_an_unknown_target_module_is_a_one_line_error(tmp_path, model):
     with pytest.raises(UserError, match=r"lora: .*nonesuch") as error:
         add_adapter(loaded, LoraSettings(target_modules="nonesuch"))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize("batching", ["packed", "padded"])
+def test_the_attention_that_is_asked_for_is_used(tmp_path, model, name, batching):
+    """Packed only if it keeps sequences apart, which the probe finds out; the scores are the same either way."""
+    config = runs.configured(tmp_path, model, attn_implementation=name, batching=batching)
+    loaded = load(config)
+    assert loaded.model.config._attn_implementation == name
+    assert loaded.packed in ((True, False) if batching == "packed" else (False,))
+    assert not loaded.by_sequence
+
+
+def test_an_attention_that_is_not_there_is_an_error(tmp_path, model):
+    config = runs.configured(tmp_path, model, attn_implementation="flash_atention")
+    with pytest.raises(UserError, match=r"model: .*model cannot be loaded: .*flash_atention"):
+        check_run(config, Reporter(quiet=True))
+
+
+@pytest.mark.parametrize("batching", ["packed", "padded"])
+def test_a_run_with_another_attention_trains_the_same(tmp_path, model, batching):
+    """Up to rounding."""
+    weights = []
+    for name in (None, "eager"):
+        folder = tmp_path / str(name)
+        folder.mkdir()
+        runs.train(runs.configured(folder, model, (8,), attn_implementation=name, batching=batching))
+        weights.append(load_file(folder / "run" / "stage-1-s1" / "model.safetensors"))
+    for key, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][key], tensor, rtol=1e-4, atol=1e-4)

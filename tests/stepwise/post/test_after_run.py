@@ -123,8 +123,24 @@ def test_a_given_alpha_from_the_initial_model(tmp_path, model, spoken, pictures)
     stamp = (folder / "expo" / "model.safetensors").stat().st_mtime_ns
     assert runs.train(config) == manifest
     assert (folder / "expo" / "model.safetensors").stat().st_mtime_ns == stamp
-    with pytest.raises(UserError, match=r"post.expo.alpha: 0.5 -> 0.4"):
-        runs.train(configured(tmp_path, model, {"alpha": 0.4}, without_eval=True))
+
+
+def test_another_alpha_or_another_last_stage_keeps_the_earlier_result(tmp_path, model, spoken):
+    folder = tmp_path / "run"
+    runs.train(configured(tmp_path, model, {"alpha": 0.5}, without_eval=True))
+    first = runs.digest(folder / "expo" / "model.safetensors")
+    run(configured(tmp_path, model, {"alpha": 0.4}, without_eval=True), spoken.reporter)
+    second = runs.digest(folder / "expo" / "model.safetensors")
+    assert f"expo: the earlier result, of stage s2, is now in {folder}/expo-s2" in spoken.text
+    assert runs.digest(folder / "expo-s2" / "model.safetensors") == first != second
+
+    manifest = runs.train(configured(tmp_path, model, {"alpha": 0.4}, without_eval=True, sizes=(12, 8, 6)))
+    assert manifest["post"]["expo"]["theta1"] == "s3"
+    assert runs.digest(folder / "expo-s2-2" / "model.safetensors") == second
+    made = weights(folder / "expo")
+    before, after = weights(model), weights(folder / "stage-3-s3")
+    for name, tensor in made.items():
+        assert torch.allclose(tensor, after[name] + 0.4 * (after[name] - before[name]), rtol=1e-6, atol=1e-7)
 
 
 def test_a_search_on_the_evaluation_pairs(tmp_path, model, capsys):

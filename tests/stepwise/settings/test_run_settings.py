@@ -106,6 +106,11 @@ def test_bf16_without_an_accelerator_uses_the_cpu(write, monkeypatch, accelerato
     assert kept.stage_trainer(kept.stages[0])["use_cpu"] is False
 
 
+def test_losses_by_name_alone_have_weight_1(write):
+    config = load_config(write(SMALL + "loss: [sigmoid, {name: sft, weight: 0.5}]\n"))
+    assert config.loss == tuple({"name": n, "weight": w, "options": {}} for n, w in (("sigmoid", 1.0), ("sft", 0.5)))
+
+
 def test_lora_settings(write):
     config = load_config(write(SMALL + "dtype: bfloat16\nlora: {r: 8, target_modules: [q_proj, v_proj]}\n"))
     assert config.lora == LoraSettings(r=8, target_modules=("q_proj", "v_proj"))
@@ -156,7 +161,6 @@ MISTAKES = [
     ("eval_data: [a.jsonl, '']", "run.yaml: eval_data.1: was '', must not be empty"),
     ("lerning_rate: 3", "run.yaml: lerning_rate: unknown key; did you mean 'trainer.learning_rate'?"),
     ("lora: {r: 0}", "run.yaml: lora.r: was 0, must be greater than or equal to 1"),
-    ("lora: {rank: 8}", "run.yaml: lora.rank: unknown key; must be one of alpha, dropout, r, target_modules"),
     ("lora: {dropout: 0.1}", "run.yaml: lora.dropout: was 0.1, must be 0: a stage starts from its reference"),
     ("lora: {target_modules: 3}", "run.yaml: lora.target_modules: was 3, must be all-linear, a pattern or a list"),
     ("lora: yes", "run.yaml: lora: was 'yes', must be a mapping"),

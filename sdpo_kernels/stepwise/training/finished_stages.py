@@ -1,0 +1,64 @@
+"""The models that a reopened run already has: their weights must be there, and be evaluated on the present data."""
+
+from __future__ import annotations
+
+from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.models.load import release_memory, weights_hash
+from sdpo_kernels.stepwise.models.saved import weights_problem
+from sdpo_kernels.stepwise.references.evaluation import EVAL_FILE, EvalData
+from sdpo_kernels.stepwise.state import Run, Stage
+
+
+def missing_weights(state: Run) -> dict[int, str]:
+    """What is wrong with the weights of finished stages, by the stage's index.
+
+    A warning for a stage that nothing needs any more; UserError for the last one, which is the run's result, or if the
+    next stage starts from it or is compared with it.
+    """
+    config, done = state.config, [stage for stage in state.manifest.stages if stage["state"] == "done"]
+    last_is_needed = len(done) == len(state.manifest.stages) or "previous" in (config.policy, config.reference)
+
+    missing = {}
+    for stage in done:
+        folder = state.stage_folder(stage["index"])
+        problem = weights_problem(folder)
+        if problem and stage is done[-1] and last_is_needed:
+            raise UserError(
+                f"{folder}: {problem}, although the stage is finished; put it back, or choose another output_dir"
+            )
+        if problem:
+            state.reporter.warn(f"{folder}: {problem}, although the stage is finished; nothing needs it any more")
+            missing[stage["index"]] = problem
+    return missing
+
+
+def needs_evaluation(state: Run, missing: dict[int, str]) -> bool:
+    """Whether a model is yet to be evaluated, because the evaluation data is new."""
+    evaluated = [stage["eval"] for stage in state.manifest.stages if stage["index"] not in missing]
+    return state.eval_data is not None and None in [state.manifest.data["initial_eval"], *evaluated]
+
+
+def check_moved_model(state: Run, stage: Stage) -> None:
+    """UserError if the initial model has another name than before, and other weights."""
+    data, name = state.manifest.data, state.config.model
+    if data["model"] == name:
+        return
+    if "initial" in data.get("weights", {}):
+        loaded = stage.scorer.load(name)
+        state.check_weights(name, weights_hash(loaded.model))
+        del loaded
+        release_memory()
+    data["model"] = name
+    state.manifest.save()
+
+
+def evaluate_models(state: Run, eval_data: EvalData, stages: list[Stage], missing: dict[int, str]) -> None:
+    """Evaluate the initial model, and finished stages that are not evaluated on the present data."""
+    if state.manifest.data["initial_eval"] is None or not (state.folder / EVAL_FILE).exists():
+        scores = eval_data.evaluate(state.config.model, state.folder, stages[0].scorer)
+        state.manifest.data["initial_eval"] = scores
+        state.manifest.save()
+
+    for stage in stages:
+        if stage.record["state"] == "done" and stage.record["eval"] is None and stage.index not in missing:
+            stage.update({"eval": eval_data.evaluate(str(stage.folder), stage.folder, stage.scorer)})
