@@ -12,10 +12,15 @@ TRITON ?= $(shell sed -n 's/^triton==//p' constraints.txt)
 CONSTRAINTS := $(VENV)/constraints.txt
 
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
-EMULATOR := $(wildcard tests/backends/emulator/*)
+EMULATOR := $(wildcard tests/backends/emulator/* tests/backends/arm/*)
 SANITIZED := build/sanitized
+KERNEL_TESTS = $(BIN)/python -m pytest -q -p no:cacheprovider -m "not slow" \
+	tests/backends/test_native.py tests/test_logits.py tests/test_logps_extremes.py
+CLANG ?= clang++
+ARM_CXX ?= aarch64-linux-gnu-g++
+ARM_RUN ?= qemu-aarch64
 
-.PHONY: help demo picture test lint bench bench-env sanitize wheel clean
+.PHONY: help demo picture test lint bench bench-env sanitize clang arm wheel clean
 
 demo: $(VENV)/.installed  ## train and compare SFT, DPO and stepwise DPO
 	$(BIN)/python -m examples.demo.run --output $(DEMO_OUTPUT)
@@ -41,8 +46,24 @@ bench-env: $(VENV)/.installed  ## install the rivals: TRL, Liger, CCE
 sanitize: $(VENV)/.installed  ## run the kernels' tests with the address and undefined-behaviour sanitizers
 	SDPO_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
 	SDPO_NATIVE_LIBRARY=$(SANITIZED)/sdpo_kernels/_cpu.so LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -q -p no:cacheprovider -m "not slow" \
-		tests/backends/test_native.py tests/test_logits.py tests/test_logps_extremes.py
+		ASAN_OPTIONS=detect_leaks=0 $(KERNEL_TESTS)
+
+# another compiler: CLANG=clang++-18
+clang: $(VENV)/.installed  ## build with clang and run the kernels' tests with that library
+	CXX=$(CLANG) CXXFLAGS=-Werror SDPO_CUDA=0 SDPO_REQUIRE_NATIVE=1 $(BIN)/python setup.py -q build_ext --build-lib build/clang --build-temp build/clang/objects
+	SDPO_NATIVE_LIBRARY=build/clang/sdpo_kernels/_cpu.so $(KERNEL_TESTS)
+
+# 64-bit ARM takes the base kernels; apt-get install g++-aarch64-linux-gnu qemu-user
+arm: $(VENV)/.installed  ## compile for 64-bit ARM and run the kernels in qemu
+	mkdir -p build/arm
+	include="$$($(BIN)/python -c 'import importlib.util as u, pathlib as p; print(p.Path(u.find_spec("torch").origin).parent / "include")')"; \
+	for source in csrc/ops.cpp $(wildcard csrc/cpu/*.cpp) tests/backends/arm/walk.cpp; do \
+		$(ARM_CXX) -std=c++20 -O3 -fwrapv -fPIC -fopenmp-simd -Wall -Werror -Wno-unused-parameter -Wno-maybe-uninitialized \
+			-DTORCH_TARGET_VERSION=0x020a000000000000 -DSDPO_BUILT_FROM='"arm"' -isystem "$$include" -isystem "$$include/torch/csrc/api/include" \
+			-c $$source -o build/arm/$$(basename $$source .cpp).o || exit 1; \
+	done
+	$(ARM_CXX) -static build/arm/walk.o build/arm/leaves.o build/arm/base.o build/arm/chip.o -o build/arm/walk
+	$(ARM_RUN) build/arm/walk
 
 # rewritten only when it changes: a different TORCH reinstalls, the same one does not
 $(CONSTRAINTS): FORCE
@@ -54,8 +75,8 @@ $(CONSTRAINTS): FORCE
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) setup.py $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 		{ echo "cannot make a virtual environment; on Debian: apt-get install python3-venv" >&2; rm -rf $(VENV); exit 1; }
-	$(BIN)/python -m pip install -q --upgrade pip "setuptools>=77" wheel
-	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) torch ninja
+	$(BIN)/python -m pip install -q --upgrade pip "setuptools>=77"
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) torch
 	$(BIN)/python -m pip install -q --no-build-isolation -c $(CONSTRAINTS) -e ".[train,dev]"
 	touch $@
 

@@ -1,4 +1,4 @@
-"""The command `sdpo`: train, check, score, report and expo. Each subcommand only calls into `stepwise/`."""
+"""The command `sdpo`: train, check, score, report, expo and info. Each subcommand only calls into `stepwise/`."""
 
 from __future__ import annotations
 
@@ -122,6 +122,14 @@ def expo(
         timeout=timeout,
         reporter=Reporter(quiet),
     )
+
+
+@app.command()
+def info() -> None:
+    """Print versions, libraries and devices, for a bug report."""
+    from sdpo_kernels.info import info_text
+
+    typer.echo(info_text())
 
 
 def _settings(overrides: list[str] | None) -> list[str]:

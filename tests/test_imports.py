@@ -26,7 +26,7 @@ FLOORS = [
     {"logps", "logits"},
     {"dpo", "diffusion"},
     {""},  # the package's own __init__, which gathers the public names of the kernels
-    {"integrations"},
+    {"integrations", "info"},
     {"stepwise"},  # the driver's __init__, which imports nothing
     {"stepwise.common"},
     {"stepwise.settings"},

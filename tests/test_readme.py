@@ -23,7 +23,9 @@ BLOCKS = dict(re.findall(r"```(python|yaml)\n(.*?)```", README, re.S))
 COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if line.startswith("    ") and line.strip()]
 
 # `make` itself installs before any of these tests runs
-INSTALLS = {"make test", "make bench-env", "pip install sdpo-kernels", "pip install sdpo-kernels[train]"}
+INSTALLS = {"make test", "make bench-env", "pip install torch"}
+INSTALLS |= {"pip install sdpo-kernels", "pip install sdpo-kernels[hf]", "pip install sdpo-kernels[train]"}
+INFO = {"python -m sdpo_kernels info"}  # run by tests/test_info.py
 # what a make target runs, shortened
 TARGETS = {
     "make demo": ["-m", "examples.demo.run"],
@@ -38,7 +40,7 @@ BENCHMARKS = {f"python -m benchmarks.{name}" for name in ("accuracy", "scaling",
 def test_every_command_is_known():
     sdpo = {command for command in COMMANDS if command.startswith("sdpo ")}
     assert len(sdpo) == 6
-    assert set(COMMANDS) - sdpo - INSTALLS - set(TARGETS) == BENCHMARKS
+    assert set(COMMANDS) - sdpo - INSTALLS - INFO - set(TARGETS) == BENCHMARKS
 
 
 def test_make_targets_exist():

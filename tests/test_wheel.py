@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from sdpo_kernels.backends.source_digest import source_digest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 pytestmark = [
@@ -67,9 +69,17 @@ def test_the_wheel_serves_every_python_and_works_outside_the_checkout(wheel, tmp
     first, has_cuda = done.stdout.split()
     assert abs(float(first) + 3.912023) < 1e-6  # −log 50
     assert has_cuda == str(shutil.which("nvcc") is not None)
+    # what people paste into a bug report, of the installed package
+    command = [sys.executable, "-m", "sdpo_kernels", "info"]
+    told = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+    assert f"in {site}/sdpo_kernels" in told
+    assert f"{site}/sdpo_kernels/_cpu.so loads: " in told
+    assert f"built from sources {source_digest(ROOT / 'csrc', cuda=False)}" in told
 
 
 def test_metadata(metadata):
+    assert {"hf", "train"} <= set(metadata.get_all("Provides-Extra"))
+    assert 'transformers>=4.57; extra == "hf"' in metadata.get_all("Requires-Dist")
     assert metadata["Author"] == "the sdpo_kernels contributors"
     assert metadata["License-Expression"] == "Apache-2.0"
     assert not [line for line in metadata.get_all("Classifier") if line.startswith("License ::")]  # PEP 639

@@ -34,6 +34,11 @@ def choose_backend(name: str, request: Request) -> Backend:
     return _choose(name, request.device, lambda backend: backend.supports(request), request)
 
 
+def auto_choice(request: Request) -> tuple[Backend, list[tuple[str, str]]]:
+    """What "auto" gives for `request`, and the backends for its device that were skipped, each with the reason."""
+    return _first_serving("auto", request.device, lambda backend: backend.supports(request), request)
+
+
 def choose_backend_of_rows(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     """The backend for existing rows: logits of `dtype` on `device`, or log-probs to be summed over pairs."""
     return _choose(name, device, lambda backend: backend.supports_rows(device, dtype), f"rows of {dtype} on {device}")
@@ -52,6 +57,18 @@ def _auto_order(device: torch.device) -> list[str]:
 
 
 def _choose(name: str, device: torch.device, reason_against: Callable[[Backend], str | None], asked: object) -> Backend:
+    backend, skipped = _first_serving(name, device, reason_against, asked)
+    # torch.compile cannot trace a log call
+    if backend.name == AUTO_ORDER[-1] and not torch.compiler.is_compiling():
+        for skipped_name, reason in skipped:
+            _warn_once(skipped_name, reason)
+    return backend
+
+
+def _first_serving(
+    name: str, device: torch.device, reason_against: Callable[[Backend], str | None], asked: object
+) -> tuple[Backend, list[tuple[str, str]]]:
+    """The backend that serves, and those that "auto" skipped before it."""
     if name == "auto":
         name = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
 
@@ -61,21 +78,17 @@ def _choose(name: str, device: torch.device, reason_against: Callable[[Backend],
         reason = reason_against(backend)
         if reason is not None:
             raise ValueError(f"backend: {name!r} cannot serve this call: {reason}")
-        return backend
+        return backend, []
 
-    missed: list[tuple[str, str]] = []
+    skipped: list[tuple[str, str]] = []
     for candidate in _auto_order(device):
         backend = BACKENDS[candidate]
         if backend.device_types is not None and device.type not in backend.device_types:
             continue  # not a fallback: it was never meant for this device
         reason = reason_against(backend)
         if reason is None:
-            # torch.compile cannot trace a log call
-            if candidate == AUTO_ORDER[-1] and not torch.compiler.is_compiling():
-                for missed_name, missed_reason in missed:
-                    _warn_once(missed_name, missed_reason)
-            return backend
-        missed.append((candidate, reason))
+            return backend, skipped
+        skipped.append((candidate, reason))
     raise ValueError(f"backend: none supports this call: {asked}")
 
 

@@ -7,7 +7,6 @@ loaded first.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import struct
 from collections.abc import Callable
@@ -15,22 +14,12 @@ from pathlib import Path
 
 import torch
 
+from sdpo_kernels.backends.source_digest import source_digest
+
 PACKAGE = Path(__file__).resolve().parents[1]
 CUDA_LIBRARY = PACKAGE / "_cuda.so"
 LIBRARY = Path(os.environ.get("SDPO_NATIVE_LIBRARY", PACKAGE / "_cpu.so"))  # `make sanitize` sets another one
 SOURCES = PACKAGE.parent / "csrc"  # in a checkout; next to an installed wheel it may belong to something else
-SUFFIXES = (".cpp", ".h", ".inl", ".cu", ".cuh")
-
-
-def source_digest(sources: Path, cuda: bool) -> str:
-    """A digest of the files under `sources` that go into a library."""
-    digest = hashlib.sha256()
-    other = "cpu" if cuda else "cuda"
-    for path in sorted(path for path in sources.rglob("*") if path.suffix in SUFFIXES):
-        name = path.relative_to(sources)
-        if name.parts[0] != other:
-            digest.update(name.as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def is_checkout() -> bool:
@@ -42,7 +31,7 @@ def how_to_build() -> str:
     """The command that rebuilds the library of this installation."""
     if is_checkout():
         return f"cd {SOURCES.parent} && python setup.py build_ext --inplace"
-    return "python -m pip install --no-build-isolation --no-deps --force-reinstall --no-binary :all: sdpo-kernels"
+    return "python -m pip install --no-deps --force-reinstall --no-binary sdpo-kernels sdpo-kernels"
 
 
 def is_whole(library: Path) -> bool:
@@ -71,7 +60,7 @@ def load_cuda() -> str | None:
 
 def _load(library: Path, compiler: str, built_from: Callable[[], str], cuda: bool) -> str | None:
     if not library.exists():
-        return f"{library} does not exist (built at installation if {compiler} is found); to build it: {how_to_build()}"
+        return f"no library was built ({library} does not exist); with {compiler} installed, run: {how_to_build()}"
 
     # the library exists: from here on a problem is an error, not a reason to use another backend
     if not is_whole(library):

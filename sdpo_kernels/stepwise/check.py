@@ -16,6 +16,7 @@ from sdpo_kernels.stepwise.data.template_clock import reads_clock
 from sdpo_kernels.stepwise.post.after_run import check_start
 from sdpo_kernels.stepwise.prepare import Prepared, planned_steps, prepare
 from sdpo_kernels.stepwise.record.changes import refused_settings
+from sdpo_kernels.stepwise.record.environment import run_backend
 from sdpo_kernels.stepwise.record.expo_record import FOLDER
 from sdpo_kernels.stepwise.record.manifest import different_settings
 from sdpo_kernels.stepwise.record.template_time import template_time
@@ -57,6 +58,7 @@ def check_run(config: RunConfig, reporter: Reporter) -> None:
     vocabulary = getattr(model.get_text_config(), "vocab_size", None)
 
     reporter.say(f"model      {config.model} ({model.model_type}, vocabulary {vocabulary})")
+    reporter.say(f"backend    {run_backend(config)}")
     reporter.say(f"order      {config.order}: {order}")
     reporter.say(f"reference  {config.reference}; policy starts from {config.policy}; loss {config.loss_sum.label}")
     if expo := config.expo:

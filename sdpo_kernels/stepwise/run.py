@@ -24,6 +24,7 @@ from sdpo_kernels.stepwise.data.order import StageData, order_stages
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
 from sdpo_kernels.stepwise.post.after_run import check_start, post_done, run_post
 from sdpo_kernels.stepwise.prepare import Prepared, prepare
+from sdpo_kernels.stepwise.record.environment import run_backend
 from sdpo_kernels.stepwise.record.expo_record import expo_line
 from sdpo_kernels.stepwise.record.manifest import Record
 from sdpo_kernels.stepwise.record.template_time import template_time
@@ -88,6 +89,7 @@ def _run(config: RunConfig, folder: Path, reporter: Reporter) -> Record:
         # `sdpo report` may have written one already; after a kill it must not pass for the final one
         if ranks.is_first():
             (folder / "report.html").unlink(missing_ok=True)
+        reporter.say(f"backend: {run_backend(config)}")
         _train(state, stages, missing)
         ranks.on_first(lambda: run_post(state))
         if ranks.is_first():

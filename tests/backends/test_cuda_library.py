@@ -122,7 +122,7 @@ def test_it_loads_next_to_the_cpu_library(tmp_path):
     stub = tmp_path / "stub.so"
     subprocess.run(["g++", "-shared", "-fPIC", str(tmp_path / "stub.cpp"), "-o", str(stub)], check=True)
     code = f"""if True:
-        import torch, sdpo_kernels
+        import torch, sdpo_kernels.backends
         torch.ops.load_library({str(LIBRARY)!r})
         print(torch.ops.sdpo_native.cuda_built_from())
         for name in ("linear_forward", "linear_backward", "logits_forward", "logits_backward", "pair_epilogue"):

@@ -4,9 +4,11 @@ import io
 import re
 
 import pytest
+import torch
 import transformers
 from rich.console import Console
 
+from sdpo_kernels.backends.describe import describe_auto
 from sdpo_kernels.stepwise.check import check_run
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.progress import Reporter
@@ -38,6 +40,7 @@ def test_prints_what_a_run_would_do_and_writes_nothing(tmp_path, model):
     assert row(text, "(eval_data)")[1] == "3"
     for line in (
         f"model      {model} (llama, vocabulary {len(runs.VOCABULARY)})",
+        f"backend    {describe_auto(torch.device('cpu'), torch.float32)}",
         "order      given: the order of the file",
         "reference  previous; policy starts from previous; loss sigmoid",
         f"output     {tmp_path}/run (new)",

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from sdpo_kernels import cli
+from sdpo_kernels.backends.describe import describe_auto
 from sdpo_kernels.stepwise import run as run_module
 from sdpo_kernels.version import __version__
 from tests.stepwise import runs
@@ -45,7 +47,8 @@ def test_train_from_the_command_line(main, tmp_path, model):
     assert "\x1b" not in done.stdout
     assert "\r" not in done.stdout
     lines = done.stdout.splitlines()
-    assert lines[0] == "stage 1 s1: references  12/12"
+    assert lines[0] == f"backend: {describe_auto(torch.device('cpu'), torch.float32)}"
+    assert lines[1] == "stage 1 s1: references  12/12"
     assert any(line.startswith("stage 1 s1  6/6  loss ") for line in lines)
     assert lines[-1] == f"report: {tmp_path}/run/report.html"
     assert (tmp_path / "run" / "report.html").exists()
