@@ -67,7 +67,7 @@ def check_run(config: RunConfig, reporter: Reporter) -> None:
     if reads_clock(prepared.tokenizer):
         reporter.say(f"clock      the chat template reads the date: {now.isoformat()} throughout the run")
     for note in prepared.notes:
-        reporter.say(f"cut        {note}")
+        reporter.say(f"note       {note}")
     reporter.say(_state(config, now))
 
 
