@@ -83,7 +83,7 @@ def test_a_few_cut_pairs_are_a_line_and_many_a_warning(tmp_path, model):
     runs.write_rows(tmp_path / "data1.jsonl", [long, *[pair] * 199])
     runs.write_rows(tmp_path / "data2.jsonl", [long, pair])
     text = " ".join(checked(runs.configured(tmp_path, model, max_length=4)).split())
-    assert "cut stage s1: max_length 4 cuts 1 of 200 pairs, which lose 2 of 1,200 scored tokens (0.2%)" in text
+    assert "note stage s1: max_length 4 cuts 1 of 200 pairs, which lose 2 of 1,200 scored tokens (0.2%)" in text
     many = "stage s2: max_length 4 cuts 1 of 2 pairs, which lose 2 of 12 scored tokens (16.7%); raise max_length"
     assert f"warning: {many}" in text
 
