@@ -15,7 +15,7 @@ from sdpo_kernels.stepwise.data.order import scored_counts
 from sdpo_kernels.stepwise.data.template_clock import reads_clock
 from sdpo_kernels.stepwise.post.after_run import check_start
 from sdpo_kernels.stepwise.prepare import Prepared, planned_steps, prepare
-from sdpo_kernels.stepwise.record.changes import refused_settings
+from sdpo_kernels.stepwise.record.changes import processes_of, refused_settings
 from sdpo_kernels.stepwise.record.environment import run_backend
 from sdpo_kernels.stepwise.record.expo_record import FOLDER
 from sdpo_kernels.stepwise.record.manifest import different_settings
@@ -139,7 +139,7 @@ def _state(config: RunConfig, now: datetime) -> str:
 
     # only the config is compared: some orders need scores before the stages' data is known
     manifest = read_json(path)
-    header: dict[str, Any] = {"config": config.model_dump(mode="json"), "environment": manifest.get("environment", {})}
+    header: dict[str, Any] = {"config": config.model_dump(mode="json"), "processes": processes_of(manifest)}
     header["template_time"] = now.isoformat()
     if differences := refused_settings(manifest, header):
         raise UserError(different_settings(path.parent, differences))

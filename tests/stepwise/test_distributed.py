@@ -135,7 +135,7 @@ def test_a_run_of_one_process_resumes_on_two_ranks(whole):
     assert_same_figures(run, expected)
     doubled = two(one, run)  # the same number of pairs per rank is twice as many per step
     assert doubled.wait()[0] == 2
-    assert "processes: 4 -> 8" in doubled.text
+    assert "trainer.per_device_train_batch_size: 2 -> 4" in doubled.text
 
 
 def _die_alone() -> None:

@@ -89,7 +89,7 @@ def refused_settings(data: Record, header: Record) -> list[str]:
         return [_with_reason(line)]
 
     # a run with more or fewer processes has the same steps if their product with the batch size is the same
-    worlds = [record.get("environment", {}).get("world_size", 1) for record in (data, header)]
+    worlds = [processes_of(record) for record in (data, header)]
     processes = worlds if worlds[0] != worlds[1] else [None, None]
     before, now = (_trained_with(config, started, n) for config, n in zip((old, new), processes, strict=True))
     of_run = config_diff(*({key: config.get(key) for key in ("beta", "trainer")} for config in (old, new)))
@@ -100,6 +100,11 @@ def refused_settings(data: Record, header: Record) -> list[str]:
     if None not in times and times[0] != times[1]:
         differences.append(f"template_time: {times[0]} -> {times[1]}")
     return [_with_reason(line) for line in differences]
+
+
+def processes_of(data: Record) -> int:
+    """How many processes the config in a manifest is for: those of the last invocation, else those of the first."""
+    return data.get("processes") or data.get("environment", {}).get("world_size", 1)
 
 
 def started_stages(data: Record) -> list[str]:

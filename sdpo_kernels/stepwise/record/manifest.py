@@ -13,7 +13,7 @@ from pathlib import Path
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.files import read_json, replace_file, sync, write_json
-from sdpo_kernels.stepwise.record.changes import Record, refused_changes, started_stages
+from sdpo_kernels.stepwise.record.changes import Record, processes_of, refused_changes, started_stages
 
 
 @dataclass
@@ -70,6 +70,8 @@ def _brought_up(before: Record, header: Record, stages: list[Record]) -> Record:
         return {**header, "initial_eval": None, "stages": stages}  # nothing is trained yet: a new run
 
     data = before | {"config": header["config"], "stages": [*before["stages"][:started], *stages[started:]]}
+    if processes_of(header) != processes_of(before):
+        data["processes"] = processes_of(header)
     if header["eval_data_hash"] not in (None, before.get("eval_data_hash")):
         data |= {"eval_data_hash": header["eval_data_hash"], "initial_eval": None}
         data["stages"] = [stage | {"eval": None} for stage in data["stages"]]

@@ -169,7 +169,7 @@ def test_three_models_are_mixed_into_each_stages_reference(tmp_path, model, othe
         assert abs(record["first_loss"] - LN2) > 1e-4  # the policy is not its own reference
     assert runs.leftovers(run) == []
     known = json.loads((run / "manifest.json").read_text())["weights"]
-    assert set(known) == {"initial", "stage-1-s1", *others}
+    assert set(known) == {"initial", "stage-1-s1", *(f"multi.models.{i}" for i in range(len(others)))}
 
 
 @pytest.mark.parametrize("way", ["no neighbourhood", "the base again"])
