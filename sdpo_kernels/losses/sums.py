@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,14 +32,18 @@ class LossSum(NamedTuple):
 
     def of(self, pair: PairLogps, beta: float) -> Tensor:
         """The sum for each pair, [B]."""
+        return functools.reduce(operator.add, self.parts(pair, beta).values())
+
+    def parts(self, pair: PairLogps, beta: float) -> dict[str, Tensor]:
+        """Each term times its weight, [B], by the loss's name; a second term of one name is 'sigmoid_2'."""
         if self.weighs_pairs and pair.weights is None:
             raise ValueError("weights: was None, must be the weights [B] of the pairs, which 'wpo' needs")
-        total = None
-        for loss, weight, options in self.terms:
-            part = weight * loss.function(pair, beta, **options)
-            total = part if total is None else total + part
-        assert total is not None
-        return total
+        parts: dict[str, Tensor] = {}
+        for place, (loss, weight, options) in enumerate(self.terms):
+            before = [term.loss.name for term in self.terms[:place]].count(loss.name)
+            name = f"{loss.name}_{before + 1}" if before else loss.name
+            parts[name] = weight * loss.function(pair, beta, **options)
+        return parts
 
     @property
     def label(self) -> str:

@@ -20,20 +20,25 @@ EVAL_FILE = "eval_logps.safetensors"
 
 
 def summarise(logps: Tensor, counts: Tensor, reference: Tensor | None, beta: float) -> Record:
-    """Metrics of log-probs [n, 2] (chosen, rejected): accuracies, γ in nats, and rewards if `reference` is given.
+    """Metrics of log-probs [n, 2] (chosen, rejected): accuracies with their shares of ties, mean log-probs, their
+    margin ("gamma") in nats, and rewards if `reference` is given.
 
     `counts` [n, 2] are the scored tokens of each answer, `reference` [n, 2] the log-probs that rewards are relative to.
     """
     margin = (logps[:, 0] - logps[:, 1]).double()
     per_token = logps.double() / counts
 
-    # in every accuracy a tie counts as wrong
+    # in every accuracy a tie counts as wrong; its share is given too
     scores: Record = {
         "pairs": len(logps),
         "pair_accuracy": _share(margin > 0),
         "pair_accuracy_per_token": _share(per_token[:, 0] > per_token[:, 1]),
+        "pair_ties": _share(margin == 0),
         "gamma": float(margin.mean()),
+        "logps_chosen": float(logps[:, 0].double().mean()),
+        "logps_rejected": float(logps[:, 1].double().mean()),
         "reward_accuracy": None,
+        "reward_ties": None,
         "reward_margin": None,
     }
 
@@ -41,6 +46,7 @@ def summarise(logps: Tensor, counts: Tensor, reference: Tensor | None, beta: flo
     if reference is not None:
         rewards = beta * (logps.double() - reference.double())
         scores["reward_accuracy"] = _share(rewards[:, 0] > rewards[:, 1])
+        scores["reward_ties"] = _share(rewards[:, 0] == rewards[:, 1])
         scores["reward_margin"] = float((rewards[:, 0] - rewards[:, 1]).mean())
     return scores
 

@@ -1,7 +1,7 @@
 """The look of every picture: palette, fonts, sizes, and the small parts that all pictures share.
 
 Pictures are `Figure` objects drawn inside `picture_style()`, so neither pyplot's state nor the user's matplotlibrc
-changes them. Used by `pictures.py` (a run) and `comparison.py` (several models).
+changes them. Used by `curves.py` and `pictures.py` (a run) and `comparison.py` (several models).
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 # Okabe and Ito's palette: distinguishable with every common form of colour blindness, and in greyscale.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8A9099"
+BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A9099"
 INK, SOFT_INK, RULE, BAND = "#20262E", "#5B6470", "#E3E6EA", "#F5F7F9"
 
-WIDTH, HEIGHT = 6.2, 3.5  # inches
+HEIGHT = 3.5  # inches, of a picture that has its page to itself
+SMALL_WIDTH, SMALL_HEIGHT = 3.9, 2.7  # inches, of one of a run: at this size its text is legible on a telephone too
 SCREEN_DPI = 100  # a picture is shown at this density ...
 PICTURE_DPI = 2 * SCREEN_DPI  # ... and drawn at twice that, for sharp text on dense screens
 
@@ -44,6 +46,7 @@ STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
     "axes.unicode_minus": True,
     "axes.formatter.limits": (-5, 6),
+    "axes.formatter.useoffset": False,  # ticks are whole values, with as many digits as tell them apart
     "grid.color": RULE,
     "grid.linewidth": 0.8,
     "xtick.color": SOFT_INK,
@@ -66,11 +69,35 @@ def render(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def canvas(title: str, subtitle: str, *, head: float = 0.2) -> tuple[Figure, Axes]:
-    """A figure of the usual size with a headline and one pair of axes, `head` inches apart."""
-    figure = Figure(figsize=(WIDTH, HEIGHT))
-    headline(figure, title, subtitle, head)
+def canvas(title: str, names: Sequence[tuple[str, str]] = ()) -> tuple[Figure, Axes]:
+    """A small figure with a title and one pair of axes; `names` are (name, colour) of its lines, written below it."""
+    figure = Figure(figsize=(SMALL_WIDTH, SMALL_HEIGHT))
+    figure.text(0.08 / SMALL_WIDTH, 1 - 0.06 / SMALL_HEIGHT, title, fontsize=10.5, fontweight="bold", va="top")
+    if names:
+        name_lines(figure, names)
+
+    room = 1 - (0.5 if names else 0.3) / SMALL_HEIGHT
+    figure.set_layout_engine(ConstrainedLayoutEngine(rect=(0.005, 0.005, 0.99, room), w_pad=0.05, h_pad=0.04))
     return figure, figure.add_subplot()
+
+
+def name_lines(figure: Figure, names: Sequence[tuple[str, str]]) -> None:
+    """A legend in one row below the title."""
+    legend = figure.legend(
+        handles=[Line2D([], [], color=color, linewidth=2.2, label=name) for name, color in names],
+        loc="upper left",
+        bbox_to_anchor=(0.0, 1 - 0.24 / SMALL_HEIGHT),
+        ncols=len(names),
+        frameon=False,
+        fontsize=8.5,
+        handlelength=1.1,
+        handletextpad=0.5,
+        columnspacing=1.4,
+        borderaxespad=0,
+    )
+
+    # otherwise the layout engine would move the axes for it
+    legend.set_in_layout(False)
 
 
 def headline(figure: Figure, title: str, subtitle: str, head: float) -> None:
@@ -97,13 +124,8 @@ def bars(
     `others` are the values of the panel's other bars: they share the number of decimals, and make the text smaller.
     """
     drawn = ax.bar(x, values, width, color=color, zorder=2)
-
-    # three significant digits of the largest bar set the decimals of all
-    greatest = max(abs(value) for value in [*values, *others])
-    decimals = max(0, 2 - math.floor(math.log10(greatest))) if greatest else 0
-    texts = [f"{value:,.{decimals}f}" if 1e-4 <= greatest < 1e6 else number(value) for value in values]
     fontsize = 9 if len(x) <= 12 and not others else 7
-    ax.bar_label(drawn, [text.replace("-", "−") for text in texts], padding=4, fontsize=fontsize)
+    ax.bar_label(drawn, numbers(values, others), padding=4, fontsize=fontsize)
 
     ax.axhline(0, color=GREY, linewidth=0.9, zorder=2.5)
     ax.spines["bottom"].set_visible(False)
@@ -111,7 +133,16 @@ def bars(
     ax.margins(y=0.14)
 
 
-def stage_axis(ax: Axes, stages: Sequence[tuple[int, str]], width: float = WIDTH - 0.9) -> None:
+def dots(ax: Axes, x: Sequence[float], values: Sequence[float], color: str) -> None:
+    """The values as dots with their numbers, on an axis that starts near the smallest: bars would all look equal."""
+    ax.plot(x, values, "o", color=color, markersize=6, zorder=3)
+    for place, value, text in zip(x, values, numbers(values), strict=True):
+        size = 9 if len(x) <= 6 else 7
+        ax.annotate(text, (place, value), (0, 7), textcoords="offset points", ha="center", fontsize=size)
+    ax.margins(y=0.3)
+
+
+def stage_axis(ax: Axes, stages: Sequence[tuple[int, str]], width: float = SMALL_WIDTH - 0.8) -> None:
     """Label stages given as (number, name) below `ax` (`width` inches wide): numbers, and names as far as they fit."""
     # one or two bars would fill the axes: leave as much room as for three
     edge = max(0.6, 2.1 - len(stages) / 2)
@@ -156,21 +187,6 @@ def label_right(ax: Axes, y: float, text: str, color: str, shift: float = 0.0) -
     )
 
 
-def label_ends(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Name lines at their right ends, given as (height, name, colour), without overlap; one line needs no name."""
-    if len(ends) < 2:
-        return
-
-    # from the lowest up, each name at least 12 points above the one before
-    low, high = ax.get_ylim()
-    points_per_unit = (HEIGHT - 1.4) * 72 / (high - low)
-    floor = -math.inf
-    for y, name, color in sorted(ends):
-        height = max(y * points_per_unit, floor)
-        label_right(ax, y, name, color, height - y * points_per_unit)
-        floor = height + 12
-
-
 def percent_axis(ax: Axes) -> None:
     """Show shares as per cent on the y axis."""
     ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
@@ -185,6 +201,25 @@ def model_name(index: int) -> str:
 def finite(value: object) -> TypeGuard[float]:
     """Whether `value` is a finite number, which can be drawn."""
     return isinstance(value, int | float) and math.isfinite(value)
+
+
+def numbers(values: Sequence[float], others: Sequence[float] = ()) -> list[str]:
+    """The values to one number of decimals, so that they can be compared; `others` count for it but are not written.
+
+    Three significant digits of the greatest, and more where the values differ in less: 171.6 and 172.2, not 172 twice.
+    """
+    known = [value for value in [*values, *others] if finite(value)]
+    greatest = max(map(abs, known), default=0.0)
+    if not 1e-4 <= greatest < 1e6:
+        return [number(value) if finite(value) else str(value) for value in values]
+
+    decimals = 2 - math.floor(math.log10(greatest))
+    spread = max(known) - min(known)
+    if spread > 0:
+        # one digit of the spread, up to six significant digits in all
+        decimals = max(decimals, min(-math.floor(math.log10(spread)), decimals + 3))
+    texts = [f"{value:,.{max(0, decimals)}f}" if finite(value) else str(value) for value in values]
+    return [text.replace("-", "−") for text in texts]
 
 
 def number(value: float) -> str:

@@ -15,7 +15,7 @@ from transformers import PrinterCallback, Trainer
 
 from sdpo_kernels.dpo_output import DPOOutput, pair_output
 from sdpo_kernels.integrations.router_loss import router_coefficient
-from sdpo_kernels.losses import LossSum
+from sdpo_kernels.losses import LossSum, PairLogps
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.data.batches import Batch
@@ -107,7 +107,7 @@ class StageTrainer(AtomicCheckpoints, Trainer):
 
         # in an epoch's last step a rank may be left without pairs; it takes part all the same
         if batch.pairs:
-            self._collect_metrics(out, aux_loss, model.training)
+            self._collect_metrics(out, self._terms(out, batch, weights), aux_loss, model.training)
         if model.training:
             self.rows_seen += batch.n_rows * ranks.world_size()
 
@@ -144,7 +144,18 @@ class StageTrainer(AtomicCheckpoints, Trainer):
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
 
-    def _collect_metrics(self, out: DPOOutput, aux_loss: Tensor | None, training: bool) -> None:
+    def _terms(self, out: DPOOutput, batch: Batch, weights: Tensor | None) -> dict[str, Tensor]:
+        """The terms of a sum of losses, each times its weight, [B], as 'loss/<name>'; {} for a single loss."""
+        if len(self.loss.terms) == 1:
+            return {}
+        logps = (out.chosen_logps, out.rejected_logps, out.ref_chosen_logps, out.ref_rejected_logps)
+        pair = PairLogps(*logps, *batch.rows.counts.chunk(2), weights)
+        with torch.no_grad():
+            return {f"loss/{name}": part for name, part in self.loss.parts(pair, self.beta).items()}
+
+    def _collect_metrics(
+        self, out: DPOOutput, terms: dict[str, Tensor], aux_loss: Tensor | None, training: bool
+    ) -> None:
         """Keep the pairs' metrics as tensors [B]: reading them here would wait for the device at every step."""
         metrics = self._metrics["train" if training else "eval"]
 
@@ -154,8 +165,12 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         metrics["rewards/rejected"].append(out.rejected_rewards)
         metrics["rewards/accuracies"].append(out.accuracy)
         metrics["rewards/margins"].append(out.margins)
+        # TRL counts a tie as wrong; at a stage's start all are
+        metrics["rewards/ties"].append((out.chosen_rewards == out.rejected_rewards).to(out.margins.dtype))
         metrics["logps/chosen"].append(out.chosen_logps)
         metrics["logps/rejected"].append(out.rejected_logps)
+        for name, values in terms.items():
+            metrics[name].append(values)
         if aux_loss is not None:
             metrics["aux_loss"].append(aux_loss.detach().expand(len(out.accuracy)))
 
