@@ -49,7 +49,7 @@ def run(config: RunConfig, reporter: Reporter | None = None) -> Record:
     2. Lock the run's folder; order the stages, which may need scores of the initial model.
     3. Create the run or reopen it, and remove what a kill left behind.
     4. Evaluate the initial model, then train the stages one after another.
-    5. Run the post-step (ExPO), if there is one, and write the report.
+    5. Run the post-step (ExPO), if there is one, and write the report, as after every stage.
 
     On several ranks all of them call this; only rank 0 writes and logs.
 
@@ -80,15 +80,12 @@ def _run(config: RunConfig, folder: Path, reporter: Reporter) -> Record:
         missing = ranks.on_first(lambda: missing_weights(state))
         all_done = all(stage["state"] == "done" for stage in state.manifest.stages)
         if all_done and post_done(state) and not needs_evaluation(state, missing):
-            # a kill after the last stage may have prevented the report
-            if ranks.is_first() and not (folder / "report.html").exists():
+            # a kill after the last stage may have prevented the last report
+            if ranks.is_first() and _report_is_old(folder):
                 write_report(folder)
             reporter.say(f"nothing to do: all {len(state.manifest.stages)} stages in {folder} are done")
             return state.manifest.data
 
-        # `sdpo report` may have written one already; after a kill it must not pass for the final one
-        if ranks.is_first():
-            (folder / "report.html").unlink(missing_ok=True)
         reporter.say(f"backend: {run_backend(config)}")
         _train(state, stages, missing)
         ranks.on_first(lambda: run_post(state))
@@ -146,6 +143,22 @@ def _ranking(prepared: Prepared, folder: Path, reporter: Reporter) -> Callable[[
     return score
 
 
+def _report_is_old(folder: Path) -> bool:
+    """Whether the run has gone on since its report was written, or has none."""
+    report, manifest = folder / "report.html", folder / "manifest.json"
+    return not report.exists() or report.stat().st_mtime_ns < manifest.stat().st_mtime_ns
+
+
+def _report_so_far(state: Run) -> None:
+    """Write the report of a run that goes on; what prevents it is a warning, because training need not stop for it."""
+    if not ranks.is_first():
+        return
+    try:
+        write_report(state.folder)
+    except Exception as error:
+        state.reporter.warn(f"the report could not be written, training goes on: {' '.join(str(error).split())}")
+
+
 def _remove_leftovers(state: Run) -> None:
     """Remove what a kill left behind: temporary files, and working folders of stages that are done."""
     for path in state.folder.glob(".*.tmp"):
@@ -169,3 +182,6 @@ def _train(state: Run, data: list[StageData], missing: dict[int, str]) -> None:
         if state.manifest.stages[index - 1]["state"] != "done":
             # A new Stage: accelerate and TensorBoard keep global state, set by the arguments that were made last.
             train_stage(Stage(state, index, stage_data))
+            # after the last stage it is written once, with the post-step's result
+            if index < len(data):
+                _report_so_far(state)

@@ -19,8 +19,9 @@ from sdpo_kernels.stepwise.models.load import add_adapter, release_memory
 from sdpo_kernels.stepwise.models.precision import asks_for_fsdp
 from sdpo_kernels.stepwise.prepare import generated_stage
 from sdpo_kernels.stepwise.record.manifest import Record
+from sdpo_kernels.stepwise.record.samples import PAIRS_FILE
 from sdpo_kernels.stepwise.references.stage_references import REFERENCE_FILE
-from sdpo_kernels.stepwise.sources.make import PAIRS_FILE, make_pairs, stage_context
+from sdpo_kernels.stepwise.sources.make import make_pairs, stage_context
 from sdpo_kernels.stepwise.state import Stage
 from sdpo_kernels.stepwise.training import publish
 from sdpo_kernels.stepwise.training.checkpoints import latest_checkpoint

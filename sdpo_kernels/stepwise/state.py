@@ -172,7 +172,11 @@ def open_run(
         reporter.warn(warning)
     replace_file(folder / CONFIG, (_CONFIG_COMMENT + dump_config(config)).encode())
 
-    eval_data = None if eval_tokens is None else EvalData(eval_tokens, folder, config.beta, config.model)
+    eval_data = (
+        None
+        if eval_tokens is None
+        else EvalData(eval_tokens, folder, config.beta, config.model, config.samples, tokenizer)
+    )
     return Run(config, folder, tokenizer, manifest, MetricsFile(folder), reporter, eval_data)
 
 

@@ -41,7 +41,7 @@ def test_the_files_of_a_run(tmp_path, model, evaluation, pictures, spoken):
         assert stage["peak_memory_bytes"] > 1e6
         assert json.loads((folder / f"stage-{stage['index']}-{stage['name']}" / "stage.json").read_text()) == stage
     names = {"stage/name", "stage/index", "step", "stage/global_step", "epoch", "loss", "learning_rate", "grad_norm"}
-    names |= {f"rewards/{x}" for x in ("chosen", "rejected", "accuracies", "margins")}
+    names |= {f"rewards/{x}" for x in ("chosen", "rejected", "accuracies", "margins", "ties")}
     names |= {"logps/chosen", "logps/rejected"}
     lines = runs.metrics(folder)
     assert all(set(line) == names for line in lines)

@@ -7,13 +7,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.data.batches import PairDataset
 from sdpo_kernels.stepwise.data.order import scored_counts
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
 from sdpo_kernels.stepwise.record.manifest import Record
+from sdpo_kernels.stepwise.record.samples import SAMPLES_FILE
 from sdpo_kernels.stepwise.references.cache import read_scores
+from sdpo_kernels.stepwise.references.samples import write_answers
 from sdpo_kernels.stepwise.references.scorer import Scorer
 
 EVAL_FILE = "eval_logps.safetensors"
@@ -63,12 +67,25 @@ class EvalData:
     folder: Path
     beta: float
     initial: str  # M_0, the initial model: a folder or hub name
+    samples: int = 0  # how many prompts each model answers
+    tokenizer: PreTrainedTokenizerBase | None = None  # needed for these answers only
 
     def evaluate(self, model: str, folder: Path, scorer: Scorer) -> Record:
-        """Metrics of `model`; its log-probs are cached in `folder`. Rewards are relative to the initial model."""
+        """Metrics of `model`; its log-probs are cached in `folder`. Rewards are relative to the initial model.
+
+        With `samples`, the model's answers to that many prompts are written into `folder`, too.
+        """
+        tokenizer = self.tokenizer
+        if self.samples and tokenizer is not None:
+            ranks.on_first(lambda: write_answers(model, folder, self.tokens, self.samples, tokenizer, scorer))
         logps = scorer.score_path(model, self.tokens, "evaluation", folder / EVAL_FILE)
         reference = None if folder == self.folder else self.stored(self.folder)
         return summarise(logps, scored_counts(self.tokens), reference, self.beta)
+
+    @property
+    def lacks_samples(self) -> bool:
+        """Whether the initial model's answers are asked for and were never written."""
+        return self.samples > 0 and not (self.folder / SAMPLES_FILE).exists()
 
     def folder_of(self, model: str) -> Path:
         """The folder with the log-probs of `model`: the initial model or a finished stage's."""

@@ -1,12 +1,13 @@
 """The pictures over the steps of a run: losses, rewards, log-probs, gradient norm, learning rate.
 
-    curves = Curves.of(manifest, lines)
-    figure = reward_picture(curves)         # None if the run has nothing for it yet
+curves = Curves.of(manifest, lines)
+figure = reward_picture(curves)         # None if the run has nothing for it yet
 """
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +20,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from sdpo_kernels.stepwise.report.drawing import (
     BAND,
     BLUE,
+    EVALUATION,
     GREEN,
     GREY,
     ORANGE,
-    PINK,
     SMALL_WIDTH,
     SOFT_INK,
     canvas,
@@ -37,7 +38,6 @@ Decorate = Callable[[Axes], None]
 Line = tuple[str, str, str]  # key of metrics.jsonl, name, colour
 
 MOST_POINTS = 500  # of a curve that is drawn
-TERM_COLORS = (BLUE, ORANGE, GREEN, PINK, GREY)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ class Curves:
     @property
     def terms(self) -> list[str]:
         """The names of the terms of a sum of losses; none of a single loss."""
-        return list(dict.fromkeys(key[5:] for line in self.lines for key in line if key.startswith("loss/")))
+        # they name files, and the lines may have been edited
+        keys = dict.fromkeys(key for line in self.lines for key in line)
+        return [key[5:] for key in keys if re.fullmatch(r"loss/\w{1,64}", key)]
 
     @property
     def window(self) -> int:
@@ -90,11 +92,12 @@ def loss_picture(curves: Curves) -> Figure | None:
     return curve_picture(curves, "Loss", "", [("loss", "loss", BLUE)], start_lines)
 
 
-def terms_picture(curves: Curves) -> Figure | None:
-    """The terms of a sum of losses, each times its weight."""
-    names = curves.terms
-    lines = [(f"loss/{name}", name, color) for name, color in zip(names, itertools.cycle(TERM_COLORS), strict=False)]
-    return curve_picture(curves, "Terms of the loss", "", lines)
+def term_pictures(curves: Curves) -> dict[str, Figure | None]:
+    """One picture for each term of a sum of losses, times its weight; each needs an axis of its own."""
+    return {
+        f"loss_{name}": curve_picture(curves, f"Term of the loss: {name}", "", [(f"loss/{name}", name, BLUE)])
+        for name in curves.terms
+    }
 
 
 def reward_picture(curves: Curves) -> Figure | None:
@@ -136,7 +139,9 @@ def rate_picture(curves: Curves) -> Figure | None:
     """The learning rate."""
 
     def plain(ax: Axes) -> None:
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}".replace("e-0", "e-").replace("-", "−")))
+        ax.yaxis.set_major_formatter(
+            FuncFormatter(lambda value, _: f"{value:.4g}".replace("e-0", "e-").replace("-", "−"))
+        )
         ax.set_ylim(bottom=0)
 
     lines = [("learning_rate", "rate", GREY)]
@@ -183,10 +188,10 @@ def curve_picture(
     if not any(trained.values()) and not any(evaluated.values()):
         return None
 
-    # the name of a single line is the title; evaluations are dots, in green where the line has no other colour
+    # the name of a single line is the title; evaluations are dots, green beside a single line
     names = [(name, color) for _, name, color in lines] if len(lines) > 1 else []
     if any(evaluated.values()):
-        names = names + [("dots: evaluation", SOFT_INK)] if names else [("training", lines[0][2]), ("evaluation", GREEN)]
+        names = [*names, (EVALUATION, SOFT_INK)] if names else [("training", lines[0][2]), (EVALUATION, GREEN)]
     figure, ax = canvas(title, names)
 
     # markers only while they do not touch each other
@@ -228,7 +233,7 @@ def points(lines: Sequence[Record], key: str) -> dict[int, tuple[np.ndarray, np.
 
 
 def mean_so_far(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of each value and the `window` − 1 before it, [n]; at the start of fewer, so it begins at the first value."""
+    """Mean of each value and the `window` − 1 before it, [n]; it starts at the first value and never looks ahead."""
     total = np.concatenate([[0.0], np.cumsum(values)])
     end = np.arange(1, len(values) + 1)
     first = (end - window).clip(min=0)

@@ -30,6 +30,8 @@ SMALL_WIDTH, SMALL_HEIGHT = 3.9, 2.7  # inches, of one of a run: at this size it
 SCREEN_DPI = 100  # a picture is shown at this density ...
 PICTURE_DPI = 2 * SCREEN_DPI  # ... and drawn at twice that, for sharp text on dense screens
 
+EVALUATION = "evaluation"  # the name of values that are drawn as dots
+
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same look on every machine
     "font.size": 9,
@@ -84,7 +86,7 @@ def canvas(title: str, names: Sequence[tuple[str, str]] = ()) -> tuple[Figure, A
 def name_lines(figure: Figure, names: Sequence[tuple[str, str]]) -> None:
     """A legend in one row below the title."""
     legend = figure.legend(
-        handles=[Line2D([], [], color=color, linewidth=2.2, label=name) for name, color in names],
+        handles=[line_handle(name, color) for name, color in names],
         loc="upper left",
         bbox_to_anchor=(0.0, 1 - 0.24 / SMALL_HEIGHT),
         ncols=len(names),
@@ -114,6 +116,13 @@ def write_headline(figure: Figure, title: str, subtitle: str) -> None:
     left = 0.12 / width
     figure.text(left, 1 - 0.10 / height, title, fontsize=12, fontweight="bold", va="top")
     figure.text(left, 1 - 0.34 / height, subtitle, fontsize=9, color=SOFT_INK, va="top")
+
+
+def line_handle(name: str, color: str) -> Line2D:
+    """A line of a legend; a dot for EVALUATION."""
+    if name == EVALUATION:
+        return Line2D([], [], color=color, linestyle="none", marker="o", markersize=5, label=name)
+    return Line2D([], [], color=color, linewidth=2.2, label=name)
 
 
 def bars(

@@ -76,9 +76,11 @@ h3 { font-size: 14px; margin: 16px 0 4px; }
 .wide, figure, pre { background: var(--paper); border: 1px solid var(--rule); border-radius: 8px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
 th, td { padding: 7px 14px; text-align: right; white-space: nowrap; }
-th { color: var(--soft); font-weight: 600; border-bottom: 1px solid var(--rule); }
+th { white-space: normal; vertical-align: bottom; color: var(--soft); font-weight: 600;
+  border-bottom: 1px solid var(--rule); }
 tbody tr + tr td { border-top: 1px solid var(--rule); }
 .text { text-align: left; }
+.text:first-child { position: sticky; left: 0; background: var(--paper); }
 td.text { min-width: 110px; max-width: 320px; white-space: normal; overflow-wrap: anywhere; }
 details { margin: 0 0 24px; font-size: 13px; color: var(--soft); }
 summary { cursor: pointer; }

@@ -65,7 +65,7 @@ def run_pictures(manifest: Record, lines: Sequence[Record]) -> list[Picture]:
     with picture_style():
         figures = {
             "loss": curves.loss_picture(run),
-            "loss_terms": curves.terms_picture(run),
+            **curves.term_pictures(run),
             "rewards": curves.reward_picture(run),
             "reward_margin": curves.margin_picture(run),
             "reward_accuracy": curves.accuracy_picture(run),
@@ -79,7 +79,7 @@ def run_pictures(manifest: Record, lines: Sequence[Record]) -> list[Picture]:
             "time": time_picture(stages),
             "memory": memory_picture(stages),
         }
-        texts = captions(manifest, run.window)
+        texts = captions(manifest, run.window, run.terms)
         return [
             Picture(name, render(figure), render_svg(figure, name, texts[name]), texts[name])
             for name, figure in figures.items()
@@ -135,6 +135,7 @@ def stage_bars(
     figure, ax = canvas(title)
     if look_equal(values):
         dots(ax, [stage["index"] for stage in known], values, color)
+        unit += ", axis not from 0"
     else:
         bars(ax, [stage["index"] for stage in known], values, 0.56, color)
     stage_axis(ax, [(stage["index"], stage["name"]) for stage in stages])
@@ -161,7 +162,6 @@ def eval_accuracy_picture(models: Sequence[tuple[int, Record]]) -> Figure | None
         ("pair_accuracy_per_token", "pair, per token", GREY),
         ("reward_accuracy", "reward", GREEN),
     ]
-    percents: Callable[[Sequence[float]], list[str]] = lambda values: [f"{value:.1%}" for value in values]
     figure = model_lines(models, series, "Accuracy on the evaluation pairs", percents, least_span=0.08)
 
     # no room for shares below 0 or above 1
@@ -171,6 +171,11 @@ def eval_accuracy_picture(models: Sequence[tuple[int, Record]]) -> Figure | None
         percent_axis(figure.axes[0])
         figure.axes[0].set_ylabel("share of pairs")
     return figure
+
+
+def percents(shares: Sequence[float]) -> list[str]:
+    """Shares as per cent, to a tenth."""
+    return [f"{share:.1%}" for share in shares]
 
 
 def eval_margin_picture(models: Sequence[tuple[int, Record]]) -> Figure | None:

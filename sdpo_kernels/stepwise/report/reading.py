@@ -1,7 +1,7 @@
 """Reading a run folder for the report: any moment of a run, any version, files that were cut off or edited.
 
-    run = read_run(Path("runs/quick"))
-    run.manifest, run.lines
+run = read_run(Path("runs/quick"))
+run.manifest, run.lines
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The table of stages: the same cells for report.html and for the terminal.
 
-    rich.print(stage_table(manifest))
+rich.print(stage_table(manifest))
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def sizes(values: Sequence[float]) -> list[str]:
 class Column:
     """A column: `key` of the stage or, with `scores`, of its evaluation; `text` is aligned left.
 
-    `write` turns all values of the column into text together, so that they have one number of decimals. `about` explains
-    the column in one line. The column is left out if every stage has the `usual` value or none.
+    `write` turns all values of the column into text together, so that they have one number of decimals; `about`
+    explains the column in one line. The column is left out if every stage has the `usual` value or none.
     """
 
     title: str
@@ -85,8 +85,8 @@ COLUMNS = (
         "reference margin",
         "gamma_reference",
         numbers,
-        "log-prob margin of the stage's reference on the stage's pairs: mean of log π(chosen) − log π(rejected), in nat "
-        "(one nat less is 2.7 times less likely)",
+        "log-prob margin of the stage's reference on the stage's pairs: mean of log π(chosen) − log π(rejected), in "
+        "nat (one nat less is 2.7 times less likely)",
     ),
     Column("time", "seconds", each(write_seconds), "wall time of the stage"),
     Column("peak memory", "peak_memory_bytes", sizes, "highest memory during the stage"),

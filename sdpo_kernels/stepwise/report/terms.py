@@ -1,12 +1,13 @@
 """What the pictures of a run show, in words that fit its loss and its reference, and the value its loss starts at.
 
-    captions(manifest, window)["reward_margin"]     # one or two sentences, plain text
-    start_levels(manifest)                          # {1: 0.693…}: stages whose loss starts at a known value
+captions(manifest, window, [])["reward_margin"]     # one or two sentences, plain text
+start_levels(manifest)                          # {1: 0.693…}: stages whose loss starts at a known value
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from sdpo_kernels.losses import LossSum, loss_sum, starts_at_ln2
@@ -17,14 +18,17 @@ NAT = "Nat: the unit of log-probs; one nat less is 2.7 times less likely."
 MODELS = "M₀: the initial model; Mₜ: the model after stage t."
 
 
-def captions(manifest: Record, window: int) -> dict[str, str]:
-    """The caption of each picture; `window` logged steps are averaged in a smoothed curve (1: none is)."""
+def captions(manifest: Record, window: int, loss_terms: Sequence[str]) -> dict[str, str]:
+    """The caption of each picture; `window` logged steps are averaged in a smoothed curve (1: none is).
+
+    `loss_terms` are the names of a sum's terms, each of which has a picture.
+    """
     thick = f" Thin: each logged step; thick: mean of the last {window} of them." if window > 1 else ""
     reward, margin = reward_term(manifest), "Log-prob margin: mean of log π(chosen) − log π(rejected)."
     displaced = "If chosen answers lose log-prob as well, that is likelihood displacement."
     return {
         "loss": f"{loss_term(manifest)}{thick}",
-        "loss_terms": f"The loss is the sum of these terms, each shown times its weight.{thick}",
+        **{f"loss_{name}": f"This term of the loss, times its weight.{thick}" for name in loss_terms},
         "rewards": f"{reward} Below 0, answers are less likely than under the reference. {displaced}{thick}"
         if has_reference(manifest)
         else f"{reward} {displaced}{thick}",

@@ -53,8 +53,8 @@ def _changed(section: type[BaseModel], values: dict[str, Any], at: str) -> dict[
     kept = _unlike(values, defaults)
     for key, value in kept.items():
         place = f"{at}.{key}" if at else key
-        below = SOURCES.get(value.get("kind", "")) if key == "source" and isinstance(value, dict) else None
-        below = below or _SECTIONS.get(place)
+        kind = value.get("kind", "") if key == "source" and isinstance(value, dict) else None
+        below = _SECTIONS.get(place) if kind is None else SOURCES.get(kind)
         if below is not None and isinstance(value, dict):
             # a section that is there is a choice, even if all of it is default: `lora: {}`
             inner = _changed(below, value, place)
@@ -64,9 +64,7 @@ def _changed(section: type[BaseModel], values: dict[str, Any], at: str) -> dict[
 
 def _unlike(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     return {
-        key: value
-        for key, value in values.items()
-        if key not in defaults or _plain(defaults[key]) != _plain(value)
+        key: value for key, value in values.items() if key not in defaults or _plain(defaults[key]) != _plain(value)
     }
 
 

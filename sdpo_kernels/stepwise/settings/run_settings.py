@@ -129,6 +129,8 @@ class RunConfig(Section):
         on_bad_row: 'error' stops at bad rows in a data file before any training; 'skip' leaves them out and lists them.
         stages: The stages, at least one.
         eval_data: Pairs on which M₀ and every stage's model are scored.
+        samples: How many evaluation prompts M₀ and every stage's model answer, for the report. An answer is greedy and
+            has at most 64 tokens.
         template_time: The time that chat templates read as now (`strftime_now`): a date, or a date and time. By default
             that of the run's first start.
         batching: 'packed' concatenates sequences without padding; 'padded' is for models that cannot keep packed
@@ -163,6 +165,7 @@ class RunConfig(Section):
     on_bad_row: Literal["error", "skip"] = "error"
     stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)]
     eval_data: DataSources | None = None
+    samples: Annotated[Integer, Field(ge=0, le=20)] = 0
     template_time: Time | None = None
     batching: Literal["packed", "padded"] = "packed"
     attn_implementation: Text | None = None
@@ -181,6 +184,10 @@ class RunConfig(Section):
         mistakes = [*_order_mistakes(self), *_stage_mistakes(self), *_source_mistakes(self), *post_mistakes(self)]
         mistakes += [*reference_mistakes(self.reference, self.multi, self.ema), *loss_mistakes(self)]
 
+        if self.samples and self.eval_data is None:
+            mistakes.append(
+                ("eval_data", f"is required with samples: {self.samples}, which are answers to its prompts")
+            )
         if self.dtype == "bfloat16" and self.lora is None:
             text = (
                 "was 'bfloat16' without lora, must be float32: updates at lr 5e-7 vanish in bf16 weights "

@@ -13,7 +13,6 @@ from sdpo_kernels.stepwise.sources.context import PairRow, SourceContext, write_
 from sdpo_kernels.stepwise.sources.judges import check_reward_model, function_judge
 from sdpo_kernels.stepwise.state import Stage
 
-PAIRS_FILE = "pairs.jsonl"  # in a stage's folder
 SOURCE_FOLDER = "source"  # next to it: samples, labels, scorers
 
 # one function per kind, from a stage's context to rows of prompt, chosen and rejected

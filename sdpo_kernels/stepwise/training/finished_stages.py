@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.models.load import release_memory, weights_hash
 from sdpo_kernels.stepwise.models.saved import weights_problem
@@ -54,7 +55,8 @@ def check_moved_model(state: Run, stage: Stage) -> None:
 
 def evaluate_models(state: Run, eval_data: EvalData, stages: list[Stage], missing: dict[int, str]) -> None:
     """Evaluate the initial model, and finished stages that are not evaluated on the present data."""
-    if state.manifest.data["initial_eval"] is None or not (state.folder / EVAL_FILE).exists():
+    evaluated = state.manifest.data["initial_eval"] is not None and (state.folder / EVAL_FILE).exists()
+    if not ranks.on_first(lambda: evaluated and not eval_data.lacks_samples):
         scores = eval_data.evaluate(state.config.model, state.folder, stages[0].scorer)
         state.manifest.data["initial_eval"] = scores
         state.manifest.save()

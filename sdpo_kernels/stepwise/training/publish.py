@@ -24,9 +24,10 @@ from sdpo_kernels.stepwise.models.sharded import gathered, require_same
 from sdpo_kernels.stepwise.record.changes import planned
 from sdpo_kernels.stepwise.record.manifest import Record
 from sdpo_kernels.stepwise.record.model_cards import model_card
+from sdpo_kernels.stepwise.record.samples import PAIRS_FILE
 from sdpo_kernels.stepwise.references.cache import write_scores
 from sdpo_kernels.stepwise.references.stage_references import REFERENCE_FILE
-from sdpo_kernels.stepwise.sources.make import PAIRS_FILE, SOURCE_FOLDER
+from sdpo_kernels.stepwise.sources.make import SOURCE_FOLDER
 from sdpo_kernels.stepwise.state import Stage
 from sdpo_kernels.stepwise.training.trainer import StageTrainer
 

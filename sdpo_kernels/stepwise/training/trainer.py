@@ -148,8 +148,11 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         """The terms of a sum of losses, each times its weight, [B], as 'loss/<name>'; {} for a single loss."""
         if len(self.loss.terms) == 1:
             return {}
-        logps = (out.chosen_logps, out.rejected_logps, out.ref_chosen_logps, out.ref_rejected_logps)
-        pair = PairLogps(*logps, *batch.rows.counts.chunk(2), weights)
+        chosen_counts, rejected_counts = batch.rows.counts.chunk(2)
+        pair = PairLogps(
+            out.chosen_logps, out.rejected_logps, out.ref_chosen_logps, out.ref_rejected_logps,
+            chosen_counts, rejected_counts, weights,
+        )  # fmt: skip
         with torch.no_grad():
             return {f"loss/{name}": part for name, part in self.loss.parts(pair, self.beta).items()}
 
