@@ -39,7 +39,8 @@ class Column:
     """A column: `key` of the stage or, with `scores`, of its evaluation; `text` is aligned left.
 
     `write` turns all values of the column into text together, so that they have one number of decimals; `about`
-    explains the column in one line. The column is left out if every stage has the `usual` value or none.
+    explains the column in one line. The column is left out if every stage has the `usual` value or none;
+    one that is `page_only` has no room in a terminal.
     """
 
     title: str
@@ -49,6 +50,7 @@ class Column:
     scores: bool = False
     text: bool = False
     usual: Any = None
+    page_only: bool = False
 
 
 COLUMNS = (
@@ -73,6 +75,7 @@ COLUMNS = (
         each("{:.3f}".format),
         "share of evaluation pairs where the reward β·(log π − log π of M₀) of the chosen answer is higher",
         scores=True,
+        page_only=True,
     ),
     Column(
         "reward margin",
@@ -130,16 +133,18 @@ def cells_of(column: Column, values: Sequence[Any]) -> list[str]:
 
 
 def stage_table(manifest: Record) -> Table:
-    """The stages of a manifest as a table for a terminal of 80 columns; the same values as in report.html."""
+    """The stages of a manifest as a table for a terminal of 80 columns; the values are those of report.html."""
     check_manifest(manifest, "manifest")
     columns, rows = table_cells(manifest)
+    shown = [place for place, column in enumerate(columns) if not column.page_only]
     table = Table(
         box=box.SIMPLE_HEAD, show_edge=False, padding=0, header_style="bold", pad_edge=False, collapse_padding=True
     )
 
     # short titles over several lines: numbers never wrap, only the stage's name does
-    for column in columns:
-        title = column.title.replace("accuracy", "acc.").replace("reference", "ref.").replace(" ", "\n")
+    for column in [columns[place] for place in shown]:
+        title = column.title.replace("accuracy", "acc.").replace("reference", "ref.").replace("margin", "marg.")
+        title = title.replace("reward", "rew.").replace(" ", "\n")
         if column.text:
             table.add_column(title, min_width=8)
         else:
@@ -147,5 +152,5 @@ def stage_table(manifest: Record) -> Table:
 
     # as Text, because a stage's name may look like markup: "[red]"
     for row in rows:
-        table.add_row(*[Text(cell) for cell in row])
+        table.add_row(*[Text(row[place]) for place in shown])
     return table

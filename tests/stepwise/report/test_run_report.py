@@ -1,120 +1,32 @@
-"""The report: pictures, page and table of hand-written run folders; and the comparison of several models."""
+"""The report: pictures, page and table of hand-written run folders."""
 
-import io
-import json
 import math
 import os
 import re
-import struct
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import matplotlib
-import numpy as np
 import pytest
-from rich.console import Console
 
 from sdpo_kernels.stepwise.common.errors import UserError
-from sdpo_kernels.stepwise.report import drawing, pictures
-from sdpo_kernels.stepwise.report.comparison import comparison_html, comparison_picture, wilson_interval
-from sdpo_kernels.stepwise.report.run_report import read_run, stage_table, write_report
+from sdpo_kernels.stepwise.report import drawing
+from sdpo_kernels.stepwise.report.run_report import read_run, write_report
+from tests.stepwise.report.folders import (
+    Page,
+    all_lines,
+    line,
+    pending,
+    png_size,
+    printed,
+    scores,
+    stage,
+    write_run,
+)
 
 CURVES = ["loss.png", "reward_margin.png", "reward_accuracy.png"]
-BY_STAGE = ["gamma_reference.png", "time.png", "memory.png"]
 BY_MODEL = ["eval_accuracy.png", "eval_gamma.png"]
-
-
-def scores(place: int) -> dict[str, Any]:
-    return {
-        "pairs": 50,
-        "pair_accuracy": 0.6124 + 0.05 * min(place, 7),
-        "pair_accuracy_per_token": 0.55,
-        "gamma": -12.3 + place,
-        "reward_accuracy": 0.7,
-        "reward_margin": 0.25 * place if place else None,
-    }
-
-
-def stage(index: int, name: str, **changes: Any) -> dict[str, Any]:
-    """A finished stage's entry in the manifest."""
-    done = {"name": name, "index": index, "state": "done", "pairs": 1234, "dropped": 0, "loss": "sigmoid", "steps": 8}
-    done |= {"first_loss": 0.693147, "last_loss": 0.4321, "seconds": 75.0, "peak_memory_bytes": 790 * 2**20}
-    return done | {"gamma_reference": -38.6 + 20 * index, "eval": scores(index)} | changes
-
-
-def pending(index: int, name: str, state: str = "pending") -> dict[str, Any]:
-    """The entry of a stage that is not done."""
-    empty = dict.fromkeys(["first_loss", "last_loss", "seconds", "peak_memory_bytes", "gamma_reference", "eval"])
-    return stage(index, name, state=state, **empty)
-
-
-def line(index: int, step: int, **values: Any) -> dict[str, Any]:
-    """One logged step of a run whose stages have eight steps each."""
-    place = {"stage/index": index, "step": step, "stage/global_step": 8 * (index - 1) + step}
-    margin = 0.1 * (step - 1)
-    logged = {"loss": math.log1p(math.exp(-margin)), "rewards/margins": margin, "rewards/accuracies": step / 10}
-    return place | (values or logged)
-
-
-def write_run(
-    folder: Path, stages: list[dict[str, Any]], lines: list[dict[str, Any]], **changes: Any
-) -> dict[str, Any]:
-    """Write a run folder as the driver leaves it; returns its manifest."""
-    folder.mkdir(exist_ok=True)
-    manifest = {"version": "0", "model": "models/tiny", "created": "2026-01-02", "environment": {"seed": 7}}
-    manifest |= {"initial_eval": scores(0), "stages": stages} | changes
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
-    (folder / "config.yaml").write_text("model: models/tiny # a < b & c\n")
-    return manifest
-
-
-def all_lines(stages: int) -> list[dict[str, Any]]:
-    return [line(index, step) for index in range(1, stages + 1) for step in range(1, 9)]
-
-
-def png_size(path: Path) -> tuple[int, int]:
-    """Width and height of a PNG; fails on anything else."""
-    content = path.read_bytes()
-    assert content[:8] == b"\x89PNG\r\n\x1a\n"
-    assert content[-8:-4] == b"IEND"
-    width, height = struct.unpack(">II", content[16:24])
-    return width, height
-
-
-class Page(HTMLParser):
-    """Collects the parts of a page that the tests check: tags, addresses and the table's cells."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.addresses: list[str] = []
-        self.open: list[str] = []
-        self.cells: list[str] = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.addresses += [value or "" for name, value in attributes if name in ("src", "href", "data", "srcset")]
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-        if tag == "td":
-            self.cells.append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag, f"</{tag}> closes another tag"
-
-    def handle_data(self, data: str) -> None:
-        if "td" in self.open:
-            self.cells[-1] += data
-
-
-def printed(manifest: dict[str, Any], width: int = 80) -> str:
-    stream = io.StringIO()
-    Console(file=stream, width=width).print(stage_table(manifest))
-    return stream.getvalue()
+BY_STAGE = ["gamma_reference.png", "time.png", "memory.png"]
+SMALL = (780, 540)  # pixels, at twice the density of a screen
 
 
 def test_finished_run(tmp_path: Path) -> None:
@@ -122,27 +34,20 @@ def test_finished_run(tmp_path: Path) -> None:
     write_run(run, [stage(1, "easy"), stage(2, "hard", dropped=3)], all_lines(2))
     before = set(os.listdir(run))
     written = write_report(run)
-    assert [path.name for path in written] == [
-        *CURVES,
-        "gamma_reference.png",
-        *BY_MODEL,
-        "time.png",
-        "memory.png",
-        "report.html",
-    ]
+    assert [path.name for path in written] == [*CURVES, *BY_MODEL, *BY_STAGE, "report.html"]
     assert set(os.listdir(run)) - before == {path.name for path in written}, "nothing temporary stays"
-    assert {png_size(path) for path in written if path.suffix == ".png"} == {(1240, 700)}
+    assert {png_size(path) for path in written if path.suffix == ".png"} == {SMALL}
     text = (run / "report.html").read_text()
     page = Page(text)
     assert page.open == []
-    assert page.tags.count("img") == 8
-    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert page.tags.count("svg") == 8
+    assert all(address.startswith("#") for address in page.addresses), "nothing is loaded"
     assert "http://" not in text.replace("http-equiv", "")
     assert "https://" not in text
-    row = ["1 easy", "1,234", "0", "8", "0.6931", "0.4321", "0.662", "0.250", "−18.6", "1m15s", "790 MiB"]
-    start = ["M₀ (start)", "–", "–", "–", "–", "–", "0.612", "–", "–", "–", "–"]
-    assert page.cells[:22] == start + row
-    assert page.cells[22] == "2 hard"
+    row = ["1 easy", "1,234", "0", "8", "0.6931", "0.4321", "0.662", "0.700", "0.250", "−18.6", "1m15s", "790 MiB"]
+    start = ["M₀ (start)", "–", "–", "–", "–", "–", "0.612", "–", "–", "–", "–", "–"]
+    assert page.cells[:24] == start + row
+    assert page.cells[24] == "2 hard"
     assert "2 of 2 stages done" in text
     assert "models/tiny # a &lt; b &amp; c" in text
     assert "Left out" not in text
@@ -195,7 +100,7 @@ def test_many_stages_with_long_names(tmp_path: Path) -> None:
     write_run(tmp_path, [stage(place, name) for place, name in enumerate(names, 1)], all_lines(30))
     written = write_report(tmp_path)
     assert len(written) == 9
-    assert {png_size(path) for path in written[:-1]} == {(1240, 700)}
+    assert {png_size(path) for path in written[:-1]} == {SMALL}
     assert all(name in (tmp_path / "report.html").read_text() for name in names)
 
 
@@ -309,30 +214,6 @@ def test_global_state_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "loss.png").read_bytes() == large, "the user's own settings do not change the pictures"
 
 
-def test_loss_picture_shows_what_was_logged() -> None:
-    stages = [stage(1, "easy"), stage(2, "hard", loss="ipo")]
-    with drawing.picture_style():
-        figure = pictures.loss_picture(stages, [*all_lines(2), line(2, 8, eval_loss=0.3)])
-        assert figure is not None
-        ax = figure.axes[0]
-    curves = {len(drawn.get_xdata()): drawn for drawn in ax.get_lines()}
-    drawn = [curve.get_xydata().tolist() for curve in ax.get_lines()]
-    assert [[8 + step, line(2, step)["loss"]] for step in range(1, 9)] in drawn
-    assert [[16.0, 0.3]] in drawn
-    assert set(curves) == {8, 1, 2}, "two stages, one evaluation, the rule between the stages"
-    (level,) = [segment.tolist() for lines in ax.collections for segment in lines.get_segments()]
-    assert level == [[0, math.log(2)], [8, math.log(2)]], "ipo does not start at ln 2"
-    assert {"1 easy", "2 hard", "ln 2"} <= {text.get_text() for text in ax.texts}
-
-
-def test_moving_mean() -> None:
-    values = np.array([1.0, 2.0, 6.0, 3.0, 10.0])
-    assert pictures.moving_mean(values, 3).tolist() == pytest.approx([1.5, 3.0, 11 / 3, 19 / 3, 6.5])
-    assert pictures.moving_mean(values, 1).tolist() == values.tolist()
-    assert pictures.smoothing_window(39) == 1
-    assert pictures.smoothing_window(200) == 21
-
-
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0.0, "0.00"), (-38.61, "−38.6"), (1646.2, "1,646"), (0.0123, "0.0123"), (3e-9, "3.00e−09"), (1.5, "1.50")],
@@ -341,56 +222,80 @@ def test_number(value: float, text: str) -> None:
     assert drawing.number(value) == text
 
 
-COMPARED = [
-    {"name": "SFT", "pair_accuracy": 0.612, "exactly_right": 0.2, "pairs": 500, "prompts": 200},
-    {"name": "DPO", "pair_accuracy": 0.867, "exactly_right": 0.4, "gamma_reference": {"all": -3.0}, "seconds": 12.5},
-    {"name": "sDPO <b>", "pair_accuracy": 0.882, "exactly_right": 0.4, "gamma_reference": {"a": -4.0, "b": 1.0}},
-]
+def test_numbers_of_one_column_can_be_told_apart() -> None:
+    assert drawing.numbers([171.6, 172.2]) == ["171.6", "172.2"]
+    assert drawing.numbers([-38.6, 1.4]) == ["−38.6", "1.4"]
+    assert drawing.numbers([12.0, 12.0]) == ["12.0", "12.0"]
+    assert drawing.numbers([1e9, 5e-9]) == ["1.00e+09", "5.00e−09"]
+    assert drawing.numbers([1000.0, 1000.0000001]) == ["1,000.00", "1,000.00"], "at most six significant digits"
 
 
-def test_comparison(tmp_path: Path) -> None:
-    picture = comparison_picture(tmp_path / "c.png", COMPARED, "Three")
-    assert png_size(picture) == (1860, 700)
-    page_path = comparison_html(tmp_path / "c.html", COMPARED, "Three <i>", picture, note="a & b")
-    text = page_path.read_text()
-    page = Page(text)
-    assert sorted(os.listdir(tmp_path)) == ["c.html", "c.png"]
-    assert "i" not in page.tags
-    assert "b" not in page.tags
-    assert "a &amp; b" in text
-    assert page.cells[-9:] == ["sDPO <b>", "88.2%", "40.0%", "–", "–", "–", "–", "−4.00", "1.00"]
-    assert page.addresses[0].startswith("data:image/png;base64,")
+def test_ties_count_half_and_rewards_of_the_initial_model_do_not_exist(tmp_path: Path) -> None:
+    even = scores(1) | {"pair_accuracy": 0.4, "pair_ties": 0.2, "reward_accuracy": 0.0, "reward_ties": 1.0}
+    write_run(tmp_path, [stage(1, "easy", eval=even)], [], initial_eval=even | {"reward_accuracy": None})
+    write_report(tmp_path)
+    cells = Page((tmp_path / "report.html").read_text()).cells
+    assert cells[5:7] == ["0.500", "–"]
+    assert cells[16:18] == ["0.500", "0.500"]
 
 
-def test_comparison_by_group_and_panels(tmp_path: Path) -> None:
-    rows = [
-        {"name": name, "exactly_right": {"easy": 0.9, "hard": 0.1}, "prompts": {"easy": 9, "hard": 9}} for name in "ab"
+def test_the_page_names_what_its_columns_mean(tmp_path: Path) -> None:
+    write_run(tmp_path, [stage(1, "easy")], all_lines(1))
+    write_report(tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    for term in ("pair accuracy", "reward accuracy", "reward margin", "reference margin", "M₀"):
+        assert f"<dt>{term}</dt>" in text
+    assert "<dt>lost tokens</dt>" not in text, "there is no such column"
+    assert "γ reference" not in text
+
+
+def test_settings_are_those_that_differ_from_their_defaults(tmp_path: Path) -> None:
+    config = {"model": "m", "beta": 0.3, "loss": "sigmoid", "lora": None, "trainer": {"seed": 42, "optim": "sgd"}}
+    config |= {"of_an_old_version": 7, "stages": [{"name": "easy <b>", "data": ["d"], "epochs": 1.0, "beta": None}]}
+    write_run(tmp_path, [stage(1, "easy")], [], config=config)
+    write_report(tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    shown = text[text.index("<pre>") + 5 : text.index("</pre>")].splitlines()
+    assert shown == [
+        "model: m",
+        "beta: 0.3",
+        "trainer:",
+        "  optim: sgd",
+        "of_an_old_version: 7",
+        "stages:",
+        "- name: easy &lt;b&gt;",
+        "  data:",
+        "  - d",
     ]
-    assert png_size(comparison_picture(tmp_path / "c.png", rows, "t")) == (620, 700), "one panel has data"
-    page = Page(comparison_html(tmp_path / "c.html", rows, "t", tmp_path / "c.png").read_text())
-    assert page.cells == ["a", "90.0%", "10.0%", "9", "9", "b", "90.0%", "10.0%", "9", "9"]
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([], "rows is empty"),
-        ([{"pair_accuracy": 0.5}], '"name"'),
-        ([{"name": "a", "pair_accuracy": 50.0}], "pair_accuracy of a is 50.0"),
-        ([{"name": "a", "exactly_right": {"x": math.nan}}], "exactly_right of a is nan"),
-        ([{"name": "a"}], "none has pair_accuracy"),
-    ],
-)
-def test_comparison_refuses(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        comparison_picture(tmp_path / "c.png", rows, "t")
-    assert os.listdir(tmp_path) == []
+def test_pictures_are_legible_on_a_telephone_and_follow_the_scheme(tmp_path: Path) -> None:
+    stages = [stage(1, "#0072b2"), stage(2, 'id="x"')]
+    write_run(tmp_path, stages, [*all_lines(2), line(2, 8, eval_loss=0.3)])
+    write_report(tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    svgs = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    assert len(svgs) == 8
+    for svg in svgs:
+        # 390 pixels less the page's margins are 344, that is 258 points
+        width = float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1])
+        sizes = [float(size) for size in re.findall(r"font(?:-size)?: (?:bold )?([\d.]+)px", svg)]
+        assert sizes
+        assert min(sizes) * 344 / width > 8.5, "pixels"
+
+        # every colour is a variable of the page, or the page could not be dark
+        assert re.findall(r"<[^>]*#[0-9a-fA-F]{6}[^>]*>", svg.split(">", 1)[1]) == []
+        assert set(re.findall(r"var\(--(\w+)\)", svg)) <= set(re.findall(r"--(\w+):", text.split("@media")[0]))
+
+    ids = [name for svg in svgs for name in re.findall(r'<[^>]*\bid="([^"]*)"', svg)]
+    assert len(ids) == len(set(ids))
+    assert 'id="x"' in Page(text).cells[22]
+    assert re.search(r"prefers-color-scheme: dark\) \{\s*:root \{ --page", text)
 
 
-def test_wilson_interval() -> None:
-    """Against the interval's definition: at its ends p, |share − p| is z standard errors of p."""
-    for share, count in [(0.0, 10), (0.37, 100), (1.0, 50)]:
-        for end in wilson_interval(share, count):
-            distance = abs(share - end) / math.sqrt(end * (1 - end) / count) if 1e-9 < end < 1 - 1e-9 else 1.959964
-            assert distance == pytest.approx(1.959964, rel=1e-6)
-            assert 0 <= end <= 1
+def test_a_second_report_of_the_same_run_is_the_same(tmp_path: Path) -> None:
+    write_run(tmp_path, [stage(1, "easy")], all_lines(1))
+    write_report(tmp_path)
+    before = (tmp_path / "report.html").read_bytes()
+    write_report(tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == before
