@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sdpo_kernels import losses
-from sdpo_kernels.losses import check_loss, loss_names, loss_options, loss_sum, pair_loss, register, registry
+from sdpo_kernels.losses import PairLogps, check_loss, loss_names, loss_options, loss_sum, pair_loss, register, registry
 from tests.test_losses import pair_of, vector
 
 
@@ -69,6 +69,16 @@ def test_a_new_loss_is_registered_under_its_name(monkeypatch):
 # ---- sums ----
 
 MPO = [{"name": "sigmoid", "weight": 0.8}, {"name": "bco_pair", "weight": 0.2}, {"name": "sft", "weight": 1.0}]
+
+
+def test_the_parts_of_a_sum_are_named_and_weighted():
+    pair = PairLogps(*torch.randn(4, 3), torch.ones(3), torch.ones(3))
+    entries = [{"name": "sigmoid", "weight": 0.5}, "sigmoid_norm", {"name": "sigmoid", "weight": 2}]
+    parts = loss_sum(entries).parts(pair, 0.1)
+    assert list(parts) == ["sigmoid", "sigmoid_norm", "sigmoid_2"]
+    plain = pair_loss("sigmoid", pair, 0.1)
+    assert torch.allclose(parts["sigmoid"], plain / 2)
+    assert torch.allclose(parts["sigmoid_2"], plain * 2)
 
 
 def test_a_sum_is_the_sum():

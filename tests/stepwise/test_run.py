@@ -343,6 +343,45 @@ def test_a_report_that_a_kill_prevented_is_written_later(tmp_path, model, pictur
     assert report.exists()
 
 
+def test_a_report_that_is_older_than_the_run_is_written_again(tmp_path, model, pictures):
+    config = runs.configured(tmp_path, model, sizes=(4,))
+    runs.train(config)
+    report, manifest = tmp_path / "run" / "report.html", tmp_path / "run" / "manifest.json"
+    report.write_text("of an earlier stage")
+    later = report.stat().st_mtime_ns + 10**9
+    os.utime(manifest, ns=(later, later))
+    runs.train(config)
+    assert "1 of 1 stages done" in report.read_text()
+
+
+def test_the_report_is_written_after_every_stage(tmp_path, model, monkeypatch):
+    done = []
+
+    def write(folder):
+        stages = json.loads((folder / "manifest.json").read_text())["stages"]
+        done.append(sum(stage["state"] == "done" for stage in stages))
+        return []
+
+    monkeypatch.setattr(run_module, "write_report", write)
+    runs.train(runs.configured(tmp_path, model, sizes=(4, 4, 4)))
+    assert done == [1, 2, 3]
+
+
+def test_a_report_that_fails_between_stages_is_a_warning(tmp_path, model, monkeypatch, spoken):
+    calls = []
+
+    def write(folder):
+        calls.append(folder)
+        if len(calls) == 1:
+            raise ValueError("no font")
+        return []
+
+    monkeypatch.setattr(run_module, "write_report", write)
+    manifest = run(runs.configured(tmp_path, model, sizes=(4, 4)), spoken.reporter)
+    assert [stage["state"] for stage in manifest["stages"]] == ["done", "done"]
+    assert "the report could not be written, training goes on: no font" in spoken.text
+
+
 def test_the_initial_models_evaluation_is_recomputed_if_its_file_is_missing(tmp_path, model, evaluation, monkeypatch):
     """The rewards of every later evaluation are against it."""
     config = runs.configured(tmp_path, model, eval_data=evaluation)

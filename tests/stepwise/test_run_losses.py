@@ -109,6 +109,25 @@ def test_evaluations_use_the_same_loss(tmp_path, model):
             assert lines[0]["eval_rewards/margins"] == pytest.approx(0, abs=1e-6)
 
 
+def test_the_terms_of_a_sum_are_logged_and_add_up_to_the_loss(tmp_path, model):
+    twice = [*MPO, {"name": "sft", "weight": 0.5}]
+    evaluation = str(runs.write_rows(tmp_path / "eval.jsonl", runs.make_rows(5, seed=9)))
+    trainer = {"eval_strategy": "steps", "eval_steps": 3}
+    runs.train(runs.configured(tmp_path, model, sizes=(12,), loss=twice, eval_data=evaluation, trainer=trainer))
+    lines = runs.metrics(tmp_path / "run")
+    for line in lines:
+        prefix = "eval_" if "eval_loss" in line else ""
+        terms = {key: value for key, value in line.items() if key.startswith(f"{prefix}loss/")}
+        assert set(terms) == {f"{prefix}loss/{name}" for name in ("sigmoid", "bco_pair", "sft", "sft_2")}
+        assert sum(terms.values()) == pytest.approx(line[f"{prefix}loss"], rel=1e-5)
+        assert terms[f"{prefix}loss/sft_2"] == pytest.approx(terms[f"{prefix}loss/sft"] / 2)
+
+    # each is times its weight, and at the start all pairs are ties
+    assert lines[0]["loss/sigmoid"] == pytest.approx(0.8 * math.log(2))
+    assert (lines[0]["rewards/ties"], lines[0]["rewards/accuracies"]) == (1.0, 0.0)
+    assert lines[1]["rewards/ties"] < 1
+
+
 def test_another_ld_alpha_recomputes_the_cache(tmp_path, model, monkeypatch):
     made = []
     genuine = Scorer.score

@@ -21,9 +21,12 @@ def test_scores_by_hand():
     assert scores["pair_accuracy"] == 0.5  # a tie is not right
     # by the token: -4 < -1, -1 > -4, tie, and -1 against -1 a tie
     assert scores["pair_accuracy_per_token"] == 0.25
+    assert scores["pair_ties"] == 0.25
+    assert (scores["logps_chosen"], scores["logps_rejected"]) == (-5.0, -5.5)
     assert scores["gamma"] == pytest.approx((2 - 1 + 0 + 1) / 4)
     # rewards: .5 > 0, 0 < .5, -.5 < 0, 0 < 1
     assert scores["reward_accuracy"] == 0.25
+    assert scores["reward_ties"] == 0.0
     assert scores["reward_margin"] == pytest.approx((0.5 - 0.5 - 0.5 - 1.0) / 4)
 
 
@@ -31,7 +34,7 @@ def test_no_rewards_without_a_reference_and_zero_against_itself():
     scores = summarise(LOGPS, COUNTS, None, beta=0.5)
     assert scores["reward_accuracy"] is scores["reward_margin"] is None
     own = summarise(LOGPS, COUNTS, LOGPS, beta=0.5)
-    assert (own["reward_accuracy"], own["reward_margin"]) == (0.0, 0.0)
+    assert (own["reward_accuracy"], own["reward_margin"], own["reward_ties"]) == (0.0, 0.0, 1.0)
 
 
 def test_stored_log_probs_must_exist_and_match_the_pairs(tmp_path):
