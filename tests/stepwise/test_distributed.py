@@ -53,7 +53,7 @@ def assert_same_figures(a: Path, b: Path, tolerance: float = 2e-5) -> None:
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.keys() == other.keys()
 
-        # where policy and reference are one model, rounding alone decides which of two equal rewards is higher
+        # where policy and reference are one model, rounding alone decides which of two equal rewards is higher, if any
         tie = max(abs(line["rewards/margins"]) for line in (mine, other)) < tolerance if "loss" in mine else False
         for name, value in mine.items():
             if tie and name == "rewards/accuracies":
