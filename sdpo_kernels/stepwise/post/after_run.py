@@ -12,9 +12,9 @@ from pathlib import Path
 
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.files import empty_folder, publish_folder, read_json, remove_folder, write_json
+from sdpo_kernels.stepwise.models.weights import Weights
 from sdpo_kernels.stepwise.post.expo import extrapolate
 from sdpo_kernels.stepwise.post.search import Found, search, search_notes, search_table
-from sdpo_kernels.stepwise.post.weights import Weights
 from sdpo_kernels.stepwise.record.expo_record import FOLDER, RECORD
 from sdpo_kernels.stepwise.record.manifest import Record
 from sdpo_kernels.stepwise.references.evaluation import EvalData

@@ -17,7 +17,7 @@ from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.progress import Reporter
 from sdpo_kernels.stepwise.data.order import scored_counts
 from sdpo_kernels.stepwise.models.load import ADAPTER
-from sdpo_kernels.stepwise.post.weights import Weights
+from sdpo_kernels.stepwise.models.weights import Weights
 from sdpo_kernels.stepwise.prepare import read_eval
 from sdpo_kernels.stepwise.record.template_time import template_time
 from sdpo_kernels.stepwise.references.evaluation import summarise

@@ -20,8 +20,8 @@ from torch import Tensor
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.files import empty_folder, publish_folder, read_json, remove_folder, replace_file
 from sdpo_kernels.stepwise.models.load import ADAPTER
+from sdpo_kernels.stepwise.models.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, PIECE, Weights, rewrite
 from sdpo_kernels.stepwise.post.match import match_tensors
-from sdpo_kernels.stepwise.post.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, PIECE, Weights, rewrite
 from sdpo_kernels.stepwise.record.model_cards import expo_card
 
 _COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}  # config, generation, tokenizer, code of the model

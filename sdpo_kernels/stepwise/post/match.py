@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sdpo_kernels.stepwise.common.errors import UserError
-from sdpo_kernels.stepwise.post.weights import Weights
+from sdpo_kernels.stepwise.models.weights import Weights
 
 _HEAD = "lm_head.weight"
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")

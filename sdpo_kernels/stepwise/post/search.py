@@ -16,8 +16,8 @@ from rich.table import Table
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.files import empty_folder, remove_folder
 from sdpo_kernels.stepwise.models.load import ADAPTER
+from sdpo_kernels.stepwise.models.weights import ADAPTER_CONFIG
 from sdpo_kernels.stepwise.post.expo import extrapolate
-from sdpo_kernels.stepwise.post.weights import ADAPTER_CONFIG
 
 Score = Callable[[Path], float]  # of a model's folder; higher is better
 

@@ -15,9 +15,9 @@ from sdpo_kernels.stepwise.data.batches import PairDataset
 from sdpo_kernels.stepwise.data.order import scored_counts
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
 from sdpo_kernels.stepwise.record.manifest import Record
-from sdpo_kernels.stepwise.record.samples import SAMPLES_FILE
+from sdpo_kernels.stepwise.record.samples import SAMPLES_FILE, read_texts
 from sdpo_kernels.stepwise.references.cache import read_scores
-from sdpo_kernels.stepwise.references.samples import write_answers
+from sdpo_kernels.stepwise.references.samples import first_prompts, write_answers
 from sdpo_kernels.stepwise.references.scorer import Scorer
 
 EVAL_FILE = "eval_logps.safetensors"
@@ -82,10 +82,12 @@ class EvalData:
         reference = None if folder == self.folder else self.stored(self.folder)
         return summarise(logps, scored_counts(self.tokens), reference, self.beta)
 
-    @property
-    def lacks_samples(self) -> bool:
-        """Whether the initial model's answers are asked for and were never written."""
-        return self.samples > 0 and not (self.folder / SAMPLES_FILE).exists()
+    def lacks_samples(self, folder: Path) -> bool:
+        """Whether fewer answers of the model in `folder` are there than are asked for."""
+        if not self.samples:
+            return False
+        written = read_texts(folder / SAMPLES_FILE, ("prompt", "answer"), self.samples)
+        return len(written) < len(first_prompts(self.tokens, self.samples))
 
     def folder_of(self, model: str) -> Path:
         """The folder with the log-probs of `model`: the initial model or a finished stage's."""

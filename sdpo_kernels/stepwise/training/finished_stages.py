@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.models.load import release_memory, weights_hash
-from sdpo_kernels.stepwise.models.saved import weights_problem
+from sdpo_kernels.stepwise.models.weights import Weights
 from sdpo_kernels.stepwise.references.evaluation import EVAL_FILE, EvalData
 from sdpo_kernels.stepwise.state import Run, Stage
 
@@ -33,10 +36,27 @@ def missing_weights(state: Run) -> dict[int, str]:
     return missing
 
 
+def weights_problem(folder: Path) -> str | None:
+    """What is wrong with the weights in `folder`, a missing or incomplete file; None if all are there."""
+    if not folder.is_dir():
+        return "the folder is missing"
+    try:
+        Weights(folder)  # reads the headers, and compares them with the files' sizes
+    except UserError as error:
+        return str(error).removeprefix(f"{folder}: ").removeprefix(f"{folder}/")
+    return None
+
+
 def needs_evaluation(state: Run, missing: dict[int, str]) -> bool:
-    """Whether a model is yet to be evaluated, because the evaluation data is new."""
-    evaluated = [stage["eval"] for stage in state.manifest.stages if stage["index"] not in missing]
-    return state.eval_data is not None and None in [state.manifest.data["initial_eval"], *evaluated]
+    """Whether a model is yet to be evaluated, because the evaluation data or the number of samples is new."""
+    data = state.eval_data
+    if data is None:
+        return False
+    there = [stage for stage in state.manifest.stages if stage["index"] not in missing]
+    if None in [state.manifest.data["initial_eval"], *(stage["eval"] for stage in there)]:
+        return True
+    folders = [state.folder, *(state.stage_folder(stage["index"]) for stage in there)]
+    return ranks.on_first(lambda: any(map(data.lacks_samples, folders)))
 
 
 def check_moved_model(state: Run, stage: Stage) -> None:
@@ -54,13 +74,16 @@ def check_moved_model(state: Run, stage: Stage) -> None:
 
 
 def evaluate_models(state: Run, eval_data: EvalData, stages: list[Stage], missing: dict[int, str]) -> None:
-    """Evaluate the initial model, and finished stages that are not evaluated on the present data."""
+    """Evaluate the initial model and finished stages, if that was not done on the present data or samples lack."""
     evaluated = state.manifest.data["initial_eval"] is not None and (state.folder / EVAL_FILE).exists()
-    if not ranks.on_first(lambda: evaluated and not eval_data.lacks_samples):
+    if not ranks.on_first(lambda: evaluated and not eval_data.lacks_samples(state.folder)):
         scores = eval_data.evaluate(state.config.model, state.folder, stages[0].scorer)
         state.manifest.data["initial_eval"] = scores
         state.manifest.save()
 
     for stage in stages:
-        if stage.record["state"] == "done" and stage.record["eval"] is None and stage.index not in missing:
+        if stage.record["state"] != "done" or stage.index in missing:
+            continue
+        lacks_samples = ranks.on_first(partial(eval_data.lacks_samples, stage.folder))
+        if stage.record["eval"] is None or lacks_samples:
             stage.update({"eval": eval_data.evaluate(str(stage.folder), stage.folder, stage.scorer)})

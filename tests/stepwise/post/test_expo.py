@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdpo_kernels.stepwise.common import files
 from sdpo_kernels.stepwise.common.errors import UserError
-from sdpo_kernels.stepwise.post import expo, weights
+from sdpo_kernels.stepwise.models import weights
+from sdpo_kernels.stepwise.post import expo
 from sdpo_kernels.stepwise.post.expo import extrapolate
 from tests.stepwise import runs
 

@@ -59,6 +59,21 @@ def test_samples_change_no_weight_and_may_be_asked_for_later(tmp_path, model, mo
     assert runs.digest(weights[0]) == runs.digest(weights[1])
 
 
+def test_a_finished_run_answers_as_many_prompts_as_are_asked_for_later(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(samples, "LONGEST", 4)
+    evaluation = str(runs.write_rows(tmp_path / "eval.jsonl", runs.make_rows(3, seed=9)))
+    folders = [tmp_path / "run", *(tmp_path / "run" / f"stage-{n}-s{n}" for n in (1, 2))]
+    weights = None
+    for asked, written in ((0, None), (1, 1), (20, 3), (2, 3)):
+        runs.train(runs.configured(tmp_path, model, eval_data=evaluation, samples=asked))
+        files = [folder / "samples.jsonl" for folder in folders]
+        counts = [len(file.read_text().splitlines()) if file.exists() else None for file in files]
+        assert counts == [written] * 3
+        digests = [runs.digest(folder / "model.safetensors") for folder in folders[1:]]
+        assert weights in (None, digests)
+        weights = digests
+
+
 def test_an_answer_ends_where_the_models_positions_end(model):
     tokenizer, network = runs.make_tokenizer(), AutoModelForCausalLM.from_pretrained(model).eval()
     network.config.max_position_embeddings = 5
