@@ -58,8 +58,8 @@ PANEL_WIDTH = 3.1  # inches
 def comparison_picture(path: Path, rows: Sequence[Row], title: str) -> Path:
     """Write a PNG with one panel each for pair accuracy, exactly right answers and the references' log-prob margin.
 
-    rows: see the module. Panels without data are left out. In the panel of margins, a row with several stages is drawn as
-    bars, a row with one stage as a dashed line. ValueError: no rows, a share outside [0, 1], nothing to draw.
+    rows: see the module. Panels without data are left out. In the panel of margins, a row with several stages is drawn
+    as bars, a row with one stage as a dashed line. ValueError: no rows, a share outside [0, 1], nothing to draw.
     """
     check_rows(rows)
 
