@@ -20,7 +20,10 @@ CLANG ?= clang++
 ARM_CXX ?= aarch64-linux-gnu-g++
 ARM_RUN ?= qemu-aarch64
 
-.PHONY: help demo picture test lint bench bench-env sanitize clang arm wheel clean
+OLD_TORCH ?= 2.10.0 2.11.0
+OLD_TRITON ?= 3.6.0 3.7.1
+
+.PHONY: help demo picture test lint bench bench-env sanitize clang arm old-torch old-triton wheel clean
 
 demo: $(VENV)/.installed  ## train and compare SFT, DPO and stepwise DPO
 	$(BIN)/python -m examples.demo.run --output $(DEMO_OUTPUT)
@@ -64,6 +67,18 @@ arm: $(VENV)/.installed  ## compile for 64-bit ARM and run the kernels in qemu
 	done
 	$(ARM_CXX) -static build/arm/walk.o build/arm/leaves.o build/arm/base.o build/arm/chip.o -o build/arm/walk
 	$(ARM_RUN) build/arm/walk
+
+# downloads a wheel of up to 900 MB for each, without its CUDA packages
+old-torch: $(VENV)/.installed  ## build against older torch versions and run the CPU kernels in them
+	for version in $(OLD_TORCH); do $(BIN)/python -m tests.old_torch $$version build/old-torch || exit 1; done
+
+old-triton: $(VENV)/.installed  ## compile the Triton kernels with older versions: registers, instructions
+	for version in $(OLD_TRITON); do \
+		folder=build/old-triton/$$version; \
+		test -d $$folder || $(BIN)/pip install -q --no-deps --target $$folder triton==$$version || exit 1; \
+		PYTHONPATH=$$folder:. TRITON_CACHE_DIR=$$folder/cache $(BIN)/python -m pytest -q -p no:cacheprovider \
+			tests/backends/test_triton_compiles.py || exit 1; \
+	done
 
 # rewritten only when it changes: a different TORCH reinstalls, the same one does not
 $(CONSTRAINTS): FORCE

@@ -19,7 +19,8 @@ fi
   python3 -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)'
 } | tee "$OUT/machine.txt"
 # libraries that were built elsewhere and carried along serve here: that is what the stable ABI is for
-[ -f sdpo_kernels/_cuda.so ] || timeout 120 python3 setup.py -q build_ext --inplace 2>&1 | tail -5 | tee "$OUT/build.txt"
+[ -f sdpo_kernels/_cuda.so ] ||
+  SDPO_REQUIRE_NATIVE=1 timeout 120 python3 setup.py -q build_ext --inplace 2>&1 | tail -5 | tee "$OUT/build.txt" || status=1
 timeout 240 python3 -m pytest -q -m gpu -p no:cacheprovider --noconftest tests/test_cuda.py 2>&1 | tee "$OUT/tests.txt" || status=1
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do

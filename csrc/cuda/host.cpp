@@ -30,7 +30,7 @@ std::shared_ptr<void> Host::allocate(int64_t bytes) const {
 
 cudaStream_t Host::stream() const {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
@@ -40,11 +40,11 @@ void Host::product(const View& a, const View& b, const View& out) const {
   Tensor left = tensor_of(a, device), right = tensor_of(b, device), into = tensor_of(out, device);
   if (a.bf16 == out.bf16) {
     std::array<StableIValue, 3> stack{from(left), from(right), from(into)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);  // the result, `into` again: takes over its reference
   } else {
     std::array<StableIValue, 4> stack{from(left), from(right), from(type_of(out)), from(into)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);
   }
 }

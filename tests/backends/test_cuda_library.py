@@ -68,6 +68,20 @@ def test_it_uses_only_the_stable_abi():
         assert "torch_call_dispatcher" in symbols.stdout or library != LIBRARY
 
 
+def test_the_host_code_compiles_without_what_came_after_torch_2_10(tmp_path):
+    """`make old-torch` compiles all of it against the headers of 2.10."""
+    source = tmp_path / "host.cpp"
+    newer = "STABLE_TORCH_ERROR_CODE_CHECK"
+    source.write_text(
+        f"#include <torch/csrc/stable/ops.h>\n#undef {newer}\n#include <{native_library.SOURCES}/cuda/host.cpp>\n"
+    )
+    torch_include = Path(torch.__file__).parent / "include"
+    definitions = ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-isystem{torch_include}"]
+    command = ["g++", "-std=c++20", "-fsyntax-only", *definitions, str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_every_architecture_has_every_kernel_and_later_ones_have_ptx():
     kernels = {kernel for source in SOURCES.glob("*.cu") for kernel in kernels_of(source)}
     assert len(kernels) > 10
