@@ -70,16 +70,28 @@ def _check_labels(labels: Tensor, hidden: Tensor, n_columns: int) -> None:
 
 
 def _check_rows(rows: ScoredRows, n_sequences: int) -> None:
+    """Values on the CPU: a ValueError. On CUDA a device assert of the number of rows, which does not synchronise."""
     if rows.counts.shape != (n_sequences,) or rows.segment.shape != rows.index.shape:
         raise ValueError(
             f"rows: was of {rows.counts.shape[0]} sequences, {rows.index.shape[0]} rows and "
             f"{rows.segment.shape[0]} segments, "
             f"must be of {n_sequences} sequences and a segment for every row"
         )
-    if rows.segment.device.type == "cpu" and not torch.compiler.is_compiling():
-        outside = rows.segment[(rows.segment < 0) | (rows.segment >= n_sequences)]
-        if outside.numel():
-            raise ValueError(f"rows: its segment held {outside[0].item()}, must be in [0, {n_sequences})")
+    if rows.segment.is_cuda or torch.compiler.is_compiling():
+        right = rows.counts.sum() == rows.index.shape[0]
+        torch._assert_async(right, "rows: its counts must add up to the length of its index")
+        return
+
+    outside = rows.segment[(rows.segment < 0) | (rows.segment >= n_sequences)]
+    if outside.numel():
+        raise ValueError(f"rows: its segment held {outside[0].item()}, must be in [0, {n_sequences})")
+    found = torch.bincount(rows.segment, minlength=n_sequences)
+    wrong = (found != rows.counts).nonzero().squeeze(1).tolist()
+    if wrong:
+        raise ValueError(
+            f"rows: its counts held {rows.counts[wrong[0]].item()} for sequence {wrong[0]}, must be "
+            f"{found[wrong[0]].item()}, as often as its segment holds it"
+        )
 
 
 def check_reference(

@@ -19,8 +19,8 @@ class ScoredRows(NamedTuple):
     """The scored rows of a batch of S sequences; all three are int64 on the batch's device."""
 
     index: Tensor  # type: ignore[assignment]  # [N_scored] row numbers in the flattened batch, ascending
-    segment: Tensor  # [N_scored] the sequence, 0 … S-1, of each scored row
-    counts: Tensor  # [S] scored rows of each sequence
+    segment: Tensor  # [N_scored] the sequence, 0 … S-1, of each scored row, in any order
+    counts: Tensor  # [S] scored rows of each sequence: how often `segment` holds it
 
     @classmethod
     def from_labels(cls, labels: Tensor, cu_seqlens: Tensor | None = None) -> ScoredRows:
@@ -72,6 +72,12 @@ def sequence_logps(logps: Tensor, rows: ScoredRows, weights: Tensor | None = Non
     if weights is not None:
         scored = scored * weights
     return segment_sum(scored, rows.segment, rows.counts.shape[0]).to(logps.dtype)
+
+
+def sorted_by_sequence(index: Tensor, segment: Tensor) -> tuple[Tensor, Tensor]:
+    """`index` and `segment` with the rows of each sequence next to each other, in their order; no synchronisation."""
+    segment, order = segment.sort(stable=True)
+    return index.index_select(0, order), segment
 
 
 def segment_sum(values: Tensor, segment: Tensor, n_segments: int) -> Tensor:

@@ -255,6 +255,20 @@ def test_all_stash_sizes_agree():
             assert error(a, b) <= 4 * EPS * size(b)
 
 
+def test_sequences_may_be_stored_in_any_order_if_rows_say_so():
+    """c0, r0, c1, r1: `segment` says which sequence a row belongs to."""
+    batch = Batch(2, 6, 5, 40, seed=2).cast(torch.float32)
+    ref = batch.sums(batch.ref_hidden, batch.ref_weight, None)
+    wanted, gradients = with_gradients(batch, ref_logps=ref)
+    stored = [0, 2, 1, 3]
+    batch.hidden, batch.labels = batch.hidden[stored], batch.labels[stored]
+    rows = ScoredRows.from_labels(batch.labels)
+    rows = ScoredRows(rows.index, torch.tensor(stored)[rows.segment], rows.counts[stored])
+    out, found = with_gradients(batch, ref_logps=ref, rows=rows)
+    assert [torch.equal(a, b) for a, b in zip(out, wanted, strict=True)] == [True] * len(wanted)
+    assert torch.equal(found[0], gradients[0][stored])
+
+
 @pytest.mark.parametrize("given_rows", [False, True], ids=["rows found", "rows given"])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_compile_without_a_graph_break(given_rows, packed):
@@ -345,6 +359,10 @@ def test_the_valid_calls_are_accepted():
         ({"rows": ScoredRows.from_labels(LABELS[:1])}, r"rows: was of 1 sequences, 2 rows and 2 segments"),
         ({"rows": ScoredRows.from_labels(LABELS)._replace(segment=torch.tensor([0, 0, 1, 2]))},
          r"rows: its segment held 2, must be in \[0, 2\)"),
+        ({"rows": ScoredRows.from_labels(LABELS)._replace(segment=torch.tensor([0, 0, 1, 0]))},
+         r"rows: its counts held 2 for sequence 0, must be 3, as often as its segment holds it"),
+        ({"rows": ScoredRows.from_labels(LABELS)._replace(counts=torch.tensor([2, 3]))},
+         r"rows: its counts held 3 for sequence 1, must be 2"),
         (NO_REFERENCE, r"ref_logps: was None, must be given: either ref_logps, or both"),
         ({**NO_REFERENCE, "ref_hidden": torch.zeros(2, 3, 5)}, r"ref_weight: was None, must be given"),
         ({**NO_REFERENCE, "ref_weight": torch.zeros(9, 5)}, r"ref_hidden: was None, must be given"),

@@ -13,16 +13,27 @@ namespace {
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
 
-// One warp per sequence; its rows begin in `index` at the sum of the counts before it.
+// The first row whose sequence is `sequence` or a later one.
+__device__ int64_t first_row(const Pairs& p, int64_t sequence) {
+  int64_t begin = 0, end = p.n_scored;
+  while (begin < end) {
+    int64_t middle = (begin + end) / 2;
+    if (p.segment[middle] < sequence)
+      begin = middle + 1;
+    else
+      end = middle;
+  }
+  return begin;
+}
+
+// One warp per sequence.
 __device__ void segment_sums(const Pairs& p) {
   int lane = threadIdx.x % 32;
   for (int64_t sequence = threadIdx.x / 32; sequence < 2 * p.n_pairs; sequence += WARPS) {
     double sum = 0.0;
     if (p.index) {
-      int64_t begin = 0;
-      for (int64_t before = lane; before < sequence; before += 32) begin += p.counts[before];
-      begin = over_warp<Sum>(begin);
-      for (int64_t i = lane; i < p.counts[sequence]; i += 32) sum += p.logps[p.index[begin + i]];
+      int64_t end = first_row(p, sequence + 1);
+      for (int64_t i = first_row(p, sequence) + lane; i < end; i += 32) sum += p.logps[p.index[i]];
       sum = over_warp<Sum>(sum);
     } else {
       sum = p.logps[sequence];

@@ -87,9 +87,10 @@ void logits_backward(const Matrix& logits, const int64_t* targets, double temper
                      const double* lse, const float* grad, void* out, cudaStream_t stream);
 
 struct Pairs {
-  const float* logps;    // [n_rows] of tokens, or [2B] already summed
-  const int64_t* index;  // scored rows, sequence after sequence; null: logps are the sums
-  int64_t n_pairs;
+  const float* logps;      // [n_rows] of tokens, or [2B] already summed
+  const int64_t* index;    // [n_scored] rows to sum; null: logps are the sums
+  const int64_t* segment;  // [n_scored] the sequence of each, ascending
+  int64_t n_scored, n_pairs;
   const float* ref;       // [2B]
   const int64_t* counts;  // [2B] scored tokens
   int64_t loss;           // a PairLoss

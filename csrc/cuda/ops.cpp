@@ -95,15 +95,15 @@ void logits_backward(Tensor grad, Tensor logits, Tensor targets, Tensor logps, T
                         pointer<double>(lse), pointer<float>(grad), out.data_ptr(), on.stream());
 }
 
-// The rows of a sequence are consecutive in `index`; `segment` says the same and is not read.
+// `segment` ascends: the caller sorts it.
 void pair_epilogue(Tensor logps, MaybeTensor index, MaybeTensor segment, Tensor ref, Tensor counts, int64_t loss_type,
                    double beta, double smoothing, Tensor loss, Tensor sums, Tensor metrics, Tensor slopes) {
-  (void)segment;
-  same_device(logps, index, ref, counts, loss, sums, metrics, slopes);
+  same_device(logps, index, segment, ref, counts, loss, sums, metrics, slopes);
   On on(logps);
-  cuda::pair_epilogue({pointer<float>(logps), pointer<int64_t>(index), ref.size(0) / 2, pointer<float>(ref),
-                       pointer<int64_t>(counts), loss_type, beta, smoothing, pointer<float>(loss), pointer<float>(sums),
-                       pointer<float>(metrics), pointer<float>(slopes)},
+  cuda::pair_epilogue({pointer<float>(logps), pointer<int64_t>(index), pointer<int64_t>(segment),
+                       index ? index->size(0) : 0, ref.size(0) / 2, pointer<float>(ref), pointer<int64_t>(counts),
+                       loss_type, beta, smoothing, pointer<float>(loss), pointer<float>(sums), pointer<float>(metrics),
+                       pointer<float>(slopes)},
                       on.stream());
 }
 

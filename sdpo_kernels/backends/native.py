@@ -35,6 +35,7 @@ from sdpo_kernels.backends.base import (
 )
 from sdpo_kernels.backends.chunk_math import entropy_of, log_sum_sq_of
 from sdpo_kernels.backends.eager import EagerBackend
+from sdpo_kernels.rows import sorted_by_sequence
 
 DTYPES = (torch.float32, torch.bfloat16)
 _ROW_EXTRAS = ("top", "sum", "sum_z", "sum_sq", "all", "target_z")  # of csrc/cpu/extras.h: e = exp(z − top)
@@ -193,6 +194,8 @@ class NativeBackend:
         out: PairOutputs,
     ) -> None:
         """See `base.Backend.pair_epilogue`."""
+        if index is not None and segment is not None and self.on_cuda(logps):
+            index, segment = sorted_by_sequence(index, segment)
         self.operators.pair_epilogue(logps, index, segment, ref, counts, loss_type, beta, smoothing, *out)
 
     def supports_rows(self, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -19,8 +19,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sdpo_kernels.backends.triton import kernels
-from sdpo_kernels.backends.triton.epilogue import ELEMENTS, pair_kernel
-from sdpo_kernels.backends.triton.launch import REDO_ELEMENTS, ROWS_AT_ONCE
+from sdpo_kernels.backends.triton.epilogue import ELEMENTS, PAIRS_AT_ONCE, pair_kernel
+from sdpo_kernels.backends.triton.launch import COMPILED, REDO_ELEMENTS, ROWS_AT_ONCE
 from sdpo_kernels.backends.triton.redo import redo_kernel
 from sdpo_kernels.backends.triton.tiles import tiles_of
 
@@ -42,21 +42,33 @@ def compiled(
         if signature[name].startswith("*") or (name in DIVISIBLE and name not in constants)
     }
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    options = {"num_warps": warps, "num_stages": stages, **COMPILED}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def inspected(kernel: Any, tmp_path: Path, option: str) -> str:
+    """What cuobjdump says of the kernel's machine code."""
+    binary = tmp_path / "kernel.cubin"
+    binary.write_bytes(kernel.asm["cubin"])
+    return subprocess.run([str(CUOBJDUMP), option, str(binary)], capture_output=True, text=True, check=True).stdout
 
 
 def stack_bytes(kernel: Any, tmp_path: Path) -> int:
     """Bytes of stack per thread: spilled registers show up here."""
-    binary = tmp_path / "kernel.cubin"
-    binary.write_bytes(kernel.asm["cubin"])
-    done = subprocess.run([str(CUOBJDUMP), "-res-usage", str(binary)], capture_output=True, text=True, check=True)
-    (found,) = re.findall(r"STACK:(\d+)", done.stdout)
+    (found,) = re.findall(r"STACK:(\d+)", inspected(kernel, tmp_path, "-res-usage"))
     return int(found)
 
 
+def is_in_registers(kernel: Any, tmp_path: Path) -> bool:
+    """No spilled register: nothing is read from the stack.
+
+    On sm_120, Triton 3.6 reserves 8 bytes of stack and writes to them, and nothing reads them.
+    """
+    return stack_bytes(kernel, tmp_path) == 0 or not re.search(r"\bLDL", inspected(kernel, tmp_path, "-sass"))
+
+
 def logits_kernel(arch: int, dtype: str, capped: bool, bias: bool, sums: bool, extras: bool, store: bool) -> Any:
-    tile = tiles_of(arch // 10, dtype == "bf16", capped or extras)
+    tile = tiles_of(arch // 10, dtype == "bf16", capped, extras)
     matrix = {"x": (tile.rows, tile.depth), "w": (tile.columns, tile.depth)}
     types = {
         name: f"tensordesc<{dtype}[{shape[0]}, {shape[1]}]>" if tile.descriptors else f"*{dtype}"
@@ -92,7 +104,7 @@ WAYS = {
 def test_the_logits_kernel_keeps_to_registers_and_uses_the_matrix_units(arch, dtype, way, tmp_path):
     kernel = logits_kernel(arch, dtype, *WAYS[way])
     ptx = kernel.asm["ptx"]
-    assert stack_bytes(kernel, tmp_path) == 0
+    assert is_in_registers(kernel, tmp_path)
     assert kernel.metadata.shared <= SHARED_MEMORY[arch]
     if dtype == "bf16":
         assert {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}[arch] in ptx
@@ -124,15 +136,16 @@ def test_the_kernels_of_rows(arch, dtype, capped, tmp_path):
         kernel = compiled(function, types, constants, arch, warps, 3)
         assert kernel.metadata.shared <= SHARED_MEMORY[arch]
         if function is not redo_kernel:  # that one is rare, and computes one row at a time
-            assert stack_bytes(kernel, tmp_path) == 0
+            assert is_in_registers(kernel, tmp_path)
 
 
 @pytest.mark.parametrize("loss", range(4))
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_pair_kernel(arch, loss, tmp_path):
     types = dict.fromkeys(("logps", "ref", "loss", "sums", "metrics", "slopes"), "*fp32")
-    types |= {"index": "*i64", "counts": "*i64", "n_pairs": "i32", "beta": "fp32", "smoothing": "fp32"}
-    for pairs in (4, 64):
+    types |= {"index": "*i64", "borders": "*i64", "counts": "*i64", "n_pairs": "i32"}
+    types |= {"beta": "fp32", "smoothing": "fp32"}
+    for pairs in (4, PAIRS_AT_ONCE):
         constants = {"PAIRS": pairs, "BLOCK": max(16, ELEMENTS // (2 * pairs)), "LOSS": loss, "HAS_INDEX": True}
         kernel = compiled(pair_kernel, types, constants, arch, 8, 3)
         assert stack_bytes(kernel, tmp_path) <= 64  # float64 logarithms take a few bytes; one program, run once

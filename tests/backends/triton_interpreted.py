@@ -233,7 +233,7 @@ def test_opcheck(keep, outputs):
 
 
 @settings(max_examples=25)
-@given(pair_cases(st.integers(1, 6)))
+@given(pair_cases(st.sampled_from([1, 2, 3, 6, 70])))  # 70 take two rounds
 def test_the_pair_epilogue(case):
     check_pair_epilogue("triton", **case)
 

@@ -82,11 +82,11 @@ class TritonBackend:
         smoothing: float,
         out: PairOutputs,
     ) -> None:
-        """See `base.Backend.pair_epilogue`; one launch."""
+        """See `base.Backend.pair_epilogue`; one launch after the sort of its rows."""
         from sdpo_kernels.backends.triton import epilogue
 
         with _on(logps.device):
-            epilogue.pair_epilogue(logps, index, ref, counts, loss_type, beta, smoothing, out)
+            epilogue.pair_epilogue(logps, index, segment, ref, counts, loss_type, beta, smoothing, out)
 
     def supports_rows(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Not yet: existing logits are served by eager."""
@@ -104,6 +104,8 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
 def _unavailable_reason(device: torch.device) -> str | None:
     if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"it runs on CUDA, not on {device.type}"
+    if torch.version.hip is not None:
+        return "its tiles are for NVIDIA's GPUs, and this torch is built for ROCm"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     return None

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sdpo_kernels.backends.base import PairOutputs
 from sdpo_kernels.backends.triton.kernels import log1p_of
+from sdpo_kernels.backends.triton.launch import COMPILED
+from sdpo_kernels.rows import sorted_by_sequence
 
+PAIRS_AT_ONCE = 64  # more in one block would not fit the registers
 ELEMENTS = 2048  # log-probs summed at a time
 ROBUST, HINGE, IPO = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # as in epilogue_op.LOSSES
 
@@ -51,41 +55,33 @@ def pair_loss(a, b, chosen_count, rejected_count, beta, smoothing, LOSS: tl.cons
 
 
 @triton.jit
-def sequence_sums(logps, index, count, SEQUENCES: tl.constexpr, BLOCK: tl.constexpr):
-    """Log-probs of tokens summed over each sequence, whose `count` rows follow each other in `index`; float64."""
+def sequence_sums(logps, index, begin, end, SEQUENCES: tl.constexpr, BLOCK: tl.constexpr):
+    """Log-probs of the rows index[begin … end − 1] summed for each sequence, in float64."""
     total = tl.zeros([SEQUENCES], tl.float64)
-    first = tl.cumsum(count, 0) - count
-    for start in range(0, tl.max(count, 0), BLOCK):
-        step = start + tl.arange(0, BLOCK)
-        inside = step[None, :] < count[:, None]
-        row = tl.load(index + first[:, None] + step[None, :], inside, other=0)
+    for start in range(0, tl.max(end - begin, 0), BLOCK):
+        place = begin[:, None] + start + tl.arange(0, BLOCK)[None, :]
+        inside = place < end[:, None]
+        row = tl.load(index + place, inside, other=0)
         total += tl.sum(tl.load(logps + row, inside, other=0.0).to(tl.float64), 1)
     return total
 
 
-@triton.jit(do_not_specialize=["n_pairs"])
-def pair_kernel(
-    logps, index, ref, counts,  # [N] with index [n_scored] int64, else [2B]; [2B]; [2B] int64
-    loss, sums, metrics, slopes,  # [1], [2B], [4, B], [2B]
-    n_pairs, beta, smoothing,
+@triton.jit
+def some_pairs(
+    logps, index, borders, ref, counts, sums, metrics, slopes, start, n_pairs, beta, smoothing,
     PAIRS: tl.constexpr, BLOCK: tl.constexpr, LOSS: tl.constexpr, HAS_INDEX: tl.constexpr,
 ):  # fmt: skip
-    """One program for all pairs.
-
-    1. sum the log-probs of each sequence in float64; its scored rows are consecutive in `index`, chosen first
-    2. log-ratios a (chosen) and b (rejected) against the reference, from sums rounded to float32
-    3. loss and slopes of each pair, divided by the number of pairs
-    4. rewards, margins and accuracy
-    """
-    # PAIRS is a power of two: chosen sequences take the first half of the block, rejected ones the second
+    """Pairs start … start + PAIRS − 1: stores all but the loss, and returns each one's, 0 past the last pair."""
+    # chosen sequences take the first half of the block, rejected ones the second
     place = tl.arange(0, 2 * PAIRS)
-    pair = place % PAIRS
+    pair = start + place % PAIRS
     sequence = place // PAIRS * n_pairs + pair
     there = pair < n_pairs
 
-    count = tl.load(counts + sequence, there, other=0)
     if HAS_INDEX:
-        total = sequence_sums(logps, index, count, 2 * PAIRS, BLOCK)
+        begin = tl.load(borders + sequence, there, other=0)
+        end = tl.load(borders + sequence + 1, there, other=0)
+        total = sequence_sums(logps, index, begin, end, 2 * PAIRS, BLOCK)
     else:
         total = tl.load(logps + sequence, there, other=0.0).to(tl.float64)
 
@@ -94,14 +90,14 @@ def pair_kernel(
     tl.store(sums + sequence, summed, there)
     ratio = summed.to(tl.float64) - tl.load(ref + sequence, there, other=0.0).to(tl.float64)
     a, b = tl.split(tl.trans(tl.reshape(ratio, [2, PAIRS])))
-    chosen_count, rejected_count = tl.split(tl.trans(tl.reshape(count.to(tl.float64), [2, PAIRS])))
 
     # a count of 1 keeps padding from dividing by 0
-    i = tl.arange(0, PAIRS)
-    real = i < n_pairs
-    chosen_count = tl.where(real, chosen_count, 1.0)
-    rejected_count = tl.where(real, rejected_count, 1.0)
+    count = tl.load(counts + sequence, there, other=1).to(tl.float64)
+    chosen_count, rejected_count = tl.split(tl.trans(tl.reshape(count, [2, PAIRS])))
     value, chosen_slope, rejected_slope = pair_loss(a, b, chosen_count, rejected_count, beta, smoothing, LOSS)
+
+    i = start + tl.arange(0, PAIRS)
+    real = i < n_pairs
     tl.store(slopes + i, (chosen_slope / n_pairs).to(tl.float32), real)
     tl.store(slopes + n_pairs + i, (rejected_slope / n_pairs).to(tl.float32), real)
 
@@ -109,21 +105,49 @@ def pair_kernel(
     tl.store(metrics + n_pairs + i, (beta * b).to(tl.float32), real)
     tl.store(metrics + 2 * n_pairs + i, (beta * (a - b)).to(tl.float32), real)
     tl.store(metrics + 3 * n_pairs + i, tl.where(a > b, 1.0, 0.0), real)
+    return tl.where(real, value, 0.0)
+
+
+@triton.jit(do_not_specialize=["n_pairs"])
+def pair_kernel(
+    logps, index, borders, ref, counts,  # [N] with index [n_scored] and borders [2B + 1] int64, else [2B]; [2B]; [2B]
+    loss, sums, metrics, slopes,  # [1], [2B], [4, B], [2B]
+    n_pairs, beta, smoothing,
+    PAIRS: tl.constexpr, BLOCK: tl.constexpr, LOSS: tl.constexpr, HAS_INDEX: tl.constexpr,
+):  # fmt: skip
+    """One program for all pairs, PAIRS (a power of two) at a time.
+
+    1. sum the log-probs of each sequence in float64; its rows in `index` are those from border to border
+    2. log-ratios a (chosen) and b (rejected) against the reference, from sums rounded to float32
+    3. loss and slopes of each pair, divided by the number of pairs
+    4. rewards, margins and accuracy
+    """
+    total = tl.zeros([PAIRS], tl.float64)
+    for start in range(0, n_pairs, PAIRS):
+        total += some_pairs(
+            logps, index, borders, ref, counts, sums, metrics, slopes, start, n_pairs, beta, smoothing,
+            PAIRS, BLOCK, LOSS, HAS_INDEX,
+        )  # fmt: skip
 
     # a store of one element, as a block of length 1
     one = tl.arange(0, 1)
-    tl.store(loss + one, (tl.sum(tl.where(real, value, 0.0), 0) / n_pairs).to(tl.float32) + tl.zeros([1], tl.float32))
+    tl.store(loss + one, (tl.sum(total, 0) / n_pairs).to(tl.float32) + tl.zeros([1], tl.float32))
 
 
 def pair_epilogue(
-    logps: Tensor, index: Tensor | None, ref: Tensor, counts: Tensor, loss_type: int, beta: float, smoothing: float,
-    out: PairOutputs,
+    logps: Tensor, index: Tensor | None, segment: Tensor | None, ref: Tensor, counts: Tensor, loss_type: int,
+    beta: float, smoothing: float, out: PairOutputs,
 ) -> None:  # fmt: skip
     """See `base.Backend.pair_epilogue`."""
+    borders = None
+    if index is not None and segment is not None:
+        index, segment = sorted_by_sequence(index, segment)
+        borders = torch.searchsorted(segment, torch.arange(ref.shape[0] + 1, device=segment.device))
+
     n_pairs = ref.shape[0] // 2
-    pairs = triton.next_power_of_2(n_pairs)
-    block = max(16, ELEMENTS // (2 * pairs))
+    pairs = min(triton.next_power_of_2(n_pairs), PAIRS_AT_ONCE)
     pair_kernel[(1,)](
-        logps, index, ref, counts, out.loss.view(1), out.sums, out.metrics, out.slopes, n_pairs, beta, smoothing,
-        PAIRS=pairs, BLOCK=block, LOSS=loss_type, HAS_INDEX=index is not None, num_warps=8,
+        logps, index, borders, ref, counts, out.loss.view(1), out.sums, out.metrics, out.slopes, n_pairs, beta,
+        smoothing, PAIRS=pairs, BLOCK=max(16, ELEMENTS // (2 * pairs)), LOSS=loss_type, HAS_INDEX=index is not None,
+        num_warps=8, **COMPILED,
     )  # fmt: skip

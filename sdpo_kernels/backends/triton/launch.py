@@ -16,6 +16,7 @@ from sdpo_kernels.backends.triton.tiles import Tile, candidates, fastest, is_aut
 
 ROWS_AT_ONCE = 128  # of the kernels that work on [N] alone
 REDO_ELEMENTS = 16384  # of w that a program of the redo kernel holds
+COMPILED = {"enable_fp_fusion": True}  # Triton 3.9 has no fused multiply-add unless it is asked for
 
 
 @dataclass
@@ -41,8 +42,7 @@ class Rows:
         weight, bias = unit_stride(call.weight), None if call.bias is None else call.bias.contiguous()
 
         # softcap's tanh and the extras need registers, so their tiles are smaller
-        heavy = call.head.softcap is not None or bool(call.outputs)
-        tile = tile_for(x.device, x.dtype, heavy)
+        tile = tile_for(x.device, x.dtype, call.head.softcap is not None, bool(call.outputs))
         rows = cls(call, x, weight, bias, targets.contiguous(), x.new_empty(x.shape[0], dtype=torch.float32), tile)
 
         before, after, capped = head_numbers(call)
@@ -51,6 +51,7 @@ class Rows:
                 x, weight, bias, rows.targets, rows.target_logits,
                 x.shape[1], x.stride(0), weight.stride(0), before, after,
                 BLOCK=max(16, min(1024, triton.next_power_of_2(x.shape[1]))), CAPPED=capped, HAS_BIAS=bias is not None,
+                **COMPILED,
             )  # fmt: skip
 
         if x.shape[0] and is_autotuned() and x.dtype == torch.bfloat16:
@@ -147,6 +148,7 @@ def logits(
         BM=tile.rows, BN=tile.columns, BK=tile.depth, GROUP=tile.group, CAPPED=capped, HAS_BIAS=bias is not None,
         SUMS=sums is not None, EXTRAS=sums is not None and sums.parts is not None, STORE=stash is not None,
         DESCRIPTORS=described, UPCAST=not rows.x.is_cuda, num_warps=tile.warps, num_stages=tile.stages,
+        **COMPILED,
     )  # fmt: skip
 
     # the next chunk writes over the parts
@@ -156,8 +158,10 @@ def logits(
 
 def operands(x: Tensor, weight: Tensor, tile: Tile) -> tuple[object, object, bool]:
     """Tensor descriptors if the tile uses them (Hopper and later) and the strides allow it; else pointers."""
+    # of an expanded or overlapping matrix, a row begins before the last one ends
+    separate = all(t.stride(0) >= t.shape[1] for t in (x, weight))
     aligned = all(t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in (x, weight))
-    if not (tile.descriptors and aligned):
+    if not (tile.descriptors and separate and aligned):
         return x, weight, False
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -198,7 +202,7 @@ def finalize(rows: Rows, sums: Sums) -> Finished:
         kernels.finalize_kernel[(triton.cdiv(n, ROWS_AT_ONCE),)](
             sums.sums, sums.folded, rows.target_logits, out.logps, out.state, out.entropy, out.log_sum_sq,
             out.mean_logits, out.redo, n, sums.sums.shape[0], rows.call.weight.shape[0],
-            BLOCK=ROWS_AT_ONCE, EXTRAS=extras,
+            BLOCK=ROWS_AT_ONCE, EXTRAS=extras, **COMPILED,
         )  # fmt: skip
     return out
 
@@ -210,7 +214,7 @@ def set_targets(rows: Rows, start: int, n_columns: int, stash: Tensor, logps: Te
         kernels.set_targets_kernel[(triton.cdiv(n, ROWS_AT_ONCE),)](
             stash, rows.targets - start, logps, state, n, n_columns, stash.stride(0),
             0.0 if head.softcap is None else head.temperature / head.softcap,
-            BLOCK=ROWS_AT_ONCE, CAPPED=head.softcap is not None,
+            BLOCK=ROWS_AT_ONCE, CAPPED=head.softcap is not None, **COMPILED,
         )  # fmt: skip
 
 
@@ -231,4 +235,5 @@ def redo(rows: Rows, found: Finished, stash: Tensor | None, direction: Tensor | 
         0 if stash is None else stash.shape[1], 0 if stash is None else stash.stride(0), before, after,
         BJ=max(1, min(64, REDO_ELEMENTS // bh)), BH=bh, CAPPED=capped, HAS_BIAS=rows.bias is not None,
         EXTRAS=found.entropy is not None, STORE=stash is not None, DIRECTION=direction is not None, num_warps=8,
+        **COMPILED,
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """One hand-picked tile of the logits kernel for each architecture, operand and epilogue; timed alternatives on request.
 
-Picked by compiling: the largest that keeps everything in registers (tests/backends/test_triton_compiles.py). Softcap's
-tanh and the extras need registers of their own, so their tiles are smaller. float32 products run on the ordinary cores,
-and descriptors only cost them registers.
+Picked by compiling: the largest that keeps everything in registers with Triton 3.6 and later
+(tests/backends/test_triton_compiles.py). Softcap's tanh and the extras need registers of their own, so their tiles are
+smaller. float32 products run on the ordinary cores, and descriptors only cost them registers.
 
 With `SDPO_AUTOTUNE=1` the first call of a shape times the tiles that fit and keeps the fastest for this process. It is
 off by default: a repeated run must give the same bits, which a tile chosen by timing cannot promise. Do not use it for
@@ -32,6 +32,7 @@ class Tile:
 
 
 FLOAT32 = Tile(64, 64, 32, 8, 4, 3)
+FLOAT32_HEAVY = replace(FLOAT32, warps=8)  # with softcap or extras
 PLAIN = {  # bfloat16, by major architecture
     8: Tile(128, 128, 32, 8, 4, 4),
     9: Tile(128, 256, 64, 8, 8, 3, descriptors=True),
@@ -43,6 +44,10 @@ HEAVY = {  # bfloat16 with softcap or extras
     9: Tile(128, 64, 64, 8, 8, 3, descriptors=True),
     10: Tile(128, 64, 64, 8, 8, 3, descriptors=True),
     12: Tile(64, 128, 32, 8, 8, 3, descriptors=True),
+}
+HEAVIEST = HEAVY | {  # bfloat16 with softcap and extras
+    10: replace(HEAVY[10], columns=32),
+    12: replace(HEAVY[12], columns=64),
 }
 OTHERS = [  # SDPO_AUTOTUNE=1 times these and the hand-picked tile, with descriptors if that one has them
     Tile(128, 128, 64, 8, 4, 4),
@@ -56,19 +61,19 @@ INTERPRETED = Tile(16, 32, 16, 2, 1, 1)  # small, so that small tests have many 
 _FASTEST: dict[tuple[object, ...], Tile] = {}
 
 
-def tiles_of(architecture: int, bf16: bool, heavy: bool) -> Tile:
+def tiles_of(architecture: int, bf16: bool, capped: bool, extras: bool) -> Tile:
     """The tile for a major architecture; an unknown one gets the tile of the newest known architecture before it."""
     if not bf16:
-        return FLOAT32
-    known = HEAVY if heavy else PLAIN
+        return FLOAT32_HEAVY if capped or extras else FLOAT32
+    known = HEAVIEST if capped and extras else HEAVY if capped or extras else PLAIN
     return known[max((major for major in known if major <= architecture), default=8)]
 
 
-def tile_for(device: torch.device, dtype: torch.dtype, heavy: bool) -> Tile:
+def tile_for(device: torch.device, dtype: torch.dtype, capped: bool, extras: bool) -> Tile:
     """The tile for operands of `dtype` on `device`; on the CPU the interpreter's."""
     if device.type != "cuda":
         return INTERPRETED
-    return tiles_of(torch.cuda.get_device_capability(device)[0], dtype == torch.bfloat16, heavy)
+    return tiles_of(torch.cuda.get_device_capability(device)[0], dtype == torch.bfloat16, capped, extras)
 
 
 def candidates(picked: Tile) -> list[Tile]:
