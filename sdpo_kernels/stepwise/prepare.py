@@ -14,8 +14,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from sdpo_kernels.integrations.router_loss import unused_coefficient
+from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.progress import Reporter
+from sdpo_kernels.stepwise.common.run_progress import StagePlan
 from sdpo_kernels.stepwise.data.fit import check_fit, check_positions, load_model_config, position_warnings
 from sdpo_kernels.stepwise.data.order import StageData
 from sdpo_kernels.stepwise.data.pairs import Pair, PairSource, read_pairs, shared_pairs
@@ -48,6 +50,7 @@ class Prepared:
     skipped: list[str] = field(default_factory=list)  # bad rows, 'file:line: what is wrong', with on_bad_row: skip
     warnings: list[str] = field(default_factory=list)
     unused: dict[str, list[str]] = field(default_factory=dict)  # data source → columns that nothing reads
+    reporter: Reporter = field(default_factory=lambda: Reporter(quiet=True))  # shows what is going on
 
     def say_warnings(self, reporter: Reporter) -> None:
         """Print what the user should know before training."""
@@ -57,7 +60,7 @@ class Prepared:
             reporter.warn(f"{len(self.skipped)} bad rows skipped, the first: {self.skipped[0]}")
 
 
-def prepare(config: RunConfig, template_time: datetime | None = None) -> Prepared:
+def prepare(config: RunConfig, template_time: datetime | None = None, reporter: Reporter | None = None) -> Prepared:
     """Read and tokenize all data of a run, with `template_time` as the time that chat templates read (None: now).
 
     1. Load the tokenizer and the model's config, but no weights.
@@ -67,36 +70,36 @@ def prepare(config: RunConfig, template_time: datetime | None = None) -> Prepare
     5. Try what training will need later: the adapter, saving, Trainer's own parts, disk space (`models/trial.py`).
     6. Collect warnings about pairs and prompts that stages share, or that are evaluated too.
 
-    UserError for whatever the user can fix. On several ranks each reads everything.
+    `reporter` shows what is going on. UserError for whatever the user can fix. On several ranks each reads everything.
     """
-    tokenizer = load_tokenizer(config)
-    prepared = Prepared(config, tokenizer, load_model_config(config), [], None, template_time)
+    prepared = _started(config, template_time, reporter)
 
     named: dict[str, list[Pair]] = {}  # by stage, and "eval_data"
     for stage in config.stages:
         if stage.data is None:
             prepared.stages.append(_prompts(config, stage, prepared))
             continue
-        pairs = _read(config, _sources(config, stage.data, stage), prepared)
+        pairs = _read(config, _sources(config, stage.data, stage), f"stage {stage.name}", prepared)
         named[stage.name] = pairs
         tokens = _tokenize(config, pairs, f"stage {stage.name}", prepared)
         prepared.stages.append(_stage_data(stage, pairs, tokens))
 
     if config.eval_data is not None:
-        named["eval_data"] = _read(config, _sources(config, config.eval_data), prepared)
+        named["eval_data"] = _read(config, _sources(config, config.eval_data), "eval_data", prepared)
         prepared.eval_tokens = _tokenize(config, named["eval_data"], "eval_data", prepared)
 
     # generated pairs are checked when they are there
     parts = [stage.tokens for stage in prepared.stages if stage.prompts is None]
     parts += [] if prepared.eval_tokens is None else [prepared.eval_tokens]
     check_fit(config, prepared.model_config, parts)
-    check_multi(config, tokenizer, parts)
+    check_multi(config, prepared.tokenizer, parts)
     prepared.warnings += position_warnings(prepared.model_config, parts)
 
     # what would stop the run hours later stops it now
     for data in prepared.stages:
         _check_steps(config, data)
-    prepared.warnings += try_run(config, tokenizer, prepared.model_config)
+    with prepared.reporter.waiting("trying what training needs: model, saving, trainer, disk space"):
+        prepared.warnings += try_run(config, prepared.tokenizer, prepared.model_config)
 
     # no error: a user may want them
     if warning := unused_coefficient(prepared.model_config):
@@ -107,12 +110,16 @@ def prepare(config: RunConfig, template_time: datetime | None = None) -> Prepare
 
 
 def read_eval(
-    config: RunConfig, sources: Sequence[str | DataEntry], template_time: datetime | None = None
+    config: RunConfig,
+    sources: Sequence[str | DataEntry],
+    template_time: datetime | None = None,
+    reporter: Reporter | None = None,
 ) -> tuple[TokenizedPairs, list[str], PreTrainedTokenizerBase]:
     """The tokenized pairs of `sources`, warnings about them, and the tokenizer."""
-    prepared = Prepared(config, load_tokenizer(config), load_model_config(config), [], None, template_time)
-    pairs = _read(config, _sources(config, sources), prepared)
-    tokens = _tokenize(config, pairs, ", ".join(map(entry_path, sources)), prepared)
+    prepared = _started(config, template_time, reporter)
+    name = ", ".join(map(entry_path, sources))
+    pairs = _read(config, _sources(config, sources), name, prepared)
+    tokens = _tokenize(config, pairs, name, prepared)
     check_fit(config, prepared.model_config, [tokens])
     return tokens, prepared.warnings + prepared.notes + prepared.skipped, prepared.tokenizer
 
@@ -126,23 +133,41 @@ def generated_stage(
     template_time: datetime,
 ) -> StageData:
     """A stage whose generated pairs are in `path`; prints warnings about them."""
-    prepared = Prepared(config, tokenizer, load_model_config(config), [], None, template_time)
-    pairs = _read(config, [PairSource(str(path))], prepared)
+    prepared = Prepared(config, tokenizer, load_model_config(config), [], None, template_time, reporter=reporter)
+    pairs = _read(config, [PairSource(str(path))], f"stage {stage.name}", prepared)
     tokens = _tokenize(config, pairs, f"stage {stage.name}", prepared)
     check_fit(config, prepared.model_config, [tokens])
     prepared.say_warnings(reporter)
     return _stage_data(stage, pairs, tokens)
 
 
-def planned_steps(config: RunConfig, stage: StageData) -> int:
-    """The optimizer steps of a stage, counted as Trainer does."""
+def _started(config: RunConfig, template_time: datetime | None, reporter: Reporter | None) -> Prepared:
+    """Tokenizer and model config loaded, and no data read yet."""
+    reporter = reporter or Reporter(quiet=True)
+    with reporter.waiting(f"loading the tokenizer of {config.model}"):
+        tokenizer, model_config = load_tokenizer(config), load_model_config(config)
+    return Prepared(config, tokenizer, model_config, [], None, template_time, reporter=reporter)
+
+
+def planned_steps(config: RunConfig, stage: StageData, processes: int = 1) -> int:
+    """The optimizer steps of a stage in that many processes, counted as Trainer does."""
     settings = config.stage_trainer(stage.config)
     if settings.get("max_steps", -1) > 0:
         return settings["max_steps"]
 
     # a last partial batch counts, and so does a last partial accumulation
-    batches = math.ceil(len(stage.tokens) / settings["per_device_train_batch_size"])
+    batches = math.ceil(len(stage.tokens) / (settings["per_device_train_batch_size"] * processes))
     return math.ceil(math.ceil(batches / settings.get("gradient_accumulation_steps", 1)) * stage.config.epochs)
+
+
+def stage_plan(config: RunConfig, stage: StageData) -> StagePlan:
+    """What is known of a stage before it trains, for the progress of the run."""
+    if not len(stage.tokens):
+        return StagePlan(None)  # its pairs are not generated yet
+    settings, processes = config.stage_trainer(stage.config), ranks.world_size()
+    pairs = settings["per_device_train_batch_size"] * settings.get("gradient_accumulation_steps", 1) * processes
+    mean = len(stage.tokens.ids) / len(stage.tokens)
+    return StagePlan(planned_steps(config, stage, processes), mean * pairs)
 
 
 def _check_steps(config: RunConfig, stage: StageData) -> None:
@@ -160,7 +185,8 @@ def _prompts(config: RunConfig, stage: StageConfig, prepared: Prepared) -> Stage
     assert stage.prompts is not None
     assert stage.source is not None
     sources = _sources(config, stage.prompts, stage)
-    prompts, skipped = read_prompts(sources, config.on_bad_row, prepared.template_time)
+    with prepared.reporter.waiting(f"reading the prompts of stage {stage.name}"):
+        prompts, skipped = read_prompts(sources, config.on_bad_row, prepared.template_time)
     prepared.skipped += skipped
 
     # a missing judge or answer is reported now, not when the stage starts hours later
@@ -235,8 +261,9 @@ def _sources(
     return sources
 
 
-def _read(config: RunConfig, sources: Sequence[PairSource], prepared: Prepared) -> list[Pair]:
-    data = read_pairs(sources, on_bad_row=config.on_bad_row, score_column=config.score_column)
+def _read(config: RunConfig, sources: Sequence[PairSource], name: str, prepared: Prepared) -> list[Pair]:
+    with prepared.reporter.waiting(f"reading {name}"):
+        data = read_pairs(sources, on_bad_row=config.on_bad_row, score_column=config.score_column)
     prepared.skipped += data.skipped
 
     # a column that sounds like a part of the prompt is worth a warning; an id or a source is not
@@ -258,14 +285,16 @@ def _read(config: RunConfig, sources: Sequence[PairSource], prepared: Prepared) 
 
 
 def _tokenize(config: RunConfig, pairs: list[Pair], name: str, prepared: Prepared) -> TokenizedPairs:
-    tokens = tokenize_pairs(
-        pairs,
-        prepared.tokenizer,
-        max_length=config.max_length,
-        truncation=config.truncation,
-        on_bad_row=config.on_bad_row,
-        template_time=prepared.template_time,
-    )
+    with prepared.reporter.task(f"tokenizing {name}", len(pairs), keep=False) as task:
+        tokens = tokenize_pairs(
+            pairs,
+            prepared.tokenizer,
+            max_length=config.max_length,
+            truncation=config.truncation,
+            on_bad_row=config.on_bad_row,
+            template_time=prepared.template_time,
+            on_progress=task.update,
+        )
     prepared.warnings += [f"{name}: {warning}" for warning in tokens.warnings]
     _note_truncation(config, tokens, name, prepared)
     if tokens.dropped:

@@ -37,7 +37,7 @@ def score_run(config: RunConfig, models: Sequence[str], data: Sequence[str], *, 
     sources: Sequence[str | DataEntry] | None = tuple(data) or config.eval_data
     if not sources:
         raise UserError("eval_data: is not set in the run's settings; set it, or use --data FILE")
-    tokens, warnings, tokenizer = read_eval(config, sources, template_time(config))
+    tokens, warnings, tokenizer = read_eval(config, sources, template_time(config), reporter)
     for warning in warnings:
         reporter.warn(warning)
 

@@ -92,8 +92,8 @@ class Stage:
 
     @property
     def label(self) -> str:
-        """Its name on progress bars."""
-        return f"stage {self.index} {self.name}"
+        """Its name in rows of progress and in messages."""
+        return f"stage {self.index} of {len(self.run.manifest.stages)} {self.name}"
 
     @property
     def references(self) -> StageReferences:

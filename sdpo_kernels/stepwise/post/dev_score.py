@@ -53,7 +53,7 @@ class PairScore:
         )
 
         self.metric = metric
-        self.tokens, warnings, tokenizer = read_eval(self.config, tuple(data), template_time(settings))
+        self.tokens, warnings, tokenizer = read_eval(self.config, tuple(data), template_time(settings), say)
         for warning in warnings:
             say.warn(warning)
 

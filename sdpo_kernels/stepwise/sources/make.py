@@ -66,6 +66,7 @@ def stage_context(stage: Stage) -> SourceContext:
         scorer=stage.scorer,
         reporter=stage.run.reporter,
         template_time=stage.run.template_time,
+        title=stage.label,
     )
 
 
@@ -75,7 +76,8 @@ def make_pairs(ctx: SourceContext, kind: str, path: Path) -> None:
         return
 
     ctx.folder.mkdir(parents=True, exist_ok=True)
-    rows = MAKERS[kind](ctx)
+    with ctx.reporter.waiting(ctx.label(f"generating pairs ({kind})")):
+        rows = MAKERS[kind](ctx)
     if not rows:
         raise UserError(
             f"stage {ctx.name}: source {kind}: no pairs from {len(ctx.prompts)} prompts; either the judge scored all "
@@ -84,4 +86,4 @@ def make_pairs(ctx: SourceContext, kind: str, path: Path) -> None:
 
     # the file is written last and in one step: if it exists, it is complete
     write_rows(path, rows)
-    ctx.reporter.say(f"{ctx.name}: {len(rows):,} pairs generated from {len(ctx.prompts):,} prompts")
+    ctx.reporter.say(ctx.label(f"{len(rows):,} pairs generated from {len(ctx.prompts):,} prompts"))
