@@ -40,12 +40,12 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and war
 @app.command(context_settings=_TAKES_OVERRIDES)
 def train(config: ConfigFile, overrides: Overrides = None, quiet: Quiet = False) -> None:
     """Train all stages. Run the same command again after a crash: it resumes where it stopped."""
-    reporter = _reporter(quiet)
+    reporter, given = _reporter(quiet), _settings(overrides)
     with reporter.waiting(_LOADING):
         from sdpo_kernels.stepwise.run import run
         from sdpo_kernels.stepwise.settings.run_file import load_config
 
-    settings = load_config(config, _settings(overrides))
+    settings = load_config(config, given)
     try:
         run(settings, reporter)
     except KeyboardInterrupt:
@@ -56,12 +56,12 @@ def train(config: ConfigFile, overrides: Overrides = None, quiet: Quiet = False)
 @app.command(context_settings=_TAKES_OVERRIDES)
 def check(config: ConfigFile, overrides: Overrides = None) -> None:
     """Read config, data and tokenizer, and print what `train` would do, without training."""
-    reporter = _reporter()
+    reporter, given = _reporter(), _settings(overrides)
     with reporter.waiting(_LOADING):
         from sdpo_kernels.stepwise.check import check_run
         from sdpo_kernels.stepwise.settings.run_file import load_config
 
-    check_run(load_config(config, _settings(overrides)), reporter)
+    check_run(load_config(config, given), reporter)
 
 
 @app.command(context_settings=_TAKES_OVERRIDES)
@@ -75,11 +75,12 @@ def score(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Print reward accuracy and margins on preference data, for the run's initial and finished models or --model."""
+    given = _settings(overrides)
     with _reporter(quiet=json_output).waiting(_LOADING):
         from sdpo_kernels.stepwise.score import score_run
         from sdpo_kernels.stepwise.settings.run_file import load_config
 
-    score_run(load_config(config, _settings(overrides)), model or [], data or [], as_json=json_output)
+    score_run(load_config(config, given), model or [], data or [], as_json=json_output)
 
 
 @app.command()

@@ -1,12 +1,18 @@
 """Reading a run's input: what is kept, dropped, skipped and warned about before training."""
 
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
-from sdpo_kernels.stepwise.prepare import prepare, read_eval
+from sdpo_kernels.stepwise.common.progress import Reporter
+from sdpo_kernels.stepwise.common.progress_rows import Row
+from sdpo_kernels.stepwise.common.run_progress import StagePlan
+from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
+from sdpo_kernels.stepwise.prepare import prepare, read_eval, stage_plan
 from tests.stepwise import runs
 
 
@@ -235,3 +241,43 @@ def test_prompts_that_the_template_drops_are_bad_rows(tmp_path, model):
     assert [line.split(": ")[0] for line in prepared.skipped] == [f"{data}:1", f"{data}:3"]
     with pytest.raises(UserError, match=r"p\.jsonl:1: the chat template drops the message of role 'human'"):
         prepare(runs.configured(tmp_path, chat, stages=stages))
+
+
+def test_tokenizing_is_counted(tmp_path, model):
+    """Rows of progress for what takes long with much data: each file is read, and its pairs are counted."""
+    shown = []
+
+    class Listening(Reporter):
+        @contextmanager
+        def waiting(self, what):
+            shown.append(what)
+            yield
+
+        @contextmanager
+        def task(self, name, total, done=0, **_):
+            row = Row(name, total)
+            row.update = lambda done, note="": shown.append(f"{name} {done}/{total}")
+            yield row
+
+    config = runs.configured(tmp_path, model, sizes=(600,))
+    assert len(prepare(config, reporter=Listening()).stages[0].tokens) == 600
+    assert shown == [
+        f"loading the tokenizer of {model}",
+        "reading stage s1",
+        "tokenizing stage s1 250/600",
+        "tokenizing stage s1 500/600",
+        "tokenizing stage s1 600/600",
+        "trying what training needs: model, saving, trainer, disk space",
+    ]
+
+
+def test_the_plan_of_a_stage_counts_steps_and_tokens(tmp_path, model, monkeypatch):
+    trainer = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    prepared = prepare(runs.configured(tmp_path, model, sizes=(13,), trainer=trainer))
+    (stage,) = prepared.stages
+    mean = float(stage.tokens.lengths.sum()) / 13
+    assert stage_plan(prepared.config, stage) == StagePlan(4, pytest.approx(4 * mean))  # 7 batches, two a step
+    monkeypatch.setattr(ranks, "world_size", lambda: 3)
+    assert stage_plan(prepared.config, stage) == StagePlan(2, pytest.approx(12 * mean))  # 3 batches of 6
+    stage.tokens = TokenizedPairs.concatenate([])  # not generated yet
+    assert stage_plan(prepared.config, stage) == StagePlan(None)

@@ -286,7 +286,7 @@ def test_an_invalid_number_of_processes_is_a_one_line_error(tmp_path, model, cou
     yaml = runs.write_settings(tmp_path, model)
     child = runs.Child(tmp_path, "train", yaml, fault=_in_environment, options=({"WORLD_SIZE": count},))
     assert child.wait() == 2, child.text
-    assert child.text.startswith(f"error: WORLD_SIZE: was {count!r}, must be a number of processes, at least 1")
+    assert f"error: WORLD_SIZE: was {count!r}, must be a number of processes, at least 1\n" in child.text
 
 
 def test_an_error_on_one_node_is_printed_by_its_first_rank(tmp_path):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _END = 4  # tokens at the end of a conversation among which its end token is, before line breaks
-_CHUNK = 1000  # pairs per call of the tokenizer, which processes the texts of a call in parallel
+_CHUNK = 250  # pairs per call of the tokenizer, which processes the texts of a call in parallel
 
 
 class TokenizedSequence(NamedTuple):
