@@ -80,7 +80,7 @@ def test_quick_demo(tmp_path):
     program = [sys.executable, *TARGETS["make demo"], "--output", str(tmp_path / "demo")]
     done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
-    for word in ("SFT", "DPO", "sDPO", "exactly right", "Log-prob margin, reference"):
+    for word in ("SFT", "DPO", "sDPO", "exactly right", "reference's log-prob margin"):
         assert word in done.stdout
     assert (tmp_path / "demo/comparison.png").read_bytes().startswith(b"\x89PNG")
 
