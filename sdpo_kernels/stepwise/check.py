@@ -27,7 +27,7 @@ from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 
 _ORDERS = {
     "given": "the order of the file",
-    "reward_accuracy": "share of pairs ranked right by {ranks}, highest first; decided when training starts",
+    "pair_accuracy": "share of pairs ranked right by {ranks}, highest first; decided when training starts",
     "margin": "one source split into {tiers} tiers, largest margin under the initial model first",
     "random": "all pairs shuffled into stages of these sizes",
 }

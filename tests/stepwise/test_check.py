@@ -105,7 +105,7 @@ def test_a_few_cut_pairs_are_a_line_and_many_a_warning(tmp_path, model):
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"order": "reward_accuracy"}, "share of pairs ranked right by the initial model, highest first"),
+        ({"order": "pair_accuracy"}, "share of pairs ranked right by the initial model, highest first"),
         ({"order": "random"}, "shuffled into stages of these sizes"),
         ({"order": "margin", "tiers": 2, "sizes": (12,)}, "split into 2 tiers"),
     ],

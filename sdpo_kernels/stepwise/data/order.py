@@ -38,7 +38,7 @@ class StageData:
 
 def order_stages(config: RunConfig, stages: Sequence[StageData], score: Score) -> list[StageData]:
     """The stages in training order; `score` is called only if the order needs log-probs."""
-    if config.order == "reward_accuracy":
+    if config.order == "pair_accuracy":
         return _by_accuracy(config, stages, score)
     if config.order == "margin":
         return _tiers(config, stages[0], score)
