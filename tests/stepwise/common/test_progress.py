@@ -6,7 +6,6 @@ from contextlib import suppress
 import pytest
 from rich.console import Console
 
-from sdpo_kernels.stepwise.common import progress
 from sdpo_kernels.stepwise.common.progress import Mute, Reporter
 from sdpo_kernels.stepwise.common.run_progress import StagePlan
 
@@ -262,8 +261,3 @@ def test_other_ranks_print_nothing(capsys):
     other.warn("careful")
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "")
-
-
-def test_progress_needs_no_torch():
-    """So that a command can say that it is loading torch."""
-    assert not hasattr(progress, "torch")

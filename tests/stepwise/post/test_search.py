@@ -192,10 +192,10 @@ def main(monkeypatch, capsys):
 def test_a_given_alpha(main, tmp_path, sides):
     code, out, err = main(*sides, tmp_path / "out", "--alpha", "0.5")
     assert (code, err) == (0, "")
-    assert out == f"α 0.5: {tmp_path / 'out'}\n"
+    assert out == f"loading torch and transformers\nα 0.5: {tmp_path / 'out'}\n"
     assert value(tmp_path / "out") == 1.5
     code, out, err = main(*sides, tmp_path / "out", "--alpha", "0.5")
-    assert (code, out) == (2, "")
+    assert (code, out) == (2, "loading torch and transformers\n")
     assert err == f"error: {tmp_path / 'out'}: already exists; give a new or an empty folder\n"
 
 
@@ -247,7 +247,7 @@ def test_a_search_on_pairs(main, tmp_path, model, dev):
 )
 def test_options_that_do_not_go_together(main, tmp_path, sides, options, message):
     code, out, err = main(*sides, tmp_path / "out", *options)
-    assert (code, out) == (2, "")
+    assert (code, out) == (2, "loading torch and transformers\n")
     assert err.startswith(f"error: {message}")
     assert err.count("\n") == 1
 
