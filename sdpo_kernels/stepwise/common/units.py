@@ -1,4 +1,4 @@
-"""Durations and sizes in human-readable form."""
+"""Durations, sizes and counts in human-readable form."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ def write_seconds(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def counted(number: int, what: str) -> str:
+    """A count with its noun: '1 bad row', '1,200 bad rows'."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def write_bytes(size: float) -> str:
