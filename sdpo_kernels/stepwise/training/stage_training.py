@@ -8,6 +8,7 @@ Saving and publishing the result is in `publish`.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -48,7 +49,7 @@ def make_trainer(stage: Stage, start: StageStart) -> StageTrainer:
             guard=_start_guard(stage, loaded),
             following=EmaReference(loaded.model, config.ema or EmaSettings()) if config.reference == "ema" else None,
             stage=stage.name,
-            before_checkpoint=stage.run.metrics.sync,  # a power cut must not lose what the checkpoint's steps logged
+            before_checkpoint=partial(_keep_record, stage),
             model=loaded.model,
             args=stage.args,
             train_dataset=PairDataset(stage.data.tokens, start.ref_logps),
@@ -69,6 +70,12 @@ def make_trainer(stage: Stage, start: StageStart) -> StageTrainer:
     if len(trainer.get_train_dataloader()) == 0:
         raise UserError(f"stage {stage.name}: trainer.dataloader_drop_last drops its only batch; set it to false")
     return trainer
+
+
+def _keep_record(stage: Stage) -> None:
+    """Write what belongs to a checkpoint's steps: a power cut must not lose their metrics, nor the time they took."""
+    stage.run.metrics.sync()
+    stage.keep_spent()
 
 
 def train_to_end(stage: Stage, trainer: StageTrainer, checkpoint: Path | None) -> bool:
