@@ -11,6 +11,7 @@ from rich.table import Table
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.files import read_json
 from sdpo_kernels.stepwise.common.progress import Reporter
+from sdpo_kernels.stepwise.common.units import counted
 from sdpo_kernels.stepwise.data.order import scored_counts
 from sdpo_kernels.stepwise.data.template_clock import reads_clock
 from sdpo_kernels.stepwise.post.after_run import check_start
@@ -66,8 +67,7 @@ def check_run(config: RunConfig, reporter: Reporter) -> None:
     _say_reference(prepared, reporter)
     if reads_clock(prepared.tokenizer):
         reporter.say(f"clock      the chat template reads the date: {now.isoformat()} throughout the run")
-    for note in prepared.notes:
-        reporter.say(f"note       {note}")
+    prepared.say_notes(reporter)
     reporter.say(_state(config, now))
 
 
@@ -109,7 +109,7 @@ def _table(prepared: Prepared) -> Table:
         # counts of generated pairs are not known before training
         if stage.prompts is not None:
             assert stage.config.source is not None
-            generated = f"generated from {len(stage.prompts):,} prompts ({stage.config.source.kind})"
+            generated = f"generated from {counted(len(stage.prompts), 'prompt')} ({stage.config.source.kind})"
             table.add_row(stage.config.name, generated, *[""] * 5, f"{prepared.config.stage_beta(stage.config):g}")
             continue
 

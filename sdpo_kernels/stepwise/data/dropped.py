@@ -16,6 +16,12 @@ from typing import Any, Literal, NamedTuple
 
 from sdpo_kernels.stepwise.common.errors import UserError
 
+# what templates call the roles of other schemas
+USUAL_ROLES = {
+    "human": "user", "gpt": "assistant", "bot": "assistant", "chatbot": "assistant", "model": "assistant",
+    "ai": "assistant", "developer": "system", "observation": "tool", "function": "tool", "ipython": "tool",
+}  # fmt: skip
+
 Messages = Sequence[dict[str, Any]]
 Render = Callable[[list[dict[str, Any]]], str]
 
@@ -44,6 +50,11 @@ def dropped(
     if not missing:
         known.add(structure)
     return missing
+
+
+def renaming(role: str) -> str:
+    """What to do about a role that a template does not know."""
+    return f"rename the role to {USUAL_ROLES[role]!r}" if role in USUAL_ROLES else "rename the role"
 
 
 def one_line(text: str) -> str:

@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.units import counted
 from sdpo_kernels.stepwise.data.pair_notes import NO_END, NO_PREFIX, PairNotes
-from sdpo_kernels.stepwise.data.pairs import Pair
+from sdpo_kernels.stepwise.data.pairs import Pair, refuse_bad_rows
 from sdpo_kernels.stepwise.data.render import RenderedChat, RowError, chat_ids, ended, plain_ids, render_chat
 
 if TYPE_CHECKING:
@@ -190,11 +191,11 @@ def tokenize_pairs(
 
     made = _Made()
     notes = PairNotes()
+    refused: list[str] = []  # by the chat template
     for index, raw in enumerate(_raw_pairs(pairs, tokenizer, template_time)):
         pair = pairs[index]
         if isinstance(raw, RowError):
-            if on_bad_row == "error":
-                raise raw
+            refused.append(str(raw))
             made.dropped.append(str(raw))
             continue
 
@@ -213,9 +214,11 @@ def tokenize_pairs(
             reason = _equal(cut, whole, max_length)
         made.add(index, whole, cut, reason and f"{pair.where}: {reason}")
 
+    if on_bad_row == "error":
+        refuse_bad_rows(refused, len(pairs))
     if pairs and not made.kept:
         cause = f"max_length: was {max_length}, which leaves none" if made.dropped_cut else "nothing to learn in any"
-        raise UserError(f"{cause} of {len(pairs)} pairs; first: {made.dropped[0]}")
+        raise UserError(f"{cause} of {counted(len(pairs), 'pair')}; first: {made.dropped[0]}")
     return made.tokenized(notes.warnings(len(pairs)))
 
 

@@ -210,7 +210,10 @@ BAD_ROWS = [
     (b"null", "is null, must be an object with chosen and rejected"),
     (b'"x"', "is a string, must be an object with chosen and rejected"),
     (b"3", "is a number, must be an object with chosen and rejected"),
-    (changed(PLAIN, rejected=...), "'rejected' is missing; a row needs chosen and rejected (and may have prompt)"),
+    (
+        changed(PLAIN, rejected=...),
+        "'rejected' is missing; the row has the columns prompt, chosen. Name its columns with columns: {rej",
+    ),
     (changed(PLAIN, chosen=...), "'chosen' is missing"),
     (changed(PLAIN, chosen=3), "'chosen' is of type int, must be a string or a list of messages"),
     (changed(PLAIN, prompt=None), "'prompt' is null, must be a string or a list of messages"),
@@ -495,3 +498,13 @@ def test_a_column_that_no_row_has_is_an_error():
     shape = Shape(ColumnSettings(prompt=("question",), system="sytem"))
     with pytest.raises(UserError, match=r"d\.jsonl: columns: no row has the column 'sytem'"):
         read_pairs([PairSource(path, shape)], on_bad_row="error")
+
+
+def test_an_error_lists_the_columns_of_a_parquet_file_that_were_not_loaded():
+    """Only what may be read is loaded; what is there under other names must be named all the same."""
+    pq.write_table(pa.Table.from_pylist([{"question": "2+2?", "good": "4", "bad": "5"}]), "d.parquet")
+    text = refusal("d.parquet")
+    assert "'chosen' is missing; the row has the columns question, good, bad. " in text
+    assert "columns: {prompt: question, chosen: good, rejected: bad}" in text
+    pq.write_table(pa.Table.from_pylist([{"question": "2+2?", "chosen": "4", "rejected": "5"}]), "d.parquet")
+    assert "'prompt' is missing; the row has the columns chosen, rejected, question. " in refusal("d.parquet")
