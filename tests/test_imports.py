@@ -1,6 +1,6 @@
-"""The package's floors: a module imports only from floors below its own, and the kernels import none of the extras.
+"""The package's layers: a module imports only from layers below its own, and the kernels import none of the extras.
 
-The driver's folder is too large for one floor, so its own folders and files are rooms as well.
+The driver's folder is too large for one layer, so its own folders and files are rooms as well.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "sdpo_kernels"
 
-# the rooms, from the ground up; a room may import from lower floors, and its own files from each other
-FLOORS = [
+# the rooms, from the ground up; a room may import from lower layers, and its own files from each other
+LAYERS = [
     {"version", "head"},
     {"losses", "rows"},
     {"backends"},
@@ -95,12 +95,12 @@ def room(name: str) -> str:
     return ROOM_OF.get(first, first)
 
 
-def floor(name: str) -> int:
-    """The number of the floor that a module lives on."""
-    for number, rooms in enumerate(FLOORS):
+def layer(name: str) -> int:
+    """The number of the layer that a module belongs to."""
+    for number, rooms in enumerate(LAYERS):
         if room(name) in rooms:
             return number
-    raise AssertionError(f"{name} stands on no floor: enter it in FLOORS (see design/architecture.md)")
+    raise AssertionError(f"{name} belongs to no layer: enter it in LAYERS (see design/architecture.md)")
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -108,7 +108,7 @@ def test_imports_run_downwards(name):
     for other in imported(name):
         assert other in MODULES, f"{name} imports {other}, which is not there"
         if room(other) != room(name):
-            assert floor(other) < floor(name), f"{name} imports {other} from its own floor or one above"
+            assert layer(other) < layer(name), f"{name} imports {other} from its own layer or one above"
 
 
 def test_no_circles_of_folders():

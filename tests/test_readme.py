@@ -8,14 +8,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from sdpo_kernels.stepwise.settings.post import Metric
 from sdpo_kernels.stepwise.settings.run_file import load_config
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 from sdpo_kernels.stepwise.settings.trainer import DEFAULT_TRAINER
-from tests.stepwise.runs import make_model, make_rows, write_rows
-from tests.test_imports import FLOORS
+from tests.stepwise.runs import Child, make_model, make_rows, write_rows
+from tests.test_imports import LAYERS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -54,7 +56,8 @@ def test_python_block_runs():
     assert re.match(r"\d+\.\d+ tensor\(\[", done.stdout)
 
 
-def test_sdpo_commands_run_on_the_yaml_block(tmp_path):
+def test_sdpo_commands_run_on_the_yaml_block(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     make_model(tmp_path / "path/to/your/sft-model")
     (tmp_path / "data").mkdir()
     for seed, name in enumerate(("easy", "hard", "eval")):
@@ -64,10 +67,8 @@ def test_sdpo_commands_run_on_the_yaml_block(tmp_path):
     for command in commands:
         if "beta=" in command:  # different settings need their own run
             command += " output_dir=runs/other"
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        program = [sys.executable, "-m", "sdpo_kernels", *command.split()[1:]]
-        done = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path, env=environment)
-        assert done.returncode == 0, f"{command}: {done.stderr}"
+        child = Child(tmp_path, *command.split()[1:])  # forked, so that each need not import torch
+        assert child.wait() == 0, f"{command}: {child.text}"
     assert (tmp_path / "runs/quick/report.html").exists()
     assert (tmp_path / "runs/quick/stage-2-hard/model.safetensors").exists()
     assert (tmp_path / "runs/expo/model.safetensors").exists()
@@ -79,7 +80,7 @@ def test_quick_demo(tmp_path):
     program = [sys.executable, *TARGETS["make demo"], "--output", str(tmp_path / "demo")]
     done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
-    for word in ("SFT", "DPO", "sDPO", "exactly right", "γ of the reference"):
+    for word in ("SFT", "DPO", "sDPO", "exactly right", "reference's log-prob margin"):
         assert word in done.stdout
     assert (tmp_path / "demo/comparison.png").read_bytes().startswith(b"\x89PNG")
 
@@ -108,6 +109,11 @@ def test_settings_page_names_every_key(name):
     assert f"`{name}" in (ROOT / "docs/settings.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("name", [*get_args(Metric), "rewards/margins", "rewards/accuracies", "rewards/ties"])
+def test_the_glossary_defines_every_metric(name):
+    assert f"`{name.removesuffix('_per_token')}`" in (ROOT / "docs/glossary.md").read_text(encoding="utf-8")
+
+
 def test_the_index_links_every_page():
     index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
     pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
@@ -116,7 +122,7 @@ def test_the_index_links_every_page():
 
 def test_architecture_names_every_room_and_only_files_that_exist():
     page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
-    rooms = {name.removeprefix("stepwise.") for floor in FLOORS for name in floor if name.startswith("stepwise.")}
+    rooms = {name.removeprefix("stepwise.") for layer in LAYERS for name in layer if name.startswith("stepwise.")}
     assert not {name for name in rooms if f"`{name}/`" not in page and f"`{name}.py`" not in page}
     folders = [ROOT / name for name in ("sdpo_kernels", "tests", "benchmarks", "examples")]
     files = {f"/{path.relative_to(ROOT)}" for folder in folders for path in folder.rglob("*.py")}

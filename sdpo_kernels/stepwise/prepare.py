@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,15 +14,17 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from sdpo_kernels.integrations.router_loss import unused_coefficient
+from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.progress import Reporter
 from sdpo_kernels.stepwise.common.units import counted
 from sdpo_kernels.stepwise.data.fit import check_fit, check_positions, load_model_config, position_warnings
 from sdpo_kernels.stepwise.data.formats import format_messages
-from sdpo_kernels.stepwise.data.order import StageData
+from sdpo_kernels.stepwise.data.order import StageData, tier_name
 from sdpo_kernels.stepwise.data.pairs import Pair, PairSource, read_pairs, refuse_bad_rows, shared_pairs
 from sdpo_kernels.stepwise.data.prompts import PromptRow, read_prompts
 from sdpo_kernels.stepwise.data.render import RowError
+from sdpo_kernels.stepwise.data.schedule import Schedule
 from sdpo_kernels.stepwise.data.sources import given_sources, pair_sources
 from sdpo_kernels.stepwise.data.suggestions import PROMPT_NAMES, SYSTEM_NAMES
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs, tokenize_pairs
@@ -33,6 +34,7 @@ from sdpo_kernels.stepwise.references.multi import check_multi
 from sdpo_kernels.stepwise.settings.columns import DataEntry, entry_path
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig, StageConfig
 from sdpo_kernels.stepwise.settings.trainer import LARGEST
+from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
 from sdpo_kernels.stepwise.sources.make import check_source
 
 _CUT_NOTED = 0.01  # share of the pairs or scored tokens that truncation may cut without a warning
@@ -108,9 +110,9 @@ def prepare(config: RunConfig, template_time: datetime | None = None) -> Prepare
     prepared.warnings += position_warnings(prepared.model_config, parts)
 
     # what would stop the run hours later stops it now
+    prepared.warnings += try_run(config, tokenizer, prepared.model_config)
     for data in prepared.stages:
         _check_steps(config, data)
-    prepared.warnings += try_run(config, tokenizer, prepared.model_config)
 
     # no error: a user may want them
     if warning := unused_coefficient(prepared.model_config):
@@ -162,20 +164,21 @@ def generated_stage(
     return _stage_data(stage, pairs, tokens, skipped)
 
 
-def planned_steps(config: RunConfig, stage: StageData) -> int:
-    """The optimizer steps of a stage, counted as Trainer does."""
-    settings = config.stage_trainer(stage.config)
-    if settings.get("max_steps", -1) > 0:
-        return settings["max_steps"]
+def schedules_of(config: RunConfig, stage: StageData) -> dict[str, Schedule]:
+    """The steps of a stage and the pairs they train on, by its name; of a stage that will be split, of each tier."""
+    folder, name, count = Path(config.output_dir), stage.config.name, len(stage.tokens)
+    sizes = {name: count}
+    if config.tiers is not None:
+        parts = np.array_split(np.arange(count), config.tiers)
+        sizes = {tier_name(name, number): len(part) for number, part in enumerate(parts, 1)}
 
-    # a last partial batch counts, and so does a last partial accumulation
-    batches = math.ceil(len(stage.tokens) / settings["per_device_train_batch_size"])
-    return math.ceil(math.ceil(batches / settings.get("gradient_accumulation_steps", 1)) * stage.config.epochs)
+    args = training_arguments(config, stage.config, folder, folder)
+    return {name: Schedule.of(size, args, ranks.world_size()) for name, size in sizes.items()}
 
 
 def _check_steps(config: RunConfig, stage: StageData) -> None:
     """UserError if `epochs` makes more steps than `max_steps` may be: the run would never end."""
-    steps = planned_steps(config, stage)
+    steps = max(schedule.steps for schedule in schedules_of(config, stage).values())
     if steps > LARGEST:
         raise UserError(
             f"stage {stage.config.name}: epochs: was {stage.config.epochs:g}, which is {steps:.3g} steps, must be at "
@@ -285,6 +288,10 @@ def _read(config: RunConfig, sources: Sequence[PairSource], prepared: Prepared) 
     prepared.notes += [
         f"{source}: has none of the columns that the run's columns name, and is read by TRL's names"
         for source in data.own_names
+    ]
+    prepared.notes += [
+        f"{source}: nulls in the arguments of tool calls of {counted(count, 'row')} are left out (docs/data.md)"
+        for source, count in data.nulls.items()
     ]
     prepared.warnings += [
         f"{source}: the column {name!r} is not used; if it is part of the prompt, name it in columns"

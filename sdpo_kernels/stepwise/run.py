@@ -179,6 +179,11 @@ def _train(state: Run, data: list[StageData], missing: dict[int, str]) -> None:
     if state.eval_data is not None:
         evaluate_models(state, state.eval_data, stages, missing)
 
+    # generated pairs are counted once they are there
+    for stage in stages:
+        if stage.record["state"] != "done" and stage.data.prompts is None and (note := stage.schedule.note(stage.name)):
+            state.reporter.say(note)
+
     for index, stage_data in enumerate(data, 1):
         if state.manifest.stages[index - 1]["state"] != "done":
             # A new Stage: accelerate and TensorBoard keep global state, set by the arguments that were made last.

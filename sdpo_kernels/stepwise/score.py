@@ -100,7 +100,7 @@ def _table(results: dict[str, Record], beta: float) -> Table:
         title="scores", caption=f"rewards: the run's β {beta:g}, relative to the initial model", padding=(0, 0)
     )
     table.add_column("model", overflow="fold", min_width=12)
-    for title in ("pairs", "pair\nacc.", "per\ntoken", "reward\nacc.", "reward\nmargin", "γ\n(nat)"):
+    for title in ("pairs", "pair\nacc.", "per\ntoken", "reward\nacc.", "reward\nmargin", "log-prob\nmargin\n(nat)"):
         table.add_column(title, justify="right")
     for path, scores in results.items():
         keys = ("pair_accuracy", "pair_accuracy_per_token", "reward_accuracy", "reward_margin", "gamma")

@@ -104,17 +104,19 @@ def _train(stage: Stage) -> None:
 def prepare_trainer(stage: Stage) -> tuple[StageTrainer, Tensor]:
     """The Trainer at the stage's start, and the reference's log-probs [n, 2] that its pairs are compared with.
 
-    1. Score the references, or read them from the cache if the stage resumes.
+    1. Score the references of the pairs that are trained on, or read them from the cache if the stage resumes.
     2. Check that they are those the stage started with, and record them in the manifest.
     3. With LoRA, add an adapter to the policy.
     4. Make the Trainer.
 
-    UserError if a model cannot be loaded or has changed, or if transformers refuses a setting.
+    UserError if a model cannot be loaded or has changed, if there is no batch, or if transformers refuses a setting.
     """
     config = stage.run.config
     if asks_for_fsdp(stage.args) and ranks.launched() == 1:
         raise UserError("trainer.fsdp: needs several processes; start them with torchrun (docs/distributed.md)")
 
+    if stage.schedule.batches == 0:
+        raise UserError(f"stage {stage.name}: trainer.dataloader_drop_last drops its only batch; set it to false")
     start = stage.references.score()
 
     # Trainer switches it off; the saved config gets it back
@@ -163,6 +165,8 @@ def _generate_pairs(stage: Stage) -> None:
     if stage.record.get("pairs_hash") not in (None, counts["pairs_hash"]):
         raise UserError(f"{path} has changed since its stage started; put it back, or choose another output_dir")
     stage.update(counts)
+    if note := stage.schedule.note(stage.name):
+        run.reporter.say(note)
 
 
 def _record(stage: Stage, steps: int, resumed: int | None) -> Record:

@@ -16,6 +16,7 @@ from sdpo_kernels.stepwise.common.files import replace_file
 from sdpo_kernels.stepwise.common.progress import Reporter, peak_memory_bytes
 from sdpo_kernels.stepwise.data.order import StageData
 from sdpo_kernels.stepwise.data.prompts import prompts_hash
+from sdpo_kernels.stepwise.data.schedule import Schedule
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
 from sdpo_kernels.stepwise.record.environment import environment_warning, run_environment
 from sdpo_kernels.stepwise.record.manifest import Manifest, MetricsFile, Record
@@ -97,12 +98,18 @@ class Stage:
         return f"stage {self.index} {self.name}"
 
     @property
+    def schedule(self) -> Schedule:
+        """Its steps and the pairs they train on; a new one at each call, for the same reason as `references`."""
+        return Schedule.of(len(self.data.tokens), self.args, ranks.world_size())
+
+    @property
     def references(self) -> StageReferences:
         """What scores its references; a new one at each call, as generated pairs arrive after the stage has started."""
         config = self.run.config
         return StageReferences(
             scorer=self.scorer,
             tokens=self.data.tokens,
+            used=self.schedule.used(),
             policy=self.model_before(config.policy),
             reference=self.model_before(config.reference),
             folder=self.work,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -135,8 +136,14 @@ def test_a_stage_appended_to_a_ranked_order_comes_last(tmp_path, model):
             row | {"s": score if row_number else -score} for row_number, row in enumerate(runs.make_rows(6, number))
         ]
         runs.write_rows(tmp_path / f"data{number}.jsonl", rows)
-    settings = {"order": "reward_accuracy", "score_column": "s"}
+    settings = {"order": "pair_accuracy", "score_column": "s"}
     runs.train(runs.configured(tmp_path, model, (6, 6), **settings))
+
+    # earlier versions called this order by the paper's name
+    path = tmp_path / "run" / "manifest.json"
+    path.write_text(path.read_text().replace('"order": "pair_accuracy"', '"order": "reward_accuracy"'))
+    assert json.loads(path.read_text())["config"]["order"] == "reward_accuracy"
+
     manifest = runs.train(runs.configured(tmp_path, model, (6, 6, 6), **settings))
     assert [stage["name"] for stage in manifest["stages"]] == ["s2", "s1", "s3"]
 

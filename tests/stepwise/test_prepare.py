@@ -120,7 +120,7 @@ def test_scores_stay_with_their_pairs_when_others_are_dropped(tmp_path, model):
     rows = [row | {"s_chosen": i, "s_rejected": 0.5} for i, row in enumerate(runs.make_rows(4))]
     rows[1]["prompt"] = " ".join(["word1"] * 9)
     runs.write_rows(tmp_path / "data1.jsonl", rows)
-    settings = {"order": "reward_accuracy", "score_column": "s", "max_length": 8}
+    settings = {"order": "pair_accuracy", "score_column": "s", "max_length": 8}
     prepared = prepare(runs.configured(tmp_path, model, sizes=(4,), **settings))
     assert prepared.stages[0].scores.tolist() == [-0.5, 1.5, 2.5]
 

@@ -113,13 +113,13 @@ def test_orders_change_the_stages_of_a_run(tmp_path, model):
     assert runs.train(config)["stages"] == manifest["stages"]  # from the cached ranking
 
 
-def test_reward_accuracy_trains_the_easiest_source_first(tmp_path, model):
+def test_pair_accuracy_trains_the_easiest_source_first(tmp_path, model):
     """The sources are listed hardest first."""
     easy = [row | {"s": 1.0} for row in runs.make_rows(4, seed=1)]
     hard = [row | {"s": -1.0} for row in runs.make_rows(4, seed=2)]
     runs.write_rows(tmp_path / "data1.jsonl", hard)
     runs.write_rows(tmp_path / "data2.jsonl", easy)
-    config = runs.configured(tmp_path, model, sizes=(4, 4), order="reward_accuracy", score_column="s")
+    config = runs.configured(tmp_path, model, sizes=(4, 4), order="pair_accuracy", score_column="s")
     manifest = runs.train(config)
     assert [(s["name"], s["accuracy_before"]) for s in manifest["stages"]] == [("s2", 1.0), ("s1", 0.0)]
     assert (tmp_path / "run" / "stage-1-s2").is_dir()
@@ -127,7 +127,7 @@ def test_reward_accuracy_trains_the_easiest_source_first(tmp_path, model):
 
 def test_a_run_keeps_its_order_even_if_the_ranking_has_changed(tmp_path, model, monkeypatch, spoken):
     """Rounding on another machine may swap two close sources: none may be trained twice or left out."""
-    config = runs.configured(tmp_path, model, order="reward_accuracy")
+    config = runs.configured(tmp_path, model, order="pair_accuracy")
     with monkeypatch.context() as patch:
         runs.stop_at(patch, stage="s1", step=1)
         patch.setattr(order_module, "_by_accuracy", lambda config, stages, score: list(stages[::-1]))
@@ -139,7 +139,7 @@ def test_a_run_keeps_its_order_even_if_the_ranking_has_changed(tmp_path, model, 
     whole = tmp_path / "whole"
     whole.mkdir()
     monkeypatch.setattr(order_module, "_by_accuracy", lambda config, stages, score: list(stages[::-1]))
-    runs.train(runs.configured(whole, model, order="reward_accuracy"))
+    runs.train(runs.configured(whole, model, order="pair_accuracy"))
     assert runs.fingerprint(tmp_path / "run") == runs.fingerprint(whole / "run")
 
 

@@ -21,3 +21,8 @@ def counted(number: int, what: str) -> str:
 def write_bytes(size: float) -> str:
     """A memory size in MiB or GiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def write_part(count: int, total: int) -> str:
+    """A part of a total, such as 320 of 2,000; the total alone if it is all of it."""
+    return f"{total:,}" if count == total else f"{count:,} of {total:,}"

@@ -39,7 +39,7 @@ class StageData:
 
 def order_stages(config: RunConfig, stages: Sequence[StageData], score: Score) -> list[StageData]:
     """The stages in training order; `score` is called only if the order needs log-probs."""
-    if config.order == "reward_accuracy":
+    if config.order == "pair_accuracy":
         return _by_accuracy(config, stages, score)
     if config.order == "margin":
         return _tiers(config, stages[0], score)
@@ -71,6 +71,11 @@ def _by_accuracy(config: RunConfig, stages: Sequence[StageData], score: Score) -
     return sorted(ranked, key=lambda stage: -(stage.accuracy or 0.0))  # stable: ties keep their given order
 
 
+def tier_name(stage: str, number: int) -> str:
+    """The name of tier `number` (from 1) of a stage that is split."""
+    return f"{stage}-{number}"
+
+
 def _tiers(config: RunConfig, stage: StageData, score: Score) -> list[StageData]:
     """The pairs of one stage split into `config.tiers` stages of equal size, by falling margin."""
     assert config.tiers is not None
@@ -81,7 +86,7 @@ def _tiers(config: RunConfig, stage: StageData, score: Score) -> list[StageData]
     easiest_first = np.argsort(-margin, kind="stable")
     tiers = []
     for number, members in enumerate(np.array_split(easiest_first, config.tiers), 1):
-        named = stage.config.model_copy(update={"name": f"{stage.config.name}-{number}"})
+        named = stage.config.model_copy(update={"name": tier_name(stage.config.name, number)})
 
         # within a tier the pairs keep their given order
         chosen = np.sort(members)

@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -22,7 +23,8 @@ from typing import Any, Literal
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.units import counted
 from sdpo_kernels.stepwise.data.raw_rows import Row, read_rows
-from sdpo_kernels.stepwise.data.shapes import BadRow, Shape, clean, unused
+from sdpo_kernels.stepwise.data.shapes import BadRow, Shape, clean, has_null_arguments, unused
+from sdpo_kernels.stepwise.settings.types import is_json_source
 
 Message = dict[str, Any]
 Text = str | list[Message]
@@ -67,6 +69,7 @@ class PairData:
     skipped: list[str]
     unused: dict[str, list[str]] = field(default_factory=dict)  # source → columns that nothing reads
     own_names: list[str] = field(default_factory=list)  # sources that have none of the columns that settings name
+    nulls: dict[str, int] = field(default_factory=dict)  # JSON file → rows with nulls in the arguments of tool calls
 
 
 def read_pairs(
@@ -89,13 +92,15 @@ def read_pairs(
     bad: list[str] = []
     ignored: dict[str, list[str]] = {}
     own_names: list[str] = []
+    nulls: Counter[str] = Counter()
     for source, shape in ((found.path, found.shape) for found in map(as_source, sources)):
         good_before, bad_before, given = len(pairs), len(bad), shape
         columns: set[str] = set()
         for row in read_rows(source, sorted(shape.names | set(scores))):
-            if not columns:  # the first row shows which columns the source has
+            if not columns and not row.problem:  # the first row shows which columns the source has
                 given, shape = shape, shape.of_source([*row.values, *row.others])
             columns.update(row.values, row.others)
+            nulls[source] += is_json_source(source) and has_null_arguments(row.values)
             try:
                 pairs.append(_pair_of(row, shape, score_column))
             except BadRow as problem:
@@ -117,7 +122,7 @@ def read_pairs(
 
     if on_bad_row == "error":
         refuse_bad_rows(bad)
-    return PairData(pairs, bad, ignored, own_names)
+    return PairData(pairs, bad, ignored, own_names, dict(+nulls))
 
 
 def check_mapped(source: str, shape: Shape, columns: set[str]) -> None:

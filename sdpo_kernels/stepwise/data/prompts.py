@@ -101,7 +101,7 @@ def read_prompts(
     for source in map(as_source, sources):
         shape, columns = source.prompt_shape, set[str]()
         for row in read_rows(source.path, None):
-            if not columns:  # the first row shows which columns the source has
+            if not columns and not row.problem:  # the first row shows which columns the source has
                 shape = shape.of_source(row.values)
             columns.update(row.values)
             try:

@@ -271,7 +271,9 @@ def _refuse_dropped(
         message, in_prompt = messages[index], index < n_prompt
         at = f"prompt[{index}]" if in_prompt else f"{name}[{index - n_prompt}]"
         if what == "call":
-            raise RowError(f"{where}: the chat template drops the tool call ({at}); use a template that writes them")
+            raise RowError(
+                f"{where}: the chat template drops a tool call or its arguments ({at}); use a template that writes them"
+            )
         if not message.get("tool_calls"):
             raise RowError(
                 f"{where}: the chat template drops the message of role {message['role']!r} ({at}); "

@@ -162,12 +162,24 @@ def unused(names: Iterable[str], shape: Shape) -> list[str]:
 def clean(value: Any) -> Any:
     """`value` without the nulls of the objects in it.
 
-    Parquet gives every row all the argument names of the others, as nulls; JSON lines of the same rows have none. Empty
-    lists stay: in arguments and schemas they mean something.
+    Parquet gives every row all the argument names of the others, as nulls, and so do JSON lines that were written from
+    it; a null that was meant looks the same (docs/data.md). Empty lists stay: in arguments and schemas they mean
+    something.
     """
     if isinstance(value, dict):
         return {key: clean(below) for key, below in value.items() if below is not None}
     return [clean(below) for below in value] if isinstance(value, list) else value
+
+
+def has_null_arguments(row: dict[str, Any]) -> bool:
+    """Whether a tool call in one of a row's conversations has a null among its arguments, which `clean` leaves out."""
+    messages = [message for value in row.values() if isinstance(value, list) for message in value]
+    calls = [
+        call for m in messages if isinstance(m, dict) for call in m.get("tool_calls") or () if isinstance(call, dict)
+    ]
+    functions = [call.get("function", call) for call in calls]
+    arguments = [function.get("arguments") for function in functions if isinstance(function, dict)]
+    return any(isinstance(given, dict) and clean(given) != given for given in arguments)
 
 
 def _names(columns: ColumnSettings, part: str) -> tuple[str, ...]:

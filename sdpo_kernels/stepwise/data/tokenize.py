@@ -204,7 +204,7 @@ def tokenize_pairs(
         notes.look_at(pair, raw.chat)
         if prompt_length < len(raw.prompt):
             notes.add(pair, NO_PREFIX)
-        if raw.chat is not None and not ends & {*raw.chosen[-_END:], *raw.rejected[-_END:]}:
+        if raw.chat is not None and not all(ends & {*ids[-_END:]} for ids in raw[1:3]):
             notes.add(pair, NO_END)
 
         whole = [TokenizedSequence(np.asarray(ids, dtype=np.int32), prompt_length) for ids in raw[1:3]]

@@ -29,7 +29,7 @@ def model_card(config: RunConfig, stage: Record) -> str:
         f"| loss | {stage['loss']}, beta {stage['beta']:g} |",
         f"| reference | {stage['reference']} |",
         *_training_rows(config, stage),
-        f"| pairs | {stage['pairs']} |",
+        f"| pairs | {_pairs(stage)} |",
         *_missing_rows(config, stage),
         f"| steps | {stage['steps']} |",
         f"| first and last loss | {stage['first_loss']:.4f}, {stage['last_loss']:.4f} |",
@@ -79,6 +79,12 @@ def _missing_rows(config: RunConfig, stage: Record) -> list[str]:
         counts = f"{stage['cut_pairs']}, losing {stage['lost_tokens']} scored tokens"
         rows.append(f"| pairs cut at {config.max_length} tokens | {counts} |")
     return rows
+
+
+def _pairs(stage: Record) -> str:
+    """How many pairs it was trained on; the records of earlier versions have one number only."""
+    used = stage.get("pairs_used")
+    return str(stage["pairs"]) if used in (None, stage["pairs"]) else f"{used} of {stage['pairs']}"
 
 
 def expo_card(start: Path, aligned: Path, alpha: float, notes: Sequence[str], is_adapter: bool) -> str:

@@ -56,10 +56,10 @@ PANEL_WIDTH = 3.1  # inches
 
 
 def comparison_picture(path: Path, rows: Sequence[Row], title: str) -> Path:
-    """Write a PNG with one panel each for pair accuracy, exactly right answers and γ of the references.
+    """Write a PNG with one panel each for pair accuracy, exactly right answers and the references' log-prob margin.
 
-    rows: see the module. Panels without data are left out. In the γ panel, a row with several stages is drawn as bars,
-    a row with one stage as a dashed line. ValueError: no rows, a share outside [0, 1], nothing to draw.
+    rows: see the module. Panels without data are left out. In the panel of margins, a row with several stages is drawn
+    as bars, a row with one stage as a dashed line. ValueError: no rows, a share outside [0, 1], nothing to draw.
     """
     check_rows(rows)
 
@@ -91,7 +91,7 @@ def comparison_html(path: Path, rows: Sequence[Row], title: str, picture: Path, 
     table = [flat(row) for row in rows]
     keys = list(dict.fromkeys(key for row in table for key in row))
     cells = [[table_value(key, row.get(key)) for key in keys] for row in table]
-    titles = [(key.replace("_", " ").replace("gamma", "γ"), key == "name") for key in keys]
+    titles = [(key.replace("_", " ").replace("gamma", "log-prob margin"), key == "name") for key in keys]
 
     parts = [f"<h1>{escape(title)}</h1>", f'<p class="facts">{escape(note)}</p>' if note else ""]
     parts += [html_picture(Path(picture).read_bytes(), title), html_table(titles, cells)]
@@ -185,7 +185,7 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
 
 
 def gamma_panel(ax: Axes, rows: Sequence[Row]) -> None:
-    """γ of the reference: bars by stage for rows with several stages, a dashed line for rows with one."""
+    """Log-prob margin of the reference: bars by stage for rows with several stages, a dashed line for rows with one."""
     # if no row has several stages, the first one gives the bars
     colored = [(row, COLORS[place % len(COLORS)]) for place, row in enumerate(rows) if row.get("gamma_reference")]
     staged = [pair for pair in colored if len(pair[0]["gamma_reference"]) > 1] or colored[:1]
@@ -210,7 +210,7 @@ def gamma_panel(ax: Axes, rows: Sequence[Row]) -> None:
 
     ax.set_ylabel("nat")
     names = ", ".join(row["name"] for row, _ in staged)
-    plain_axes(ax, "γ of the reference by stage" + (f": {names}" if len(names) <= 8 else ""))
+    plain_axes(ax, "Log-prob margin, reference" + (f": {names}" if len(names) <= 8 else ""))
 
 
 def plain_axes(ax: Axes, title: str) -> None:

@@ -96,6 +96,14 @@ class StageConfig(Section):
         return self
 
 
+def _by_its_own_name(value: Any) -> Any:
+    """The paper says reward accuracy for what is pair accuracy here, and so did earlier versions of this setting."""
+    return "pair_accuracy" if value == "reward_accuracy" else value
+
+
+Order = Annotated[Literal["given", "pair_accuracy", "margin", "random"], BeforeValidator(_by_its_own_name)]
+
+
 class RunConfig(Section):
     """All settings of a run: the top level of run.yaml.
 
@@ -104,12 +112,13 @@ class RunConfig(Section):
         dtype: Data type of the trained weights. 'bfloat16' is for a frozen base with `lora` only. For bfloat16 compute
             set `trainer.bf16: true` instead.
         output_dir: Folder of the run. Running the same command again resumes the run in it.
-        order: Order of the stages. 'given' keeps the order of the file. 'reward_accuracy' puts the stages first whose
-            pairs the initial model ranks right most often, as in the paper. 'margin' splits a single stage into
-            `tiers`, easiest first. 'random' deals all pairs out to the stages at random.
+        order: Order of the stages. 'given' keeps the order of the file. 'pair_accuracy' puts the stages first whose
+            pairs the initial model ranks right most often, as in the paper (which calls this reward accuracy:
+            'reward_accuracy' is read as 'pair_accuracy'). 'margin' splits a single stage into `tiers`, easiest first.
+            'random' deals all pairs out to the stages at random.
         order_score: What ranks a pair: the 'sum' or the 'mean' of its log-probs.
         tiers: Number of stages that `order: margin` splits the pairs into.
-        score_column: Rank by an external score with `order: reward_accuracy`: the name of the column that contains
+        score_column: Rank by an external score with `order: pair_accuracy`: the name of the column that contains
             chosen minus rejected, or of two columns without their endings '_chosen' and '_rejected'.
         reference: The reference model of a stage: 'previous' (the previous stage's model, sDPO), 'initial' (M₀),
             'multi' (several models mixed, MRPO), 'ema' (follows the policy while a stage trains, SAPO) or 'none'
@@ -147,7 +156,7 @@ class RunConfig(Section):
     model: Text
     dtype: Literal["float32", "bfloat16"] = "float32"
     output_dir: Text
-    order: Literal["given", "reward_accuracy", "margin", "random"] = "given"
+    order: Order = "given"
     order_score: Literal["sum", "mean"] = "sum"
     tiers: Annotated[Integer, Field(ge=2)] | None = None
     score_column: Text | None = None
@@ -246,12 +255,12 @@ def _order_mistakes(config: RunConfig) -> list[tuple[str, str]]:
     elif config.tiers is not None:
         mistakes.append(("tiers", f"was {config.tiers}, but only order: margin uses it (order is {config.order})"))
 
-    if config.score_column is not None and config.order != "reward_accuracy":
-        text = f"was {show(config.score_column)}, but only order: reward_accuracy uses it (order is {config.order})"
+    if config.score_column is not None and config.order != "pair_accuracy":
+        text = f"was {show(config.score_column)}, but only order: pair_accuracy uses it (order is {config.order})"
         mistakes.append(("score_column", text))
 
     # with an external score no log-probs are ranked, so order_score would be silently ignored
-    ranks_by_logps = config.order == "margin" or (config.order == "reward_accuracy" and not config.score_column)
+    ranks_by_logps = config.order == "margin" or (config.order == "pair_accuracy" and not config.score_column)
     if config.order_score != "sum" and not ranks_by_logps:
         text = f"was {config.order_score!r}, but nothing is ranked by log-probs with this order and score_column"
         mistakes.append(("order_score", text))

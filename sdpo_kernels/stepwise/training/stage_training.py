@@ -37,7 +37,7 @@ def make_trainer(stage: Stage, start: StageStart) -> StageTrainer:
     3. Check the distributed setup and configure FSDP2.
     4. Create the optimizer.
 
-    UserError if the head is wrong, if transformers refuses a setting or lacks a library, or if there is no batch.
+    UserError if the head is wrong, or if transformers refuses a setting or lacks a library.
     """
     config, loaded = stage.run.config, start.loaded
     _check_head(stage, loaded)
@@ -49,6 +49,8 @@ def make_trainer(stage: Stage, start: StageStart) -> StageTrainer:
             guard=_start_guard(stage, loaded),
             following=EmaReference(loaded.model, config.ema or EmaSettings()) if config.reference == "ema" else None,
             stage=stage.name,
+            where=stage.data.where,
+            schedule=stage.schedule,
             before_checkpoint=partial(_keep_record, stage),
             model=loaded.model,
             args=stage.args,
@@ -66,9 +68,6 @@ def make_trainer(stage: Stage, start: StageStart) -> StageTrainer:
             trainer.create_optimizer()
     except (ValueError, ImportError) as error:
         raise UserError(f"stage {stage.name}: trainer: {(str(error).splitlines() or [''])[0]}") from error
-
-    if len(trainer.get_train_dataloader()) == 0:
-        raise UserError(f"stage {stage.name}: trainer.dataloader_drop_last drops its only batch; set it to false")
     return trainer
 
 
@@ -92,7 +91,7 @@ def train_to_end(stage: Stage, trainer: StageTrainer, checkpoint: Path | None) -
     trainer.add_callback(MetricsWriter(stage.run.metrics, stage.name, stage.index, steps_before))
 
     # within ranks.training() an error on one rank ends it at once: the others are waiting for its gradients
-    with stage.run.reporter.task(stage.label, trainer.planned_steps()) as task, stop.installed(), ranks.training():
+    with stage.run.reporter.task(stage.label, stage.schedule.steps) as task, stop.installed(), ranks.training():
         trainer.add_callback(ProgressShower(task, trainer))
         if checkpoint is None:
             trainer.train()

@@ -69,28 +69,28 @@ def test_given_keeps_the_order_and_scores_nothing():
     assert score.calls == 0
 
 
-def test_reward_accuracy_puts_the_easiest_first_and_ties_keep_their_order():
-    ordered = order_stages(config(SOURCES, order="reward_accuracy"), SOURCES, Scores(TABLE))
+def test_pair_accuracy_puts_the_easiest_first_and_ties_keep_their_order():
+    ordered = order_stages(config(SOURCES, order="pair_accuracy"), SOURCES, Scores(TABLE))
     assert [s.config.name for s in ordered] == ["b", "a", "c"]
     assert [s.accuracy for s in ordered] == [1.0, 0.25, 0.25]
     assert ordered[1].tokens is SOURCES[0].tokens
     assert ordered[1].where == SOURCES[0].where
 
 
-def test_reward_accuracy_per_token():
+def test_pair_accuracy_per_token():
     """b's first pair: -1/1 against -2/3, so per token the rejected answer is more likely."""
     sources = [SOURCES[0], stage("b", [(1, 3)] * 2, 1), stage("d", [(3, 1)] * 4, 3)]
     table = TABLE | {3: [[-3, -2], [-3, -2], [-3, -2], [-30, -2]]}
-    by_sum = order_stages(config(sources, order="reward_accuracy"), sources, Scores(table))
+    by_sum = order_stages(config(sources, order="pair_accuracy"), sources, Scores(table))
     assert [(s.config.name, s.accuracy) for s in by_sum] == [("b", 1.0), ("a", 0.25), ("d", 0.0)]
-    by_mean = order_stages(config(sources, order="reward_accuracy", order_score="mean"), sources, Scores(table))
+    by_mean = order_stages(config(sources, order="pair_accuracy", order_score="mean"), sources, Scores(table))
     assert [(s.config.name, s.accuracy) for s in by_mean] == [("d", 0.75), ("b", 0.5), ("a", 0.25)]
 
 
 def test_an_external_score_needs_no_model():
     sources = [stage("a", [(1, 1)] * 3, 0, [1, -1, 0]), stage("b", [(1, 1)] * 2, 1, [0.5, 0.1])]
     score = Scores({})
-    ordered = order_stages(config(sources, order="reward_accuracy", score_column="s"), sources, score)
+    ordered = order_stages(config(sources, order="pair_accuracy", score_column="s"), sources, score)
     assert [(s.config.name, s.accuracy) for s in ordered] == [("b", 1.0), ("a", pytest.approx(1 / 3))]
     assert score.calls == 0
 
@@ -134,7 +134,7 @@ def test_random_deals_all_pairs_out_by_the_seed():
         assert s.where == names
 
 
-@given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.sampled_from(["given", "random", "reward_accuracy"]))
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.sampled_from(["given", "random", "pair_accuracy"]))
 def test_no_order_loses_or_duplicates_a_pair(sizes, order):
     sources = [stage(f"s{i}", [(1, 2)] * size, i) for i, size in enumerate(sizes)]
     table = {i: np.random.default_rng(i).normal(size=(size, 2)).tolist() for i, size in enumerate(sizes)}
@@ -168,7 +168,7 @@ def test_more_tiers_than_pairs_is_an_error():
 
 def test_every_order_keeps_the_counts_of_skipped_rows():
     listed = [dataclasses.replace(source, skipped=number) for number, source in enumerate(SOURCES, 1)]
-    for order, names in (("given", "abc"), ("random", "abc"), ("reward_accuracy", "bac")):
+    for order, names in (("given", "abc"), ("random", "abc"), ("pair_accuracy", "bac")):
         ordered = order_stages(config(listed, order=order), listed, Scores(TABLE))
         assert [(s.config.name, s.skipped) for s in ordered] == [(name, " abc".index(name)) for name in names]
     one = dataclasses.replace(SOURCES[0], skipped=5)

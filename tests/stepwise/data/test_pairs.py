@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.data.pairs import Pair, PairData, PairSource, read_pairs, shared_pairs
+from sdpo_kernels.stepwise.data.prompts import read_prompts
 from sdpo_kernels.stepwise.data.shapes import Shape
 from sdpo_kernels.stepwise.settings.columns import ColumnSettings
 
@@ -508,3 +509,34 @@ def test_an_error_lists_the_columns_of_a_parquet_file_that_were_not_loaded():
     assert "columns: {prompt: question, chosen: good, rejected: bad}" in text
     pq.write_table(pa.Table.from_pylist([{"question": "2+2?", "chosen": "4", "rejected": "5"}]), "d.parquet")
     assert "'prompt' is missing; the row has the columns chosen, rejected, question. " in refusal("d.parquet")
+
+
+def test_a_broken_first_line_does_not_decide_which_columns_a_source_has():
+    """The run's columns are optional in evaluation data; `prompt` is another column here."""
+    row = {"question": "2+2?", "prompt": "id-7", "chosen": "4", "rejected": "5"}
+    shape = Shape(ColumnSettings(prompt=("question",)), columns_optional=True)
+    path = write_lines("{broken", row)
+    data = read_pairs([PairSource(path, shape)], on_bad_row="skip")
+    assert [pair.prompt for pair in data.pairs] == ["2+2?"]
+    assert data.own_names == []
+    prompts, _ = read_prompts([PairSource(path, shape)], "skip")
+    assert [prompt.prompt for prompt in prompts] == ["2+2?"]
+
+
+def test_nulls_in_arguments_are_counted_where_somebody_may_have_written_them():
+    def row(**arguments):
+        calls = [{"type": "function", "function": {"name": "w", "arguments": arguments}}]
+        return {**CHAT, "chosen": [{"role": "assistant", "content": "", "tool_calls": calls}]}
+
+    rows = [row(city="Paris", unit=None), row(city="Rome", unit="C"), row(city="Oslo", unit=None)]
+    for kind, counts in (("jsonl", {"d.jsonl": 2}), ("parquet", {})):
+        data = read_pairs([write_as(kind, rows)], on_bad_row="error")
+        assert data.nulls == counts
+        found = [pair.chosen[0]["tool_calls"][0]["function"]["arguments"] for pair in data.pairs]
+        assert found == [{"city": "Paris"}, {"city": "Rome", "unit": "C"}, {"city": "Oslo"}]
+
+    # as JSON text they stay
+    text = row()
+    text["chosen"][0]["tool_calls"][0]["function"]["arguments"] = '{"city": "Paris", "unit": null}'
+    (pair,) = read_pairs([write_lines(text)], on_bad_row="error").pairs
+    assert pair.chosen[0]["tool_calls"][0]["function"]["arguments"] == '{"city": "Paris", "unit": null}'

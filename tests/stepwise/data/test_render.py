@@ -256,7 +256,8 @@ CALL = {
     "content": "",
     "tool_calls": [{"type": "function", "function": {"name": "w", "arguments": {}}}],
 }
-NO_CALL = "d.jsonl:3: the chat template drops the tool call ({}); use a template that writes them"
+NESTED = {"type": "function", "function": {"name": "w", "arguments": {"city": "Paris"}}}
+NO_CALL = "d.jsonl:3: the chat template drops a tool call or its arguments ({}); use a template that writes them"
 
 
 def test_a_dropped_tool_call_is_an_error():
@@ -267,6 +268,41 @@ def test_a_dropped_tool_call_is_an_error():
     assert refusal(pair(turns("user: Weather?"), [CALL], ANSWERS[1]), tokenizer_of(plain)) == NO_CALL.format(
         "chosen[0]"
     )
+
+
+# templates that write some of the calls, or some of a call
+CALLS = """{%% for m in messages %%}{{ m.role }}: {{ m.content }}{%% if m.tool_calls %%}{%% for call in %s %%}
+{%%- set f = call.function or {} %%}{{ f.name }}({{ %s | tojson }}){%% endfor %%}{%% endif %%}{{ eos_token }}{%% endfor %%}"""
+ARGUMENTS = "f.arguments | default({})"
+EVERY = CALLS % ("m.tool_calls", ARGUMENTS)
+FIRST = CALLS % ("m.tool_calls[:1]", ARGUMENTS)
+OBJECTS = CALLS % ("m.tool_calls", "(f.arguments if f.arguments is mapping else {})")
+
+
+def calling(*calls: dict) -> list[dict]:
+    return [{"role": "assistant", "content": "", "tool_calls": list(calls)}]
+
+
+@pytest.mark.parametrize(
+    ("template", "good", "bad"),
+    [
+        (FIRST, calling(NESTED), calling(NESTED, NESTED | {"function": {"name": "v", "arguments": {}}})),
+        (EVERY, calling(NESTED), calling(NESTED["function"])),  # its name is not where the template reads it
+        (OBJECTS, calling(NESTED), calling({"function": {"name": "w", "arguments": '{"city": "Paris"}'}})),
+    ],
+    ids=["second call", "another form", "arguments as text"],
+)
+def test_a_part_of_a_tool_call_that_is_dropped_is_an_error(template, good, bad):
+    """Also after a conversation of the same roles that was written whole."""
+    tokenizer, question = tokenizer_of(template), turns("user: Weather?")
+    assert tokenized(pair(question, good, ANSWERS[1]), tokenizer).dropped == []
+    assert refusal(pair(question, bad, ANSWERS[1]), tokenizer) == NO_CALL.format("chosen[0]")
+
+
+def test_several_calls_with_text_arguments_are_not_taken_for_dropped():
+    every = calling({"function": {"name": "w", "arguments": '{"city": "Paris"}'}}, NESTED, {"function": {"name": "v"}})
+    tokens = tokenized(pair(turns("user: Weather?"), every, ANSWERS[1]), tokenizer_of(EVERY))
+    assert tokens.dropped == []
 
 
 def test_tools_that_the_template_does_not_write_are_a_warning():
@@ -283,6 +319,12 @@ def test_a_template_without_an_end_token_is_a_warning():
     (warning,) = tokenized(
         pair(turns("user: 2+2?"), *ANSWERS), tokenizer_of(QWEN.replace("{{ eos_token }}", ""))
     ).warnings
+    assert "the chat template writes no end token after the answer" in warning
+
+
+def test_one_answer_without_an_end_token_is_enough_for_the_warning():
+    half = QWEN.replace("{{ eos_token }}", "{{ eos_token if 'five' not in m.content }}")
+    (warning,) = tokenized(pair(turns("user: 2+2?"), *ANSWERS), tokenizer_of(half)).warnings
     assert "the chat template writes no end token after the answer" in warning
 
 

@@ -83,6 +83,11 @@ def test_a_card_names_the_data_of_tiers_of_shuffled_stages_and_of_sources():
     assert "| data | p.jsonl (prompts; pairs by ranked) |" in model_card(config(stages=made), STAGE)
 
 
+def test_a_stages_card_says_how_many_of_its_pairs_were_used():
+    assert "| pairs | 320 of 1200 |" in model_card(config(), STAGE | {"pairs_used": 320})
+    assert "| pairs | 1200 |" in model_card(config(), STAGE | {"pairs_used": 1200})
+
+
 def test_a_stages_card_has_its_scores_and_adapter():
     _, body = front_matter(model_card(config(lora={}), STAGE | {"eval": SCORES}))
     assert "| pair accuracy on 77 evaluation pairs | 0.625 |" in body

@@ -115,6 +115,11 @@ def test_losses_by_name_alone_have_weight_1(write):
     assert config.loss == tuple({"name": n, "weight": w, "options": {}} for n, w in (("sigmoid", 1.0), ("sft", 0.5)))
 
 
+def test_the_papers_word_for_pair_accuracy(write):
+    config = load_config(write(SMALL + "order: reward_accuracy\nscore_column: s\n"))
+    assert config.order == "pair_accuracy"
+
+
 def test_lora_settings(write):
     config = load_config(write(SMALL + "dtype: bfloat16\nlora: {r: 8, target_modules: [q_proj, v_proj]}\n"))
     assert config.lora == LoraSettings(r=8, target_modules=("q_proj", "v_proj"))
@@ -131,7 +136,7 @@ MISTAKES = [
     ("learning_rate: 1", "run.yaml: learning_rate: unknown key; did you mean 'trainer.learning_rate'?"),
     ("max_length: 1", "run.yaml: max_length: was 1, must be greater than or equal to 2"),
     ("max_length: true", "run.yaml: max_length: was true, must be a number"),
-    ("order: easy", "run.yaml: order: was 'easy', must be 'given', 'reward_accuracy', 'margin' or 'random'"),
+    ("order: easy", "run.yaml: order: was 'easy', must be 'given', 'pair_accuracy', 'margin' or 'random'"),
     ("loss: sigmod", "run.yaml: loss: was 'sigmod', must be one of: "),
     ("per_device_batch_size: 1", f"run.yaml: per_device_batch_size: unknown key; did you mean 'trainer.{TRAIN_SIZE}'?"),
     ("batch_size: 1", f"run.yaml: batch_size: unknown key; did you mean 'trainer.{TRAIN_SIZE}'?"),
@@ -171,9 +176,9 @@ MISTAKES = [
     ("tiers: 3", "run.yaml: tiers: was 3, but only order: margin uses it (order is given)"),
     ("tiers: 1\norder: margin", "run.yaml: tiers: was 1, must be greater than or equal to 2"),
     ("order: margin", "run.yaml: tiers: is required with order: margin"),
-    ("score_column: s", "run.yaml: score_column: was 's', but only order: reward_accuracy uses it (order is given)"),
+    ("score_column: s", "run.yaml: score_column: was 's', but only order: pair_accuracy uses it (order is given)"),
     ("order_score: mean", "run.yaml: order_score: was 'mean', but nothing is ranked by log-probs"),
-    ("order: reward_accuracy\nscore_column: s\norder_score: mean", "run.yaml: order_score: was 'mean', but nothing"),
+    ("order: pair_accuracy\nscore_column: s\norder_score: mean", "run.yaml: order_score: was 'mean', but nothing"),
     ("eval_data: []", "run.yaml: eval_data: was [], must not be empty"),
     ("eval_data: 3", "run.yaml: eval_data: was 3, must be a list"),
     ("eval_data: [a.jsonl, '']", "run.yaml: eval_data.1: was '', must not be empty"),
@@ -358,7 +363,7 @@ def test_the_config_is_frozen(write):
 
 def test_a_dumped_config_reads_back_equal(write):
     text = SMALL + (
-        "order: reward_accuracy\nscore_column: '1e-5'\neval_data: [e.jsonl, org/x]\nbeta: 1e-9\n"
+        "order: pair_accuracy\nscore_column: '1e-5'\neval_data: [e.jsonl, org/x]\nbeta: 1e-9\n"
         "lora: {target_modules: [a]}\ndtype: bfloat16\n"
         "trainer: {run_name: 'no', lr_scheduler_kwargs: {min_lr: 1e-7}, eval_strategy: no, bf16: yes}\n"
     )

@@ -65,9 +65,13 @@ def test_ranked_pairs_best_with_worst(tmp_path, model, monkeypatch):
     }  # fmt: skip
 
 
-def test_truncation_of_generated_pairs_is_counted(tmp_path, model):
-    config = source_config(tmp_path, model, "ranked", stages=1, settings={"max_length": 8}, judge=JUDGE)
-    (record,) = run(config, QUIET)["stages"]
+def test_generated_pairs_and_what_truncation_cuts_are_counted(tmp_path, model, spoken):
+    trainer = {"max_steps": 1, "per_device_train_batch_size": 2}
+    settings = {"max_length": 8, "trainer": trainer}
+    config = source_config(tmp_path, model, "ranked", stages=1, settings=settings, judge=JUDGE)
+    (record,) = run(config, spoken.reporter)["stages"]
+    assert record["pairs_used"] == 2 < record["pairs"]
+    assert spoken.text.count(f"stage s1: trains on 2 of {record['pairs']} pairs; max_steps 1 ends it before") == 1
     pairs = pairs_of(tmp_path / "run" / "stage-1-s1")
 
     # three words of prompt, and the end token: an answer of up to four words is whole
