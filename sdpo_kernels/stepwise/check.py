@@ -45,7 +45,7 @@ def check_run(config: RunConfig, reporter: Reporter) -> None:
     # the post-step first, as in a run: it needs no data
     check_start(config)
     now = template_time(config)
-    prepared = prepare(config, now)
+    prepared = prepare(config, now, reporter)
 
     prepared.say_warnings(reporter)
     for line in prepared.skipped:

@@ -54,6 +54,7 @@ class Prepared:
     skipped: list[str] = field(default_factory=list)  # bad rows, 'file:line: what is wrong', with on_bad_row: skip
     warnings: list[str] = field(default_factory=list)
     unused: dict[str, list[str]] = field(default_factory=dict)  # source → columns that nothing reads
+    reporter: Reporter = field(default_factory=lambda: Reporter(quiet=True))  # shows what is going on
 
     def say_warnings(self, reporter: Reporter) -> None:
         """Print what the user should know before training."""
@@ -73,7 +74,7 @@ class Prepared:
         return len(rows)
 
 
-def prepare(config: RunConfig, template_time: datetime | None = None) -> Prepared:
+def prepare(config: RunConfig, template_time: datetime | None = None, reporter: Reporter | None = None) -> Prepared:
     """Read and tokenize all data of a run, with `template_time` as the time that chat templates read (None: now).
 
     1. Load the tokenizer and the model's config, but no weights.
@@ -83,34 +84,34 @@ def prepare(config: RunConfig, template_time: datetime | None = None) -> Prepare
     5. Try what training will need later: the adapter, saving, Trainer's own parts, disk space (`models/trial.py`).
     6. Collect warnings about pairs and prompts that stages share, or that are evaluated too.
 
-    UserError for whatever the user can fix. On several ranks each reads everything.
+    `reporter` shows what is going on. UserError for whatever the user can fix. On several ranks each reads everything.
     """
-    tokenizer = load_tokenizer(config)
-    prepared = Prepared(config, tokenizer, load_model_config(config), [], None, template_time)
+    prepared = _started(config, template_time, reporter)
 
     named: dict[str, list[Pair]] = {}  # by stage, and "eval_data"
     for stage in config.stages:
         if stage.data is None:
             prepared.stages.append(_prompts(config, stage, prepared))
             continue
-        pairs, skipped = _read(config, pair_sources(config, stage.data, stage), prepared)
+        pairs, skipped = _read(config, pair_sources(config, stage.data, stage), f"stage {stage.name}", prepared)
         named[stage.name] = pairs
         tokens = _tokenize(config, pairs, f"stage {stage.name}", prepared)
         prepared.stages.append(_stage_data(stage, pairs, tokens, skipped))
 
     if config.eval_data is not None:
-        named["eval_data"] = _read(config, pair_sources(config, config.eval_data), prepared)[0]
+        named["eval_data"], _ = _read(config, pair_sources(config, config.eval_data), "eval_data", prepared)
         prepared.eval_tokens = _tokenize(config, named["eval_data"], "eval_data", prepared)
 
     # generated pairs are checked when they are there
     parts = [stage.tokens for stage in prepared.stages if stage.prompts is None]
     parts += [] if prepared.eval_tokens is None else [prepared.eval_tokens]
     check_fit(config, prepared.model_config, parts)
-    check_multi(config, tokenizer, parts)
+    check_multi(config, prepared.tokenizer, parts)
     prepared.warnings += position_warnings(prepared.model_config, parts)
 
     # what would stop the run hours later stops it now
-    prepared.warnings += try_run(config, tokenizer, prepared.model_config)
+    with prepared.reporter.waiting("trying what training needs: model, saving, trainer, disk space"):
+        prepared.warnings += try_run(config, prepared.tokenizer, prepared.model_config)
     for data in prepared.stages:
         _check_steps(config, data)
 
@@ -128,19 +129,20 @@ def read_eval(
     sources: Sequence[str | DataEntry],
     template_time: datetime | None = None,
     columns_go: str = "columns={}",
+    reporter: Reporter | None = None,
 ) -> tuple[TokenizedPairs, list[str], PreTrainedTokenizerBase]:
     """The tokenized pairs of `sources`, warnings about them, and the tokenizer.
 
     `columns_go` says where the command takes the columns of a file, {}, that an error suggests.
     """
-    prepared = Prepared(config, load_tokenizer(config), load_model_config(config), [], None, template_time)
+    prepared = _started(config, template_time, reporter)
+    name = ", ".join(map(entry_path, sources))
     try:
-        pairs, _ = _read(config, given_sources(config, sources), prepared)
+        pairs, _ = _read(config, given_sources(config, sources), name, prepared)
     except UserError as error:
         line = re.search(r"Name its columns? with columns: (\{.*?\})", str(error))
         raise (UserError(f"{error}; {columns_go.format(line[1])}") if line else error) from None
 
-    name = ", ".join(map(entry_path, sources))
     tokens = _tokenize(config, pairs, name, prepared)
     check_fit(config, prepared.model_config, [tokens])
     _note_formats(prepared, {name: pairs})
@@ -156,12 +158,20 @@ def generated_stage(
     template_time: datetime,
 ) -> StageData:
     """A stage whose generated pairs are in `path`; prints warnings about them."""
-    prepared = Prepared(config, tokenizer, load_model_config(config), [], None, template_time)
-    pairs, skipped = _read(config, [PairSource(str(path))], prepared)
+    prepared = Prepared(config, tokenizer, load_model_config(config), [], None, template_time, reporter=reporter)
+    pairs, skipped = _read(config, [PairSource(str(path))], f"stage {stage.name}", prepared)
     tokens = _tokenize(config, pairs, f"stage {stage.name}", prepared)
     check_fit(config, prepared.model_config, [tokens])
     prepared.say_warnings(reporter)
     return _stage_data(stage, pairs, tokens, skipped)
+
+
+def _started(config: RunConfig, template_time: datetime | None, reporter: Reporter | None) -> Prepared:
+    """Tokenizer and model config loaded, and no data read yet."""
+    reporter = reporter or Reporter(quiet=True)
+    with reporter.waiting(f"loading the tokenizer of {config.model}"):
+        tokenizer, model_config = load_tokenizer(config), load_model_config(config)
+    return Prepared(config, tokenizer, model_config, [], None, template_time, reporter=reporter)
 
 
 def schedules_of(config: RunConfig, stage: StageData) -> dict[str, Schedule]:
@@ -191,7 +201,8 @@ def _prompts(config: RunConfig, stage: StageConfig, prepared: Prepared) -> Stage
     assert stage.prompts is not None
     assert stage.source is not None
     sources = pair_sources(config, stage.prompts, stage)
-    prompts, unread = read_prompts(sources, config.on_bad_row, prepared.template_time)
+    with prepared.reporter.waiting(f"reading the prompts of stage {stage.name}"):
+        prompts, unread = read_prompts(sources, config.on_bad_row, prepared.template_time)
 
     # a missing judge or answer is reported now, not when the stage starts hours later
     try:
@@ -276,9 +287,10 @@ def _note_formats(prepared: Prepared, named: Mapping[str, list[Pair]]) -> None:
     prepared.warnings += warnings
 
 
-def _read(config: RunConfig, sources: Sequence[PairSource], prepared: Prepared) -> tuple[list[Pair], int]:
+def _read(config: RunConfig, sources: Sequence[PairSource], name: str, prepared: Prepared) -> tuple[list[Pair], int]:
     """The pairs of `sources`, and how many bad rows were skipped."""
-    data = read_pairs(sources, on_bad_row=config.on_bad_row, score_column=config.score_column)
+    with prepared.reporter.waiting(f"reading {name}"):
+        data = read_pairs(sources, on_bad_row=config.on_bad_row, score_column=config.score_column)
     skipped = prepared.skip(data.skipped)
 
     # a column that sounds like a part of the prompt is worth a warning; an id or a source is not
@@ -306,14 +318,16 @@ def _read(config: RunConfig, sources: Sequence[PairSource], prepared: Prepared) 
 
 
 def _tokenize(config: RunConfig, pairs: list[Pair], name: str, prepared: Prepared) -> TokenizedPairs:
-    tokens = tokenize_pairs(
-        pairs,
-        prepared.tokenizer,
-        max_length=config.max_length,
-        truncation=config.truncation,
-        on_bad_row=config.on_bad_row,
-        template_time=prepared.template_time,
-    )
+    with prepared.reporter.task(f"tokenizing {name}", len(pairs), keep=False) as task:
+        tokens = tokenize_pairs(
+            pairs,
+            prepared.tokenizer,
+            max_length=config.max_length,
+            truncation=config.truncation,
+            on_bad_row=config.on_bad_row,
+            template_time=prepared.template_time,
+            on_progress=task.update,
+        )
     prepared.warnings += [f"{name}: {warning}" for warning in tokens.warnings]
     _note_truncation(config, tokens, name, prepared)
     if tokens.dropped:

@@ -43,7 +43,7 @@ def score_run(config: RunConfig, models: Sequence[str], data: Sequence[str], *, 
     if not sources:
         raise UserError("eval_data: is not set in the run's settings; set it, or use --data FILE")
     columns_go = "on this command line: 'columns={}'"
-    tokens, warnings, tokenizer = read_eval(config, sources, template_time(config), columns_go)
+    tokens, warnings, tokenizer = read_eval(config, sources, template_time(config), columns_go, reporter)
     for warning in warnings:
         reporter.warn(warning)
 

@@ -14,7 +14,7 @@ from transformers import set_seed
 
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import Interrupted, UserError
-from sdpo_kernels.stepwise.common.progress import reset_peak_memory
+from sdpo_kernels.stepwise.common.memory import reset_peak_memory
 from sdpo_kernels.stepwise.models.load import add_adapter, release_memory
 from sdpo_kernels.stepwise.models.precision import asks_for_fsdp
 from sdpo_kernels.stepwise.prepare import generated_stage
@@ -69,7 +69,7 @@ def _train(stage: Stage) -> None:
     checkpoint = ranks.on_first(lambda: _newest_checkpoint(stage))
     step = None if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     if checkpoint is not None and stage.run.config.reference != "none" and not (stage.work / REFERENCE_FILE).exists():
-        stage.run.reporter.warn(f"stage {stage.name}: its {REFERENCE_FILE} is missing and is recomputed")
+        stage.run.reporter.warn(f"{stage.label}: its {REFERENCE_FILE} is missing and is recomputed")
 
     # the seed after the pairs: generating them may draw random numbers, and a resumed stage does not
     if stage.data.prompts is not None:
@@ -82,7 +82,7 @@ def _train(stage: Stage) -> None:
     if checkpoint is not None and step is not None:
         stage.args.eval_on_start = False  # that evaluation was before the checkpoint
         announce_resume(stage, checkpoint, step)
-    stopped = train_to_end(stage, trainer, checkpoint)
+    stopped = train_to_end(stage, trainer, checkpoint, step or 0)
 
     # from here on nothing that fails loses what was trained
     trainer.keep_last_step()
@@ -90,7 +90,8 @@ def _train(stage: Stage) -> None:
 
     steps = trainer.state.global_step
     record = ranks.on_first(lambda: _record(stage, steps, step))
-    staging = publish.save(stage, trainer, ref_logps)
+    with stage.run.reporter.waiting(f"{stage.label}: saving"):
+        staging = publish.save(stage, trainer, ref_logps)
     del trainer  # what follows loads the model that was saved
     release_memory()
     check_saved(stage, staging, trained)
@@ -153,6 +154,8 @@ def _generate_pairs(stage: Stage) -> None:
     # pairs that a stopped stage has generated are not generated again, so they must be the same
     run, skipped = stage.run, stage.data.skipped
     stage.data = generated_stage(run.config, stage.data.config, run.tokenizer, path, run.reporter, run.template_time)
+    if run.reporter.overall is not None:
+        run.reporter.overall.stages[stage.index - 1] = stage.plan
     tokens = stage.data.tokens
     counts = {
         "pairs": len(tokens),

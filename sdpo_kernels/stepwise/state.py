@@ -13,7 +13,9 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.files import replace_file
-from sdpo_kernels.stepwise.common.progress import Reporter, peak_memory_bytes
+from sdpo_kernels.stepwise.common.memory import peak_memory_bytes
+from sdpo_kernels.stepwise.common.progress import Reporter
+from sdpo_kernels.stepwise.common.run_progress import StagePlan
 from sdpo_kernels.stepwise.data.order import StageData
 from sdpo_kernels.stepwise.data.prompts import prompts_hash
 from sdpo_kernels.stepwise.data.schedule import Schedule
@@ -94,13 +96,23 @@ class Stage:
 
     @property
     def label(self) -> str:
-        """Its name on progress bars."""
-        return f"stage {self.index} {self.name}"
+        """Its name in rows of progress and in messages."""
+        return f"stage {self.index} of {len(self.run.manifest.stages)} {self.name}"
 
     @property
     def schedule(self) -> Schedule:
         """Its steps and the pairs they train on; a new one at each call, for the same reason as `references`."""
         return Schedule.of(len(self.data.tokens), self.args, ranks.world_size())
+
+    @property
+    def plan(self) -> StagePlan:
+        """What is known of it beforehand, for the progress of the run."""
+        if self.record["state"] == "done":
+            return StagePlan(self.record["steps"], done=self.record["steps"])
+        if not len(self.data.tokens):
+            return StagePlan(None)  # its pairs are not generated yet
+        schedule, tokens = self.schedule, self.data.tokens
+        return StagePlan(schedule.steps, len(tokens.ids) / len(tokens) * schedule.batch * schedule.accumulation)
 
     @property
     def references(self) -> StageReferences:

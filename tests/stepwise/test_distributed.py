@@ -98,7 +98,7 @@ def test_two_ranks_train_the_same_as_one(whole):
     assert [stage["state"] for stage in manifest["stages"]] == ["done", "done"]
     assert runs.leftovers(run) == []
     assert ranks.texts[1] == ""  # only rank 0 logs
-    assert ranks.texts[0].count("stage 1 s1: references  13/13") == 1
+    assert ranks.texts[0].count("stage 1 of 2 s1: references  13/13") == 1
 
 
 @pytest.mark.parametrize("victims", [(1,), (0, 1)])

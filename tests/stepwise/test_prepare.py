@@ -1,12 +1,22 @@
 """Reading a run's input: what is kept, dropped, skipped and warned about before training."""
 
 import shutil
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
+from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.progress import Reporter
+from sdpo_kernels.stepwise.common.progress_rows import Row
+from sdpo_kernels.stepwise.common.run_progress import StagePlan
+from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
 from sdpo_kernels.stepwise.prepare import prepare, read_eval
+from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
+from sdpo_kernels.stepwise.state import Stage
 from tests.stepwise import runs
 
 
@@ -373,3 +383,55 @@ def test_a_file_of_the_run_is_read_with_its_own_columns(tmp_path, model, monkeyp
     assert str(error.value).endswith("; on the command line: 'columns={chosen: good, rejected: bad}'")
     config = config.model_copy(update={"columns": config.stages[1].columns})
     assert read_eval(config, [other])[0].content_hash() == wanted
+
+
+def test_tokenizing_is_counted(tmp_path, model):
+    """Rows of progress for what takes long with much data: each file is read, and its pairs are counted."""
+    shown = []
+
+    class Listening(Reporter):
+        @contextmanager
+        def waiting(self, what):
+            shown.append(what)
+            yield
+
+        @contextmanager
+        def task(self, name, total, done=0, **_):
+            row = Row(name, total)
+            row.update = lambda done, note="": shown.append(f"{name} {done}/{total}")
+            yield row
+
+    config = runs.configured(tmp_path, model, sizes=(600,))
+    assert len(prepare(config, reporter=Listening()).stages[0].tokens) == 600
+    assert shown == [
+        f"loading the tokenizer of {model}",
+        "reading stage s1",
+        "tokenizing stage s1 250/600",
+        "tokenizing stage s1 500/600",
+        "tokenizing stage s1 600/600",
+        "trying what training needs: model, saving, trainer, disk space",
+    ]
+
+
+class Planned(Stage):
+    """A stage that has not started, without a run."""
+
+    record: ClassVar = {"state": "pending"}
+
+    def __init__(self, data, args):
+        self.data, self.args = data, args
+
+
+def test_the_plan_of_a_stage_counts_steps_and_tokens(tmp_path, model, monkeypatch):
+    trainer = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    config = runs.configured(tmp_path, model, sizes=(13,), trainer=trainer)
+    (data,) = prepare(config).stages
+    stage = Planned(data, training_arguments(config, data.config, tmp_path, tmp_path))
+    mean = float(data.tokens.lengths.sum()) / 13
+    assert stage.plan == StagePlan(4, pytest.approx(4 * mean))  # 7 batches, two a step
+    monkeypatch.setattr(ranks, "world_size", lambda: 3)
+    assert stage.plan == StagePlan(2, pytest.approx(12 * mean))  # 3 batches of 6
+    stage.data = replace(data, tokens=TokenizedPairs.concatenate([]))  # not generated yet
+    assert stage.plan == StagePlan(None)
+    monkeypatch.setattr(Planned, "record", {"state": "done", "steps": 7})
+    assert stage.plan == StagePlan(7, done=7)

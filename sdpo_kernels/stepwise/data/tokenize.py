@@ -11,7 +11,7 @@ generation prompt after the prompt; an assistant's message at the end of the pro
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _END = 4  # tokens at the end of a conversation among which its end token is, before line breaks
-_CHUNK = 1000  # pairs per call of the tokenizer, which processes the texts of a call in parallel
+_CHUNK = 250  # pairs per call of the tokenizer, which processes the texts of a call in parallel
 
 
 class TokenizedSequence(NamedTuple):
@@ -171,8 +171,10 @@ def tokenize_pairs(
     drop_equal: bool = True,
     on_bad_row: Literal["error", "skip"] = "error",
     template_time: datetime | None = None,
+    on_progress: Callable[[int], None] = lambda done: None,
 ) -> TokenizedPairs:
-    """Tokenise `pairs`. `template_time` is the time that a chat template reads; None: now.
+    """Tokenise `pairs`. `template_time` is the time that a chat template reads; None: now. `on_progress` is called
+    now and then with the number of pairs done, last with all of them.
 
     1. Tokenise prompt, prompt + chosen and prompt + rejected of each pair.
     2. The prompt ends where the three first differ.
@@ -194,6 +196,8 @@ def tokenize_pairs(
     refused: list[str] = []  # by the chat template
     for index, raw in enumerate(_raw_pairs(pairs, tokenizer, template_time)):
         pair = pairs[index]
+        if (index + 1) % _CHUNK == 0 or index + 1 == len(pairs):
+            on_progress(index + 1)
         if isinstance(raw, RowError):
             refused.append(str(raw))
             made.dropped.append(str(raw))

@@ -24,7 +24,7 @@ from sdpo_kernels.integrations.causal_lm import check_head
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.data.fit import check_fit, check_vocabulary, load_model_config
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
-from sdpo_kernels.stepwise.models.load import load_tokenizer, weights_hash
+from sdpo_kernels.stepwise.models.load import load_tokenizer
 from sdpo_kernels.stepwise.references.mixture import combine
 from sdpo_kernels.stepwise.references.scorer import Scorer
 from sdpo_kernels.stepwise.settings.reference import MultiSettings
@@ -57,8 +57,7 @@ class MultiReferences:
 
     def _score(self, number: int, wanted: Mapping[str, Part], label: str) -> None:
         path = self.settings.models[number]
-        loaded = self.scorer.load(path)
-        digest = weights_hash(loaded.model)
+        loaded, digest = self.scorer.load_with_hash(path)
         self.check_weights(path, digest)
 
         # a head the package does not fit would give wrong log-probs, so it is tried on one sequence

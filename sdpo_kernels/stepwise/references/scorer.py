@@ -53,7 +53,14 @@ class Scorer:
 
     def load(self, path: str) -> Loaded:
         """The model in `path`, ready to score or to train."""
-        return load_model(path, self.config, self.precision)
+        with self.reporter.waiting(f"loading the model {path}"):
+            return load_model(path, self.config, self.precision)
+
+    def load_with_hash(self, path: str) -> tuple[Loaded, str]:
+        """The model in `path`, and the hash of its weights."""
+        with self.reporter.waiting(f"loading the model {path}"):
+            loaded = load_model(path, self.config, self.precision)
+            return loaded, weights_hash(loaded.model)
 
     def collator(self, loaded: Loaded) -> Collator:
         """The collator for the model's batches: packed or padded."""
@@ -129,10 +136,10 @@ class Scorer:
 
     def score_path(self, path: str, tokens: TokenizedPairs, label: str, cache: Path | None = None) -> Tensor:
         """Load the model in `path`, score `tokens` (or read the cache), and release it."""
-        loaded = self.load(path)
         if cache is None:
-            return self.score(loaded, tokens, label)
-        return self.cached(loaded, weights_hash(loaded.model), tokens, label, cache)
+            return self.score(self.load(path), tokens, label)
+        loaded, digest = self.load_with_hash(path)
+        return self.cached(loaded, digest, tokens, label, cache)
 
 
 def merged(parts: list[tuple[int, Tensor]], count: int) -> Tensor:

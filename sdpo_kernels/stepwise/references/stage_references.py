@@ -21,7 +21,7 @@ from torch import Tensor
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.data.batches import PairDataset
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
-from sdpo_kernels.stepwise.models.load import Loaded, release_memory, weights_hash
+from sdpo_kernels.stepwise.models.load import Loaded, release_memory
 from sdpo_kernels.stepwise.record.manifest import Record
 from sdpo_kernels.stepwise.references.cache import read_scores, write_scores
 from sdpo_kernels.stepwise.references.evaluation import EVAL_FILE, EvalData
@@ -131,8 +131,7 @@ class StageReferences:
 
     def _load(self, path: str) -> tuple[Loaded, str]:
         """The model in `path` and the hash of its weights; UserError if they have changed during the run."""
-        loaded = self.scorer.load(path)
-        digest = weights_hash(loaded.model)
+        loaded, digest = self.scorer.load_with_hash(path)
         self.check_weights(path, digest)
         return loaded, digest
 

@@ -65,7 +65,8 @@ def generate(
     3. Generate the remaining batches; each is on disk before the next one starts.
     """
     path = ctx.folder / file
-    model = load_generator(ctx.policy, ctx.scorer.config, ctx.scorer.device)
+    with ctx.reporter.waiting(f"loading the model {ctx.policy}"):
+        model = load_generator(ctx.policy, ctx.scorer.config, ctx.scorer.device)
     config = ctx.scorer.config
     if averaged and config.reference == "ema" and ctx.policy != config.model:
         load_ema_into(model, Path(ctx.policy))
@@ -77,7 +78,9 @@ def generate(
     if not done:
         path.write_text(json.dumps({"key": key}) + "\n", "utf-8")
 
-    with path.open("a", encoding="utf-8") as stream, ctx.reporter.task(ctx.label("samples"), len(prefixes)) as task:
+    before = min(len(done) * ctx.settings.batch_size, len(prefixes))
+    shown = ctx.reporter.task(ctx.label("samples"), len(prefixes), before)
+    with path.open("a", encoding="utf-8") as stream, shown as task:
         for number, start in enumerate(range(0, len(prefixes), ctx.settings.batch_size)):
             stop = min(start + ctx.settings.batch_size, len(prefixes))
             if number >= len(done):
@@ -85,7 +88,7 @@ def generate(
                 stream.write(json.dumps({"batch": number, "ids": done[-1]}) + "\n")
                 stream.flush()
                 os.fsync(stream.fileno())
-            task.update(stop)
+            task.update(max(stop, before))
 
     ends = set(model.generation_config.eos_token_id)
     drawn = [ids for batch in done for ids in batch]

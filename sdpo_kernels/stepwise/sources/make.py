@@ -73,6 +73,7 @@ def stage_context(stage: Stage) -> SourceContext:
         scorer=stage.scorer,
         reporter=stage.run.reporter,
         template_time=stage.run.template_time,
+        title=stage.label,
     )
 
 
@@ -82,7 +83,8 @@ def make_pairs(ctx: SourceContext, kind: str, path: Path) -> None:
         return
 
     ctx.folder.mkdir(parents=True, exist_ok=True)
-    rows = MAKERS[kind](ctx)
+    with ctx.reporter.waiting(ctx.label(f"generating pairs ({kind})")):
+        rows = MAKERS[kind](ctx)
     if not rows:
         raise UserError(
             f"stage {ctx.name}: source {kind}: no pairs from {counted(len(ctx.prompts), 'prompt')}; {_why(ctx)}"
@@ -90,7 +92,8 @@ def make_pairs(ctx: SourceContext, kind: str, path: Path) -> None:
 
     # the file is written last and in one step: if it exists, it is complete
     write_rows(path, rows)
-    ctx.reporter.say(f"{ctx.name}: {counted(len(rows), 'pair')} generated from {counted(len(ctx.prompts), 'prompt')}")
+    made, asked = counted(len(rows), "pair"), counted(len(ctx.prompts), "prompt")
+    ctx.reporter.say(ctx.label(f"{made} generated from {asked}"))
 
 
 def _why(ctx: SourceContext) -> str:

@@ -77,8 +77,8 @@ def _keep_record(stage: Stage) -> None:
     stage.keep_spent()
 
 
-def train_to_end(stage: Stage, trainer: StageTrainer, checkpoint: Path | None) -> bool:
-    """Train from `checkpoint`, or from the start, to the stage's last step.
+def train_to_end(stage: Stage, trainer: StageTrainer, checkpoint: Path | None, step: int) -> bool:
+    """Train from `checkpoint`, which has `step` steps, or from the start, to the stage's last step.
 
     Returns whether a signal came during that last step. If one came earlier, a checkpoint is saved and Interrupted
     raised. A signal on one rank stops all.
@@ -91,7 +91,8 @@ def train_to_end(stage: Stage, trainer: StageTrainer, checkpoint: Path | None) -
     trainer.add_callback(MetricsWriter(stage.run.metrics, stage.name, stage.index, steps_before))
 
     # within ranks.training() an error on one rank ends it at once: the others are waiting for its gradients
-    with stage.run.reporter.task(stage.label, stage.schedule.steps) as task, stop.installed(), ranks.training():
+    shown = stage.run.reporter.task(stage.label, stage.schedule.steps, step, stage=stage.index)
+    with shown as task, stop.installed(), ranks.training():
         trainer.add_callback(ProgressShower(task, trainer))
         if checkpoint is None:
             trainer.train()
@@ -109,10 +110,10 @@ def train_to_end(stage: Stage, trainer: StageTrainer, checkpoint: Path | None) -
 
 def announce_resume(stage: Stage, checkpoint: Path, step: int) -> None:
     """Say that the stage resumes at `step`; warn if the checkpoint is from another number of processes."""
-    stage.run.reporter.say(f"stage {stage.name}: resuming at step {step}")
+    stage.run.reporter.say(f"{stage.label}: resuming at step {step}")
     if not has_random_states(checkpoint):
         stage.run.reporter.warn(
-            f"stage {stage.name}: {checkpoint.name} was saved with another number of processes, so its RNG states are "
+            f"{stage.label}: {checkpoint.name} was saved with another number of processes, so its RNG states are "
             "ignored; batches keep their order, and dropout is off anyway"
         )
 

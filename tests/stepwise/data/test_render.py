@@ -272,7 +272,8 @@ def test_a_dropped_tool_call_is_an_error():
 
 # templates that write some of the calls, or some of a call
 CALLS = """{%% for m in messages %%}{{ m.role }}: {{ m.content }}{%% if m.tool_calls %%}{%% for call in %s %%}
-{%%- set f = call.function or {} %%}{{ f.name }}({{ %s | tojson }}){%% endfor %%}{%% endif %%}{{ eos_token }}{%% endfor %%}"""
+{%%- set f = call.function or {} %%}{{ f.name }}({{ %s | tojson }}){%% endfor %%}{%% endif %%}{{ eos_token }}
+{%%- endfor %%}"""
 ARGUMENTS = "f.arguments | default({})"
 EVERY = CALLS % ("m.tool_calls", ARGUMENTS)
 FIRST = CALLS % ("m.tool_calls[:1]", ARGUMENTS)

@@ -141,7 +141,8 @@ def test_a_resumed_stage_recomputes_a_bad_cache_with_the_previous_stages_model(s
     spoken = runs.Spoken(tmp_path)
     runs.run(config, spoken.reporter)
     assert runs.fingerprint(tmp_path / "run") == wanted
-    assert "resuming at step 2" in spoken.text
+    assert "stage 2 of 2 s2: resuming at step 2" in spoken.text
+    assert "stage 1 of 2 s1: done earlier in " in spoken.text
     if damage == "missing":
         assert "its reference_logps.safetensors is missing and is recomputed" in spoken.text
     else:

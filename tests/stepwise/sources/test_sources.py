@@ -81,11 +81,20 @@ def test_generated_pairs_and_what_truncation_cuts_are_counted(tmp_path, model, s
     assert record["lost_tokens"] == sum(max(0, count - 4) for two in words for count in two)
 
 
-def test_a_ranked_run_keeps_its_pairs_and_resumes_after_a_kill(tmp_path, model, monkeypatch):
+def test_a_ranked_run_keeps_its_pairs_and_resumes_after_a_kill(tmp_path, model, monkeypatch, spoken):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()
-    manifest = run(source_config(whole, model, "ranked", judge=JUDGE), QUIET)
+    manifest = run(source_config(whole, model, "ranked", judge=JUDGE), spoken.reporter)
+    for text in (
+        "stage 1 of 2 s1: generating pairs (ranked)\n",
+        "stage 1 of 2 s1: samples  30/30  took ",
+        f"stage 1 of 2 s1: {manifest['stages'][0]['pairs']} pairs generated from 10 prompts\n",
+        f"; run step {manifest['stages'][0]['steps']}/{manifest['stages'][0]['steps']}+, over 0s left\n",
+        f"; run step {sum(stage['steps'] for stage in manifest['stages'])}/",
+    ):
+        assert text in spoken.text
+    assert spoken.text.count("all steps done") == 2  # the last step, and the end of the last stage
     stages = [whole / "run" / f"stage-{i}-s{i}" for i in (1, 2)]
     for record, folder in zip(manifest["stages"], stages, strict=True):
         pairs = pairs_of(folder)

@@ -182,7 +182,7 @@ def test_both_numbers_are_said(tmp_path, model, spoken, pictures):
     text = spoken.text
     assert text.count("stage s13: trains on 8 of 13 pairs; max_steps 2 ends it before its 2 epochs (8 steps)") == 1
     assert text.count("stage s5: max_steps 2 ends it before its 2 epochs (4 steps)") == 1
-    assert text.index("stage s5: max_steps") < text.index("stage 1 s13: references  8/8")
+    assert text.index("stage s5: max_steps") < text.index("stage 1 of 2 s13: references  8/8")
     run = tmp_path / "run"
     assert "| pairs | 8 of 13 |" in (run / "stage-1-s13" / "README.md").read_text()
     assert "| pairs | 5 |" in (run / "stage-2-s5" / "README.md").read_text()
