@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from typer.main import get_command
 
+from sdpo_kernels.cli import app
+from sdpo_kernels.stepwise.data.pairs import read_pairs
 from sdpo_kernels.stepwise.settings.post import Metric
 from sdpo_kernels.stepwise.settings.run_file import load_config
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
@@ -21,7 +24,7 @@ from tests.test_imports import LAYERS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = dict(re.findall(r"```(python|yaml)\n(.*?)```", README, re.S))
+BLOCKS = dict(re.findall(r"```(python|yaml|json)\n(.*?)```", README, re.S))
 COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if line.startswith("    ") and line.strip()]
 
 # `make` itself installs before any of these tests runs
@@ -54,6 +57,19 @@ def test_python_block_runs():
     done = subprocess.run([sys.executable, "-c", BLOCKS["python"]], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert re.match(r"\d+\.\d+ tensor\(\[", done.stdout)
+
+
+def test_the_sample_row_is_a_pair(tmp_path):
+    (tmp_path / "easy.jsonl").write_text(BLOCKS["json"])
+    (pair,) = read_pairs([str(tmp_path / "easy.jsonl")], on_bad_row="error").pairs
+    assert (pair.prompt, pair.chosen, pair.rejected) == ("What is 2+2?", " It is four.", " It is five.")
+
+
+def test_the_options_of_score_are_documented():
+    page = (ROOT / "docs/running.md").read_text(encoding="utf-8")
+    options = [option.opts[0] for option in get_command(app).commands["score"].params if option.opts[0].startswith("-")]
+    assert sorted(options) == ["--data", "--json", "--model"]
+    assert sorted(re.findall(r"^\| `(--[a-z]+)[ `]", page, re.M)) == sorted(options)
 
 
 def test_sdpo_commands_run_on_the_yaml_block(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from rich.table import Table
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.files import read_json
 from sdpo_kernels.stepwise.common.progress import Reporter
-from sdpo_kernels.stepwise.common.units import write_part
+from sdpo_kernels.stepwise.common.units import counted, write_part
 from sdpo_kernels.stepwise.data.order import scored_counts
 from sdpo_kernels.stepwise.data.schedule import Schedule
 from sdpo_kernels.stepwise.data.template_clock import reads_clock
@@ -68,7 +68,8 @@ def check_run(config: RunConfig, reporter: Reporter) -> None:
     _say_reference(prepared, reporter)
     if reads_clock(prepared.tokenizer):
         reporter.say(f"clock      the chat template reads the date: {now.isoformat()} throughout the run")
-    for note in [*prepared.notes, *(schedule.note(name) for name, schedule in _schedules(prepared).items())]:
+    prepared.say_notes(reporter)
+    for note in (schedule.note(name) for name, schedule in _schedules(prepared).items()):
         if note is not None:
             reporter.say(f"note       {note}")
     reporter.say(_state(config, now))
@@ -112,7 +113,7 @@ def _table(prepared: Prepared) -> Table:
         # counts of generated pairs are not known before training
         if stage.prompts is not None:
             assert stage.config.source is not None
-            generated = f"generated from {len(stage.prompts):,} prompts ({stage.config.source.kind})"
+            generated = f"generated from {counted(len(stage.prompts), 'prompt')} ({stage.config.source.kind})"
             table.add_row(stage.config.name, generated, *[""] * 5, f"{prepared.config.stage_beta(stage.config):g}")
             continue
 

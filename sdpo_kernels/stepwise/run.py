@@ -69,6 +69,7 @@ def _run(config: RunConfig, folder: Path, reporter: Reporter) -> Record:
     now = ranks.on_first(lambda: template_time(config))
     prepared = ranks.agree(lambda: _checked(config, now, reporter))
     prepared.say_warnings(reporter)
+    prepared.say_notes(reporter)
 
     with locked(folder):
         ordered = order_stages(config, prepared.stages, _ranking(prepared, folder, reporter))

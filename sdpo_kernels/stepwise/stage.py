@@ -6,7 +6,7 @@ rename. Only one model, its optimizer and two cached floats a pair are resident.
 
 from __future__ import annotations
 
-import time
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from transformers import set_seed
 
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import Interrupted, UserError
-from sdpo_kernels.stepwise.common.memory import peak_memory_bytes, reset_peak_memory
+from sdpo_kernels.stepwise.common.memory import reset_peak_memory
 from sdpo_kernels.stepwise.models.load import add_adapter, release_memory
 from sdpo_kernels.stepwise.models.precision import asks_for_fsdp
 from sdpo_kernels.stepwise.prepare import generated_stage
@@ -51,8 +51,19 @@ def train_stage(stage: Stage) -> None:
     if publish.is_published(stage):
         publish.record_published(stage)
         return
-    started = time.monotonic()
     reset_peak_memory()
+    try:
+        _train(stage)
+    except (Exception, KeyboardInterrupt):
+        # what is spent so far counts when the stage resumes; a full disk must not hide the first error
+        if stage.record["state"] == "training":
+            with suppress(UserError):
+                stage.keep_spent()
+        raise
+
+
+def _train(stage: Stage) -> None:
+    """Steps 2 to 8 of `train_stage`."""
 
     # only rank 0 looks, so that all ranks resume from the same checkpoint
     checkpoint = ranks.on_first(lambda: _newest_checkpoint(stage))
@@ -78,7 +89,7 @@ def train_stage(stage: Stage) -> None:
     trained = score_trained(stage, trainer)
 
     steps = trainer.state.global_step
-    record = ranks.on_first(lambda: _record(stage, steps, step, time.monotonic() - started))
+    record = ranks.on_first(lambda: _record(stage, steps, step))
     with stage.run.reporter.waiting(f"{stage.label}: saving"):
         staging = publish.save(stage, trainer, ref_logps)
     del trainer  # what follows loads the model that was saved
@@ -141,7 +152,7 @@ def _generate_pairs(stage: Stage) -> None:
     release_memory()
 
     # pairs that a stopped stage has generated are not generated again, so they must be the same
-    run = stage.run
+    run, skipped = stage.run, stage.data.skipped
     stage.data = generated_stage(run.config, stage.data.config, run.tokenizer, path, run.reporter, run.template_time)
     if run.reporter.overall is not None:
         run.reporter.overall.stages[stage.index - 1] = stage.plan
@@ -149,6 +160,7 @@ def _generate_pairs(stage: Stage) -> None:
     counts = {
         "pairs": len(tokens),
         "dropped": len(tokens.dropped),
+        "skipped": skipped + stage.data.skipped,  # of the prompts' files and of the generated pairs
         "cut_pairs": tokens.cut_pairs,
         "lost_tokens": tokens.lost_tokens,
         "pairs_hash": tokens.content_hash(),
@@ -160,7 +172,7 @@ def _generate_pairs(stage: Stage) -> None:
         run.reporter.say(note)
 
 
-def _record(stage: Stage, steps: int, resumed: int | None, seconds: float) -> Record:
+def _record(stage: Stage, steps: int, resumed: int | None) -> Record:
     """The manifest record of a trained stage."""
     lines = stage.run.metrics.of_stage(stage.index)
     return stage.record | {
@@ -169,6 +181,5 @@ def _record(stage: Stage, steps: int, resumed: int | None, seconds: float) -> Re
         "first_loss": lines[0]["loss"],
         "last_loss": lines[-1]["loss"],
         "resumed_at_step": resumed,
-        "seconds": round(seconds, 3),
-        "peak_memory_bytes": peak_memory_bytes(),
+        **stage.spent(),
     }

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.files import replace_file
+from sdpo_kernels.stepwise.common.memory import peak_memory_bytes
 from sdpo_kernels.stepwise.common.progress import Reporter
 from sdpo_kernels.stepwise.common.run_progress import StagePlan
 from sdpo_kernels.stepwise.data.order import StageData
@@ -87,6 +88,7 @@ class Stage:
         self.folder = run.stage_folder(index)
         self.work = run.folder / f".{self.folder.name}"  # the stage's files while it is in progress
         self.use_cache = True  # in the model's config, before Trainer changed it
+        self._started, self._seconds_before = time.monotonic(), self.record.get("seconds") or 0.0
         self.args: TrainingArguments = training_arguments(
             run.config, data.config, self.work, run.folder / "tensorboard" / self.folder.name
         )
@@ -136,6 +138,17 @@ class Stage:
     def update(self, values: Record) -> None:
         """Change its record in the manifest."""
         self.run.manifest.update_stage(self.index, values)
+
+    def spent(self) -> Record:
+        """Wall time and peak memory of the stage so far, over all processes that have worked on it."""
+        return {
+            "seconds": round(self._seconds_before + time.monotonic() - self._started, 3),
+            "peak_memory_bytes": max(self.record.get("peak_memory_bytes") or 0, peak_memory_bytes()),
+        }
+
+    def keep_spent(self) -> None:
+        """Record what is spent so far, for the process that resumes the stage."""
+        self.update(self.spent())
 
     def model_before(self, which: str) -> str:
         """The model that `previous` or `initial` stands for in this stage; for `ema` and `multi` the policy's start."""
@@ -207,6 +220,7 @@ def _planned_record(config: RunConfig, index: int, stage: StageData) -> Record:
         "prompts": None if stage.prompts is None else len(stage.prompts),  # of a stage that generates its pairs
         "pairs": len(stage.tokens),
         "dropped": len(stage.tokens.dropped),
+        "skipped": stage.skipped,
         "cut_pairs": stage.tokens.cut_pairs,
         "lost_tokens": stage.tokens.lost_tokens,
         "data_hash": stage.tokens.content_hash() if stage.prompts is None else prompts_hash(stage.prompts),

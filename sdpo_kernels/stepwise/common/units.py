@@ -13,6 +13,11 @@ def write_seconds(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
+def counted(number: int, what: str) -> str:
+    """A count with its noun: '1 bad row', '1,200 bad rows'."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
 def write_bytes(size: float) -> str:
     """A memory size in MiB or GiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

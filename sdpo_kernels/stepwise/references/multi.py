@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sdpo_kernels.integrations.causal_lm import check_head
 from sdpo_kernels.stepwise.common.errors import UserError
-from sdpo_kernels.stepwise.data.fit import check_fit, load_model_config
+from sdpo_kernels.stepwise.data.fit import check_fit, check_vocabulary, load_model_config
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
 from sdpo_kernels.stepwise.models.load import load_tokenizer
 from sdpo_kernels.stepwise.references.mixture import combine
@@ -98,18 +98,7 @@ def check_multi(config: RunConfig, tokenizer: PreTrainedTokenizerBase, parts: li
     for number, path in enumerate(config.multi.models if config.multi is not None else ()):
         theirs = config.model_copy(update={"model": path})
         try:
-            _check_vocabulary(vocabulary, load_tokenizer(theirs).get_vocab())
+            check_vocabulary(vocabulary, load_tokenizer(theirs).get_vocab(), "all references must share one vocabulary")
             check_fit(theirs, load_model_config(theirs), parts)
         except UserError as error:
             raise UserError(f"multi.models.{number}: {path}: {error}") from error
-
-
-def _check_vocabulary(ours: dict[str, int], theirs: dict[str, int]) -> None:
-    odd = sorted(ours.items() ^ theirs.items())
-    if odd:
-        token = odd[0][0]
-        ids = ["absent" if token not in side else f"{side[token]}" for side in (ours, theirs)]
-        raise UserError(
-            f"its tokenizer differs from the model's in {len({name for name, _ in odd})} tokens: {token!r} is {ids[0]} "
-            f"in the model's and {ids[1]} in this one; all references must share one vocabulary"
-        )

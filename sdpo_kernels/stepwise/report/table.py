@@ -64,7 +64,21 @@ COLUMNS = (
         "pairs that its steps train on; the reference scores only these",
         same_as="pairs",
     ),
-    Column("dropped", "dropped", each("{:,}".format), "pairs left out: truncation leaves nothing to compare", usual=0),
+    Column(
+        "skipped rows",
+        "skipped",
+        each("{:,}".format),
+        "bad rows of the data files, left out (on_bad_row: skip)",
+        usual=0,
+        page_only=True,
+    ),
+    Column(
+        "dropped",
+        "dropped",
+        each("{:,}".format),
+        "pairs left out: nothing to compare is left of them, or the chat template refuses them",
+        usual=0,
+    ),
     Column("cut pairs", "cut_pairs", each("{:,}".format), "pairs longer than max_length, cut at one end", usual=0),
     Column("lost tokens", "lost_tokens", each("{:,}".format), "answer tokens that were cut off", usual=0),
     Column("steps", "steps", each("{:,}".format), "updates of the weights"),
@@ -99,7 +113,12 @@ COLUMNS = (
         "log-prob margin of the stage's reference on the pairs it scores: mean of log π(chosen) − log π(rejected), in "
         "nat (one nat less is 2.7 times less likely)",
     ),
-    Column("time", "seconds", each(write_seconds), "wall time of the stage"),
+    Column(
+        "time",
+        "seconds",
+        each(write_seconds),
+        "wall time of the stage, over all starts",
+    ),
     Column("peak memory", "peak_memory_bytes", sizes, "highest memory during the stage"),
 )
 

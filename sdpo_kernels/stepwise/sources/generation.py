@@ -41,9 +41,11 @@ def sample(ctx: SourceContext, samples: int, file: str = "samples.jsonl") -> lis
     # a truncated answer would be judged on half of its text
     kept = [[completion.text for completion in group if _is_whole(completion)] for group in groups]
     lost = len(drawn) - sum(map(len, kept))
+    ctx.samples.update({"drawn": len(drawn), "left out": lost})
     if lost:
         ctx.reporter.warn(
-            f"{ctx.label('samples')}: {lost} of {len(drawn)} left out: empty, or did not end within max_new_tokens"
+            f"{ctx.label('samples')}: {lost:,} of {len(drawn):,} left out: empty, or did not end within max_new_tokens "
+            f"({ctx.settings.max_new_tokens})"
         )
     return kept
 

@@ -8,6 +8,7 @@ Saving and publishing the result is in `publish`.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,7 +51,7 @@ def make_trainer(stage: Stage, start: StageStart) -> StageTrainer:
             stage=stage.name,
             where=stage.data.where,
             schedule=stage.schedule,
-            before_checkpoint=stage.run.metrics.sync,  # a power cut must not lose what the checkpoint's steps logged
+            before_checkpoint=partial(_keep_record, stage),
             model=loaded.model,
             args=stage.args,
             train_dataset=PairDataset(stage.data.tokens, start.ref_logps),
@@ -68,6 +69,12 @@ def make_trainer(stage: Stage, start: StageStart) -> StageTrainer:
     except (ValueError, ImportError) as error:
         raise UserError(f"stage {stage.name}: trainer: {(str(error).splitlines() or [''])[0]}") from error
     return trainer
+
+
+def _keep_record(stage: Stage) -> None:
+    """Write what belongs to a checkpoint's steps: a power cut must not lose their metrics, nor the time they took."""
+    stage.run.metrics.sync()
+    stage.keep_spent()
 
 
 def train_to_end(stage: Stage, trainer: StageTrainer, checkpoint: Path | None, step: int) -> bool:

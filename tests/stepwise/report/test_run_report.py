@@ -215,6 +215,17 @@ def test_cut_pairs_and_lost_tokens_are_in_both_tables(tmp_path: Path) -> None:
     assert "cut" not in printed({"stages": stages[:1], "initial_eval": scores(0)})
 
 
+def test_skipped_rows_are_on_the_page_if_there_are_any(tmp_path: Path) -> None:
+    write_run(tmp_path, [stage(1, "easy", skipped=0), stage(2, "hard", skipped=1021, dropped=12)], all_lines(2))
+    write_report(tmp_path)
+    page = Page((tmp_path / "report.html").read_text())
+    at = page.cells.index("2 hard")
+    assert page.cells[at : at + 4] == ["2 hard", "1,234", "1,021", "12"]
+    write_run(tmp_path, [stage(1, "easy", skipped=0)], all_lines(1))
+    write_report(tmp_path)
+    assert "skipped rows" not in (tmp_path / "report.html").read_text()
+
+
 def test_global_state_is_left_alone(tmp_path: Path) -> None:
     write_run(tmp_path, [pending(1, "easy")], [line(1, 1, loss=0.5)], initial_eval=None)
     with matplotlib.rc_context({"font.size": 31.0}):

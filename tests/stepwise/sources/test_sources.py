@@ -126,7 +126,9 @@ def test_a_ranked_run_keeps_its_pairs_and_resumes_after_a_kill(tmp_path, model, 
 
 def test_bad_prompt_rows(tmp_path):
     file = write_rows(tmp_path / "p.jsonl", [{"prompt": "a"}, {"text": "b"}, {"prompt": 3}, {"prompt": ""}])
-    with pytest.raises(UserError, match=r"p.jsonl:2: 'prompt' is missing \(and 2 more bad rows\)"):
+    with pytest.raises(
+        UserError, match=r"p.jsonl:2: 'prompt' is missing; .* text\. .*\{prompt: NAME\} \(and 2 more bad"
+    ):
         read_prompts([str(file)], "error")
     prompts, skipped = read_prompts([str(file)], "skip")
     assert [row.prompt for row in prompts] == ["a"]
@@ -135,7 +137,19 @@ def test_bad_prompt_rows(tmp_path):
 
 def test_a_judge_that_sees_no_difference_stops_the_run(tmp_path, model):
     config = source_config(tmp_path, model, "ranked", judge="tests.stepwise.sources.judges:alike")
-    with pytest.raises(UserError, match="no pairs from 10 prompts"):
+    with pytest.raises(UserError, match=r"no pairs from 10 prompts; .*no two samples .* differ in the judge's score"):
+        run(config, QUIET)
+
+
+@pytest.mark.parametrize("kind", ["ranked", "discriminator"])
+def test_samples_that_do_not_end_are_named_where_there_are_no_pairs(tmp_path, model, kind):
+    """The first token that the model draws is the end token in few samples; those are empty."""
+    more = {"budget": 4} if kind == "discriminator" else {}
+    config = source_config(tmp_path, model, kind, stages=1, judge=JUDGE, **more | {"max_new_tokens": 1})
+    text = (
+        rf"stage s1: source {kind}: no pairs from 10 prompts; 30 of 30 samples did not end within max_new_tokens \(1\)"
+    )
+    with pytest.raises(UserError, match=text):
         run(config, QUIET)
 
 
@@ -358,7 +372,11 @@ def test_prompts_that_are_also_in_eval_data_give_a_warning(tmp_path, model):
 @pytest.mark.parametrize(
     ("source", "settings", "message"),
     [
-        ({"kind": "ranked", "reward_model": "/nonexistent/model"}, {}, "reward_model: /nonexistent/model"),
+        (
+            {"kind": "ranked", "reward_model": "/nonexistent/model"},
+            {},
+            "reward_model: there is no folder /nonexistent/model",
+        ),
         ({"kind": "ranked", "judge": JUDGE, "samplez": 3}, {}, "samplez: unknown key; did you mean 'samples'"),
         ({"kind": "self_augmented", "pairs": 3, "segment_tokens": 9, "max_new_tokens": 3}, {}, "must be at least"),
         ({"kind": "active", "judge": JUDGE, "acquire": 3}, {}, "must be with policy: initial"),
