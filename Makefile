@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_OUTPUT ?= runs/demo
+CHROMIUM ?= chromium --headless=new --no-sandbox --disable-gpu --hide-scrollbars
 BENCH ?= head
 
 # another torch than the pinned one: `make test TORCH=2.10.0`. One with CUDA asks for a Triton of its own: TRITON=3.6.0
@@ -23,13 +24,20 @@ ARM_RUN ?= qemu-aarch64
 OLD_TORCH ?= 2.10.0 2.11.0
 OLD_TRITON ?= 3.6.0 3.7.1
 
-.PHONY: help demo picture test lint bench bench-env sanitize clang arm old-torch old-triton wheel clean
+.PHONY: help demo picture screenshots test lint bench bench-env sanitize clang arm old-torch old-triton wheel clean
 
 demo: $(VENV)/.installed  ## train and compare SFT, DPO and stepwise DPO
 	$(BIN)/python -m examples.demo.run --output $(DEMO_OUTPUT)
 
 picture: demo  ## the picture that README shows
 	cp $(DEMO_OUTPUT)/comparison.png docs/demo.png
+
+# light and wide, dark and narrow; Blink's preferredColorScheme is 0 for dark and 1 for light
+screenshots: demo  ## the screenshots of a report that docs/running.md shows (needs chromium)
+	$(CHROMIUM) --window-size=1200,1480 --blink-settings=preferredColorScheme=1 --screenshot=docs/report-wide.png \
+		file://$(abspath $(DEMO_OUTPUT))/sdpo/report.html
+	$(CHROMIUM) --window-size=390,1480 --blink-settings=preferredColorScheme=0 --screenshot=docs/report-narrow.png \
+		file://$(abspath $(DEMO_OUTPUT))/sdpo/report.html
 
 test: $(VENV)/.installed  ## run the tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup

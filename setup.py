@@ -46,6 +46,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+OBJECTS = ROOT / "build" / "objects"  # what was compiled, by digest: an editable install and a wheel share it
 STABLE_ABI = "0x020a000000000000"  # torch 2.10
 OLDEST_TORCH = (2, 10)
 
@@ -153,7 +154,7 @@ def find_compiler() -> list[str]:
     raise OSError("no C++ compiler found (CXX is not set, and there is no c++, g++ or clang++ on the PATH)")
 
 
-def compile_source(command: list[str], source: Path, key: bytes, objects: Path) -> Path:
+def compile_source(command: list[str], source: Path, key: bytes, objects: Path = OBJECTS) -> Path:
     """Compile `source` unless that was done: an object's name has a digest of all that it depends on."""
     if source.name == "ops.cpp":
         command = [*command, f'-DSDPO_BUILT_FROM="{source_digest(cuda=False)}"']
@@ -166,7 +167,7 @@ def compile_source(command: list[str], source: Path, key: bytes, objects: Path) 
     return made
 
 
-def build_cpu(library: Path, objects: Path, torch: Path) -> None:
+def build_cpu(library: Path, torch: Path) -> None:
     """Compile every source, two files at a time or more, and link `library`. OSError or RuntimeError if that fails."""
     compiler, sanitize = find_compiler(), os.environ.get("SDPO_SANITIZE") == "1"
     flags = [*CPU_FLAGS, *(SANITIZERS if sanitize else []), *shlex.split(os.environ.get("CXXFLAGS", ""))]
@@ -179,11 +180,11 @@ def build_cpu(library: Path, objects: Path, torch: Path) -> None:
     key = b"".join(path.read_bytes() for path in shared) + (torch / "version.py").read_bytes()
     key += subprocess.run([*compiler, "--version"], capture_output=True).stdout
 
-    objects.mkdir(parents=True, exist_ok=True)
+    OBJECTS.mkdir(parents=True, exist_ok=True)
     library.parent.mkdir(parents=True, exist_ok=True)
     sources = [path for path in files if path.suffix == ".cpp"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        made = pool.map(lambda source: str(compile_source(command, source, key, objects)), sources)
+        made = pool.map(lambda source: str(compile_source(command, source, key)), sources)
 
     whole = library.with_suffix(".building.so")
     links = [*shlex.split(os.environ.get("LDFLAGS", "")), *(SANITIZERS[:1] if sanitize else [])]
@@ -231,6 +232,20 @@ def cuda_command(nvcc: str, library: Path, torch: Path) -> list[str]:
     ]  # fmt: skip
 
 
+def compile_cuda(nvcc: str, torch: Path) -> Path:
+    """The compiled library; like an object of the CPU's it is made once. RuntimeError if that fails."""
+    command = cuda_command(nvcc, OBJECTS / "_cuda.so", torch)  # has a digest of the sources
+    version = subprocess.run([nvcc, "--version"], capture_output=True).stdout
+    key = "\0".join(command).encode() + version + (torch / "version.py").read_bytes()
+    made = OBJECTS / f"_cuda-{hashlib.sha256(key).hexdigest()[:16]}.so"
+    if not made.exists():
+        OBJECTS.mkdir(parents=True, exist_ok=True)
+        whole = made.with_suffix(f".{os.getpid()}")
+        run(cuda_command(nvcc, whole, torch))
+        whole.replace(made)
+    return made
+
+
 def build_cuda(library: Path, torch: Path) -> None:
     """Build CUDA's library, or say in one line why not."""
     nvcc = find_nvcc()
@@ -238,15 +253,12 @@ def build_cuda(library: Path, torch: Path) -> None:
         if nvcc is None:
             say("no nvcc: the CUDA library is left out; on CUDA the Triton backend serves")
         return
-    whole = library.with_suffix(".building.so")
     try:
-        whole.parent.mkdir(parents=True, exist_ok=True)
-        run(cuda_command(nvcc, whole, torch))
-        whole.replace(library)
+        made = compile_cuda(nvcc, torch)
+        library.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(made, library)
     except RuntimeError as error:
         without_native(error, "CUDA")
-    finally:
-        whole.unlink(missing_ok=True)
 
 
 # --- commands ---
@@ -258,7 +270,7 @@ class BuildNative(build_ext):
     def build_extensions(self) -> None:
         library, torch = Path(self.build_lib) / CPU_LIBRARY, find_torch()
         try:
-            build_cpu(library, Path(self.build_temp), torch)
+            build_cpu(library, torch)
         except (OSError, RuntimeError) as error:
             library.unlink(missing_ok=True)
             self.extensions = []  # nothing to copy into place

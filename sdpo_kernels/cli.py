@@ -7,12 +7,15 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sdpo_kernels.stepwise.common.errors import Interrupted, UserError
 from sdpo_kernels.version import __version__
+
+if TYPE_CHECKING:
+    from sdpo_kernels.stepwise.common.progress import Reporter
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,6 +28,8 @@ app = typer.Typer(
 # an unknown option becomes an override, so that `_settings` can say how settings are overridden
 _TAKES_OVERRIDES = {"ignore_unknown_options": True}
 
+_LOADING = "loading torch and transformers"  # takes seconds, from a slow disk many
+
 ConfigFile = Annotated[Path, typer.Argument(metavar="RUN.YAML", help="The run's settings.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to override, e.g. beta=0.05.")
@@ -35,13 +40,14 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and war
 @app.command(context_settings=_TAKES_OVERRIDES)
 def train(config: ConfigFile, overrides: Overrides = None, quiet: Quiet = False) -> None:
     """Train all stages. Run the same command again after a crash: it resumes where it stopped."""
-    from sdpo_kernels.stepwise.common.progress import Reporter
-    from sdpo_kernels.stepwise.run import run
-    from sdpo_kernels.stepwise.settings.run_file import load_config
+    reporter, given = _reporter(quiet), _settings(overrides)
+    with reporter.waiting(_LOADING):
+        from sdpo_kernels.stepwise.run import run
+        from sdpo_kernels.stepwise.settings.run_file import load_config
 
-    settings = load_config(config, _settings(overrides))
+    settings = load_config(config, given)
     try:
-        run(settings, Reporter(quiet))
+        run(settings, reporter)
     except KeyboardInterrupt:
         # training steps handle the signal themselves and save; outside of them there is nothing to save
         raise Interrupted("stopped; run the same command again to resume") from None
@@ -50,11 +56,12 @@ def train(config: ConfigFile, overrides: Overrides = None, quiet: Quiet = False)
 @app.command(context_settings=_TAKES_OVERRIDES)
 def check(config: ConfigFile, overrides: Overrides = None) -> None:
     """Read config, data and tokenizer, and print what `train` would do, without training."""
-    from sdpo_kernels.stepwise.check import check_run
-    from sdpo_kernels.stepwise.common.progress import Reporter
-    from sdpo_kernels.stepwise.settings.run_file import load_config
+    reporter, given = _reporter(), _settings(overrides)
+    with reporter.waiting(_LOADING):
+        from sdpo_kernels.stepwise.check import check_run
+        from sdpo_kernels.stepwise.settings.run_file import load_config
 
-    check_run(load_config(config, _settings(overrides)), Reporter())
+    check_run(load_config(config, given), reporter)
 
 
 @app.command(context_settings=_TAKES_OVERRIDES)
@@ -68,10 +75,12 @@ def score(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Print reward accuracy and margins on preference data, for the run's initial and finished models or --model."""
-    from sdpo_kernels.stepwise.score import score_run
-    from sdpo_kernels.stepwise.settings.run_file import load_config
+    given = _settings(overrides)
+    with _reporter(quiet=json_output).waiting(_LOADING):
+        from sdpo_kernels.stepwise.score import score_run
+        from sdpo_kernels.stepwise.settings.run_file import load_config
 
-    score_run(load_config(config, _settings(overrides)), model or [], data or [], as_json=json_output)
+    score_run(load_config(config, given), model or [], data or [], as_json=json_output)
 
 
 @app.command()
@@ -106,8 +115,9 @@ def expo(
     quiet: Quiet = False,
 ) -> None:
     """Extrapolate beyond ALIGNED to the model θ1 + α(θ1 − θ0) (ExPO), without training."""
-    from sdpo_kernels.stepwise.common.progress import Reporter
-    from sdpo_kernels.stepwise.post.command import expo_command
+    reporter = _reporter(quiet)
+    with reporter.waiting(_LOADING):
+        from sdpo_kernels.stepwise.post.command import expo_command
 
     expo_command(
         start,
@@ -120,7 +130,7 @@ def expo(
         config=config,
         score_command=score_command,
         timeout=timeout,
-        reporter=Reporter(quiet),
+        reporter=reporter,
     )
 
 
@@ -130,6 +140,18 @@ def info() -> None:
     from sdpo_kernels.info import info_text
 
     typer.echo(info_text())
+
+
+def _reporter(quiet: bool = False) -> Reporter:
+    """What prints on rank 0, and nothing on the other ranks."""
+    from sdpo_kernels.stepwise.common.progress import Mute, Reporter
+
+    return Reporter(quiet) if _is_first() else Mute()
+
+
+def _is_first() -> bool:
+    """Whether this is rank 0 of a launcher's processes, or the only one; `ranks` would import torch."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def _settings(overrides: list[str] | None) -> list[str]:
@@ -163,7 +185,7 @@ def options(
 def main() -> None:
     """Entry point. User errors end with one line and exit code 2, a stop by a signal with exit code 130."""
     # only rank 0 of a launcher's processes logs
-    first = os.environ.get("RANK", "0") == "0"
+    first = _is_first()
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING if first else logging.CRITICAL)
     if not first:
         warnings.simplefilter("ignore")

@@ -165,10 +165,11 @@ def newly_imported(program: str) -> set[str]:
     [
         f"import {PACKAGE}",
         f"import {PACKAGE}.cli",
+        f"import {PACKAGE}.stepwise.common.progress",
         f"import runpy, contextlib; sys.argv = ['sdpo', 'train', '--help']\n"
         f"with contextlib.suppress(SystemExit): runpy.run_module('{PACKAGE}', run_name='__main__')\n",
     ],
-    ids=["package", "command", "help"],
+    ids=["package", "command", "progress", "help"],
 )
 def test_help_does_not_wait_for_torch(program):
     assert not {"torch", "numpy", "transformers"} & newly_imported(program)

@@ -111,6 +111,9 @@ def test_missing_pair_weights_are_an_error():
     ("loss_type", "beta", "options", "message"),
     [
         ("dpo", 0.1, {}, r"^loss_type: was 'dpo', must be one of: .*hinge, ipo,.* sigmoid"),
+        ("dpo", 0.1, {}, r"; did you mean 'sigmoid'\?$"),
+        ("aot_pair", 0.1, {}, r"; did you mean 'aot'\?$"),
+        ("difusion_dpo", 0.1, {}, r" wpo; 'diffusion_dpo' takes denoising errors, with losses.pair_loss only$"),
         ("sigmod", 0.1, {}, r"^loss_type: was 'sigmod', .*; did you mean 'sigmoid'\?"),
         (3, 0.1, {}, r"^loss_type: was 3, must be a name or a list"),
         ("sigmoid", 0.0, {}, r"^beta: was 0.0, must be a finite number above 0"),

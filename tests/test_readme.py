@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from typer.main import get_command
 
+from sdpo_kernels.cli import app
+from sdpo_kernels.stepwise.data.pairs import read_pairs
 from sdpo_kernels.stepwise.settings.post import Metric
 from sdpo_kernels.stepwise.settings.run_file import load_config
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 from sdpo_kernels.stepwise.settings.trainer import DEFAULT_TRAINER
-from tests.stepwise.runs import make_model, make_rows, write_rows
+from tests.stepwise.runs import Child, make_model, make_rows, write_rows
 from tests.test_imports import LAYERS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = dict(re.findall(r"```(python|yaml)\n(.*?)```", README, re.S))
+BLOCKS = dict(re.findall(r"```(python|yaml|json)\n(.*?)```", README, re.S))
 COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if line.startswith("    ") and line.strip()]
 
 # `make` itself installs before any of these tests runs
@@ -56,7 +59,21 @@ def test_python_block_runs():
     assert re.match(r"\d+\.\d+ tensor\(\[", done.stdout)
 
 
-def test_sdpo_commands_run_on_the_yaml_block(tmp_path):
+def test_the_sample_row_is_a_pair(tmp_path):
+    (tmp_path / "easy.jsonl").write_text(BLOCKS["json"])
+    (pair,) = read_pairs([str(tmp_path / "easy.jsonl")], on_bad_row="error").pairs
+    assert (pair.prompt, pair.chosen, pair.rejected) == ("What is 2+2?", " It is four.", " It is five.")
+
+
+def test_the_options_of_score_are_documented():
+    page = (ROOT / "docs/running.md").read_text(encoding="utf-8")
+    options = [option.opts[0] for option in get_command(app).commands["score"].params if option.opts[0].startswith("-")]
+    assert sorted(options) == ["--data", "--json", "--model"]
+    assert sorted(re.findall(r"^\| `(--[a-z]+)[ `]", page, re.M)) == sorted(options)
+
+
+def test_sdpo_commands_run_on_the_yaml_block(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     make_model(tmp_path / "path/to/your/sft-model")
     (tmp_path / "data").mkdir()
     for seed, name in enumerate(("easy", "hard", "eval")):
@@ -66,10 +83,8 @@ def test_sdpo_commands_run_on_the_yaml_block(tmp_path):
     for command in commands:
         if "beta=" in command:  # different settings need their own run
             command += " output_dir=runs/other"
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        program = [sys.executable, "-m", "sdpo_kernels", *command.split()[1:]]
-        done = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path, env=environment)
-        assert done.returncode == 0, f"{command}: {done.stderr}"
+        child = Child(tmp_path, *command.split()[1:])  # forked, so that each need not import torch
+        assert child.wait() == 0, f"{command}: {child.text}"
     assert (tmp_path / "runs/quick/report.html").exists()
     assert (tmp_path / "runs/quick/stage-2-hard/model.safetensors").exists()
     assert (tmp_path / "runs/expo/model.safetensors").exists()
@@ -81,7 +96,7 @@ def test_quick_demo(tmp_path):
     program = [sys.executable, *TARGETS["make demo"], "--output", str(tmp_path / "demo")]
     done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
-    for word in ("SFT", "DPO", "sDPO", "exactly right", "Log-prob margin of the reference"):
+    for word in ("SFT", "DPO", "sDPO", "exactly right", "reference's log-prob margin"):
         assert word in done.stdout
     assert (tmp_path / "demo/comparison.png").read_bytes().startswith(b"\x89PNG")
 

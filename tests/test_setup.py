@@ -99,6 +99,20 @@ def test_a_source_is_compiled_once_for_one_command(monkeypatch, tmp_path):
     assert len(changed | {first}) == len(calls) == 4
 
 
+def test_cudas_library_is_compiled_once_for_the_same_sources_and_torch(monkeypatch, tmp_path):
+    module = loaded_setup(monkeypatch)
+    calls = []
+    monkeypatch.setattr(module, "OBJECTS", tmp_path / "objects")
+    monkeypatch.setattr(module, "cuda_command", lambda nvcc, library, torch: [nvcc, str(library)])
+    monkeypatch.setattr(module, "run", lambda command: (calls.append(command), Path(command[-1]).write_text("library")))
+    (tmp_path / "version.py").write_text("1")
+    first = module.compile_cuda("true", tmp_path)
+    assert module.compile_cuda("true", tmp_path) == first
+    assert (len(calls), first.read_text()) == (1, "library")
+    (tmp_path / "version.py").write_text("2")
+    assert module.compile_cuda("true", tmp_path) != first
+
+
 @pytest.mark.skipif(shutil.which("clang++") is None, reason="needs clang")
 @pytest.mark.parametrize("chip", ["avx2", "avx512", "avx512bf16"])
 def test_clang_compiles_each_chips_kernels(monkeypatch, tmp_path, chip):

@@ -26,9 +26,9 @@ TITLE = "Sorting letters: the warm start, DPO on all pairs at once, stepwise DPO
 NOTE = (
     "A Llama with 0.3 million parameters was warmed up on the answers of two authors, one of whom leaves a word's last "
     "letter in place; its own wrong answers are the rejected ones of the pairs. DPO and sDPO start from it and see the "
-    "same pairs in the same number of updates. γ of the reference: how much more likely, in nats, the reference finds "
-    "the chosen answers of a stage's training pairs than the rejected ones; for SFT, its value if every stage kept the "
-    "warm start as its reference. One run, one seed."
+    "same pairs in the same number of updates. Log-prob margin of the reference: how much more likely, in nat, the "
+    "reference finds the chosen answers of a stage's training pairs than the rejected ones; for SFT, its value if "
+    "every stage kept the warm start as its reference. One run, one seed."
 )
 
 
@@ -59,7 +59,7 @@ def judge(name: str, folder: Path, heldout: dict[str, list[dict[str, str]]], set
 
 
 def result_rows(judged: Sequence[Judged], gammas: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
-    """One row per model, in the form that comparison.py draws; `gammas` is {model: {stage: γ of the reference}}."""
+    """One row per model, in the form that comparison.py draws; `gammas` has {stage: log-prob margin} of each."""
     rows = []
     for model in judged:
         row: dict[str, Any] = {"name": model.name}
@@ -93,10 +93,10 @@ def result_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def gamma_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """γ of the references: the warm start on each source's pairs, and the reference of each sDPO stage."""
+    """Log-prob margins of the references: the warm start on each source's pairs, and each sDPO stage's reference."""
     by_name = {row["name"]: row["gamma_reference"] for row in rows}
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, header_style="bold")
-    table.add_column("γ of the reference (nat), training pairs")
+    table.add_column("reference's log-prob margin (nat)")
     for stage in by_name["sDPO"]:
         table.add_column(stage, justify="right")
     table.add_column("all", justify="right")

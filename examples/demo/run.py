@@ -41,7 +41,7 @@ def demo(folder: Path, settings: Settings, reporter: Reporter) -> list[dict[str,
 
     1. Set up the common start: the warmed-up model, its preference pairs, and a run file for DPO and one for sDPO.
     2. Train both with the driver.
-    3. Judge the three models on held-out words, and collect γ of the references.
+    3. Judge the three models on held-out words, and collect the log-prob margins of the references.
     4. Write the results, and print the tables.
     """
     started = time.monotonic()

@@ -43,6 +43,11 @@ class Loss:
 
 _REGISTRY: dict[str, Loss] = {}  # aliases are names of the same entry
 
+# what papers and other trainers call losses that are registered under another name
+_OTHER_NAMES = {
+    "dpo": "sigmoid", "cdpo": "sigmoid", "slic": "hinge", "smaug": "dpop", "aot_pair": "aot",
+}  # fmt: skip
+
 
 def register(
     name: str, *aliases: str, allowed: Mapping[str, Allowed] | None = None, **traits: Any
@@ -86,6 +91,17 @@ def starts_at_ln2(name: str) -> bool:
 def lookup(name: str) -> Loss:
     """The entry under `name` or an alias; ValueError if there is none."""
     if not isinstance(name, str) or name not in _REGISTRY:
-        hint = nearest(name, _REGISTRY)
-        raise ValueError(f"loss_type: was {name!r}, must be one of: {', '.join(loss_names())}{hint}")
+        raise ValueError(f"loss_type: {_unknown(name)}")
     return _REGISTRY[name]
+
+
+def _unknown(name: Any) -> str:
+    """What is wrong with a name that is no loss: the losses of log-probs there are, and the one that may be meant."""
+    known = [loss for loss in loss_names() if not _REGISTRY[loss].of_errors]
+    other = _OTHER_NAMES.get(str(name).lower())
+    hint = f"; did you mean {other!r}?" if other else nearest(name, _REGISTRY)
+
+    # no trainer takes it, but losses.pair_loss does
+    if of_errors := next((loss for loss in _REGISTRY if _REGISTRY[loss].of_errors and repr(loss) in hint), None):
+        hint = f"; {of_errors!r} takes denoising errors, with losses.pair_loss only"
+    return f"was {name!r}, must be one of: {', '.join(known)}{hint}"

@@ -11,10 +11,12 @@ from rich.table import Table
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.files import read_json
 from sdpo_kernels.stepwise.common.progress import Reporter
+from sdpo_kernels.stepwise.common.units import counted, write_part
 from sdpo_kernels.stepwise.data.order import scored_counts
+from sdpo_kernels.stepwise.data.schedule import Schedule
 from sdpo_kernels.stepwise.data.template_clock import reads_clock
 from sdpo_kernels.stepwise.post.after_run import check_start
-from sdpo_kernels.stepwise.prepare import Prepared, planned_steps, prepare
+from sdpo_kernels.stepwise.prepare import Prepared, prepare, schedules_of
 from sdpo_kernels.stepwise.record.changes import processes_of, refused_settings
 from sdpo_kernels.stepwise.record.environment import run_backend
 from sdpo_kernels.stepwise.record.expo_record import FOLDER
@@ -43,7 +45,7 @@ def check_run(config: RunConfig, reporter: Reporter) -> None:
     # the post-step first, as in a run: it needs no data
     check_start(config)
     now = template_time(config)
-    prepared = prepare(config, now)
+    prepared = prepare(config, now, reporter)
 
     prepared.say_warnings(reporter)
     for line in prepared.skipped:
@@ -66,8 +68,10 @@ def check_run(config: RunConfig, reporter: Reporter) -> None:
     _say_reference(prepared, reporter)
     if reads_clock(prepared.tokenizer):
         reporter.say(f"clock      the chat template reads the date: {now.isoformat()} throughout the run")
-    for note in prepared.notes:
-        reporter.say(f"note       {note}")
+    prepared.say_notes(reporter)
+    for note in (schedule.note(name) for name, schedule in _schedules(prepared).items()):
+        if note is not None:
+            reporter.say(f"note       {note}")
     reporter.say(_state(config, now))
 
 
@@ -86,16 +90,16 @@ def _say_reference(prepared: Prepared, reporter: Reporter) -> None:
         period = following.period
         if period is None:
             return
-
-        # without stages that generate their pairs: how many they will have is not known yet
-        moves = {
-            stage.config.name: (planned_steps(config, stage) - 1) // period
-            for stage in prepared.stages
-            if stage.prompts is None
-        }
+        moves = {name: (schedule.steps - 1) // period for name, schedule in _schedules(prepared).items()}
         reporter.say(f"           moves every {period} steps: {', '.join(f'{n} {k} times' for n, k in moves.items())}")
         if moves and not any(moves.values()):
             reporter.warn(f"ema.sync_steps: {period} is more than the steps of any stage: the reference never moves")
+
+
+def _schedules(prepared: Prepared) -> dict[str, Schedule]:
+    """The schedules by stage, without stages that generate their pairs: how many they will have is not known yet."""
+    known = [schedules_of(prepared.config, stage) for stage in prepared.stages if stage.prompts is None]
+    return {name: schedule for of_stage in known for name, schedule in of_stage.items()}
 
 
 def _table(prepared: Prepared) -> Table:
@@ -109,25 +113,27 @@ def _table(prepared: Prepared) -> Table:
         # counts of generated pairs are not known before training
         if stage.prompts is not None:
             assert stage.config.source is not None
-            generated = f"generated from {len(stage.prompts):,} prompts ({stage.config.source.kind})"
+            generated = f"generated from {counted(len(stage.prompts), 'prompt')} ({stage.config.source.kind})"
             table.add_row(stage.config.name, generated, *[""] * 5, f"{prepared.config.stage_beta(stage.config):g}")
             continue
 
+        schedules = schedules_of(prepared.config, stage).values()
         cells = (
-            len(tokens),
             len(tokens.dropped),
             int(tokens.lengths.sum()),
             int(scored_counts(tokens).sum()),
             int(tokens.lengths.max()),
-            planned_steps(prepared.config, stage),
+            sum(schedule.steps for schedule in schedules),
         )
-        table.add_row(stage.config.name, *(f"{n:,}" for n in cells), f"{prepared.config.stage_beta(stage.config):g}")
+        used = sum(len(schedule.used()) for schedule in schedules)
+        counts = [write_part(used, len(tokens)), *(f"{n:,}" for n in cells)]
+        table.add_row(stage.config.name, *counts, f"{prepared.config.stage_beta(stage.config):g}")
 
     # evaluation pairs have neither steps nor a beta
     if prepared.eval_tokens is not None:
         tokens = prepared.eval_tokens
-        counts = (len(tokens), len(tokens.dropped), int(tokens.lengths.sum()), int(scored_counts(tokens).sum()))
-        table.add_row("(eval_data)", *(f"{n:,}" for n in counts), f"{int(tokens.lengths.max()):,}", "", "")
+        sizes = (len(tokens), len(tokens.dropped), int(tokens.lengths.sum()), int(scored_counts(tokens).sum()))
+        table.add_row("(eval_data)", *(f"{n:,}" for n in sizes), f"{int(tokens.lengths.max()):,}", "", "")
     return table
 
 

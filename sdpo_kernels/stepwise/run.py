@@ -20,6 +20,7 @@ from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.files import read_json, remove_folder
 from sdpo_kernels.stepwise.common.progress import Mute, Reporter
 from sdpo_kernels.stepwise.common.run_lock import locked
+from sdpo_kernels.stepwise.common.units import write_seconds
 from sdpo_kernels.stepwise.data.order import StageData, order_stages
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
 from sdpo_kernels.stepwise.post.after_run import check_start, post_done, run_post
@@ -66,8 +67,9 @@ def run(config: RunConfig, reporter: Reporter | None = None) -> Record:
 def _run(config: RunConfig, folder: Path, reporter: Reporter) -> Record:
     # an input that only one node lacks is an error on all ranks
     now = ranks.on_first(lambda: template_time(config))
-    prepared = ranks.agree(lambda: _checked(config, now))
+    prepared = ranks.agree(lambda: _checked(config, now, reporter))
     prepared.say_warnings(reporter)
+    prepared.say_notes(reporter)
 
     with locked(folder):
         ordered = order_stages(config, prepared.stages, _ranking(prepared, folder, reporter))
@@ -90,7 +92,8 @@ def _run(config: RunConfig, folder: Path, reporter: Reporter) -> Record:
         _train(state, stages, missing)
         ranks.on_first(lambda: run_post(state))
         if ranks.is_first():
-            write_report(folder)
+            with reporter.waiting("writing the report"):
+                write_report(folder)
 
     reporter.say(stage_table(state.manifest.data))
     if line := expo_line(state.manifest.data):
@@ -99,10 +102,10 @@ def _run(config: RunConfig, folder: Path, reporter: Reporter) -> Record:
     return state.manifest.data
 
 
-def _checked(config: RunConfig, now: datetime) -> Prepared:
+def _checked(config: RunConfig, now: datetime, reporter: Reporter) -> Prepared:
     """All input of the run; UserError for whatever would stop it later, its post-step included."""
     check_start(config)
-    return prepare(config, now)
+    return prepare(config, now, reporter)
 
 
 def _in_first_order(config: RunConfig, stages: list[StageData], folder: Path, reporter: Reporter) -> list[StageData]:
@@ -143,6 +146,13 @@ def _ranking(prepared: Prepared, folder: Path, reporter: Reporter) -> Callable[[
     return score
 
 
+def _say_done(stage: Stage, *, earlier: bool = False) -> None:
+    """Say how long a finished stage took and, unless an earlier process trained it, how far the run is."""
+    overall, took = stage.run.reporter.overall, write_seconds(stage.record["seconds"])
+    rest = "" if overall is None or earlier else f"; {overall.line()}"
+    stage.run.reporter.say(f"{stage.label}: done{' earlier' if earlier else ''} in {took}{rest}")
+
+
 def _report_is_old(folder: Path) -> bool:
     """Whether the run has gone on since its report was written, or has none."""
     report, manifest = folder / "report.html", folder / "manifest.json"
@@ -154,7 +164,8 @@ def _report_so_far(state: Run) -> None:
     if not ranks.is_first():
         return
     try:
-        write_report(state.folder)
+        with state.reporter.waiting("writing the report"):
+            write_report(state.folder)
     except Exception as error:
         state.reporter.warn(f"the report could not be written, training goes on: {' '.join(str(error).split())}")
 
@@ -174,14 +185,24 @@ def _train(state: Run, data: list[StageData], missing: dict[int, str]) -> None:
     # All are made before the first one trains, so that settings which transformers refuses are reported at once.
     stages = [Stage(state, index, stage_data) for index, stage_data in enumerate(data, 1)]
 
+    state.reporter.plan([stage.plan for stage in stages])
     check_moved_model(state, stages[0])
     if state.eval_data is not None:
         evaluate_models(state, state.eval_data, stages, missing)
 
+    # generated pairs are counted once they are there
+    for stage in stages:
+        if stage.record["state"] != "done" and stage.data.prompts is None and (note := stage.schedule.note(stage.name)):
+            state.reporter.say(note)
+
     for index, stage_data in enumerate(data, 1):
-        if state.manifest.stages[index - 1]["state"] != "done":
+        if state.manifest.stages[index - 1]["state"] == "done":
+            _say_done(stages[index - 1], earlier=True)
+        else:
+            state.reporter.begin(index)
             # A new Stage: accelerate and TensorBoard keep global state, set by the arguments that were made last.
             train_stage(Stage(state, index, stage_data))
+            _say_done(stages[index - 1])
             # after the last stage it is written once, with the post-step's result
             if index < len(data):
                 _report_so_far(state)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase
 
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.files import read_json
 from sdpo_kernels.stepwise.common.progress import Reporter
+from sdpo_kernels.stepwise.data.fit import check_fit, check_vocabulary, load_model_config
 from sdpo_kernels.stepwise.data.order import scored_counts
+from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
+from sdpo_kernels.stepwise.models.load import load_tokenizer
 from sdpo_kernels.stepwise.prepare import read_eval
 from sdpo_kernels.stepwise.record.expo_record import expo_folder
 from sdpo_kernels.stepwise.record.manifest import Record
@@ -27,7 +32,7 @@ from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
 def score_run(config: RunConfig, models: Sequence[str], data: Sequence[str], *, as_json: bool) -> None:
     """Print the metrics of `models` (default: the run's finished models) on `data` (default: its eval_data).
 
-    1. Read the pairs.
+    1. Read the pairs, and check that `models` can read their tokens.
     2. Score them with the run's initial model, which rewards are relative to.
     3. Score them with each model in turn; only one is in memory at a time.
 
@@ -37,9 +42,13 @@ def score_run(config: RunConfig, models: Sequence[str], data: Sequence[str], *, 
     sources: Sequence[str | DataEntry] | None = tuple(data) or config.eval_data
     if not sources:
         raise UserError("eval_data: is not set in the run's settings; set it, or use --data FILE")
-    tokens, warnings, tokenizer = read_eval(config, sources, template_time(config))
+    columns_go = "on this command line: 'columns={}'"
+    tokens, warnings, tokenizer = read_eval(config, sources, template_time(config), columns_go, reporter)
     for warning in warnings:
         reporter.warn(warning)
+
+    for path in models:
+        _check_model(config, path, tokenizer, tokens)
 
     with tempfile.TemporaryDirectory() as folder:  # the arguments need one; nothing is written there
         args = training_arguments(config, config.stages[0], Path(folder), Path(folder))
@@ -50,13 +59,32 @@ def score_run(config: RunConfig, models: Sequence[str], data: Sequence[str], *, 
     reference = scorer.score_path(config.model, tokens, "initial model")
     results = {config.model: summarise(reference, counts, None, config.beta)}
     for path in models or _finished(config):
-        logps = scorer.score_path(path, tokens, Path(path).name)
+        logps = _scorer_of(path, scorer).score_path(path, tokens, Path(path).name)
         results[path] = summarise(logps, counts, reference, config.beta)
 
     if as_json:
         print(json.dumps(results, indent=2))
     else:
         reporter.say(_table(results, config.beta))
+
+
+def _check_model(config: RunConfig, path: str, tokenizer: PreTrainedTokenizerBase, tokens: TokenizedPairs) -> None:
+    """UserError unless the model in `path` has the run's vocabulary: it is given the run's tokens."""
+    theirs = config.model_copy(update={"model": path})
+    rule = "it would be given other words; score it by a run of its own model"
+    try:
+        check_vocabulary(tokenizer.get_vocab(), load_tokenizer(theirs).get_vocab(), rule)
+        check_fit(theirs, load_model_config(theirs), [tokens])
+    except UserError as error:
+        raise UserError(f"--model {path}: {str(error).removeprefix('model: ')}") from error
+
+
+def _scorer_of(path: str, scorer: Scorer) -> Scorer:
+    """What scores the model in `path`: of another LoRA run its merged weights, as an adapter fits only its own base."""
+    own = Path(path).resolve().parent == Path(scorer.config.output_dir).resolve()
+    if own or scorer.config.lora is None:
+        return scorer
+    return dataclasses.replace(scorer, config=scorer.config.model_copy(update={"lora": None}))
 
 
 def _finished(config: RunConfig) -> list[str]:

@@ -6,7 +6,7 @@ rename. Only one model, its optimizer and two cached floats a pair are resident.
 
 from __future__ import annotations
 
-import time
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from transformers import set_seed
 
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import Interrupted, UserError
-from sdpo_kernels.stepwise.common.progress import peak_memory_bytes, reset_peak_memory
+from sdpo_kernels.stepwise.common.memory import reset_peak_memory
 from sdpo_kernels.stepwise.models.load import add_adapter, release_memory
 from sdpo_kernels.stepwise.models.precision import asks_for_fsdp
 from sdpo_kernels.stepwise.prepare import generated_stage
@@ -51,14 +51,25 @@ def train_stage(stage: Stage) -> None:
     if publish.is_published(stage):
         publish.record_published(stage)
         return
-    started = time.monotonic()
     reset_peak_memory()
+    try:
+        _train(stage)
+    except (Exception, KeyboardInterrupt):
+        # what is spent so far counts when the stage resumes; a full disk must not hide the first error
+        if stage.record["state"] == "training":
+            with suppress(UserError):
+                stage.keep_spent()
+        raise
+
+
+def _train(stage: Stage) -> None:
+    """Steps 2 to 8 of `train_stage`."""
 
     # only rank 0 looks, so that all ranks resume from the same checkpoint
     checkpoint = ranks.on_first(lambda: _newest_checkpoint(stage))
     step = None if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     if checkpoint is not None and stage.run.config.reference != "none" and not (stage.work / REFERENCE_FILE).exists():
-        stage.run.reporter.warn(f"stage {stage.name}: its {REFERENCE_FILE} is missing and is recomputed")
+        stage.run.reporter.warn(f"{stage.label}: its {REFERENCE_FILE} is missing and is recomputed")
 
     # the seed after the pairs: generating them may draw random numbers, and a resumed stage does not
     if stage.data.prompts is not None:
@@ -71,15 +82,16 @@ def train_stage(stage: Stage) -> None:
     if checkpoint is not None and step is not None:
         stage.args.eval_on_start = False  # that evaluation was before the checkpoint
         announce_resume(stage, checkpoint, step)
-    stopped = train_to_end(stage, trainer, checkpoint)
+    stopped = train_to_end(stage, trainer, checkpoint, step or 0)
 
     # from here on nothing that fails loses what was trained
     trainer.keep_last_step()
     trained = score_trained(stage, trainer)
 
     steps = trainer.state.global_step
-    record = ranks.on_first(lambda: _record(stage, steps, step, time.monotonic() - started))
-    staging = publish.save(stage, trainer, ref_logps)
+    record = ranks.on_first(lambda: _record(stage, steps, step))
+    with stage.run.reporter.waiting(f"{stage.label}: saving"):
+        staging = publish.save(stage, trainer, ref_logps)
     del trainer  # what follows loads the model that was saved
     release_memory()
     check_saved(stage, staging, trained)
@@ -93,17 +105,19 @@ def train_stage(stage: Stage) -> None:
 def prepare_trainer(stage: Stage) -> tuple[StageTrainer, Tensor]:
     """The Trainer at the stage's start, and the reference's log-probs [n, 2] that its pairs are compared with.
 
-    1. Score the references, or read them from the cache if the stage resumes.
+    1. Score the references of the pairs that are trained on, or read them from the cache if the stage resumes.
     2. Check that they are those the stage started with, and record them in the manifest.
     3. With LoRA, add an adapter to the policy.
     4. Make the Trainer.
 
-    UserError if a model cannot be loaded or has changed, or if transformers refuses a setting.
+    UserError if a model cannot be loaded or has changed, if there is no batch, or if transformers refuses a setting.
     """
     config = stage.run.config
     if asks_for_fsdp(stage.args) and ranks.launched() == 1:
         raise UserError("trainer.fsdp: needs several processes; start them with torchrun (docs/distributed.md)")
 
+    if stage.schedule.batches == 0:
+        raise UserError(f"stage {stage.name}: trainer.dataloader_drop_last drops its only batch; set it to false")
     start = stage.references.score()
 
     # Trainer switches it off; the saved config gets it back
@@ -138,12 +152,15 @@ def _generate_pairs(stage: Stage) -> None:
     release_memory()
 
     # pairs that a stopped stage has generated are not generated again, so they must be the same
-    run = stage.run
+    run, skipped = stage.run, stage.data.skipped
     stage.data = generated_stage(run.config, stage.data.config, run.tokenizer, path, run.reporter, run.template_time)
+    if run.reporter.overall is not None:
+        run.reporter.overall.stages[stage.index - 1] = stage.plan
     tokens = stage.data.tokens
     counts = {
         "pairs": len(tokens),
         "dropped": len(tokens.dropped),
+        "skipped": skipped + stage.data.skipped,  # of the prompts' files and of the generated pairs
         "cut_pairs": tokens.cut_pairs,
         "lost_tokens": tokens.lost_tokens,
         "pairs_hash": tokens.content_hash(),
@@ -151,9 +168,11 @@ def _generate_pairs(stage: Stage) -> None:
     if stage.record.get("pairs_hash") not in (None, counts["pairs_hash"]):
         raise UserError(f"{path} has changed since its stage started; put it back, or choose another output_dir")
     stage.update(counts)
+    if note := stage.schedule.note(stage.name):
+        run.reporter.say(note)
 
 
-def _record(stage: Stage, steps: int, resumed: int | None, seconds: float) -> Record:
+def _record(stage: Stage, steps: int, resumed: int | None) -> Record:
     """The manifest record of a trained stage."""
     lines = stage.run.metrics.of_stage(stage.index)
     return stage.record | {
@@ -162,6 +181,5 @@ def _record(stage: Stage, steps: int, resumed: int | None, seconds: float) -> Re
         "first_loss": lines[0]["loss"],
         "last_loss": lines[-1]["loss"],
         "resumed_at_step": resumed,
-        "seconds": round(seconds, 3),
-        "peak_memory_bytes": peak_memory_bytes(),
+        **stage.spent(),
     }

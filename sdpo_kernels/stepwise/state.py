@@ -13,9 +13,12 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.files import replace_file
+from sdpo_kernels.stepwise.common.memory import peak_memory_bytes
 from sdpo_kernels.stepwise.common.progress import Reporter
+from sdpo_kernels.stepwise.common.run_progress import StagePlan
 from sdpo_kernels.stepwise.data.order import StageData
 from sdpo_kernels.stepwise.data.prompts import prompts_hash
+from sdpo_kernels.stepwise.data.schedule import Schedule
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
 from sdpo_kernels.stepwise.record.environment import environment_warning, run_environment
 from sdpo_kernels.stepwise.record.manifest import Manifest, MetricsFile, Record
@@ -85,6 +88,7 @@ class Stage:
         self.folder = run.stage_folder(index)
         self.work = run.folder / f".{self.folder.name}"  # the stage's files while it is in progress
         self.use_cache = True  # in the model's config, before Trainer changed it
+        self._started, self._seconds_before = time.monotonic(), self.record.get("seconds") or 0.0
         self.args: TrainingArguments = training_arguments(
             run.config, data.config, self.work, run.folder / "tensorboard" / self.folder.name
         )
@@ -92,8 +96,23 @@ class Stage:
 
     @property
     def label(self) -> str:
-        """Its name on progress bars."""
-        return f"stage {self.index} {self.name}"
+        """Its name in rows of progress and in messages."""
+        return f"stage {self.index} of {len(self.run.manifest.stages)} {self.name}"
+
+    @property
+    def schedule(self) -> Schedule:
+        """Its steps and the pairs they train on; a new one at each call, for the same reason as `references`."""
+        return Schedule.of(len(self.data.tokens), self.args, ranks.world_size())
+
+    @property
+    def plan(self) -> StagePlan:
+        """What is known of it beforehand, for the progress of the run."""
+        if self.record["state"] == "done":
+            return StagePlan(self.record["steps"], done=self.record["steps"])
+        if not len(self.data.tokens):
+            return StagePlan(None)  # its pairs are not generated yet
+        schedule, tokens = self.schedule, self.data.tokens
+        return StagePlan(schedule.steps, len(tokens.ids) / len(tokens) * schedule.batch * schedule.accumulation)
 
     @property
     def references(self) -> StageReferences:
@@ -102,6 +121,7 @@ class Stage:
         return StageReferences(
             scorer=self.scorer,
             tokens=self.data.tokens,
+            used=self.schedule.used(),
             policy=self.model_before(config.policy),
             reference=self.model_before(config.reference),
             folder=self.work,
@@ -118,6 +138,17 @@ class Stage:
     def update(self, values: Record) -> None:
         """Change its record in the manifest."""
         self.run.manifest.update_stage(self.index, values)
+
+    def spent(self) -> Record:
+        """Wall time and peak memory of the stage so far, over all processes that have worked on it."""
+        return {
+            "seconds": round(self._seconds_before + time.monotonic() - self._started, 3),
+            "peak_memory_bytes": max(self.record.get("peak_memory_bytes") or 0, peak_memory_bytes()),
+        }
+
+    def keep_spent(self) -> None:
+        """Record what is spent so far, for the process that resumes the stage."""
+        self.update(self.spent())
 
     def model_before(self, which: str) -> str:
         """The model that `previous` or `initial` stands for in this stage; for `ema` and `multi` the policy's start."""
@@ -189,6 +220,7 @@ def _planned_record(config: RunConfig, index: int, stage: StageData) -> Record:
         "prompts": None if stage.prompts is None else len(stage.prompts),  # of a stage that generates its pairs
         "pairs": len(stage.tokens),
         "dropped": len(stage.tokens.dropped),
+        "skipped": stage.skipped,
         "cut_pairs": stage.tokens.cut_pairs,
         "lost_tokens": stage.tokens.lost_tokens,
         "data_hash": stage.tokens.content_hash() if stage.prompts is None else prompts_hash(stage.prompts),

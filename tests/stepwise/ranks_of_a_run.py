@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -103,6 +104,23 @@ def die_at(rank: int, stage: str, step: int, victims: tuple[int, ...]) -> None:
         if rank in victims and self.stage == stage and self.state.global_step == step - 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return genuine(self, *args, **kwargs)
+
+    StageTrainer.training_step = training_step
+
+
+def note_pairs(rank: int, folder: Path, killed_at: int) -> None:
+    """Each rank writes which pairs its steps train on, without fillers, before each step; it may be killed at one."""
+    if killed_at:
+        die_at(rank, "s1", killed_at, (0, 1))
+    from sdpo_kernels.stepwise.training.trainer import StageTrainer
+
+    genuine = StageTrainer.training_step
+    seen: list[int] = []
+
+    def training_step(self: StageTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.extend(inputs["pair_index"].tolist() if inputs["pairs"] else [])
+        (folder / f"{rank}.json").write_text(json.dumps(seen))
+        return genuine(self, model, inputs, *args, **kwargs)
 
     StageTrainer.training_step = training_step
 

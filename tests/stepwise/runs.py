@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,12 @@ def _server() -> Any:
         os.environ["OMP_NUM_THREADS"] = "1"
         _context = multiprocessing.get_context("forkserver")
         _context.set_forkserver_preload(["tests.stepwise.runs"])
+
+        # it preloads what it finds from the folder it is started in
+        folder = Path.cwd()
+        os.chdir(Path(__file__).parents[2])
+        forkserver.ensure_running()
+        os.chdir(folder)
     return _context
 
 

@@ -61,8 +61,22 @@ def test_the_steps_it_prints_are_the_steps_trained(tmp_path, model):
     text = checked(config)
     manifest = runs.train(config)
     for stage in manifest["stages"]:
-        assert row(text, stage["name"])[6] == str(stage["steps"])
+        assert row(text, stage["name"])[-2] == str(stage["steps"])
+    assert row(text, "a")[1:3] == ["10", "0"]
+    assert row(text, "b")[1:5] == ["4", "of", "9", "0"]
+    assert "note       stage b: trains on 4 of 9 pairs; max_steps 1 ends it before its 1 epoch (3 steps)" in text
     assert "2 of 2 stages done" in checked(config)
+
+
+def test_the_steps_of_tiers_are_those_of_all_of_them(tmp_path, model):
+    config = runs.configured(tmp_path, model, sizes=(13,), order="margin", tiers=3, trainer={"max_steps": 1})
+    text = checked(config)
+    manifest = runs.train(config)
+    assert [stage["pairs_used"] for stage in manifest["stages"]] == [4, 4, 4]
+    assert row(text, "s1")[1:4] == ["12", "of", "13"]
+    assert row(text, "s1")[-2] == "3"
+    assert "note       stage s1-1: trains on 4 of 5 pairs; max_steps 1 ends it" in text
+    assert "stage s1-2" not in text  # 4 of 4 pairs in 1 step, as its epoch
 
 
 def test_bad_rows_and_dropped_pairs_are_listed(tmp_path, model):

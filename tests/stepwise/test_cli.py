@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,15 +48,30 @@ def test_train_from_the_command_line(main, tmp_path, model):
     assert "\x1b" not in done.stdout
     assert "\r" not in done.stdout
     lines = done.stdout.splitlines()
-    assert lines[0] == f"backend: {describe_auto(torch.device('cpu'), torch.float32)}"
-    assert lines[1] == "stage 1 s1: references  12/12"
-    assert any(line.startswith("stage 1 s1  6/6  loss ") for line in lines)
+    assert lines[:5] == [
+        "loading torch and transformers",
+        f"loading the tokenizer of {model}",
+        "reading stage s1",
+        "reading stage s2",
+        "trying what training needs: model, saving, trainer, disk space",
+    ]
+    assert lines[5] == f"backend: {describe_auto(torch.device('cpu'), torch.float32)}"
+    assert lines[6] == f"loading the model {model}"
+    assert re.fullmatch(r"stage 1 of 2 s1: references  12/12  took \d+\.\ds", lines[7])
+    assert any(
+        re.match(r"stage 1 of 2 s1  6/6  took \d+\.\ds  run step 6/8, about \d+s left  loss ", line) for line in lines
+    )
+    assert any(re.fullmatch(r"stage 1 of 2 s1: done in \d+\.\ds; run step 6/8, about \d+s left", x) for x in lines)
+    assert any(re.fullmatch(r"stage 2 of 2 s2: done in \d+\.\ds; run step 8/8, all steps done", x) for x in lines)
     assert lines[-1] == f"report: {tmp_path}/run/report.html"
     assert (tmp_path / "run" / "report.html").exists()
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert [(s["beta"], s["steps"]) for s in manifest["stages"]] == [(0.3, 6), (0.3, 2)]
-    assert main("train", path, *settings) == (0, f"nothing to do: all 2 stages in {tmp_path}/run are done\n", "")
-    code, out, err = main("train", path)
+    assert main("train", path, *settings, "--quiet") == (0, "", "")
+    code, out, err = main("train", path, *settings)
+    assert (code, err) == (0, "")
+    assert out.endswith(f"\nnothing to do: all 2 stages in {tmp_path}/run are done\n")
+    code, out, err = main("train", path, "--quiet")
     assert (code, out) == (2, "")
     assert "\n  beta: 0.3 -> 0.1 (the weights so far depend on it)\n" in err
 
@@ -110,7 +126,9 @@ def test_user_errors_are_one_line_on_stderr_and_exit_code_2(main, tmp_path, mode
     code, out, err = main(command, *given)
     assert code == 2
     assert message in err
-    assert out == ""
+    # an option that does not exist is reported before anything is loaded
+    begun = {line.split()[0] for line in out.splitlines()}
+    assert begun <= (set() if "no such option" in message else {"loading", "reading"})
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert not (tmp_path / "run").exists()
@@ -146,12 +164,12 @@ def test_check_and_score_and_report(main, tmp_path, model, pictures):
 
 
 def test_a_stop_outside_of_training_says_how_to_resume(main, tmp_path, model, monkeypatch):
-    def stop(config, template_time):
+    def stop(config, template_time, reporter):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run_module, "prepare", stop)
     code, out, err = main("train", runs.write_settings(tmp_path, model))
-    assert (code, out) == (130, "")
+    assert (code, out) == (130, "loading torch and transformers\n")
     assert err == "stopped; run the same command again to resume\n"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -97,7 +98,7 @@ def test_two_ranks_train_the_same_as_one(whole):
     assert [stage["state"] for stage in manifest["stages"]] == ["done", "done"]
     assert runs.leftovers(run) == []
     assert ranks.texts[1] == ""  # only rank 0 logs
-    assert ranks.texts[0].count("stage 1 s1: references  13/13") == 1
+    assert ranks.texts[0].count("stage 1 of 2 s1: references  13/13") == 1
 
 
 @pytest.mark.parametrize("victims", [(1,), (0, 1)])
@@ -136,6 +137,61 @@ def test_a_run_of_one_process_resumes_on_two_ranks(whole):
     doubled = two(one, run)  # the same number of pairs per rank is twice as many per step
     assert doubled.wait()[0] == 2
     assert "trainer.per_device_train_batch_size: 2 -> 4" in doubled.text
+
+
+def scored(folder: Path) -> list[int]:
+    """The pairs with scores in the reference file of a stage's folder."""
+    chosen = load_file(folder / "reference_logps.safetensors")["chosen"]
+    return (~chosen.isnan()).nonzero().flatten().tolist()
+
+
+def drops_last(folder: Path, model: Path, batch: int, **trainer: Any) -> Path:
+    """Settings of one stage of 15 pairs whose epochs leave out their last batch."""
+    data = runs.write_rows(folder / "d.jsonl", runs.make_rows(15))
+    stages = [{"name": "s1", "data": str(data)}]
+    return yaml_of(folder, model, batch, stages=stages, trainer={"dataloader_drop_last": True} | trainer)
+
+
+def test_two_ranks_score_the_pairs_they_train_on(tmp_path, model):
+    """They are those of one process, and stay the same if the run resumes in the middle of its second epoch."""
+    options = {"max_steps": 5, "save_steps": 4}
+    one, halves = (drops_last(tmp_path, model, batch, **options) for batch in (4, 2))
+    expected, run = one_process(one, tmp_path / "whole"), tmp_path / "run"
+    seen = []
+    for killed_at in (5, 0):  # an epoch has 3 steps
+        notes = tmp_path / f"{killed_at}"
+        notes.mkdir()
+        ranks = two(halves, run, faults.note_pairs, [notes, killed_at])
+        assert (ranks.wait() == [0, 0]) == (killed_at == 0), ranks.text
+        seen += [json.loads((notes / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+    assert [len(pairs) for pairs in seen] == [10, 10, 2, 2]
+    used = sorted({pair for pairs in seen for pair in pairs})
+    record = json.loads((run / "manifest.json").read_text())["stages"][0]
+    assert (record["resumed_at_step"], record["pairs_used"]) == (4, len(used))
+    assert scored(run / "stage-1-s1") == scored(expected / "stage-1-s1") == used != list(range(15))
+    mine, other = (load_file(folder / "stage-1-s1/model.safetensors") for folder in (run, expected))
+    assert max(float((mine[key] - other[key]).abs().max()) for key in mine) < 2e-6
+
+
+def test_other_processes_score_what_they_need_and_one_process_did_not(tmp_path, model):
+    """An epoch of one process drops 3 of 15 pairs at 4 pairs a batch; that of two ranks drops 1 at 2 a batch."""
+    one, quarters = (drops_last(tmp_path, model, batch) for batch in (4, 1))
+    run = tmp_path / "run"
+    child = runs.Child(tmp_path, "train", one, f"output_dir={run}", "--quiet", fault=_die_at_step_3)
+    assert child.wait() == -9
+    before = scored(run / ".stage-1-s1")
+    ranks = two_with(quarters, run, "trainer.gradient_accumulation_steps=2")
+    assert ranks.wait() == [0, 0], ranks.text
+    after = scored(run / "stage-1-s1")
+    assert (len(before), len(after)) == (12, 14)
+    assert set(before) < set(after)
+    assert "reference_logps.safetensors: 2 more pairs are scored" in ranks.texts[0]
+
+
+def _die_at_step_3() -> None:
+    _quick()
+    faults.die_at(0, "s1", 3, (0,))
 
 
 def _die_alone() -> None:

@@ -1,12 +1,22 @@
 """Reading a run's input: what is kept, dropped, skipped and warned about before training."""
 
 import shutil
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
+from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.progress import Reporter
+from sdpo_kernels.stepwise.common.progress_rows import Row
+from sdpo_kernels.stepwise.common.run_progress import StagePlan
+from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
 from sdpo_kernels.stepwise.prepare import prepare, read_eval
+from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
+from sdpo_kernels.stepwise.state import Stage
 from tests.stepwise import runs
 
 
@@ -25,7 +35,7 @@ def test_bad_rows_are_skipped_counted_and_listed(tmp_path, model, spoken):
     rows[2]["chosen"] = ""
     del rows[4]["rejected"]
     data = runs.write_rows(tmp_path / "data1.jsonl", rows)
-    with pytest.raises(UserError, match=rf"{data}:3: 'chosen' is empty \(and 1 more bad rows\)"):
+    with pytest.raises(UserError, match=rf"{data}:3: 'chosen' is empty \(and 1 more bad row\)"):
         prepare(runs.configured(tmp_path, model, sizes=(6,)))
     prepared = prepare(runs.configured(tmp_path, model, sizes=(6,), on_bad_row="skip"))
     assert prepared.stages[0].where == [f"{data}:{i}" for i in (1, 2, 4, 6)]
@@ -138,7 +148,7 @@ def test_pairs_that_stages_share_are_counted_in_a_warning(tmp_path, model):
 
 def test_a_file_without_a_usable_row_is_an_error(tmp_path, model):
     runs.write_rows(tmp_path / "data1.jsonl", [{"chosen": "x"}])
-    with pytest.raises(UserError, match="none of its 1 rows can be used"):
+    with pytest.raises(UserError, match="none of its 1 row can be used"):
         prepare(runs.configured(tmp_path, model, sizes=(1,), on_bad_row="skip"))
 
 
@@ -148,7 +158,8 @@ def test_evaluation_data_alone(tmp_path, model):
     tokens, said, tokenizer = read_eval(config, [str(data)])
     assert len(tokens) == 2
     assert tokenizer.eos_token == "</s>"
-    assert said == [f"{data}:3: 'rejected' is missing; a row needs chosen and rejected (and may have prompt)"]
+    (line,) = said
+    assert line.startswith(f"{data}:3: 'rejected' is missing; the row has the columns chosen. Name its columns with ")
 
 
 ORCA = str(Path(__file__).resolve().parents[1] / "data" / "shapes" / "orca.jsonl")
@@ -192,8 +203,9 @@ def test_a_column_that_sounds_like_the_prompt_is_a_warning_and_others_are_listed
     rows = [row | {"system": "Be brief.", "id": n} for n, row in enumerate(runs.make_rows(4))]
     data = str(runs.write_rows(tmp_path / "d.jsonl", rows))
     prepared = prepare(runs.configured(tmp_path, model, stages=[{"name": "s1", "data": data}]))
-    assert prepared.unused == {data: ["id", "system"]}
-    assert [w for w in prepared.warnings if "'system' is not used" in w]
+    # each is said once: the warning, or the list
+    assert prepared.unused == {data: ["id"]}
+    assert len([w for w in prepared.warnings if "'system' is not used" in w]) == 1
     assert not [w for w in prepared.warnings if "'id'" in w]
 
 
@@ -235,3 +247,191 @@ def test_prompts_that_the_template_drops_are_bad_rows(tmp_path, model):
     assert [line.split(": ")[0] for line in prepared.skipped] == [f"{data}:1", f"{data}:3"]
     with pytest.raises(UserError, match=r"p\.jsonl:1: the chat template drops the message of role 'human'"):
         prepare(runs.configured(tmp_path, chat, stages=stages))
+
+
+# ---- plain text and conversations ----
+
+CHAT_ROW = {
+    "prompt": [{"role": "user", "content": "word1"}],
+    "chosen": [{"role": "assistant", "content": "good1"}],
+    "rejected": [{"role": "assistant", "content": "bad1"}],
+}
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    folder = runs.make_model(tmp_path_factory.mktemp("chat"))
+    runs.make_tokenizer(chat_template=runs.CHAT).save_pretrained(folder)
+    return folder
+
+
+def two_stages(tmp_path, model, first, second, **settings):
+    rows = {"plain": runs.make_rows(3), "chat": [CHAT_ROW], "both": [*runs.make_rows(2), CHAT_ROW]}
+    for number, kind in enumerate((first, second), 1):
+        runs.write_rows(tmp_path / f"data{number}.jsonl", rows[kind])
+    return prepare(runs.configured(tmp_path, model, **settings))
+
+
+def test_plain_text_with_a_chat_template_is_a_note(tmp_path, model, chat_model, spoken):
+    prepared = two_stages(tmp_path, chat_model, "plain", "plain", eval_data=str(tmp_path / "data1.jsonl"))
+    (note,) = prepared.notes
+    assert note.startswith("plain text in stage s1, stage s2, eval_data: the tokenizer's chat template is not used; ")
+    prepared.say_notes(spoken.reporter)
+    assert f"note       {note}" in spoken.text
+    assert two_stages(tmp_path, chat_model, "chat", "chat").notes == []
+    assert two_stages(tmp_path, model, "plain", "plain").notes == []  # a tokenizer without a template
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "start"),
+    [
+        ("plain", "chat", "plain text in stage s1, conversations in stage s2: "),
+        ("both", "chat", "plain text in stage s1 (2 of 3 rows), conversations in stage s1 (1 of 3 rows), stage s2: "),
+    ],
+)
+def test_two_formats_in_one_run_are_a_warning(tmp_path, chat_model, first, second, start):
+    prepared = two_stages(tmp_path, chat_model, first, second)
+    assert [warning.startswith(start) for warning in prepared.warnings if "conversations in" in warning] == [True]
+    assert prepared.notes == []
+
+
+def test_evaluation_in_another_format_is_a_warning(tmp_path, chat_model):
+    evaluation = runs.write_rows(tmp_path / "e.jsonl", [CHAT_ROW])
+    prepared = two_stages(tmp_path, chat_model, "plain", "plain", eval_data=str(evaluation))
+    (warning,) = [text for text in prepared.warnings if "conversations in" in text]
+    assert warning.startswith("plain text in stage s1, stage s2, conversations in eval_data: ")
+
+
+def test_prompts_of_another_format_are_a_warning(tmp_path, chat_model):
+    prompts = runs.write_rows(tmp_path / "p.jsonl", [{"prompt": "word1"}])
+    data = runs.write_rows(tmp_path / "d.jsonl", [CHAT_ROW])
+    source = {"kind": "ranked", "judge": "builtins:len", "max_new_tokens": 8}
+    stages = [{"name": "a", "prompts": str(prompts), "source": source}, {"name": "b", "data": str(data)}]
+    (warning,) = prepare(runs.configured(tmp_path, chat_model, stages=stages)).warnings
+    assert warning.startswith("plain text in stage a, conversations in stage b: ")
+
+
+# ---- skipped rows ----
+
+
+def test_bad_rows_of_a_file_that_two_stages_share_are_listed_once_and_counted_for_each(tmp_path, model, spoken):
+    data = runs.write_rows(tmp_path / "d.jsonl", [*runs.make_rows(3), {"x": 1}])
+    prompts = runs.write_rows(tmp_path / "p.jsonl", [{"prompt": "word1"}, {"prompt": 3}])
+    source = {"kind": "ranked", "judge": "builtins:len", "max_new_tokens": 8}
+    stages = [{"name": name, "data": str(data)} for name in "ab"]
+    stages += [{"name": name, "prompts": str(prompts), "source": source} for name in "cd"]
+    prepared = prepare(runs.configured(tmp_path, model, stages=stages, on_bad_row="skip"))
+    assert [line.split(": ")[0] for line in prepared.skipped] == [f"{data}:4", f"{prompts}:2"]
+    assert [stage.skipped for stage in prepared.stages] == [1, 1, 1, 1]
+    prepared.say_warnings(spoken.reporter)
+    assert "2 bad rows skipped, the first: " in spoken.text
+
+
+def test_a_warning_about_a_file_that_two_stages_share_is_printed_once(tmp_path, model, spoken):
+    data = runs.write_rows(tmp_path / "d.jsonl", [row | {"system": "x"} for row in runs.make_rows(3)])
+    stages = [{"name": name, "data": str(data)} for name in "ab"]
+    prepare(runs.configured(tmp_path, model, stages=stages)).say_warnings(spoken.reporter)
+    assert spoken.text.count("the column 'system' is not used") == 1
+
+
+# ---- prompts and max_length ----
+
+
+@pytest.mark.parametrize(
+    ("most", "warnings"),
+    [
+        (5, []),
+        (6, ["stage a: 1 of 2 prompts exceed max_length (8) with max_new_tokens (6): ", "max_length of 9 keeps all"]),
+        (8, ["stage a: 2 of 2 prompts exceed max_length (8) with max_new_tokens (8): ", "max_length of 11 keeps all"]),
+    ],
+)
+def test_prompts_that_leave_no_room_for_an_answer_are_a_warning(tmp_path, model, most, warnings):
+    prompts = runs.write_rows(tmp_path / "p.jsonl", [{"prompt": "word1"}, {"prompt": "word1 word2 word3"}])
+    source = {"kind": "ranked", "judge": "builtins:len", "max_new_tokens": most}
+    stages = [{"name": "a", "prompts": str(prompts), "source": source}]
+    found = prepare(runs.configured(tmp_path, model, stages=stages, max_length=8)).warnings
+    assert len(found) == bool(warnings)
+    assert all(text in found[0] for text in warnings)
+
+
+# ---- columns of files on the command line ----
+
+
+def test_a_file_of_the_run_is_read_with_its_own_columns(tmp_path, model, monkeypatch):
+    rows = runs.make_rows(4)
+    renamed = [{"q": row["prompt"], "good": row["chosen"], "bad": row["rejected"]} for row in rows]
+    columns = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    names = ("entry", "stage", "eval")
+    files = {name: str(runs.write_rows(tmp_path / f"{name}.jsonl", renamed)) for name in names}
+    stages = [
+        {"name": "a", "data": [{"path": files["entry"], "columns": columns}]},
+        {"name": "b", "data": files["stage"], "columns": columns},
+    ]
+    evaluation = [{"path": files["eval"], "columns": columns}]
+    config = runs.configured(tmp_path, model, stages=stages, eval_data=evaluation)
+    trl = runs.write_rows(tmp_path / "trl.jsonl", rows)
+    wanted = read_eval(config, [str(trl)])[0].content_hash()
+    monkeypatch.chdir(tmp_path)
+    for name in names:  # also by another path of the same file
+        for path in (files[name], f"{name}.jsonl"):
+            assert read_eval(config, [path])[0].content_hash() == wanted
+
+    # another file with these names has no settings: the error says where the command takes them
+    other = str(runs.write_rows(tmp_path / "other.jsonl", renamed))
+    with pytest.raises(UserError) as error:
+        read_eval(config, [other], None, "on the command line: 'columns={}'")
+    assert str(error.value).endswith("; on the command line: 'columns={chosen: good, rejected: bad}'")
+    config = config.model_copy(update={"columns": config.stages[1].columns})
+    assert read_eval(config, [other])[0].content_hash() == wanted
+
+
+def test_tokenizing_is_counted(tmp_path, model):
+    """Rows of progress for what takes long with much data: each file is read, and its pairs are counted."""
+    shown = []
+
+    class Listening(Reporter):
+        @contextmanager
+        def waiting(self, what):
+            shown.append(what)
+            yield
+
+        @contextmanager
+        def task(self, name, total, done=0, **_):
+            row = Row(name, total)
+            row.update = lambda done, note="": shown.append(f"{name} {done}/{total}")
+            yield row
+
+    config = runs.configured(tmp_path, model, sizes=(600,))
+    assert len(prepare(config, reporter=Listening()).stages[0].tokens) == 600
+    assert shown == [
+        f"loading the tokenizer of {model}",
+        "reading stage s1",
+        "tokenizing stage s1 250/600",
+        "tokenizing stage s1 500/600",
+        "tokenizing stage s1 600/600",
+        "trying what training needs: model, saving, trainer, disk space",
+    ]
+
+
+class Planned(Stage):
+    """A stage that has not started, without a run."""
+
+    record: ClassVar = {"state": "pending"}
+
+    def __init__(self, data, args):
+        self.data, self.args = data, args
+
+
+def test_the_plan_of_a_stage_counts_steps_and_tokens(tmp_path, model, monkeypatch):
+    trainer = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    config = runs.configured(tmp_path, model, sizes=(13,), trainer=trainer)
+    (data,) = prepare(config).stages
+    stage = Planned(data, training_arguments(config, data.config, tmp_path, tmp_path))
+    mean = float(data.tokens.lengths.sum()) / 13
+    assert stage.plan == StagePlan(4, pytest.approx(4 * mean))  # 7 batches, two a step
+    monkeypatch.setattr(ranks, "world_size", lambda: 3)
+    assert stage.plan == StagePlan(2, pytest.approx(12 * mean))  # 3 batches of 6
+    stage.data = replace(data, tokens=TokenizedPairs.concatenate([]))  # not generated yet
+    assert stage.plan == StagePlan(None)
+    monkeypatch.setattr(Planned, "record", {"state": "done", "steps": 7})
+    assert stage.plan == StagePlan(7, done=7)

@@ -61,5 +61,40 @@ def test_no_data_is_an_error(tmp_path, model):
 
 def test_a_missing_model_is_an_error(finished):
     config, _, folder = finished
-    with pytest.raises(UserError, match="nonesuch cannot be loaded"):
+    with pytest.raises(UserError, match=r"^--model .*nonesuch: there is no folder .*nonesuch$"):
         score_run(config, [str(folder / "nonesuch")], [], as_json=True)
+
+
+def test_a_model_with_other_words_is_a_one_line_error(finished, tmp_path):
+    """Its embedding may lack the run's tokens, or have other words there."""
+    config, _, _ = finished
+    small = runs.make_model(tmp_path / "small", vocab_size=20)
+    with pytest.raises(UserError, match=r"^--model .*small: the tokenizer produces token \d+, .* ends at 19; [^\n]*$"):
+        score_run(config, [str(small)], [], as_json=True)
+
+    swapped = runs.make_model(tmp_path / "swapped")
+    file = swapped / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    words = tokenizer["model"]["vocab"]
+    words["good1"], words["bad1"] = words["bad1"], words["good1"]
+    file.write_text(json.dumps(tokenizer))
+    with pytest.raises(
+        UserError, match=r"^--model .*swapped: its tokenizer differs from the model's in 2 tokens: 'bad1'"
+    ):
+        score_run(config, [str(swapped)], [], as_json=True)
+
+
+def test_a_stage_of_another_lora_run_is_scored_by_its_merged_weights(tmp_path, capsys):
+    """Its adapter belongs on its own base, not on that of the run that scores it."""
+    bases = {name: runs.make_model(tmp_path / name, seed=seed) for name, seed in (("a", 0), ("b", 1))}
+    data = str(runs.write_rows(tmp_path / "e.jsonl", runs.make_rows(4, seed=9)))
+    configs = {}
+    for name, base in bases.items():
+        (tmp_path / f"run-{name}").mkdir()
+        settings = {"sizes": (4,), "lora": {"r": 2}, "trainer": {"learning_rate": 0.1}}
+        configs[name] = runs.configured(tmp_path / f"run-{name}", base, **settings)
+    runs.train(configs["b"])
+    stage = f"{configs['b'].output_dir}/stage-1-s1"
+    own = scored(capsys, configs["b"], [stage], [data])[stage]["gamma"]
+    foreign = scored(capsys, configs["a"], [stage], [data])[stage]["gamma"]
+    assert foreign == pytest.approx(own, rel=1e-4)

@@ -2,18 +2,22 @@
 
 import json
 import math
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sdpo_kernels.stepwise import state
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.models.load import load_model, weights_hash
 from sdpo_kernels.stepwise.models.precision import Precision
 from sdpo_kernels.stepwise.references import scorer as reference_module
 from sdpo_kernels.stepwise.settings.run_file import load_config
+from sdpo_kernels.stepwise.training.trainer import StageTrainer
 from tests.stepwise import runs
 
 LN2 = math.log(2)
@@ -242,6 +246,54 @@ def test_a_stopped_lora_run_resumes_to_the_same_bits(tmp_path, model, monkeypatc
     manifest = runs.train(config)
     assert manifest["stages"][1]["resumed_at_step"] == 2
     assert runs.fingerprint(tmp_path / "run") == runs.fingerprint(whole / "run")
+
+
+class Clock:
+    """Ten seconds a training step, and what a process uses at most; it stops before `step` with `error`."""
+
+    def __init__(self, patch, peak, step=None, error=None):
+        self.now = 1000.0 * peak  # no process starts where another ends
+        genuine = StageTrainer.training_step
+
+        def training_step(trainer, *args, **kwargs):
+            if error is not None and trainer.state.global_step == step - 1:
+                raise error
+            self.now += 10
+            return genuine(trainer, *args, **kwargs)
+
+        patch.setattr(StageTrainer, "training_step", training_step)
+        names = {name: getattr(time, name) for name in ("strftime", "gmtime")}
+        patch.setattr(state, "time", SimpleNamespace(monotonic=lambda: self.now, **names))
+        patch.setattr(state, "peak_memory_bytes", lambda: peak)
+
+
+@pytest.mark.parametrize(
+    ("error", "seconds"),
+    [
+        (KeyboardInterrupt(), 3 * 10 + 2 * 10),  # stopped in step 4, resumed at step 2 of 4
+        (SystemExit(), 2 * 10 + 2 * 10),  # as a kill: what came after the checkpoint is not recorded
+    ],
+)
+def test_the_time_of_a_stage_is_that_of_all_processes(tmp_path, model, monkeypatch, error, seconds):
+    config = runs.configured(tmp_path, model, sizes=(16,), trainer={"save_steps": 2})
+    with monkeypatch.context() as patch:
+        Clock(patch, peak=5, step=4, error=error)
+        with pytest.raises(type(error)):
+            runs.train(config)
+    with monkeypatch.context() as patch:
+        Clock(patch, peak=3)
+        (stage,) = runs.train(config)["stages"]
+    assert (stage["resumed_at_step"], stage["seconds"], stage["peak_memory_bytes"]) == (2, seconds, 5)
+
+
+def test_skipped_rows_are_in_the_manifest_and_the_card(tmp_path, model):
+    for number, bad in ((1, 2), (2, 0)):
+        runs.write_rows(tmp_path / f"data{number}.jsonl", [*runs.make_rows(4, seed=number), *[{"x": 1}] * bad])
+    manifest = runs.train(runs.configured(tmp_path, model, sizes=(4, 4), on_bad_row="skip"))
+    assert [(stage["pairs"], stage["skipped"]) for stage in manifest["stages"]] == [(4, 2), (4, 0)]
+    cards = [(tmp_path / f"run/stage-{number}-s{number}/README.md").read_text() for number in (1, 2)]
+    assert ["| bad rows skipped | 2 |" in card for card in cards] == [True, False]
+    assert all("| data | data" in card for card in cards)
 
 
 # ---- what goes wrong ----

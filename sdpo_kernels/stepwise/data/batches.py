@@ -29,7 +29,7 @@ PADDED_GROUP = 4  # sequences per forward of a padded batch
 
 
 class PairDataset(Dataset):
-    """Tokenised pairs, each with its summed reference log-probs, [n, 2] (chosen, rejected)."""
+    """Tokenised pairs, each with its summed reference log-probs, [n, 2] (chosen, rejected); NaN if not scored."""
 
     def __init__(self, tokens: TokenizedPairs, ref_logps: Tensor) -> None:
         if ref_logps.shape != (len(tokens), 2):
@@ -64,12 +64,14 @@ class Batch:
     rows: ScoredRows  # of the rows of all groups, flattened and concatenated
     groups: list[dict[str, Tensor]]  # arguments of the model, which is called once per group
     pairs: int  # B, or 0 for a filler
+    unscored: list[int]  # those of pair_index whose reference was not scored
 
     @classmethod
     def of(cls, inputs: dict[str, Any]) -> Batch:
         """Read a collator's output, after Trainer has moved it to the device."""
         rows = ScoredRows(inputs["rows_index"], inputs["rows_segment"], inputs["rows_counts"])
-        return cls(inputs["pair_index"], inputs["ref_logps"], rows, inputs["groups"], inputs["pairs"])
+        names = ("groups", "pairs", "unscored")
+        return cls(inputs["pair_index"], inputs["ref_logps"], rows, *(inputs[name] for name in names))
 
     @property
     def n_rows(self) -> int:
@@ -187,9 +189,11 @@ def _batch(
 
     # a filler has a negative index; accelerate takes the batch size from the first tensor, so pair_index comes first
     places = [example["index"] for example in examples]
+    pair_index = torch.tensor([max(i, ~i) for i in places])
     return {
-        "pair_index": torch.tensor([max(i, ~i) for i in places]),
+        "pair_index": pair_index,
         "pairs": sum(i >= 0 for i in places),
+        "unscored": pair_index[refs.isnan().any(1)].tolist(),  # found here: later it would wait for the device
         "ref_logps": refs.T.reshape(-1),
         "rows_index": _tensor(index),
         "rows_segment": _tensor(segment[index]),

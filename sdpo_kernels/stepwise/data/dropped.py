@@ -4,8 +4,8 @@
 
 A template may write a content otherwise than it is given: stripped, escaped, somewhere else, without its reasoning or
 without flags such as SmolLM3's `/no_think`. So it is not enough to look for contents in the text. And what is found
-there may have been written by the template itself. So the first conversation of each structure (its roles, and who
-calls tools) is rendered twice, the second time with a mark in each message: what is written has its mark.
+there may have been written by the template itself. So the first conversation of each structure (its roles, who calls
+tools, and in which form) is rendered twice, the second time with a mark in each message: what is written has its mark.
 """
 
 from __future__ import annotations
@@ -16,12 +16,18 @@ from typing import Any, Literal, NamedTuple
 
 from sdpo_kernels.stepwise.common.errors import UserError
 
+# what templates call the roles of other schemas
+USUAL_ROLES = {
+    "human": "user", "gpt": "assistant", "bot": "assistant", "chatbot": "assistant", "model": "assistant",
+    "ai": "assistant", "developer": "system", "observation": "tool", "function": "tool", "ipython": "tool",
+}  # fmt: skip
+
 Messages = Sequence[dict[str, Any]]
 Render = Callable[[list[dict[str, Any]]], str]
 
 
 class Dropped(NamedTuple):
-    """What is missing: the content of message `at`, or its tool call."""
+    """What is missing: the content of message `at`, or a tool call of it, or a call's arguments."""
 
     at: int
     what: Literal["message", "call"]
@@ -46,6 +52,11 @@ def dropped(
     return missing
 
 
+def renaming(role: str) -> str:
+    """What to do about a role that a template does not know."""
+    return f"rename the role to {USUAL_ROLES[role]!r}" if role in USUAL_ROLES else "rename the role"
+
+
 def one_line(text: str) -> str:
     """`text` with all whitespace alike, which templates may change."""
     return " ".join(text.split())
@@ -59,7 +70,7 @@ def is_changed(content: str, text: str) -> bool:
 
 def _structure(messages: Messages, options: Mapping[str, Any]) -> Hashable:
     """What decides whether a template writes a message."""
-    turns = [(m["role"], bool(_content(m)), len(m.get("tool_calls") or ())) for m in messages]
+    turns = [(m["role"], bool(_content(m)), [_form(call) for call in _calls(m)]) for m in messages]
     kept = {name: value for name, value in options.items() if name not in ("tools", "template_time")}
     return json.dumps([turns, bool(options.get("tools")), kept], default=str, sort_keys=True)
 
@@ -81,10 +92,11 @@ def _all_in_order(contents: Iterable[str], text: str) -> bool:
 def _without_mark(messages: Messages, render: Render) -> list[Dropped]:
     """What has no mark in the text of the marked messages."""
     parts = [Dropped(at, "message") for at, message in enumerate(messages) if _content(message)]
-    parts += [Dropped(at, "call") for at, message in enumerate(messages) if _first_name(message) is not None]
+    parts += [Dropped(at, "call") for at, message in enumerate(messages) if any(map(_form, _calls(message)))]
     try:
-        text = render(_marked(messages, parts))
-        return sorted(part for part in parts if _mark(part) not in text)
+        marked, marks = _marked(messages, parts)
+        text = render(marked)
+        return sorted(part for part in parts if not all(mark in text for mark in marks[part]))
     except UserError:
         pass
 
@@ -92,40 +104,73 @@ def _without_mark(messages: Messages, render: Render) -> list[Dropped]:
     missing = []
     for part in parts:
         try:
-            if _mark(part) not in render(_marked(messages, [part])):
-                missing.append(part)
+            marked, marks = _marked(messages, [part])
+            text = render(marked)
         except UserError:
             continue
+        if not all(mark in text for mark in marks[part]):
+            missing.append(part)
     return sorted(missing)
 
 
-def _marked(messages: Messages, parts: Sequence[Dropped]) -> list[dict[str, Any]]:
-    """`messages` with marks at the end of contents and of the names of tools."""
-    marked = list(messages)
+def _marked(messages: Messages, parts: Sequence[Dropped]) -> tuple[list[dict[str, Any]], dict[Dropped, list[str]]]:
+    """`messages` with marks at the end of contents, of tools' names and in their arguments; the marks of each part.
+
+    A mark is letters and digits, which no template escapes.
+    """
+    marked, marks = list(messages), dict[Dropped, list[str]]()
     for part in parts:
-        message, mark = marked[part.at], _mark(part)
+        message = marked[part.at]
         if part.what == "message":
-            marked[part.at] = message | {"content": message["content"] + mark}
+            marks[part] = [f"sdpo{part.at}message"]
+            marked[part.at] = message | {"content": message["content"] + marks[part][0]}
             continue
-        first, *others = message["tool_calls"]
-        if "function" in first:
-            first = first | {"function": first["function"] | {"name": first["function"]["name"] + mark}}
-        else:
-            first = first | {"name": first["name"] + mark}
-        marked[part.at] = message | {"tool_calls": [first, *others]}
-    return marked
+        calls = [_marked_call(call, f"sdpo{part.at}call{number}") for number, call in enumerate(message["tool_calls"])]
+        marks[part] = [mark for _, own in calls for mark in own]
+        marked[part.at] = message | {"tool_calls": [call for call, _ in calls]}
+    return marked, marks
 
 
-def _first_name(message: Mapping[str, Any]) -> str | None:
-    """The name of the first tool that a message calls, if it has the usual form."""
+def _marked_call(call: Any, mark: str) -> tuple[Any, list[str]]:
+    """A tool call with marks in name and arguments, and the marks; none in what has not the usual form."""
+    form = _form(call)
+    if form is None:
+        return call, []
+    function = call["function"] if form.nested else call
+    marked, marks = function | {"name": f"{function['name']}{mark}name"}, [f"{mark}name"]
+
+    # no arguments may be written as nothing at all
+    if form.arguments:
+        found = function["arguments"]
+        one_more = (json.loads(found) if isinstance(found, str) else found) | {f"{mark}argument": "1"}
+        marked["arguments"] = json.dumps(one_more, ensure_ascii=False) if isinstance(found, str) else one_more
+        marks.append(f"{mark}argument")
+    return (call | {"function": marked} if form.nested else marked), marks
+
+
+class _CallForm(NamedTuple):
+    """What decides whether a template writes a tool call."""
+
+    nested: bool  # under "function"
+    arguments: str  # "object" or "text" (of a JSON object); empty: none, or of another kind
+
+
+def _calls(message: Mapping[str, Any]) -> list[Any]:
     calls = message.get("tool_calls")
-    if not isinstance(calls, list) or not calls or not isinstance(calls[0], dict):
+    return calls if isinstance(calls, list) else []
+
+
+def _form(call: Any) -> _CallForm | None:
+    """The form of a tool call; None if it has no name where it is usual."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         return None
-    function = calls[0].get("function", calls[0])
-    name = function.get("name") if isinstance(function, dict) else None
-    return name if isinstance(name, str) else None
-
-
-def _mark(part: Dropped) -> str:
-    """Letters and digits, which no template escapes."""
-    return f"sdpo{part.at}{part.what}"
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            kind = "text" if isinstance(found := json.loads(arguments), dict) and found else ""
+        except ValueError:
+            kind = ""
+    else:
+        kind = "object" if isinstance(arguments, dict) and arguments else ""
+    return _CallForm("function" in call, kind)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sdpo_kernels.integrations.positions import position_limit
 from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.model_names import load_failure
+from sdpo_kernels.stepwise.common.units import counted
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 
@@ -19,8 +21,7 @@ def load_model_config(config: RunConfig) -> Any:
     try:
         return AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise UserError(f"model: no config can be loaded from {config.model}: {first}") from error
+        raise UserError(f"model: {load_failure(config.model, 'config', error)}") from error
 
 
 def check_fit(config: RunConfig, model_config: Any, parts: Sequence[TokenizedPairs]) -> None:
@@ -37,6 +38,18 @@ def check_fit(config: RunConfig, model_config: Any, parts: Sequence[TokenizedPai
         )
 
     check_positions(config, model_config, max(int(tokens.lengths.max()) for tokens in parts))
+
+
+def check_vocabulary(ours: Mapping[str, int], theirs: Mapping[str, int], rule: str) -> None:
+    """Raises UserError, which ends with `rule`, if another model's tokenizer differs from the run's in a token."""
+    odd = sorted(ours.items() ^ theirs.items())
+    if odd:
+        token = odd[0][0]
+        ids = ["absent" if token not in side else f"{side[token]}" for side in (ours, theirs)]
+        raise UserError(
+            f"its tokenizer differs from the model's in {counted(len({name for name, _ in odd}), 'token')}: {token!r} "
+            f"is {ids[0]} in the model's and {ids[1]} in this one; {rule}"
+        )
 
 
 def check_positions(config: RunConfig, model_config: Any, longest: int, what: str = "max_length") -> None:

@@ -9,7 +9,7 @@ score.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ class StageData:
     scores: NDArray[np.float64] | None = None  # external score of each pair, chosen minus rejected
     accuracy: float | None = None  # fraction of pairs ranked right, if it was computed
     prompts: list[PromptRow] | None = None  # of a stage with generated pairs, which has none before it starts
+    skipped: int = 0  # bad rows of its files, left out
 
 
 def order_stages(config: RunConfig, stages: Sequence[StageData], score: Score) -> list[StageData]:
@@ -66,8 +67,13 @@ def _by_accuracy(config: RunConfig, stages: Sequence[StageData], score: Score) -
         # a tie counts as ranked wrong
         margin = stage.scores if stage.scores is not None else margins(config, stage.tokens, score)
         accuracy = float((margin > 0).mean())
-        ranked.append(StageData(stage.config, stage.tokens, stage.where, stage.scores, accuracy))
+        ranked.append(replace(stage, accuracy=accuracy))
     return sorted(ranked, key=lambda stage: -(stage.accuracy or 0.0))  # stable: ties keep their given order
+
+
+def tier_name(stage: str, number: int) -> str:
+    """The name of tier `number` (from 1) of a stage that is split."""
+    return f"{stage}-{number}"
 
 
 def _tiers(config: RunConfig, stage: StageData, score: Score) -> list[StageData]:
@@ -80,15 +86,15 @@ def _tiers(config: RunConfig, stage: StageData, score: Score) -> list[StageData]
     easiest_first = np.argsort(-margin, kind="stable")
     tiers = []
     for number, members in enumerate(np.array_split(easiest_first, config.tiers), 1):
-        named = stage.config.model_copy(update={"name": f"{stage.config.name}-{number}"})
+        named = stage.config.model_copy(update={"name": tier_name(stage.config.name, number)})
 
         # within a tier the pairs keep their given order
         chosen = np.sort(members)
         accuracy = float((margin[chosen] > 0).mean())
 
-        # pairs dropped before the split belong to no tier; the first one counts them, once
-        dropped_from = stage.tokens if number == 1 else None
-        tiers.append(StageData(named, *_take(stage, chosen, dropped_from), accuracy=accuracy))
+        # pairs dropped and rows skipped before the split belong to no tier; the first one counts them, once
+        dropped_from, skipped = (stage.tokens, stage.skipped) if number == 1 else (None, 0)
+        tiers.append(StageData(named, *_take(stage, chosen, dropped_from), accuracy=accuracy, skipped=skipped))
     return tiers
 
 
@@ -106,7 +112,8 @@ def _shuffled(stages: Sequence[StageData], seed: int) -> list[StageData]:
     hands = np.split(dealt, borders)
 
     return [
-        StageData(stage.config, *_take(pool, hand, stage.tokens)) for stage, hand in zip(stages, hands, strict=True)
+        StageData(stage.config, *_take(pool, hand, stage.tokens), skipped=stage.skipped)
+        for stage, hand in zip(stages, hands, strict=True)
     ]
 
 

@@ -15,13 +15,16 @@ import hashlib
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.units import counted
 from sdpo_kernels.stepwise.data.raw_rows import Row, read_rows
-from sdpo_kernels.stepwise.data.shapes import BadRow, Shape, clean, unused
+from sdpo_kernels.stepwise.data.shapes import BadRow, Shape, clean, has_null_arguments, unused
+from sdpo_kernels.stepwise.settings.types import is_json_source
 
 Message = dict[str, Any]
 Text = str | list[Message]
@@ -66,6 +69,7 @@ class PairData:
     skipped: list[str]
     unused: dict[str, list[str]] = field(default_factory=dict)  # source → columns that nothing reads
     own_names: list[str] = field(default_factory=list)  # sources that have none of the columns that settings name
+    nulls: dict[str, int] = field(default_factory=dict)  # JSON file → rows with nulls in the arguments of tool calls
 
 
 def read_pairs(
@@ -88,13 +92,15 @@ def read_pairs(
     bad: list[str] = []
     ignored: dict[str, list[str]] = {}
     own_names: list[str] = []
+    nulls: Counter[str] = Counter()
     for source, shape in ((found.path, found.shape) for found in map(as_source, sources)):
         good_before, bad_before, given = len(pairs), len(bad), shape
         columns: set[str] = set()
         for row in read_rows(source, sorted(shape.names | set(scores))):
-            if not columns:  # the first row shows which columns the source has
+            if not columns and not row.problem:  # the first row shows which columns the source has
                 given, shape = shape, shape.of_source([*row.values, *row.others])
             columns.update(row.values, row.others)
+            nulls[source] += is_json_source(source) and has_null_arguments(row.values)
             try:
                 pairs.append(_pair_of(row, shape, score_column))
             except BadRow as problem:
@@ -105,7 +111,9 @@ def read_pairs(
         if len(pairs) == good_before and not new_bad:
             raise UserError(f"{source}: has no rows")
         if len(pairs) == good_before and on_bad_row == "skip":
-            raise UserError(f"{source}: none of its {new_bad} rows can be used; the first: {bad[bad_before]}")
+            raise UserError(
+                f"{source}: none of its {counted(new_bad, 'row')} can be used; the first: {bad[bad_before]}"
+            )
         check_mapped(source, shape, columns)
         if shape is not given:
             own_names.append(source)
@@ -114,7 +122,7 @@ def read_pairs(
 
     if on_bad_row == "error":
         refuse_bad_rows(bad)
-    return PairData(pairs, bad, ignored, own_names)
+    return PairData(pairs, bad, ignored, own_names, dict(+nulls))
 
 
 def check_mapped(source: str, shape: Shape, columns: set[str]) -> None:
@@ -135,11 +143,15 @@ def as_source(source: str | PairSource) -> PairSource:
     return PairSource(source) if isinstance(source, str) else source
 
 
-def refuse_bad_rows(bad: Sequence[str]) -> None:
-    """Raises UserError if there are bad rows, with the first of them and the number of others in the message."""
+def refuse_bad_rows(bad: Sequence[str], total: int | None = None) -> None:
+    """Raises UserError if there are bad rows, with the first of them and the number of others in the message.
+
+    `total`: how many rows there are. If all of them are bad, leaving them out is no help.
+    """
     if bad:
-        more = f" (and {len(bad) - 1} more bad rows)" if len(bad) > 1 else ""
-        raise UserError(f"{bad[0]}{more}; set on_bad_row: skip to leave bad rows out")
+        more = f" (and {counted(len(bad) - 1, 'more bad row')})" if len(bad) > 1 else ""
+        hint = "" if len(bad) == total else "; set on_bad_row: skip to leave bad rows out"
+        raise UserError(f"{bad[0]}{more}{hint}")
 
 
 def shared_pairs(named: dict[str, list[Pair]]) -> list[str]:
@@ -174,7 +186,7 @@ def _key(pair: Pair) -> bytes:
 def _pair_of(row: Row, shape: Shape, score_column: str | None) -> Pair:
     if row.problem:
         raise BadRow(row.problem)
-    values = shape.read(row.values)
+    values = shape.read(row.values, row.others)
     return Pair(
         *_texts(values),
         where=row.where,
@@ -202,16 +214,12 @@ def read_template_options(values: dict[str, Any]) -> dict[str, Any] | None:
 def _texts(values: dict[str, Any]) -> tuple[Any, Any, Any]:
     """The row's (prompt, chosen, rejected).
 
-    1. Check that the columns are there and have the right types, all of the same kind.
+    1. Check that the columns have the right types, all of the same kind.
     2. Check that the answers are not empty and not equal.
     3. Without a prompt, take the common prefix of the answers.
 
     Raises BadRow if they do not make a preference pair.
     """
-    for name in ("chosen", "rejected"):
-        if name not in values:
-            raise BadRow(f"{name!r} is missing; a row needs chosen and rejected (and may have prompt)")
-
     # prompt and answers will be concatenated, so they must be of one kind
     names = [name for name in ("prompt", "chosen", "rejected") if name in values]
     kinds = {name: check_text(name, values[name]) for name in names}

@@ -25,6 +25,7 @@ from sdpo_kernels.stepwise.data.pairs import (
 from sdpo_kernels.stepwise.data.raw_rows import Row, read_rows
 from sdpo_kernels.stepwise.data.render import RenderedChat, chat_ids, ended, is_prefill, plain_ids, render_chat
 from sdpo_kernels.stepwise.data.shapes import CONVERSATIONS, BadRow, Shape
+from sdpo_kernels.stepwise.data.suggestions import listed, suggested
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def read_prompts(
     for source in map(as_source, sources):
         shape, columns = source.prompt_shape, set[str]()
         for row in read_rows(source.path, None):
-            if not columns:  # the first row shows which columns the source has
+            if not columns and not row.problem:  # the first row shows which columns the source has
                 shape = shape.of_source(row.values)
             columns.update(row.values)
             try:
@@ -129,8 +130,11 @@ def _read(row: Row, shape: Shape, template_time: datetime | None) -> PromptRow:
     read = shape.read_prompt(row.values)
 
     prompt = read.get("prompt")
+    if "prompt" not in read:
+        line = suggested(row.values, shape.columns, ["prompt"])
+        raise BadRow(f"'prompt' is missing; the row has {listed(row.values)}. Name its column with {line}")
     if prompt is None:
-        raise BadRow("'prompt' is missing")
+        raise BadRow("'prompt' is missing: it is null")
     check_text("prompt", prompt)
     if not prompt:
         raise BadRow("'prompt' is empty")

@@ -7,13 +7,18 @@ take the same number of steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from sdpo_kernels.stepwise.common import ranks
+
+
+def global_batches(sampler: Iterable[int], size: int, drop_last: bool) -> BatchSampler:
+    """The indices of each micro-batch of `size` pairs, over all ranks; with a single process, DataLoader's own."""
+    return BatchSampler(sampler, size, drop_last)
 
 
 class RankBatches(BatchSampler):
@@ -27,13 +32,15 @@ class RankBatches(BatchSampler):
         self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        global_batches = BatchSampler(self.sampler, self.batch_size * self.world_size, self.drop_last)
-        for batch in global_batches:
+        for batch in self._global_batches():
             share = [int(index) for index in np.array_split(batch, self.world_size)[self.rank]]
             yield share or [~int(batch[0])]
 
     def __len__(self) -> int:
-        return len(BatchSampler(self.sampler, self.batch_size * self.world_size, self.drop_last))
+        return len(self._global_batches())
+
+    def _global_batches(self) -> BatchSampler:
+        return global_batches(self.sampler, self.batch_size * self.world_size, self.drop_last)
 
 
 def share_batches(dataloader: DataLoader) -> DataLoader:
@@ -48,4 +55,5 @@ def share_batches(dataloader: DataLoader) -> DataLoader:
         inner.sampler, inner.batch_size, inner.drop_last, ranks.rank(), ranks.world_size()
     )
     shard.num_processes, shard.process_index, shard.even_batches = 1, 0, False
+    shard.sampler = inner.sampler  # where accelerate looks for `set_epoch` if it skips batches
     return dataloader

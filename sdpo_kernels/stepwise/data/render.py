@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from sdpo_kernels.stepwise.common.errors import UserError
-from sdpo_kernels.stepwise.data.dropped import Dropped, dropped, is_changed, one_line
+from sdpo_kernels.stepwise.data.dropped import USUAL_ROLES, Dropped, dropped, is_changed, one_line, renaming
 from sdpo_kernels.stepwise.data.template_clock import apply_template
 
 if TYPE_CHECKING:
@@ -117,8 +117,10 @@ class _Template:
             return str(apply_template(self.tokenizer, messages, tokenize=False, **ending, **self.options))
         except Exception as error:  # a template is a program, which may raise anything
             reason = (str(error).splitlines() or [""])[0]
+            odd = next((m["role"] for m in messages if m["role"] in USUAL_ROLES), None)
+            hint = f"; its message of role {odd!r}: {renaming(odd)}" if odd and "role" in reason.lower() else ""
             raise RowError(
-                f"{self.where}: the tokenizer's chat template failed: {type(error).__name__}: {reason}"
+                f"{self.where}: the tokenizer's chat template failed: {type(error).__name__}: {reason}{hint}"
             ) from error
 
 
@@ -269,11 +271,13 @@ def _refuse_dropped(
         message, in_prompt = messages[index], index < n_prompt
         at = f"prompt[{index}]" if in_prompt else f"{name}[{index - n_prompt}]"
         if what == "call":
-            raise RowError(f"{where}: the chat template drops the tool call ({at}); use a template that writes them")
+            raise RowError(
+                f"{where}: the chat template drops a tool call or its arguments ({at}); use a template that writes them"
+            )
         if not message.get("tool_calls"):
             raise RowError(
-                f"{where}: the chat template drops the message of role {message['role']!r} ({at}); rename the role or "
-                "change the template"
+                f"{where}: the chat template drops the message of role {message['role']!r} ({at}); "
+                f"{renaming(message['role'])} or change the template"
             )
         if not in_prompt or message["content"].strip() in prompt_text:
             raise RowError(

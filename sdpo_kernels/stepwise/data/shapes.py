@@ -12,19 +12,17 @@ since a column that is only guessed to be the prompt would be trained on without
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sdpo_kernels.stepwise.data.suggestions import listed, suggested
 from sdpo_kernels.stepwise.settings.columns import ColumnSettings
 
 PARTS = ("prompt", "chosen", "rejected", "system", "tools")
 OPTIONS = "chat_template_kwargs"
 CONVERSATIONS = "conversations"  # ShareGPT's name for the messages before the answers
 
-# names that other data sets give to the prompt and the system message, for the suggestion of an error
-PROMPT_NAMES = ("question", "instruction", "query", "input", "problem", "user", "human", "context")
-SYSTEM_NAMES = ("system", "system_prompt")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
@@ -82,8 +80,10 @@ class Shape:
         is_other = self.columns_optional and wanted and not wanted & set(columns)
         return Shape(implicit_prompt=self.implicit_prompt) if is_other else self
 
-    def read(self, row: dict[str, Any]) -> dict[str, Any]:
+    def read(self, row: dict[str, Any], others: Sequence[str] = ()) -> dict[str, Any]:
         """`row` in TRL's schema; what its texts hold is checked by `pairs.py`. BadRow if it cannot be read.
+
+        `others` are columns of its source that were not loaded: an error lists them, too.
 
         1. Rename the columns, join a prompt of several.
         2. Normalise messages: ShareGPT's keys, one message instead of a list, content in parts, nulls.
@@ -93,14 +93,20 @@ class Shape:
         A row of prompts has no answers: `read_prompt`.
         """
         _refuse_media(row)
-        values = self._renamed(row)
+        there = row | dict.fromkeys(others, "")
+        values = self._renamed(row, there)
+        if absent := [part for part in ("chosen", "rejected") if part not in values]:
+            raise BadRow(
+                f"{absent[0]!r} is missing; the row has {listed(there)}. Name its columns with "
+                f"{suggested(there, self.columns, absent)}"
+            )
         for part in ("prompt", "chosen", "rejected"):
             if part in values:
                 values[part] = _normalised(part, values[part])
         if values.get("prompt", "") is None and isinstance(values.get("chosen"), list):
             del values["prompt"]  # a null next to conversations, which may contain it
         if "prompt" not in values:
-            values = self._with_prompt(values, row)
+            values = self._with_prompt(values, there)
         return _same_kind(values, self.columns.system is not None)
 
     def read_prompt(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -108,12 +114,13 @@ class Shape:
         _refuse_media(row)
 
         # answers may be there, and are not looked at
-        values = self._renamed({name: value for name, value in row.items() if name not in ("chosen", "rejected")})
+        values = self._renamed({name: value for name, value in row.items() if name not in ("chosen", "rejected")}, row)
         if "prompt" in values:
             values["prompt"] = _normalised("prompt", values["prompt"])
         return {**row, **_same_kind(values, self.columns.system is not None)}
 
-    def _renamed(self, row: dict[str, Any]) -> dict[str, Any]:
+    def _renamed(self, row: dict[str, Any], there: dict[str, Any]) -> dict[str, Any]:
+        """The parts of `row` under TRL's names; `there` has all columns of its source, for an error."""
         values = {name: row[name] for name in (OPTIONS,) if name in row}
         for part in PARTS:
             names = _names(self.columns, part)
@@ -122,7 +129,7 @@ class Shape:
             if missing and part in ("system", "tools"):
                 continue
             if missing and getattr(self.columns, part) is not None:
-                raise BadRow(f"columns.{part}: the row has no column {missing[0]!r}; it has {_listed(row)}")
+                raise BadRow(f"columns.{part}: the row has no column {missing[0]!r}; it has {listed(there)}")
             if missing or not names:
                 continue
             values[part] = row[names[0]] if len(names) == 1 else _joined(part, names, row)
@@ -131,7 +138,7 @@ class Shape:
             values["prompt"] = row[CONVERSATIONS]
         return values
 
-    def _with_prompt(self, values: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    def _with_prompt(self, values: dict[str, Any], there: dict[str, Any]) -> dict[str, Any]:
         """`values` with the prompt that both answers start with, if the row allows one to be found there."""
         chosen, rejected = values.get("chosen"), values.get("rejected")
         if not isinstance(chosen, str) or not isinstance(rejected, str):
@@ -141,8 +148,9 @@ class Shape:
         if (found := _split_transcript(chosen, rejected)) is not None:
             return values | found
         raise BadRow(
-            f"'prompt' is missing; the row has {_listed(row)}. Name its columns with {_suggestion(row)}, or set "
-            "prompt: implicit to take the text that both answers start with"
+            f"'prompt' is missing; the row has {listed(there)}. Name its columns with "
+            f"{suggested(there, self.columns, ['prompt'])}, or set prompt: implicit to take the text that both answers "
+            "start with"
         )
 
 
@@ -154,12 +162,24 @@ def unused(names: Iterable[str], shape: Shape) -> list[str]:
 def clean(value: Any) -> Any:
     """`value` without the nulls of the objects in it.
 
-    Parquet gives every row all the argument names of the others, as nulls; JSON lines of the same rows have none. Empty
-    lists stay: in arguments and schemas they mean something.
+    Parquet gives every row all the argument names of the others, as nulls, and so do JSON lines that were written from
+    it; a null that was meant looks the same (docs/data.md). Empty lists stay: in arguments and schemas they mean
+    something.
     """
     if isinstance(value, dict):
         return {key: clean(below) for key, below in value.items() if below is not None}
     return [clean(below) for below in value] if isinstance(value, list) else value
+
+
+def has_null_arguments(row: dict[str, Any]) -> bool:
+    """Whether a tool call in one of a row's conversations has a null among its arguments, which `clean` leaves out."""
+    messages = [message for value in row.values() if isinstance(value, list) for message in value]
+    calls = [
+        call for m in messages if isinstance(m, dict) for call in m.get("tool_calls") or () if isinstance(call, dict)
+    ]
+    functions = [call.get("function", call) for call in calls]
+    arguments = [function.get("arguments") for function in functions if isinstance(function, dict)]
+    return any(isinstance(given, dict) and clean(given) != given for given in arguments)
 
 
 def _names(columns: ColumnSettings, part: str) -> tuple[str, ...]:
@@ -284,17 +304,3 @@ def _refuse_media(row: dict[str, Any]) -> None:
     for name in MEDIA:
         if row.get(name):
             raise BadRow(f"{name!r} is set; only text can be trained on here")
-
-
-def _listed(row: dict[str, Any]) -> str:
-    return "the columns " + ", ".join(row) if row else "no columns"
-
-
-def _suggestion(row: dict[str, Any]) -> str:
-    """The `columns` line that would most likely read this row."""
-    prompts = [name for name in PROMPT_NAMES if isinstance(row.get(name), str)]
-    if "instruction" in prompts and "input" in prompts:
-        prompts = ["instruction", "input"]
-    name = f"[{', '.join(prompts[:2])}]" if prompts[:2] == ["instruction", "input"] else (prompts or ["NAME"])[0]
-    system = next((f", system: {known}" for known in SYSTEM_NAMES if known in row), "")
-    return f"columns: {{prompt: {name}{system}}}"

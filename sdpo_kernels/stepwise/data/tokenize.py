@@ -11,7 +11,7 @@ generation prompt after the prompt; an assistant's message at the end of the pro
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -20,15 +20,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.units import counted
 from sdpo_kernels.stepwise.data.pair_notes import NO_END, NO_PREFIX, PairNotes
-from sdpo_kernels.stepwise.data.pairs import Pair
+from sdpo_kernels.stepwise.data.pairs import Pair, refuse_bad_rows
 from sdpo_kernels.stepwise.data.render import RenderedChat, RowError, chat_ids, ended, plain_ids, render_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _END = 4  # tokens at the end of a conversation among which its end token is, before line breaks
-_CHUNK = 1000  # pairs per call of the tokenizer, which processes the texts of a call in parallel
+_CHUNK = 250  # pairs per call of the tokenizer, which processes the texts of a call in parallel
 
 
 class TokenizedSequence(NamedTuple):
@@ -170,8 +171,10 @@ def tokenize_pairs(
     drop_equal: bool = True,
     on_bad_row: Literal["error", "skip"] = "error",
     template_time: datetime | None = None,
+    on_progress: Callable[[int], None] = lambda done: None,
 ) -> TokenizedPairs:
-    """Tokenise `pairs`. `template_time` is the time that a chat template reads; None: now.
+    """Tokenise `pairs`. `template_time` is the time that a chat template reads; None: now. `on_progress` is called
+    now and then with the number of pairs done, last with all of them.
 
     1. Tokenise prompt, prompt + chosen and prompt + rejected of each pair.
     2. The prompt ends where the three first differ.
@@ -190,11 +193,13 @@ def tokenize_pairs(
 
     made = _Made()
     notes = PairNotes()
+    refused: list[str] = []  # by the chat template
     for index, raw in enumerate(_raw_pairs(pairs, tokenizer, template_time)):
         pair = pairs[index]
+        if (index + 1) % _CHUNK == 0 or index + 1 == len(pairs):
+            on_progress(index + 1)
         if isinstance(raw, RowError):
-            if on_bad_row == "error":
-                raise raw
+            refused.append(str(raw))
             made.dropped.append(str(raw))
             continue
 
@@ -203,7 +208,7 @@ def tokenize_pairs(
         notes.look_at(pair, raw.chat)
         if prompt_length < len(raw.prompt):
             notes.add(pair, NO_PREFIX)
-        if raw.chat is not None and not ends & {*raw.chosen[-_END:], *raw.rejected[-_END:]}:
+        if raw.chat is not None and not all(ends & {*ids[-_END:]} for ids in raw[1:3]):
             notes.add(pair, NO_END)
 
         whole = [TokenizedSequence(np.asarray(ids, dtype=np.int32), prompt_length) for ids in raw[1:3]]
@@ -213,9 +218,11 @@ def tokenize_pairs(
             reason = _equal(cut, whole, max_length)
         made.add(index, whole, cut, reason and f"{pair.where}: {reason}")
 
+    if on_bad_row == "error":
+        refuse_bad_rows(refused, len(pairs))
     if pairs and not made.kept:
         cause = f"max_length: was {max_length}, which leaves none" if made.dropped_cut else "nothing to learn in any"
-        raise UserError(f"{cause} of {len(pairs)} pairs; first: {made.dropped[0]}")
+        raise UserError(f"{cause} of {counted(len(pairs), 'pair')}; first: {made.dropped[0]}")
     return made.tokenized(notes.warnings(len(pairs)))
 
 

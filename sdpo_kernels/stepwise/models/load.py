@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from sdpo_kernels.integrations.causal_lm import attach_fused_head, disable_dropout
 from sdpo_kernels.integrations.packed_attention import use_packed_attention
 from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.model_names import load_failure
 from sdpo_kernels.stepwise.models.precision import Precision
 from sdpo_kernels.stepwise.models.saving import is_tied, keep_generation_config, say_untied, says_tied
 from sdpo_kernels.stepwise.settings.lora import LoraSettings
@@ -42,10 +44,10 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = _first_line(error)
+        reason = load_failure(config.model, "tokenizer", error)
         if Path(config.model).is_dir() and not (Path(config.model) / "tokenizer_config.json").exists():
-            reason = "the folder has no tokenizer_config.json"
-        raise UserError(f"model: no tokenizer can be loaded from {config.model}: {reason}") from error
+            reason = f"no tokenizer can be loaded from {config.model}: the folder has no tokenizer_config.json"
+        raise UserError(f"model: {reason}") from error
 
 
 def load_model(path: str, config: RunConfig, precision: Precision) -> Loaded:
@@ -119,6 +121,8 @@ def pretrained(path: str, config: RunConfig, source: str | None = None, **option
             source, use_safetensors=True, output_loading_info=True, **options
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        if not os.path.isdir(source):
+            raise UserError(f"model: {load_failure(source, 'model', error)}") from error
         raise UserError(f"model: {path} cannot be loaded: {load_error(error, source)}") from error
 
     model, found = loaded

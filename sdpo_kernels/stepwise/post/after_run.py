@@ -120,7 +120,9 @@ def _make(run: Run, settings: ExpoSettings, work: Path) -> Record:
 
     # the search keeps only one model on the disk, so its best one is written again
     alpha = found.best.alpha if found is not None else float(settings.alpha)
-    extrapolate(start, aligned, work / "finished", alpha, search_notes(found, metric) if found is not None else ())
+    notes = search_notes(found, metric) if found is not None else ()
+    with run.reporter.waiting(f"expo: writing the model with α {alpha:g}"):
+        extrapolate(start, aligned, work / "finished", alpha, notes)
 
     return {
         "alpha": alpha,
@@ -144,4 +146,4 @@ def _scorer(run: Run) -> Scorer:
 def _evaluate(run: Run, folder: Path, scorer: Scorer) -> Record:
     data: EvalData | None = run.eval_data
     assert data is not None  # settings with a search require eval_data
-    return data.evaluate(str(folder), folder, scorer)
+    return data.evaluate(str(folder), folder, scorer, "expo")

@@ -8,8 +8,12 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from sdpo_kernels.stepwise.record.manifest import Record
-from sdpo_kernels.stepwise.settings.run_settings import RunConfig
+from sdpo_kernels.stepwise.settings.columns import entry_path
+from sdpo_kernels.stepwise.settings.run_settings import RunConfig, StageConfig
+from sdpo_kernels.stepwise.settings.types import is_file_source
 from sdpo_kernels.version import __version__
+
+_LEFT_OUT = {"skipped": "bad rows skipped", "dropped": "pairs dropped"}
 
 
 def model_card(config: RunConfig, stage: Record) -> str:
@@ -24,8 +28,9 @@ def model_card(config: RunConfig, stage: Record) -> str:
         "|---|---|",
         f"| loss | {stage['loss']}, beta {stage['beta']:g} |",
         f"| reference | {stage['reference']} |",
-        f"| pairs | {stage['pairs']} |",
-        *_truncation_rows(config, stage),
+        *_training_rows(config, stage),
+        f"| pairs | {_pairs(stage)} |",
+        *_missing_rows(config, stage),
         f"| steps | {stage['steps']} |",
         f"| first and last loss | {stage['first_loss']:.4f}, {stage['last_loss']:.4f} |",
     ]
@@ -41,12 +46,45 @@ def model_card(config: RunConfig, stage: Record) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _truncation_rows(config: RunConfig, stage: Record) -> list[str]:
-    """What truncation cut, if anything; the records of earlier versions do not say."""
-    if not stage.get("cut_pairs"):
-        return []
-    counts = f"{stage['cut_pairs']}, losing {stage['lost_tokens']} scored tokens"
-    return [f"| pairs cut at {config.max_length} tokens | {counts} |"]
+def _training_rows(config: RunConfig, stage: Record) -> list[str]:
+    """The settings and data that the stage was trained with."""
+    # tiers have names of their own, and share one entry of the settings
+    own = next((found for found in config.stages if found.name == stage["name"]), config.stages[0])
+    trainer = config.stage_trainer(own)
+    steps = trainer.get("max_steps", -1)
+    rows = [
+        f"| learning rate | {trainer['learning_rate']:g}, {trainer['lr_scheduler_type']} |",
+        f"| max_steps | {steps} |" if steps > 0 else f"| epochs | {own.epochs:g} |",
+        f"| max_length | {config.max_length} |",
+        f"| data | {', '.join(_data_files(config, own))} |",
+    ]
+    if config.lora is not None:
+        rows.append(f"| LoRA | r {config.lora.r}, alpha {config.lora.alpha:g} |")
+    return rows
+
+
+def _data_files(config: RunConfig, stage: StageConfig) -> list[str]:
+    """The stage's files, without the folders they are in here, and Hub datasets."""
+    stages = config.stages if config.order == "random" else [stage]  # all pairs were dealt out to the stages
+    sources = [entry_path(entry) for found in stages for entry in [*(found.data or ()), *(found.prompts or ())]]
+    names = [Path(source).name if is_file_source(source) else source for source in sources]
+    generated = f" (prompts; pairs by {stage.source.kind})" if stage.source is not None else ""
+    return [f"{name}{generated}" for name in dict.fromkeys(names)]
+
+
+def _missing_rows(config: RunConfig, stage: Record) -> list[str]:
+    """What the stage was not trained on, if anything; the records of earlier versions do not say all of it."""
+    rows = [f"| {what} | {stage[key]} |" for key, what in _LEFT_OUT.items() if stage.get(key)]
+    if stage.get("cut_pairs"):
+        counts = f"{stage['cut_pairs']}, losing {stage['lost_tokens']} scored tokens"
+        rows.append(f"| pairs cut at {config.max_length} tokens | {counts} |")
+    return rows
+
+
+def _pairs(stage: Record) -> str:
+    """How many pairs it was trained on; the records of earlier versions have one number only."""
+    used = stage.get("pairs_used")
+    return str(stage["pairs"]) if used in (None, stage["pairs"]) else f"{used} of {stage['pairs']}"
 
 
 def expo_card(start: Path, aligned: Path, alpha: float, notes: Sequence[str], is_adapter: bool) -> str:

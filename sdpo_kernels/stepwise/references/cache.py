@@ -1,10 +1,13 @@
 """Log-probs [n, 2] of pairs in a file, used only if its key matches.
 
     key = cache_key(weights_hash(model), tokens, dtype="float32")
-    scores = cached_scores(path, key, len(tokens), lambda: score(model, tokens))
+    scores = cached_scores(path, key, wanted, len(tokens), lambda missing: score(model, tokens.take(missing)))
 
 The key hashes everything a score depends on. If the key, the count or a value is wrong, or the file cannot be read,
 the scores are recomputed and a warning says why.
+
+A file has a row for every pair. Pairs that were never asked for are NaN in both columns; if they are asked for later,
+they alone are scored and added.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -37,29 +42,38 @@ def cache_key(reference_hash: str, tokens: TokenizedPairs, **settings: Any) -> s
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def cached_scores(path: Path, key: str, count: int, compute: Callable[[], Tensor]) -> Tensor:
-    """The scores [count, 2] in `path` if they are valid for `key`; otherwise those of `compute()`, saved there.
+def cached_scores(
+    path: Path, key: str, wanted: NDArray[np.int64], count: int, compute: Callable[[NDArray[np.int64]], Tensor]
+) -> Tensor:
+    """Scores [count, 2] of at least the pairs `wanted`, NaN for others that have none.
 
-    UserError if the computed scores are NaN or infinite; nothing is saved then. On several ranks all of them use the
-    file or all of them compute; rank 0 writes it.
+    Those in `path` are taken if the file is valid for `key`. The others are `compute(missing)`, [k, 2], and are saved
+    there. UserError if these are NaN or infinite; nothing is saved then. On several ranks all call this and compute;
+    rank 0 reads and writes the file.
     """
-    scores, reason = read_scores(path, key, count)
-
-    # `compute` exchanges scores between ranks, so no rank may take the file while another computes.
-    found_on_all = min(ranks.exchange(scores is not None))
-    if scores is not None and found_on_all:
-        return scores
-    if reason:
+    # `compute` exchanges scores between ranks, so all of them must miss the same pairs
+    scores, reason = ranks.on_first(lambda: read_scores(path, key, count, partial=True))
+    if reason and ranks.is_first():
         logger.warning("%s is recomputed: %s", path.name, reason)
-    scores = compute()
+    if scores is None:
+        missing, scores = wanted, torch.full((count, 2), torch.nan)
+    else:
+        missing = wanted[scores[wanted, 0].isnan().numpy()]
+        if len(missing) and ranks.is_first():
+            logger.warning("%s: %s more pairs are scored, the others are there", path.name, f"{len(missing):,}")
+    if not len(missing):
+        return scores
 
     # one broken pair would make every loss of its batch NaN
-    bad = ~torch.isfinite(scores).all(1)
+    found = compute(missing)
+    bad = ~torch.isfinite(found).all(1)
     if bool(bad.any()):
         raise UserError(
-            f"{path.name}: the model scores {int(bad.sum())} of {count} pairs as NaN or infinite, the first is pair "
-            f"{int(bad.nonzero()[0]) + 1}; its weights are broken, or they overflow in this precision"
+            f"{path.name}: the model scores {int(bad.sum())} of {len(missing)} pairs as NaN or infinite, the first is "
+            f"pair {int(missing[int(bad.nonzero()[0])]) + 1}; its weights are broken, or they overflow in this "
+            "precision"
         )
+    scores[missing] = found
     write_scores(path, scores, key)
     ranks.wait()
     return scores
@@ -72,10 +86,11 @@ def write_scores(path: Path, scores: Tensor, key: str) -> None:
     replace_file(path, save(columns, metadata={"key": key}))
 
 
-def read_scores(path: Path, key: str | None, count: int) -> tuple[Tensor | None, str]:
+def read_scores(path: Path, key: str | None, count: int, *, partial: bool = False) -> tuple[Tensor | None, str]:
     """Scores [count, 2] and "" if the file is valid; otherwise None and why not ("" if there is no file).
 
-    With `key=None` any key is accepted, for files whose location already identifies their content.
+    With `key=None` any key is accepted, for files whose location already identifies their content. With `partial` a
+    pair may have no scores: NaN in both columns.
     """
     if not path.exists():
         return None, ""
@@ -91,6 +106,7 @@ def read_scores(path: Path, key: str | None, count: int) -> tuple[Tensor | None,
     if any(column.shape != (count,) for column in columns):
         return None, f"it holds {columns[0].shape[0]} pairs, not {count}"
     scores = torch.stack(columns, 1)
-    if not bool(torch.isfinite(scores).all()):
+    unscored = scores.isnan().all(1) if partial else torch.zeros(count, dtype=torch.bool)
+    if not bool(torch.isfinite(scores[~unscored]).all()):
         return None, "it holds NaN or infinite values"
     return scores, ""

@@ -70,15 +70,18 @@ class EvalData:
     samples: int = 0  # how many prompts each model answers
     tokenizer: PreTrainedTokenizerBase | None = None  # needed for these answers only
 
-    def evaluate(self, model: str, folder: Path, scorer: Scorer) -> Record:
+    def evaluate(self, model: str, folder: Path, scorer: Scorer, name: str) -> Record:
         """Metrics of `model`; its log-probs are cached in `folder`. Rewards are relative to the initial model.
+
+        `name` is what rows of progress call the model.
 
         With `samples`, the model's answers to that many prompts are written into `folder`, too.
         """
         tokenizer = self.tokenizer
         if self.samples and tokenizer is not None:
-            ranks.on_first(lambda: write_answers(model, folder, self.tokens, self.samples, tokenizer, scorer))
-        logps = scorer.score_path(model, self.tokens, "evaluation", folder / EVAL_FILE)
+            label = f"{name}: samples"
+            ranks.on_first(lambda: write_answers(model, folder, self.tokens, self.samples, tokenizer, scorer, label))
+        logps = scorer.score_path(model, self.tokens, f"{name}: evaluation", folder / EVAL_FILE)
         reference = None if folder == self.folder else self.stored(self.folder)
         return summarise(logps, scored_counts(self.tokens), reference, self.beta)
 

@@ -1,8 +1,8 @@
 """Scoring the references of `reference: multi`: one model after another, never two of them in memory.
 
     references = MultiReferences(settings, scorer, folder, check_weights)
-    references.score_others({"pairs": tokens}, "stage 1 easy")       # loads, scores and releases each model in turn
-    references.combine("pairs", base_scores)                         # [n, 2], what the stage trains against
+    references.score_others({"pairs": (tokens, used)}, "stage 1 easy")   # loads, scores, releases each model in turn
+    references.combine("pairs", base_scores)                             # [n, 2], what the stage trains against
 
 The base is the model the policy starts from. It stays in memory, so the stage itself scores it.
 """
@@ -14,19 +14,23 @@ import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sdpo_kernels.integrations.causal_lm import check_head
 from sdpo_kernels.stepwise.common.errors import UserError
-from sdpo_kernels.stepwise.data.fit import check_fit, load_model_config
+from sdpo_kernels.stepwise.data.fit import check_fit, check_vocabulary, load_model_config
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
-from sdpo_kernels.stepwise.models.load import load_tokenizer, weights_hash
+from sdpo_kernels.stepwise.models.load import load_tokenizer
 from sdpo_kernels.stepwise.references.mixture import combine
 from sdpo_kernels.stepwise.references.scorer import Scorer
 from sdpo_kernels.stepwise.settings.reference import MultiSettings
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
+
+Part = tuple[TokenizedPairs, NDArray[np.int64] | None]  # pairs, and the indices of those to score (None: all)
 
 BASE_FILE = "base.safetensors"
 
@@ -45,20 +49,19 @@ class MultiReferences:
         self.scores: dict[str, list[Tensor]] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
-    def score_others(self, wanted: Mapping[str, TokenizedPairs], label: str) -> None:
+    def score_others(self, wanted: Mapping[str, Part], label: str) -> None:
         """Score every model but the base on each of `wanted`, named sets of pairs; `combine` refers to them by name."""
         self.scores = {name: [] for name in wanted}
         for number in range(len(self.settings.models)):
             self._score(number, wanted, label)
 
-    def _score(self, number: int, wanted: Mapping[str, TokenizedPairs], label: str) -> None:
+    def _score(self, number: int, wanted: Mapping[str, Part], label: str) -> None:
         path = self.settings.models[number]
-        loaded = self.scorer.load(path)
-        digest = weights_hash(loaded.model)
+        loaded, digest = self.scorer.load_with_hash(path)
         self.check_weights(path, digest)
 
         # a head the package does not fit would give wrong log-probs, so it is tried on one sequence
-        first = next(iter(wanted.values()))[0].chosen.ids
+        first = next(iter(wanted.values()))[0][0].chosen.ids
         try:
             check_head(loaded.model, torch.from_numpy(first.astype("int64")).to(self.scorer.device))
         except ValueError as error:
@@ -67,12 +70,15 @@ class MultiReferences:
         # scored on everything while it is loaded
         self.hashes.append(digest)
         text = f"{label}: reference {number + 2} of {len(self.settings.models) + 1}"
-        for name, tokens in wanted.items():
+        for name, (tokens, used) in wanted.items():
             cache = self.folder / f"{name}-{number}.safetensors"
-            self.scores[name].append(self.scorer.cached(loaded, digest, tokens, text, cache))
+            self.scores[name].append(self.scorer.cached(loaded, digest, tokens, text, cache, used))
 
     def combine(self, name: str, base: Tensor) -> Tensor:
-        """log π̃ [n, 2] of the pairs that `score_others` was given as `name`; `base` [n, 2] are the base's scores."""
+        """log π̃ [n, 2] of the pairs that `score_others` was given as `name`; `base` [n, 2] are the base's scores.
+
+        A pair that some reference has not scored is NaN.
+        """
         options = self.settings
         parts = torch.stack([base, *self.scores[name]])
         return combine(parts, epsilon=options.epsilon, alpha=options.alpha, convention=options.alpha_convention)
@@ -92,18 +98,7 @@ def check_multi(config: RunConfig, tokenizer: PreTrainedTokenizerBase, parts: li
     for number, path in enumerate(config.multi.models if config.multi is not None else ()):
         theirs = config.model_copy(update={"model": path})
         try:
-            _check_vocabulary(vocabulary, load_tokenizer(theirs).get_vocab())
+            check_vocabulary(vocabulary, load_tokenizer(theirs).get_vocab(), "all references must share one vocabulary")
             check_fit(theirs, load_model_config(theirs), parts)
         except UserError as error:
             raise UserError(f"multi.models.{number}: {path}: {error}") from error
-
-
-def _check_vocabulary(ours: dict[str, int], theirs: dict[str, int]) -> None:
-    odd = sorted(ours.items() ^ theirs.items())
-    if odd:
-        token = odd[0][0]
-        ids = ["absent" if token not in side else f"{side[token]}" for side in (ours, theirs)]
-        raise UserError(
-            f"its tokenizer differs from the model's in {len({name for name, _ in odd})} tokens: {token!r} is {ids[0]} "
-            f"in the model's and {ids[1]} in this one; all references must share one vocabulary"
-        )

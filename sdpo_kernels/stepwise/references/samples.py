@@ -20,15 +20,22 @@ LONGEST = 64  # tokens of an answer
 
 
 def write_answers(
-    model: str, folder: Path, tokens: TokenizedPairs, count: int, tokenizer: PreTrainedTokenizerBase, scorer: Scorer
+    model: str,
+    folder: Path,
+    tokens: TokenizedPairs,
+    count: int,
+    tokenizer: PreTrainedTokenizerBase,
+    scorer: Scorer,
+    label: str = "samples",
 ) -> None:
     """Write the answers of the model in `model` to the first `count` different prompts of `tokens` into `folder`.
 
     An answer is greedy and has at most LONGEST tokens. The model is loaded for this and released.
     """
     prompts = first_prompts(tokens, count)
-    loaded = load_generator(model, scorer.config, scorer.device)
-    with scorer.reporter.task("samples", len(prompts)) as task, scorer.precision.autocast():
+    with scorer.reporter.waiting(f"loading the model {model}"):
+        loaded = load_generator(model, scorer.config, scorer.device)
+    with scorer.reporter.task(label, len(prompts)) as task, scorer.precision.autocast():
         samples = []
         for number, ids in enumerate(prompts, 1):
             answer, ended = greedy_answer(loaded, ids, tokenizer, scorer.device)

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from accelerate.utils import send_to_device
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
@@ -51,7 +53,14 @@ class Scorer:
 
     def load(self, path: str) -> Loaded:
         """The model in `path`, ready to score or to train."""
-        return load_model(path, self.config, self.precision)
+        with self.reporter.waiting(f"loading the model {path}"):
+            return load_model(path, self.config, self.precision)
+
+    def load_with_hash(self, path: str) -> tuple[Loaded, str]:
+        """The model in `path`, and the hash of its weights."""
+        with self.reporter.waiting(f"loading the model {path}"):
+            loaded = load_model(path, self.config, self.precision)
+            return loaded, weights_hash(loaded.model)
 
     def collator(self, loaded: Loaded) -> Collator:
         """The collator for the model's batches: packed or padded."""
@@ -85,8 +94,19 @@ class Scorer:
             task.update(len(tokens))
         return scores
 
-    def cached(self, loaded: Loaded, model_hash: str, tokens: TokenizedPairs, label: str, path: Path) -> Tensor:
-        """Like `score`, but kept in `path` under a key of everything the scores depend on."""
+    def cached(
+        self,
+        loaded: Loaded,
+        model_hash: str,
+        tokens: TokenizedPairs,
+        label: str,
+        path: Path,
+        wanted: NDArray[np.int64] | None = None,
+    ) -> Tensor:
+        """Like `score`, but kept in `path` under a key of everything the scores depend on.
+
+        If only the pairs `wanted` are needed, others are NaN unless the file has them.
+        """
         config, model_config = self.config, cast(Any, unwrap(loaded.model).config)
 
         # Only in the key if they are used: keys of other runs must stay what they were.
@@ -107,14 +127,19 @@ class Scorer:
             model=model_config.to_dict() | {"_name_or_path": None},
             attention=model_config._attn_implementation,
         )
-        return cached_scores(path, key, len(tokens), lambda: self.score(loaded, tokens, label))
+        count = len(tokens)
+
+        def compute(missing: NDArray[np.int64]) -> Tensor:
+            return self.score(loaded, tokens if len(missing) == count else tokens.take(missing), label)
+
+        return cached_scores(path, key, np.arange(count) if wanted is None else wanted, count, compute)
 
     def score_path(self, path: str, tokens: TokenizedPairs, label: str, cache: Path | None = None) -> Tensor:
         """Load the model in `path`, score `tokens` (or read the cache), and release it."""
-        loaded = self.load(path)
         if cache is None:
-            return self.score(loaded, tokens, label)
-        return self.cached(loaded, weights_hash(loaded.model), tokens, label, cache)
+            return self.score(self.load(path), tokens, label)
+        loaded, digest = self.load_with_hash(path)
+        return self.cached(loaded, digest, tokens, label, cache)
 
 
 def merged(parts: list[tuple[int, Tensor]], count: int) -> Tensor:

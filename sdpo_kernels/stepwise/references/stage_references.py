@@ -13,17 +13,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.data.batches import PairDataset
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
-from sdpo_kernels.stepwise.models.load import Loaded, release_memory, weights_hash
+from sdpo_kernels.stepwise.models.load import Loaded, release_memory
 from sdpo_kernels.stepwise.record.manifest import Record
 from sdpo_kernels.stepwise.references.cache import read_scores, write_scores
 from sdpo_kernels.stepwise.references.evaluation import EVAL_FILE, EvalData
-from sdpo_kernels.stepwise.references.multi import BASE_FILE, MultiReferences
+from sdpo_kernels.stepwise.references.multi import BASE_FILE, MultiReferences, Part
 from sdpo_kernels.stepwise.references.scorer import Scorer
 from sdpo_kernels.stepwise.settings.reference import MultiSettings
 
@@ -36,16 +38,17 @@ class StageStart:
     """What a stage starts from."""
 
     loaded: Loaded  # the policy
-    ref_logps: Tensor  # [n, 2] summed log-probs of the reference (chosen, rejected), float32, CPU
+    ref_logps: Tensor  # [n, 2] summed log-probs of the reference (chosen, rejected), float32, CPU; NaN if not scored
     record: Record  # of the scoring, for the manifest
 
 
 @dataclass(frozen=True)
 class StageReferences:
-    """Scores a stage's pairs under its reference, whatever `reference` is set to."""
+    """Scores the pairs a stage trains on under its reference, whatever `reference` is set to."""
 
     scorer: Scorer
     tokens: TokenizedPairs
+    used: NDArray[np.int64]  # sorted indices of the pairs that are trained on; only these are scored
     policy: str  # the model the stage starts from, a folder or hub name
     reference: str  # the model it is compared with; with `multi` the base, with `none` unused
     folder: Path  # the stage's working folder
@@ -65,7 +68,7 @@ class StageReferences:
         """
         config = self.scorer.config
         if config.reference == "none":
-            none: Record = {"reference_hash": None, "gamma_reference": None, "score_seconds": 0.0}
+            none = {"pairs_used": len(self.used), "reference_hash": None, "gamma_reference": None, "score_seconds": 0.0}
             return StageStart(self._load(self.policy)[0], torch.zeros(len(self.tokens), 2), none)
         if config.multi is not None:
             return self._score_multi(config.multi)
@@ -73,9 +76,9 @@ class StageReferences:
         loaded, reference_hash = self._load(self.reference)
         started = time.monotonic()
         scores = self.scorer.cached(
-            loaded, reference_hash, self.tokens, f"{self.label}: references", self.folder / REFERENCE_FILE
+            loaded, reference_hash, self.tokens, f"{self.label}: references", self.folder / REFERENCE_FILE, self.used
         )
-        record = _record(reference_hash, scores, started)
+        record = self._record(reference_hash, scores, started)
 
         if self.policy != self.reference:
             # the reference goes first: there may be memory for one model only
@@ -88,7 +91,7 @@ class StageReferences:
         """With `multi`, the log-probs [n, 2] of the policy's start, which are not the reference's; otherwise None."""
         if self.scorer.config.reference != "multi":
             return None
-        return read_scores(self.folder / MULTI / BASE_FILE, None, len(self.tokens))[0]
+        return read_scores(self.folder / MULTI / BASE_FILE, None, len(self.tokens), partial=True)[0]
 
     def eval_dataset(self) -> PairDataset | None:
         """The evaluation pairs with this reference's log-probs; None if the stage is not evaluated while it trains."""
@@ -104,14 +107,16 @@ class StageReferences:
         """`multi`: score the further references one at a time, then the base, which stays loaded as the policy."""
         started = time.monotonic()
         references = MultiReferences(settings, self.scorer, self.folder / MULTI, self.check_weights)
-        parts = {"pairs": self.tokens}
+        parts: dict[str, Part] = {"pairs": (self.tokens, self.used)}
         if self.evaluation is not None:
-            parts["eval"] = self.evaluation.tokens
+            parts["eval"] = (self.evaluation.tokens, None)
         references.score_others(parts, self.label)
 
         # last, so that the base is the one model that stays
         loaded, base_hash = self._load(self.reference)
-        base = self.scorer.cached(loaded, base_hash, self.tokens, f"{self.label}: base", references.folder / BASE_FILE)
+        base = self.scorer.cached(
+            loaded, base_hash, self.tokens, f"{self.label}: base", references.folder / BASE_FILE, self.used
+        )
 
         # the mixture is stored like any other reference; its key is the hash of all its references
         key, scores = references.combined_hash(base_hash), references.combine("pairs", base)
@@ -121,20 +126,21 @@ class StageReferences:
             write_scores(references.folder / EVAL_FILE, references.combine("eval", stored), key)
         ranks.wait()
 
-        record = _record(key, scores, started) | {"reference_hashes": references.named_hashes(base_hash)}
+        record = self._record(key, scores, started) | {"reference_hashes": references.named_hashes(base_hash)}
         return StageStart(loaded, scores, record)
 
     def _load(self, path: str) -> tuple[Loaded, str]:
         """The model in `path` and the hash of its weights; UserError if they have changed during the run."""
-        loaded = self.scorer.load(path)
-        digest = weights_hash(loaded.model)
+        loaded, digest = self.scorer.load_with_hash(path)
         self.check_weights(path, digest)
         return loaded, digest
 
-
-def _record(reference_hash: str, scores: Tensor, started: float) -> Record:
-    return {
-        "reference_hash": reference_hash,
-        "gamma_reference": float((scores[:, 0] - scores[:, 1]).double().mean()),
-        "score_seconds": round(time.monotonic() - started, 3),
-    }
+    def _record(self, reference_hash: str, scores: Tensor, started: float) -> Record:
+        # of the pairs that are used, also if an earlier version has scored all
+        margins = (scores[:, 0] - scores[:, 1])[self.used]
+        return {
+            "pairs_used": len(self.used),
+            "reference_hash": reference_hash,
+            "gamma_reference": float(margins.double().mean()),
+            "score_seconds": round(time.monotonic() - started, 3),
+        }

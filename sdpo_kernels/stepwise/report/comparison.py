@@ -210,7 +210,7 @@ def gamma_panel(ax: Axes, rows: Sequence[Row]) -> None:
 
     ax.set_ylabel("nat")
     names = ", ".join(row["name"] for row, _ in staged)
-    plain_axes(ax, "Log-prob margin of the reference by stage" + (f": {names}" if len(names) <= 8 else ""))
+    plain_axes(ax, "Log-prob margin, reference" + (f": {names}" if len(names) <= 8 else ""))
 
 
 def plain_axes(ax: Axes, title: str) -> None:

@@ -96,7 +96,10 @@ figure svg { max-width: 560px; }
 svg * { stroke-linejoin: round; stroke-linecap: butt; }
 figcaption { margin-top: 6px; color: var(--soft); font-size: 13px; line-height: 1.4; }
 pre { margin: 8px 0 0; padding: 16px; overflow-x: auto; font: 13px/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }
-pre.answer { white-space: pre-wrap; overflow-wrap: anywhere; padding: 8px 12px; }
+.texts { background: var(--paper); border: 1px solid var(--rule); border-radius: 8px; padding: 10px 14px;
+  margin: 12px 0; font-size: 13px; }
+.texts dt { color: var(--soft); }
+.texts dd { white-space: pre-wrap; overflow-wrap: anywhere; font-family: ui-monospace, "DejaVu Sans Mono", monospace; }
 @media (max-width: 500px) {
   main { padding: 20px 12px 40px; }
   th, td { padding: 6px 9px; }

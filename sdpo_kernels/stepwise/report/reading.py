@@ -19,8 +19,8 @@ Record = dict[str, Any]
 
 # what table and pictures read from a stage must be numbers; other keys may have any form
 STAGE_NUMBERS = (
-    "pairs", "dropped", "cut_pairs", "lost_tokens", "steps", "first_loss", "last_loss", "gamma_reference", "seconds",
-    "peak_memory_bytes",
+    "pairs", "pairs_used", "dropped", "cut_pairs", "lost_tokens", "steps", "first_loss", "last_loss", "gamma_reference",
+    "seconds", "peak_memory_bytes",
 )  # fmt: skip
 
 

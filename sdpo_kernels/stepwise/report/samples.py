@@ -40,8 +40,7 @@ def answers_part(folder: Path, stages: Sequence[tuple[Record, Path]]) -> str:
     note = f"Greedy answers to the first evaluation prompts (setting samples); … : cut. {MODELS}"
     parts = [f'<h2>Answers before and after</h2><p class="facts">{escape(note)}</p>']
     for prompt, given in answers.items():
-        parts.append(text_block("prompt", prompt))
-        parts += [text_block(name, answer) for name, answer in given]
+        parts.append(texts_block([("prompt", prompt), *given]))
     return "\n".join(parts)
 
 
@@ -52,13 +51,14 @@ def pairs_part(stages: Sequence[tuple[Record, Path]]) -> str:
         if stage.get("prompts") is None:
             continue
         for row in read_texts(path / PAIRS_FILE, ("prompt", "chosen", "rejected"), MOST_PAIRS):
-            parts.append(f"<h3>{escape(stage['name'])}</h3>")
-            parts += [text_block(key, row[key]) for key in ("prompt", "chosen", "rejected")]
+            texts = [(key, row[key]) for key in ("prompt", "chosen", "rejected")]
+            parts.append(f"<h3>{escape(stage['name'])}</h3>{texts_block(texts)}")
     note = '<h2>Generated pairs</h2><p class="facts">The first pairs that each stage generated.</p>'
     return "\n".join([note, *parts]) if parts else ""
 
 
-def text_block(name: str, text: str) -> str:
-    """A named text; a long one is cut."""
-    text = text if len(text) <= MOST_LETTERS else text[:MOST_LETTERS] + " …"
-    return f'<h3>{escape(name)}</h3><pre class="answer">{escape(text)}</pre>'
+def texts_block(texts: Sequence[tuple[str, str]]) -> str:
+    """One box with (name, text) line by line; long texts are cut."""
+    cut = [(name, text if len(text) <= MOST_LETTERS else text[:MOST_LETTERS] + " …") for name, text in texts]
+    lines = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in cut)
+    return f'<dl class="texts">{lines}</dl>'

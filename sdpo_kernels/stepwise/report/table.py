@@ -39,8 +39,8 @@ class Column:
     """A column: `key` of the stage or, with `scores`, of its evaluation; `text` is aligned left.
 
     `write` turns all values of the column into text together, so that they have one number of decimals; `about`
-    explains the column in one line. The column is left out if every stage has the `usual` value or none;
-    one that is `page_only` has no room in a terminal.
+    explains the column in one line. The column is left out if every stage has the `usual` value, or that of its key
+    `same_as`, or none; one that is `page_only` has no room in a terminal.
     """
 
     title: str
@@ -50,13 +50,35 @@ class Column:
     scores: bool = False
     text: bool = False
     usual: Any = None
+    same_as: str = ""
     page_only: bool = False
 
 
 COLUMNS = (
     Column("stage", "name", each(str), text=True),
-    Column("pairs", "pairs", each("{:,}".format), "preference pairs the stage trains on"),
-    Column("dropped", "dropped", each("{:,}".format), "pairs left out: truncation leaves nothing to compare", usual=0),
+    Column("pairs", "pairs", each("{:,}".format), "preference pairs of the stage"),
+    Column(
+        "used",
+        "pairs_used",
+        each("{:,}".format),
+        "pairs that its steps train on; the reference scores only these",
+        same_as="pairs",
+    ),
+    Column(
+        "skipped rows",
+        "skipped",
+        each("{:,}".format),
+        "bad rows of the data files, left out (on_bad_row: skip)",
+        usual=0,
+        page_only=True,
+    ),
+    Column(
+        "dropped",
+        "dropped",
+        each("{:,}".format),
+        "pairs left out: nothing to compare is left of them, or the chat template refuses them",
+        usual=0,
+    ),
     Column("cut pairs", "cut_pairs", each("{:,}".format), "pairs longer than max_length, cut at one end", usual=0),
     Column("lost tokens", "lost_tokens", each("{:,}".format), "answer tokens that were cut off", usual=0),
     Column("steps", "steps", each("{:,}".format), "updates of the weights"),
@@ -88,10 +110,15 @@ COLUMNS = (
         "reference margin",
         "gamma_reference",
         numbers,
-        "log-prob margin of the stage's reference on the stage's pairs: mean of log π(chosen) − log π(rejected), in "
+        "log-prob margin of the stage's reference on the pairs it scores: mean of log π(chosen) − log π(rejected), in "
         "nat (one nat less is 2.7 times less likely)",
     ),
-    Column("time", "seconds", each(write_seconds), "wall time of the stage"),
+    Column(
+        "time",
+        "seconds",
+        each(write_seconds),
+        "wall time of the stage, over all starts",
+    ),
     Column("peak memory", "peak_memory_bytes", sizes, "highest memory during the stage"),
 )
 
@@ -109,7 +136,8 @@ def table_cells(manifest: Record) -> tuple[list[Column], list[list[str]]]:
     for column in COLUMNS:
         values = [(scores if column.scores else stage).get(column.key) for stage, scores, _ in sources]
         written = [name for _, _, name in sources] if column.key == "name" else cells_of(column, values)
-        if column.key == "name" or any(value not in (None, column.usual) for value in values):
+        usual = [stage.get(column.same_as) if column.same_as else column.usual for stage, _, _ in sources]
+        if column.key == "name" or any(v not in (None, known) for v, known in zip(values, usual, strict=True)):
             columns.append(column)
             cells.append(written)
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
+from sdpo_kernels.stepwise.settings.mistakes import SettingErrors, show
 from sdpo_kernels.stepwise.settings.types import Section, Text
 
 
@@ -38,6 +39,30 @@ class ColumnSettings(Section):
     rejected: Text | None = None
     system: Text | None = None
     tools: Text | None = None
+
+    @model_validator(mode="after")
+    def _one_part_a_column(self) -> ColumnSettings:
+        """A column that is read as two parts would be trained on twice, or be its own answer."""
+        parts_of: dict[str, str] = {}
+        for part in ("chosen", "rejected", "tools", "prompt", "system"):
+            given = getattr(self, part)
+            for name in given if isinstance(given, tuple) else (given or part,):
+                if part == "system" and given is None:
+                    continue  # a system message is read only if it is named
+                if name in parts_of:
+                    raise SettingErrors([_read_twice(self, part, parts_of[name], name)])
+                parts_of[name] = part
+        return self
+
+
+def _read_twice(columns: ColumnSettings, part: str, other: str, name: str) -> tuple[str, str]:
+    """The mistake of a column that is read as two parts, at one that is set."""
+    if part == other:
+        return part, f"was {show(list(columns.prompt or ()))}, must name each column once"
+    at, unset = (part, other) if getattr(columns, part) is not None else (other, part)
+    given = getattr(columns, at)
+    was = show(list(given) if isinstance(given, tuple) and len(given) > 1 else name)
+    return at, f"was {was}, but the column {name!r} is also read as {unset}; a column can be one part of a row only"
 
 
 class DataEntry(Section):

@@ -17,13 +17,10 @@ from sdpo_kernels.stepwise.settings.mistakes import SettingErrors, show
 def _read(value: Any) -> str | tuple[dict[str, Any], ...]:
     """A name, or the list with each entry's name, weight and options filled in."""
     if isinstance(value, str):
-        names = losses.loss_names()
         try:
             losses.loss_sum(value)
         except ValueError as error:
-            _, _, hint = str(error).partition("; ")
-            text = f"was {show(value)}, must be one of {', '.join(names)}"
-            raise ValueError(f"{text}; {hint}" if hint else text) from None
+            raise ValueError(str(error).removeprefix("loss_type: ")) from None
         return value
 
     if not isinstance(value, (list, tuple)) or not value:

@@ -8,6 +8,15 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+# what other trainers call settings, where the most similar name is another setting
+_OTHER_NAMES = {
+    "per_device_batch_size": "per_device_train_batch_size",
+    "micro_batch_size": "per_device_train_batch_size",
+    "train_batch_size": "per_device_train_batch_size",
+    "batch_size": "per_device_train_batch_size",
+    "lr": "learning_rate",
+}
+
 
 class SettingErrors(ValueError):
     """Mistakes in settings, each a (key, what it was and what it must be)."""
@@ -26,6 +35,8 @@ def show(value: Any) -> str:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of an error line about an unknown name: the most similar known one, else all known ones."""
     known = sorted(known)
+    if (other := _OTHER_NAMES.get(str(name))) in known:
+        return f"did you mean {other!r}?"
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     if near:
         return f"did you mean {near[0]!r}?"
@@ -113,6 +124,8 @@ def _unknown_key(
 
     near = difflib.get_close_matches(key, section.model_fields, n=1)
     under_trainer = [] if near else difflib.get_close_matches(key, trainer_fields, n=1, cutoff=0.75)
+    if (other := _OTHER_NAMES.get(key)) in trainer_fields:
+        under_trainer = [other]
     if key not in section.model_fields and under_trainer:
         return f"unknown key; did you mean 'trainer.{under_trainer[0]}'?"
 

@@ -57,6 +57,11 @@ def data_suffix(path: str) -> str | None:
     return next((suffix for suffix in DATA_SUFFIXES if path.lower().endswith(suffix)), None)
 
 
+def is_json_source(source: str) -> bool:
+    """Whether `source` is a file of JSON, whose nulls somebody may have written."""
+    return is_file_source(source) and data_suffix(source) not in (None, ".parquet")
+
+
 def is_file_source(source: str) -> bool:
     """Whether `source` means a local file rather than a Hub dataset ('org/name' or 'org/name:split')."""
     path = os.path.expanduser(source)

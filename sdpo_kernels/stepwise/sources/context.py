@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,12 @@ class SourceContext:
     scorer: Scorer
     reporter: Reporter
     template_time: datetime | None = None  # what chat templates read as now; None: the machine's clock
+    samples: Counter[str] = field(default_factory=Counter)  # how many were "drawn", and how many "left out"
+    title: str | None = None  # the stage's name in rows of progress; None: its name alone
 
     def label(self, what: str) -> str:
-        """The label of a progress bar."""
-        return f"{self.name}: {what}"
+        """What a row of progress says."""
+        return f"{self.title or self.name}: {what}"
 
     def seed(self, *parts: object) -> int:
         """A seed derived from `sample_seed` of the settings, the stage's name and `parts`."""

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification
 
-from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.files import empty_folder, publish_folder, remove_folder
 from sdpo_kernels.stepwise.data.prompts import PromptRow
 from sdpo_kernels.stepwise.models.load import release_memory
@@ -25,7 +24,7 @@ from sdpo_kernels.stepwise.settings.source import DiscriminatorSource
 from sdpo_kernels.stepwise.sources.active import Question, annotate
 from sdpo_kernels.stepwise.sources.context import PairRow, SourceContext, read_json_rows, write_rows
 from sdpo_kernels.stepwise.sources.generation import sample
-from sdpo_kernels.stepwise.sources.judges import best_and_worst, classify, encode
+from sdpo_kernels.stepwise.sources.judges import best_and_worst, classify, encode, require_finite
 
 GOLD, SCORER = "gold.jsonl", "scorer"
 
@@ -50,7 +49,7 @@ def make(ctx: SourceContext) -> list[PairRow]:
     scores = None if ctx.before is None else scorer.score(ctx.prompts, groups)
     gold += annotate(ctx, settings.judge, least_certain(ctx.prompts, groups, scores, settings.budget, ctx.seed("gold")))
     if not gold:
-        raise UserError(f"{ctx.name}: the judge scored all samples alike, which leaves nothing to train the scorer on")
+        return []  # nothing to train the scorer on
     scorer.train(gold, ctx.seed("scorer"))
 
     rows = []
@@ -126,6 +125,10 @@ class Discriminator:
                 batch = ids[start : start + self.ctx.scorer.batch_size]
                 found += classify(self.model, batch, self.ctx.tokenizer).float().tolist()
                 task.update(len(found))
+
+        flat = [(row, text) for row, group in zip(prompts, groups, strict=True) for text in group]
+        remedy = "lower scorer_learning_rate"
+        require_finite("source: the scorer", remedy, [row for row, _ in flat], [text for _, text in flat], found)
 
         # back from one flat list to one list per prompt
         scores = iter(found)

@@ -41,9 +41,11 @@ def sample(ctx: SourceContext, samples: int, file: str = "samples.jsonl") -> lis
     # a truncated answer would be judged on half of its text
     kept = [[completion.text for completion in group if _is_whole(completion)] for group in groups]
     lost = len(drawn) - sum(map(len, kept))
+    ctx.samples.update({"drawn": len(drawn), "left out": lost})
     if lost:
         ctx.reporter.warn(
-            f"{ctx.label('samples')}: {lost} of {len(drawn)} left out: empty, or did not end within max_new_tokens"
+            f"{ctx.label('samples')}: {lost:,} of {len(drawn):,} left out: empty, or did not end within max_new_tokens "
+            f"({ctx.settings.max_new_tokens})"
         )
     return kept
 
@@ -63,7 +65,8 @@ def generate(
     3. Generate the remaining batches; each is on disk before the next one starts.
     """
     path = ctx.folder / file
-    model = load_generator(ctx.policy, ctx.scorer.config, ctx.scorer.device)
+    with ctx.reporter.waiting(f"loading the model {ctx.policy}"):
+        model = load_generator(ctx.policy, ctx.scorer.config, ctx.scorer.device)
     config = ctx.scorer.config
     if averaged and config.reference == "ema" and ctx.policy != config.model:
         load_ema_into(model, Path(ctx.policy))
@@ -75,7 +78,9 @@ def generate(
     if not done:
         path.write_text(json.dumps({"key": key}) + "\n", "utf-8")
 
-    with path.open("a", encoding="utf-8") as stream, ctx.reporter.task(ctx.label("samples"), len(prefixes)) as task:
+    before = min(len(done) * ctx.settings.batch_size, len(prefixes))
+    shown = ctx.reporter.task(ctx.label("samples"), len(prefixes), before)
+    with path.open("a", encoding="utf-8") as stream, shown as task:
         for number, start in enumerate(range(0, len(prefixes), ctx.settings.batch_size)):
             stop = min(start + ctx.settings.batch_size, len(prefixes))
             if number >= len(done):
@@ -83,7 +88,7 @@ def generate(
                 stream.write(json.dumps({"batch": number, "ids": done[-1]}) + "\n")
                 stream.flush()
                 os.fsync(stream.fileno())
-            task.update(stop)
+            task.update(max(stop, before))
 
     ends = set(model.generation_config.eos_token_id)
     drawn = [ids for batch in done for ids in batch]

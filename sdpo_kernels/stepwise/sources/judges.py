@@ -24,6 +24,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.model_names import load_failure
+from sdpo_kernels.stepwise.common.units import counted
 from sdpo_kernels.stepwise.data.prompts import PromptRow
 from sdpo_kernels.stepwise.models.load import release_memory
 from sdpo_kernels.stepwise.sources.context import read_json_rows
@@ -65,11 +67,30 @@ def function_judge(name: str) -> Judge:
             scores = [float(score) for score in given]
         except (TypeError, ValueError) as error:
             raise UserError(f"judge: {name!r} must return a list of numbers: {error}") from error
-        if len(scores) != len(completions) or not all(map(math.isfinite, scores)):
-            raise UserError(f"judge: {name!r} returned {len(scores)} scores, must be {len(completions)} finite numbers")
+        if len(scores) != len(completions):
+            raise UserError(
+                f"judge: {name!r} returned {counted(len(scores), 'score')} for "
+                f"{counted(len(completions), 'completion')}, must be one for each"
+            )
+        require_finite(f"judge: {name!r}", "return a low score where there is none", rows, completions, scores)
         return scores
 
     return judge
+
+
+def require_finite(
+    who: str, remedy: str, rows: Sequence[PromptRow], completions: Sequence[str], scores: Sequence[float]
+) -> None:
+    """UserError, with prompt and completion, for the first score that is NaN or infinite: it ranks nothing."""
+    odd = [place for place, score in enumerate(scores) if not math.isfinite(score)]
+    if not odd:
+        return
+    row, text = rows[odd[0]], completions[odd[0]]
+    more = f", and for {len(odd) - 1} more of {len(scores)}" if len(odd) > 1 else ""
+    raise UserError(
+        f"{who} gave {scores[odd[0]]} for a completion of the prompt {row.where} ({text!r:.60}){more}; "
+        f"must be finite numbers: {remedy}"
+    )
 
 
 def remembering(judge: Judge, path: Path, version: str) -> Judge:
@@ -128,7 +149,7 @@ def check_reward_model(path: str, trust_remote_code: bool) -> None:
     try:
         outputs = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).num_labels
     except (OSError, ValueError) as error:
-        raise UserError(f"reward_model: {path} cannot be loaded: {(str(error).splitlines() or [''])[0]}") from error
+        raise UserError(f"reward_model: {load_failure(path, 'config', error)}") from error
     if outputs != 1:
         raise UserError(f"reward_model: {path} has {outputs} outputs, must have 1")
 
@@ -148,17 +169,19 @@ def reward_model_judge(
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         model = AutoModelForSequenceClassification.from_pretrained(path, use_safetensors=True, **options)
     except (OSError, ValueError) as error:
-        raise UserError(f"reward_model: {path} cannot be loaded: {(str(error).splitlines() or [''])[0]}") from error
+        raise UserError(f"reward_model: {load_failure(path, 'model', error)}") from error
     model.to(device).eval()
 
     def judge(rows: Sequence[PromptRow], completions: Sequence[str]) -> list[float]:
         ids = [encode(row, text, tokenizer, max_length) for row, text in zip(rows, completions, strict=True)]
         with torch.no_grad():
-            return [
+            scores = [
                 score
                 for start in range(0, len(ids), batch_size)
                 for score in classify(model, ids[start : start + batch_size], tokenizer).float().tolist()
             ]
+        require_finite(f"reward_model: {path}", "it may be broken, or need another dtype", rows, completions, scores)
+        return scores
 
     return judge
 

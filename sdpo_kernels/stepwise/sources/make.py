@@ -6,8 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.units import counted
 from sdpo_kernels.stepwise.data.prompts import PromptRow
-from sdpo_kernels.stepwise.settings.source import ActiveSource, DiscriminatorSource, ExecutionSource, RankedSource
+from sdpo_kernels.stepwise.settings.source import (
+    ActiveSource,
+    DiscriminatorSource,
+    ExecutionSource,
+    RankedSource,
+    SelfAugmentedSource,
+)
 from sdpo_kernels.stepwise.sources import active, discriminator, execution, ranked, self_augmented
 from sdpo_kernels.stepwise.sources.context import PairRow, SourceContext, write_rows
 from sdpo_kernels.stepwise.sources.judges import check_reward_model, function_judge
@@ -66,6 +73,7 @@ def stage_context(stage: Stage) -> SourceContext:
         scorer=stage.scorer,
         reporter=stage.run.reporter,
         template_time=stage.run.template_time,
+        title=stage.label,
     )
 
 
@@ -75,13 +83,27 @@ def make_pairs(ctx: SourceContext, kind: str, path: Path) -> None:
         return
 
     ctx.folder.mkdir(parents=True, exist_ok=True)
-    rows = MAKERS[kind](ctx)
+    with ctx.reporter.waiting(ctx.label(f"generating pairs ({kind})")):
+        rows = MAKERS[kind](ctx)
     if not rows:
         raise UserError(
-            f"stage {ctx.name}: source {kind}: no pairs from {len(ctx.prompts)} prompts; either the judge scored all "
-            "samples of each prompt alike, or they did not end within max_new_tokens"
+            f"stage {ctx.name}: source {kind}: no pairs from {counted(len(ctx.prompts), 'prompt')}; {_why(ctx)}"
         )
 
     # the file is written last and in one step: if it exists, it is complete
     write_rows(path, rows)
-    ctx.reporter.say(f"{ctx.name}: {len(rows):,} pairs generated from {len(ctx.prompts):,} prompts")
+    made, asked = counted(len(rows), "pair"), counted(len(ctx.prompts), "prompt")
+    ctx.reporter.say(ctx.label(f"{made} generated from {asked}"))
+
+
+def _why(ctx: SourceContext) -> str:
+    """Why a source that has run gave no pair, and what to change."""
+    if isinstance(ctx.settings, SelfAugmentedSource):
+        return "every rewritten segment was like the answer's own; raise temperature or segment_tokens"
+
+    drawn, lost, limit = ctx.samples["drawn"], ctx.samples["left out"], ctx.settings.max_new_tokens
+    cut = f"{lost:,} of {counted(drawn, 'sample')} did not end within max_new_tokens ({limit}), or were empty: raise it"
+    alike = "no two samples of a prompt differ in the judge's score: correct the judge, or raise samples or temperature"
+    if lost == drawn:
+        return cut
+    return f"{cut}; of the others, {alike}" if lost else alike

@@ -13,7 +13,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sdpo_kernels.stepwise.common import ranks
-from sdpo_kernels.stepwise.common.progress import Task, peak_memory_bytes
+from sdpo_kernels.stepwise.common.memory import peak_memory_bytes
+from sdpo_kernels.stepwise.common.progress import Task
 from sdpo_kernels.stepwise.common.units import write_bytes
 from sdpo_kernels.stepwise.record.manifest import MetricsFile
 from sdpo_kernels.stepwise.training.trainer import StageTrainer

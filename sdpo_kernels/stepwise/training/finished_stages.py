@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
-from sdpo_kernels.stepwise.models.load import release_memory, weights_hash
+from sdpo_kernels.stepwise.models.load import release_memory
 from sdpo_kernels.stepwise.models.weights import Weights
 from sdpo_kernels.stepwise.references.evaluation import EVAL_FILE, EvalData
 from sdpo_kernels.stepwise.state import Run, Stage
@@ -65,8 +65,8 @@ def check_moved_model(state: Run, stage: Stage) -> None:
     if data["model"] == name:
         return
     if "initial" in data.get("weights", {}):
-        loaded = stage.scorer.load(name)
-        state.check_weights(name, weights_hash(loaded.model))
+        loaded, digest = stage.scorer.load_with_hash(name)
+        state.check_weights(name, digest)
         del loaded
         release_memory()
     data["model"] = name
@@ -77,7 +77,7 @@ def evaluate_models(state: Run, eval_data: EvalData, stages: list[Stage], missin
     """Evaluate the initial model and finished stages, if that was not done on the present data or samples lack."""
     evaluated = state.manifest.data["initial_eval"] is not None and (state.folder / EVAL_FILE).exists()
     if not ranks.on_first(lambda: evaluated and not eval_data.lacks_samples(state.folder)):
-        scores = eval_data.evaluate(state.config.model, state.folder, stages[0].scorer)
+        scores = eval_data.evaluate(state.config.model, state.folder, stages[0].scorer, "initial model")
         state.manifest.data["initial_eval"] = scores
         state.manifest.save()
 
@@ -86,4 +86,5 @@ def evaluate_models(state: Run, eval_data: EvalData, stages: list[Stage], missin
             continue
         lacks_samples = ranks.on_first(partial(eval_data.lacks_samples, stage.folder))
         if stage.record["eval"] is None or lacks_samples:
-            stage.update({"eval": eval_data.evaluate(str(stage.folder), stage.folder, stage.scorer)})
+            scores = eval_data.evaluate(str(stage.folder), stage.folder, stage.scorer, stage.label)
+            stage.update({"eval": scores})

@@ -81,7 +81,7 @@ def publish(stage: Stage, staging: Path, record: Record, checkpoint: Path) -> No
     """
     # what is evaluated is what was written, not what is in memory
     if stage.run.eval_data is not None:
-        record["eval"] = stage.run.eval_data.evaluate(str(staging), staging, stage.scorer)
+        record["eval"] = stage.run.eval_data.evaluate(str(staging), staging, stage.scorer, stage.label)
 
     with _nothing_lost(stage, checkpoint):
         replace_file(staging / "README.md", model_card(stage.run.config, record).encode())

@@ -8,6 +8,7 @@ Saving and publishing the result is in `publish`.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ def make_trainer(stage: Stage, start: StageStart) -> StageTrainer:
     3. Check the distributed setup and configure FSDP2.
     4. Create the optimizer.
 
-    UserError if the head is wrong, if transformers refuses a setting or lacks a library, or if there is no batch.
+    UserError if the head is wrong, or if transformers refuses a setting or lacks a library.
     """
     config, loaded = stage.run.config, start.loaded
     _check_head(stage, loaded)
@@ -48,7 +49,9 @@ def make_trainer(stage: Stage, start: StageStart) -> StageTrainer:
             guard=_start_guard(stage, loaded),
             following=EmaReference(loaded.model, config.ema or EmaSettings()) if config.reference == "ema" else None,
             stage=stage.name,
-            before_checkpoint=stage.run.metrics.sync,  # a power cut must not lose what the checkpoint's steps logged
+            where=stage.data.where,
+            schedule=stage.schedule,
+            before_checkpoint=partial(_keep_record, stage),
             model=loaded.model,
             args=stage.args,
             train_dataset=PairDataset(stage.data.tokens, start.ref_logps),
@@ -65,14 +68,17 @@ def make_trainer(stage: Stage, start: StageStart) -> StageTrainer:
             trainer.create_optimizer()
     except (ValueError, ImportError) as error:
         raise UserError(f"stage {stage.name}: trainer: {(str(error).splitlines() or [''])[0]}") from error
-
-    if len(trainer.get_train_dataloader()) == 0:
-        raise UserError(f"stage {stage.name}: trainer.dataloader_drop_last drops its only batch; set it to false")
     return trainer
 
 
-def train_to_end(stage: Stage, trainer: StageTrainer, checkpoint: Path | None) -> bool:
-    """Train from `checkpoint`, or from the start, to the stage's last step.
+def _keep_record(stage: Stage) -> None:
+    """Write what belongs to a checkpoint's steps: a power cut must not lose their metrics, nor the time they took."""
+    stage.run.metrics.sync()
+    stage.keep_spent()
+
+
+def train_to_end(stage: Stage, trainer: StageTrainer, checkpoint: Path | None, step: int) -> bool:
+    """Train from `checkpoint`, which has `step` steps, or from the start, to the stage's last step.
 
     Returns whether a signal came during that last step. If one came earlier, a checkpoint is saved and Interrupted
     raised. A signal on one rank stops all.
@@ -85,7 +91,8 @@ def train_to_end(stage: Stage, trainer: StageTrainer, checkpoint: Path | None) -
     trainer.add_callback(MetricsWriter(stage.run.metrics, stage.name, stage.index, steps_before))
 
     # within ranks.training() an error on one rank ends it at once: the others are waiting for its gradients
-    with stage.run.reporter.task(stage.label, trainer.planned_steps()) as task, stop.installed(), ranks.training():
+    shown = stage.run.reporter.task(stage.label, stage.schedule.steps, step, stage=stage.index)
+    with shown as task, stop.installed(), ranks.training():
         trainer.add_callback(ProgressShower(task, trainer))
         if checkpoint is None:
             trainer.train()
@@ -103,10 +110,10 @@ def train_to_end(stage: Stage, trainer: StageTrainer, checkpoint: Path | None) -
 
 def announce_resume(stage: Stage, checkpoint: Path, step: int) -> None:
     """Say that the stage resumes at `step`; warn if the checkpoint is from another number of processes."""
-    stage.run.reporter.say(f"stage {stage.name}: resuming at step {step}")
+    stage.run.reporter.say(f"{stage.label}: resuming at step {step}")
     if not has_random_states(checkpoint):
         stage.run.reporter.warn(
-            f"stage {stage.name}: {checkpoint.name} was saved with another number of processes, so its RNG states are "
+            f"{stage.label}: {checkpoint.name} was saved with another number of processes, so its RNG states are "
             "ignored; batches keep their order, and dropout is off anyway"
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.data.batches import Batch
 from sdpo_kernels.stepwise.data.rank_batches import share_batches
+from sdpo_kernels.stepwise.data.schedule import Schedule
 from sdpo_kernels.stepwise.models.sharded import not_finite
 from sdpo_kernels.stepwise.references.ema import EmaReference
 from sdpo_kernels.stepwise.training.checkpoints import AtomicCheckpoints, is_complete
@@ -31,8 +32,9 @@ PENDING = "pending_metrics.safetensors"  # in a checkpoint: the metrics collecte
 class StageTrainer(AtomicCheckpoints, Trainer):
     """Trains one stage with `loss` at `beta`.
 
-    `guard` checks the first batch, `following` is a reference that follows the policy, and `before_checkpoint()` is
-    called before each checkpoint is saved.
+    `guard` checks the first batch, `where` is the 'file:line' of each pair, `schedule` gives the order of the pairs,
+    `following` is a reference that follows the policy, and `before_checkpoint()` is called before each checkpoint is
+    saved.
     """
 
     def __init__(
@@ -42,6 +44,8 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         beta: float,
         guard: StartGuard | None,
         stage: str,
+        where: Sequence[str],
+        schedule: Schedule,
         before_checkpoint: Callable[[], None] = lambda: None,
         following: EmaReference | None = None,
         **trainer: Any,
@@ -50,6 +54,7 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         super().__init__(**trainer)
         self.remove_callback(PrinterCallback)
         self.loss, self.beta, self.stage = loss, beta, stage
+        self.where, self.schedule = where, schedule
         self.guard, self.following = guard, following
         self.before_checkpoint = before_checkpoint
         if following is not None:
@@ -65,6 +70,9 @@ class StageTrainer(AtomicCheckpoints, Trainer):
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         return share_batches(super()._get_dataloader(*args, **kwargs))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return self.schedule.sampler() or super()._get_train_sampler(train_dataset)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> int:
         """The number of pairs in an optimiser step, over all its micro-batches and all ranks."""
@@ -89,6 +97,7 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         UserError if the check of the first batch fails, on all ranks if it fails on one.
         """
         batch = Batch.of(inputs)
+        self._require_scored(batch)
 
         # the guard is used once, and never by an evaluation before training
         guard, self.guard = (self.guard, None) if model.training else (None, self.guard)
@@ -115,6 +124,14 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         share = 1.0 if num_items_in_batch is None else batch.pairs * ranks.world_size() / num_items_in_batch
         loss = out.loss if share == 1 else out.loss * share
         return (loss, {"logps": sums}) if return_outputs else loss
+
+    def _require_scored(self, batch: Batch) -> None:
+        """RuntimeError if a pair's reference was not scored: its loss would be NaN."""
+        if batch.unscored:
+            raise RuntimeError(
+                f"stage {self.stage}: pair {self.where[batch.unscored[0]]} is trained on, but its reference was not "
+                "scored; this is a mistake in sdpo_kernels, please report it"
+            )
 
     def _reference_logps(self, model: nn.Module, batch: Batch) -> Tensor:
         """Log-probs [2B]: cached, or in training those of a reference that follows the policy."""
@@ -201,13 +218,6 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         # sorted, as in the file of a checkpoint: a resumed run must log them in the same order
         names = sorted({name for part in parts for name in part})
         return {name: torch.cat([part[name] for part in parts if name in part]) for name in names}
-
-    def planned_steps(self) -> int:
-        """How many optimiser steps the stage will take."""
-        if self.args.max_steps > 0:
-            return self.args.max_steps
-        steps = -(-len(self.get_train_dataloader()) // self.args.gradient_accumulation_steps)
-        return math.ceil(steps * self.args.num_train_epochs)
 
     def require_finite(self) -> None:
         """UserError if a loss was NaN or infinite: the weights are NaN now, or will be after the next step."""

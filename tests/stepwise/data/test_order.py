@@ -1,5 +1,6 @@
 """Order of the stages: hand-computed on made-up scores; no pair is lost or duplicated."""
 
+import dataclasses
 from collections import Counter
 
 import numpy as np
@@ -163,3 +164,13 @@ def test_more_tiers_than_pairs_is_an_error():
     one = stage("x", [(1, 1)] * 2, 0)
     with pytest.raises(UserError, match="tiers: was 3, must be at most 2"):
         order_stages(config([one], order="margin", tiers=3), [one], Scores({0: [[1, 0], [0, 1]]}))
+
+
+def test_every_order_keeps_the_counts_of_skipped_rows():
+    listed = [dataclasses.replace(source, skipped=number) for number, source in enumerate(SOURCES, 1)]
+    for order, names in (("given", "abc"), ("random", "abc"), ("pair_accuracy", "bac")):
+        ordered = order_stages(config(listed, order=order), listed, Scores(TABLE))
+        assert [(s.config.name, s.skipped) for s in ordered] == [(name, " abc".index(name)) for name in names]
+    one = dataclasses.replace(SOURCES[0], skipped=5)
+    tiers = order_stages(config([one], order="margin", tiers=2), [one], Scores(TABLE))
+    assert [tier.skipped for tier in tiers] == [5, 0]  # counted once

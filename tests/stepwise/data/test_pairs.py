@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.data.pairs import Pair, PairData, PairSource, read_pairs, shared_pairs
+from sdpo_kernels.stepwise.data.prompts import read_prompts
 from sdpo_kernels.stepwise.data.shapes import Shape
 from sdpo_kernels.stepwise.settings.columns import ColumnSettings
 
@@ -210,7 +211,10 @@ BAD_ROWS = [
     (b"null", "is null, must be an object with chosen and rejected"),
     (b'"x"', "is a string, must be an object with chosen and rejected"),
     (b"3", "is a number, must be an object with chosen and rejected"),
-    (changed(PLAIN, rejected=...), "'rejected' is missing; a row needs chosen and rejected (and may have prompt)"),
+    (
+        changed(PLAIN, rejected=...),
+        "'rejected' is missing; the row has the columns prompt, chosen. Name its columns with columns: {rej",
+    ),
     (changed(PLAIN, chosen=...), "'chosen' is missing"),
     (changed(PLAIN, chosen=3), "'chosen' is of type int, must be a string or a list of messages"),
     (changed(PLAIN, prompt=None), "'prompt' is null, must be a string or a list of messages"),
@@ -495,3 +499,44 @@ def test_a_column_that_no_row_has_is_an_error():
     shape = Shape(ColumnSettings(prompt=("question",), system="sytem"))
     with pytest.raises(UserError, match=r"d\.jsonl: columns: no row has the column 'sytem'"):
         read_pairs([PairSource(path, shape)], on_bad_row="error")
+
+
+def test_an_error_lists_the_columns_of_a_parquet_file_that_were_not_loaded():
+    """Only what may be read is loaded; what is there under other names must be named all the same."""
+    pq.write_table(pa.Table.from_pylist([{"question": "2+2?", "good": "4", "bad": "5"}]), "d.parquet")
+    text = refusal("d.parquet")
+    assert "'chosen' is missing; the row has the columns question, good, bad. " in text
+    assert "columns: {prompt: question, chosen: good, rejected: bad}" in text
+    pq.write_table(pa.Table.from_pylist([{"question": "2+2?", "chosen": "4", "rejected": "5"}]), "d.parquet")
+    assert "'prompt' is missing; the row has the columns chosen, rejected, question. " in refusal("d.parquet")
+
+
+def test_a_broken_first_line_does_not_decide_which_columns_a_source_has():
+    """The run's columns are optional in evaluation data; `prompt` is another column here."""
+    row = {"question": "2+2?", "prompt": "id-7", "chosen": "4", "rejected": "5"}
+    shape = Shape(ColumnSettings(prompt=("question",)), columns_optional=True)
+    path = write_lines("{broken", row)
+    data = read_pairs([PairSource(path, shape)], on_bad_row="skip")
+    assert [pair.prompt for pair in data.pairs] == ["2+2?"]
+    assert data.own_names == []
+    prompts, _ = read_prompts([PairSource(path, shape)], "skip")
+    assert [prompt.prompt for prompt in prompts] == ["2+2?"]
+
+
+def test_nulls_in_arguments_are_counted_where_somebody_may_have_written_them():
+    def row(**arguments):
+        calls = [{"type": "function", "function": {"name": "w", "arguments": arguments}}]
+        return {**CHAT, "chosen": [{"role": "assistant", "content": "", "tool_calls": calls}]}
+
+    rows = [row(city="Paris", unit=None), row(city="Rome", unit="C"), row(city="Oslo", unit=None)]
+    for kind, counts in (("jsonl", {"d.jsonl": 2}), ("parquet", {})):
+        data = read_pairs([write_as(kind, rows)], on_bad_row="error")
+        assert data.nulls == counts
+        found = [pair.chosen[0]["tool_calls"][0]["function"]["arguments"] for pair in data.pairs]
+        assert found == [{"city": "Paris"}, {"city": "Rome", "unit": "C"}, {"city": "Oslo"}]
+
+    # as JSON text they stay
+    text = row()
+    text["chosen"][0]["tool_calls"][0]["function"]["arguments"] = '{"city": "Paris", "unit": null}'
+    (pair,) = read_pairs([write_lines(text)], on_bad_row="error").pairs
+    assert pair.chosen[0]["tool_calls"][0]["function"]["arguments"] == '{"city": "Paris", "unit": null}'

@@ -96,39 +96,46 @@ def minimind():
 
 
 ANSWERS = turns("assistant: four"), turns("assistant: five")
-DROPPED = "d.jsonl:3: the chat template drops the message of role {!r} ({}); rename the role or change the template"
+RENAMED = {"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system", "ipython": "tool"}
+
+
+def dropped_error(role: str, at: str) -> str:
+    """The error line, with the name that templates have for a role of other schemas."""
+    name = f" to {RENAMED[role]!r}" if role in RENAMED else ""
+    what = f"drops the message of role {role!r} ({at})"
+    return f"d.jsonl:3: the chat template {what}; rename the role{name} or change the template"
 
 
 @pytest.mark.parametrize("role", ["developer", "human", "ipython"])
 @pytest.mark.parametrize("template", [LLAMA, QWEN, MISTRAL])
 def test_a_dropped_message_of_the_prompt_is_an_error(template, role):
     prompt = turns(f"{role}: Be brief.", "user: What is 2+2?")
-    assert refusal(pair(prompt, *ANSWERS), tokenizer_of(template)) == DROPPED.format(role, "prompt[0]")
+    assert refusal(pair(prompt, *ANSWERS), tokenizer_of(template)) == dropped_error(role, "prompt[0]")
     later = turns("user: What is 2+2?", "assistant: Wait.", f"{role}: Be brief.")
-    assert refusal(pair(later, *ANSWERS), tokenizer_of(template)) == DROPPED.format(role, "prompt[2]")
+    assert refusal(pair(later, *ANSWERS), tokenizer_of(template)) == dropped_error(role, "prompt[2]")
 
 
 @pytest.mark.parametrize("role", ["developer", "human"])
 def test_minimind_drops_them_too(minimind, role):
     prompt = turns(f"{role}: Be brief.", "user: What is 2+2?")
-    assert refusal(pair(prompt, *ANSWERS), minimind) == DROPPED.format(role, "prompt[0]")
+    assert refusal(pair(prompt, *ANSWERS), minimind) == dropped_error(role, "prompt[0]")
 
 
 @pytest.mark.parametrize("template", [LLAMA, QWEN, MISTRAL])
 def test_a_dropped_answer_is_not_blamed_on_max_length(template):
     prompt = turns("user: What is 2+2?")
     gpt = pair(prompt, turns("gpt: four"), turns("gpt: five"))
-    assert refusal(gpt, tokenizer_of(template)) == DROPPED.format("gpt", "chosen[0]")
+    assert refusal(gpt, tokenizer_of(template)) == dropped_error("gpt", "chosen[0]")
     one = pair(prompt, turns("assistant: four"), turns("assistant: Well.", "model: five"))
-    assert refusal(one, tokenizer_of(template)) == DROPPED.format("model", "rejected[1]")
+    assert refusal(one, tokenizer_of(template)) == dropped_error("model", "rejected[1]")
 
 
 def test_a_dropped_message_is_missed_although_another_contains_its_text():
     tokenizer = tokenizer_of(LLAMA)
     same = turns("user: Go on.", "assistant: Yes.", "human: Go on.")
-    assert refusal(pair(same, *ANSWERS), tokenizer) == DROPPED.format("human", "prompt[2]")
+    assert refusal(pair(same, *ANSWERS), tokenizer) == dropped_error("human", "prompt[2]")
     within = turns("human: ok", "user: Have a look.")
-    assert refusal(pair(within, *ANSWERS), tokenizer) == DROPPED.format("human", "prompt[0]")
+    assert refusal(pair(within, *ANSWERS), tokenizer) == dropped_error("human", "prompt[0]")
 
 
 def test_equal_messages_that_are_both_there_are_fine():
@@ -155,10 +162,31 @@ def test_bad_rows_of_the_template_can_be_skipped():
     ]
     tokens = tokenize_pairs(pairs, tokenizer_of(), max_length=99, truncation="keep_start", on_bad_row="skip")
     assert tokens.kept.tolist() == [1]
-    assert tokens.dropped[0] == DROPPED.format("human", "prompt[0]")
+    assert tokens.dropped[0] == dropped_error("human", "prompt[0]")
     assert "'chosen' starts with the role 'user'" in tokens.dropped[1]
-    with pytest.raises(UserError, match=r"nothing to learn in any of 1 pairs; first: d\.jsonl:3: the chat template"):
+    with pytest.raises(UserError, match=r"nothing to learn in any of 1 pair; first: d\.jsonl:3: the chat template"):
         tokenize_pairs(pairs[:1], tokenizer_of(), max_length=99, truncation="keep_start", on_bad_row="skip")
+
+
+def test_rows_that_the_template_refuses_are_counted_with_the_way_to_skip_them():
+    human, good = pair(turns("human: What is 2+2?"), *ANSWERS), pair(turns("user: What is 2+2?"), *ANSWERS)
+    for pairs, more in (([good, human], ""), ([human, good, human, human], " (and 2 more bad rows)")):
+        with pytest.raises(UserError) as error:
+            tokenize_pairs(pairs, tokenizer_of(), max_length=99, truncation="keep_start")
+        skip = "; set on_bad_row: skip to leave bad rows out"
+        assert str(error.value) == dropped_error("human", "prompt[0]") + more + skip
+
+    # nothing would be left
+    with pytest.raises(UserError) as error:
+        tokenize_pairs([human, human], tokenizer_of(), max_length=99, truncation="keep_start")
+    assert str(error.value) == dropped_error("human", "prompt[0]") + " (and 1 more bad row)"
+
+
+def test_a_template_that_fails_at_a_role_names_the_usual_one():
+    strict = "{% for m in messages %}{% if m.role not in ('user', 'assistant') %}"
+    strict += "{{ raise_exception('Unknown role: ' ~ m.role) }}{% endif %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    text = refusal(pair(turns("user: 2+2?"), turns("gpt: four"), turns("gpt: five")), tokenizer_of(strict))
+    assert text.endswith("Unknown role: gpt; its message of role 'gpt': rename the role to 'assistant'")
 
 
 # the second condition is that of Llama 3.1's and gpt-oss's templates
@@ -198,7 +226,7 @@ def test_a_message_that_the_template_writes_itself_is_no_message_of_the_data():
     )
     prompt = turns(f"developer: {helpful}", "user: What is two plus two?")
     answers = turns("assistant: It is certainly four."), turns("assistant: It is certainly five.")
-    assert refusal(pair(prompt, *answers), tokenizer_of(default)) == DROPPED.format("developer", "prompt[0]")
+    assert refusal(pair(prompt, *answers), tokenizer_of(default)) == dropped_error("developer", "prompt[0]")
 
 
 def test_the_second_conversation_of_a_structure_is_looked_at_too():
@@ -209,7 +237,7 @@ def test_the_second_conversation_of_a_structure_is_looked_at_too():
     tokenizer = tokenizer_of(picky)
     texts(pair(turns("user: What is 2+2?"), *ANSWERS), tokenizer)
     secret = pair(turns("user: What is the secret?"), *ANSWERS)
-    assert refusal(secret, tokenizer) == DROPPED.format("user", "prompt[0]")
+    assert refusal(secret, tokenizer) == dropped_error("user", "prompt[0]")
 
 
 def test_a_template_that_refuses_marks_does_not_hide_what_it_drops():
@@ -220,7 +248,7 @@ def test_a_template_that_refuses_marks_does_not_hide_what_it_drops():
         1,
     )
     prompt = turns("human: Be brief and kind.", "user: What is 2+2?")
-    assert refusal(pair(prompt, *ANSWERS), tokenizer_of(strict)) == DROPPED.format("human", "prompt[0]")
+    assert refusal(pair(prompt, *ANSWERS), tokenizer_of(strict)) == dropped_error("human", "prompt[0]")
 
 
 CALL = {
@@ -228,7 +256,8 @@ CALL = {
     "content": "",
     "tool_calls": [{"type": "function", "function": {"name": "w", "arguments": {}}}],
 }
-NO_CALL = "d.jsonl:3: the chat template drops the tool call ({}); use a template that writes them"
+NESTED = {"type": "function", "function": {"name": "w", "arguments": {"city": "Paris"}}}
+NO_CALL = "d.jsonl:3: the chat template drops a tool call or its arguments ({}); use a template that writes them"
 
 
 def test_a_dropped_tool_call_is_an_error():
@@ -239,6 +268,42 @@ def test_a_dropped_tool_call_is_an_error():
     assert refusal(pair(turns("user: Weather?"), [CALL], ANSWERS[1]), tokenizer_of(plain)) == NO_CALL.format(
         "chosen[0]"
     )
+
+
+# templates that write some of the calls, or some of a call
+CALLS = """{%% for m in messages %%}{{ m.role }}: {{ m.content }}{%% if m.tool_calls %%}{%% for call in %s %%}
+{%%- set f = call.function or {} %%}{{ f.name }}({{ %s | tojson }}){%% endfor %%}{%% endif %%}{{ eos_token }}
+{%%- endfor %%}"""
+ARGUMENTS = "f.arguments | default({})"
+EVERY = CALLS % ("m.tool_calls", ARGUMENTS)
+FIRST = CALLS % ("m.tool_calls[:1]", ARGUMENTS)
+OBJECTS = CALLS % ("m.tool_calls", "(f.arguments if f.arguments is mapping else {})")
+
+
+def calling(*calls: dict) -> list[dict]:
+    return [{"role": "assistant", "content": "", "tool_calls": list(calls)}]
+
+
+@pytest.mark.parametrize(
+    ("template", "good", "bad"),
+    [
+        (FIRST, calling(NESTED), calling(NESTED, NESTED | {"function": {"name": "v", "arguments": {}}})),
+        (EVERY, calling(NESTED), calling(NESTED["function"])),  # its name is not where the template reads it
+        (OBJECTS, calling(NESTED), calling({"function": {"name": "w", "arguments": '{"city": "Paris"}'}})),
+    ],
+    ids=["second call", "another form", "arguments as text"],
+)
+def test_a_part_of_a_tool_call_that_is_dropped_is_an_error(template, good, bad):
+    """Also after a conversation of the same roles that was written whole."""
+    tokenizer, question = tokenizer_of(template), turns("user: Weather?")
+    assert tokenized(pair(question, good, ANSWERS[1]), tokenizer).dropped == []
+    assert refusal(pair(question, bad, ANSWERS[1]), tokenizer) == NO_CALL.format("chosen[0]")
+
+
+def test_several_calls_with_text_arguments_are_not_taken_for_dropped():
+    every = calling({"function": {"name": "w", "arguments": '{"city": "Paris"}'}}, NESTED, {"function": {"name": "v"}})
+    tokens = tokenized(pair(turns("user: Weather?"), every, ANSWERS[1]), tokenizer_of(EVERY))
+    assert tokens.dropped == []
 
 
 def test_tools_that_the_template_does_not_write_are_a_warning():
@@ -255,6 +320,12 @@ def test_a_template_without_an_end_token_is_a_warning():
     (warning,) = tokenized(
         pair(turns("user: 2+2?"), *ANSWERS), tokenizer_of(QWEN.replace("{{ eos_token }}", ""))
     ).warnings
+    assert "the chat template writes no end token after the answer" in warning
+
+
+def test_one_answer_without_an_end_token_is_enough_for_the_warning():
+    half = QWEN.replace("{{ eos_token }}", "{{ eos_token if 'five' not in m.content }}")
+    (warning,) = tokenized(pair(turns("user: 2+2?"), *ANSWERS), tokenizer_of(half)).warnings
     assert "the chat template writes no end token after the answer" in warning
 
 

@@ -188,8 +188,46 @@ def test_a_system_message_stands_before_conversations_without_a_prompt_column():
     assert read["rejected"] == [SYSTEM, user("q"), answer("b")]
 
 
-def test_a_row_without_answers_is_left_to_the_pairs():
-    assert "chosen" not in ORCA.read({"question": "q", "system": "s", "rejected": "b"})
+QUESTION = Shape(ColumnSettings(prompt=("question",)))
+
+
+@pytest.mark.parametrize(
+    ("row", "shape", "line"),
+    [
+        ({"prompt": "q", "good": "a", "bad": "b"}, PLAIN, "{chosen: good, rejected: bad}"),
+        (
+            {"question": "q", "good": "a", "bad": "b", "system": "s"},
+            PLAIN,
+            "{prompt: question, chosen: good, rejected: bad, system: system}",
+        ),
+        ({"question": "q", "rejected": "b"}, QUESTION, "{prompt: question, chosen: NAME}"),
+        ({"prompt": "q", "chosen": "a"}, PLAIN, "{rejected: NAME}"),
+        (
+            {"score_chosen": 2.0, "chosen_model": "m", "chosen_text": "a", "rejected_text": "b", "prompt": "q"},
+            PLAIN,
+            "{chosen: chosen_text, rejected: rejected_text}",
+        ),
+        (
+            {"instruction": "q", "input": "i", "win": "a", "lose": "b"},
+            PLAIN,
+            "{prompt: [instruction, input], chosen: win, rejected: lose}",
+        ),
+    ],
+)
+def test_a_row_without_an_answer_lists_its_columns_with_the_line_to_write(row, shape, line):
+    with pytest.raises(BadRow) as raised:
+        shape.read(row)
+    part = "chosen" if "chosen" not in row else "rejected"
+    assert str(raised.value) == (
+        f"{part!r} is missing; the row has the columns {', '.join(row)}. Name its columns with columns: {line}"
+    )
+
+
+def test_the_line_for_missing_answers_reads_the_row():
+    read = Shape(ColumnSettings(prompt=("question",), chosen="good", rejected="bad")).read(
+        {"question": "q", "good": "a", "bad": "b"}
+    )
+    assert read == {"prompt": "q", "chosen": "a", "rejected": "b"}
 
 
 def test_columns_of_other_data_are_optional_where_they_are_inherited():

@@ -277,7 +277,7 @@ def test_equal_tokens_of_different_texts_are_dropped_without_blaming_max_length(
     tokens = tokenize([pair("ab", "c", "c~"), pair("ab", "c", "d")], characters)
     assert tokens.dropped == ["d.jsonl:1: chosen and rejected are equal tokens; the pair teaches nothing"]
     assert (tokens.cut_pairs, tokens.lost_tokens) == (0, 0)
-    with pytest.raises(UserError, match=r"^nothing to learn in any of 1 pairs; first: d.jsonl:1: chosen and"):
+    with pytest.raises(UserError, match=r"^nothing to learn in any of 1 pair; first: d.jsonl:1: chosen and"):
         tokenize([pair("ab", "c", "c~")], characters)
 
 

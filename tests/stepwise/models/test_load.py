@@ -6,11 +6,12 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Lfm2Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Lfm2Config
 
 from sdpo_kernels.stepwise.check import check_run
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.progress import Reporter
+from sdpo_kernels.stepwise.data.fit import load_model_config
 from sdpo_kernels.stepwise.models.load import add_adapter, load_model, load_tokenizer, weights_hash
 from sdpo_kernels.stepwise.models.merge import merge_adapter
 from sdpo_kernels.stepwise.models.precision import Precision
@@ -77,7 +78,8 @@ def test_a_model_that_cannot_be_loaded_is_a_one_line_error(tmp_path, model, dama
     damage(folder)
     with pytest.raises(UserError) as error:
         load(config)
-    assert str(error.value).startswith(f"model: {folder} cannot be loaded: ")
+    expected = f"{folder} cannot be loaded: " if folder.exists() else f"there is no folder {folder}"
+    assert str(error.value).startswith(f"model: {expected}")
     assert "\n" not in str(error.value)
 
 
@@ -100,6 +102,24 @@ def test_a_missing_tokenizer_is_a_one_line_error(tmp_path, model):
     with pytest.raises(UserError, match="model: no tokenizer can be loaded from") as error:
         load_tokenizer(runs.configured(tmp_path, folder))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["smoll", "org/smoll"])
+def test_a_name_that_is_no_folder_says_so_before_what_the_hub_says(tmp_path, model, monkeypatch, name):
+    def refuses(*args, **options):
+        raise OSError(f"{name} is not a valid model identifier listed on 'https://huggingface.co/models'\nIf this is")
+
+    monkeypatch.chdir(tmp_path)
+    config = runs.configured(tmp_path, model).model_copy(update={"model": name})
+    for loader, what in ((AutoTokenizer, "tokenizer"), (AutoConfig, "config"), (AutoModelForCausalLM, "model")):
+        monkeypatch.setattr(loader, "from_pretrained", refuses)
+        steps = {"tokenizer": load_tokenizer, "config": load_model_config, "model": load}
+        with pytest.raises(UserError) as error:
+            steps[what](config)
+        assert str(error.value) == (
+            f"model: there is no folder {name!r} in {tmp_path}, and the hub gives no {what} of that name: {name} is "
+            "not a valid model identifier listed on 'https://huggingface.co/models'"
+        )
 
 
 def test_the_hash_depends_on_every_weight_name_and_dtype(tmp_path, model):

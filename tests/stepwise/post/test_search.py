@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shlex
 import sys
 import time
@@ -22,6 +23,7 @@ from sdpo_kernels.stepwise.models.load import release_memory
 from sdpo_kernels.stepwise.post import search as search_module
 from sdpo_kernels.stepwise.post.dev_score import CommandScore, PairScore
 from sdpo_kernels.stepwise.post.search import Found, Trial, search, search_notes, search_table
+from sdpo_kernels.stepwise.settings.run_file import load_config
 from tests.stepwise import runs
 from tests.stepwise.post.test_expo import save
 
@@ -192,10 +194,10 @@ def main(monkeypatch, capsys):
 def test_a_given_alpha(main, tmp_path, sides):
     code, out, err = main(*sides, tmp_path / "out", "--alpha", "0.5")
     assert (code, err) == (0, "")
-    assert out == f"α 0.5: {tmp_path / 'out'}\n"
+    assert out == f"loading torch and transformers\nα 0.5: {tmp_path / 'out'}\n"
     assert value(tmp_path / "out") == 1.5
     code, out, err = main(*sides, tmp_path / "out", "--alpha", "0.5")
-    assert (code, out) == (2, "")
+    assert (code, out) == (2, "loading torch and transformers\n")
     assert err == f"error: {tmp_path / 'out'}: already exists; give a new or an empty folder\n"
 
 
@@ -229,6 +231,24 @@ def test_a_search_on_pairs(main, tmp_path, model, dev):
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
 
 
+def test_a_file_of_the_configs_own_columns(main, tmp_path, model, dev):
+    """With --config a file that is in it is read as it is there; without, the error says where columns go."""
+    rows = [json.loads(line) for line in Path(dev).read_text().splitlines()]
+    renamed = [{"question": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]} for row in rows]
+    own = str(runs.write_rows(tmp_path / "own.jsonl", renamed))
+    config = runs.write_settings(
+        tmp_path, model, stages=[{"name": "s", "data": own, "columns": {"prompt": "question"}}]
+    )
+    scores = [
+        PairScore(model, model, [path], "gamma", load_config(config), Reporter(quiet=True))(model)
+        for path in (own, dev)
+    ]
+    assert scores[0] == scores[1]
+    code, _, err = main(model, model, tmp_path / "out", "--search", "0.2", "--data", own)
+    assert code == 2
+    assert err.rstrip().endswith("; in the run.yaml of --config: columns: {prompt: question}")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -247,7 +267,7 @@ def test_a_search_on_pairs(main, tmp_path, model, dev):
 )
 def test_options_that_do_not_go_together(main, tmp_path, sides, options, message):
     code, out, err = main(*sides, tmp_path / "out", *options)
-    assert (code, out) == (2, "")
+    assert (code, out) == (2, "loading torch and transformers\n")
     assert err.startswith(f"error: {message}")
     assert err.count("\n") == 1
 

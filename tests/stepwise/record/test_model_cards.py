@@ -46,6 +46,48 @@ def test_a_stages_card_says_what_was_cut():
         assert "cut at" not in model_card(config(), whole)
 
 
+def test_a_stages_card_has_what_it_was_trained_with():
+    data = ["/home/me/a.jsonl", {"path": "org/pairs:train", "columns": {"prompt": "q"}}]
+    stages = [{"name": "easy", "data": "e.jsonl"}, {"name": "hard", "data": data, "epochs": 2}]
+    stages[1]["trainer"] = {"learning_rate": 3e-6}
+    left_out = STAGE | {"skipped": 3, "dropped": 2}
+    card = model_card(config(stages=stages, max_length=512, lora={"r": 8, "alpha": 16}), left_out)
+    for line in (
+        "| learning rate | 3e-06, linear |",
+        "| epochs | 2 |",
+        "| max_length | 512 |",
+        "| data | a.jsonl, org/pairs:train |",
+        "| LoRA | r 8, alpha 16 |",
+        "| bad rows skipped | 3 |",
+        "| pairs dropped | 2 |",
+    ):
+        assert f"\n{line}\n" in card
+    assert "/home/me" not in card
+
+    whole = model_card(config(), STAGE | {"skipped": 0, "dropped": 0})
+    assert "LoRA" not in whole
+    assert "skipped" not in whole
+    assert "dropped" not in whole
+    limited = model_card(config(trainer={"max_steps": 7}), STAGE)
+    assert "| max_steps | 7 |" in limited
+    assert "epochs" not in limited
+
+
+def test_a_card_names_the_data_of_tiers_of_shuffled_stages_and_of_sources():
+    tiers = config(order="margin", tiers=2)
+    assert "| data | d.jsonl |" in model_card(tiers, STAGE | {"name": "hard-2"})
+    both = [{"name": "easy", "data": "e.jsonl"}, {"name": "hard", "data": "d.jsonl"}]
+    assert "| data | e.jsonl, d.jsonl |" in model_card(config(order="random", stages=both), STAGE)
+    source = {"kind": "ranked", "judge": "m:f"}
+    made = [{"name": "hard", "prompts": "p.jsonl", "source": source}]
+    assert "| data | p.jsonl (prompts; pairs by ranked) |" in model_card(config(stages=made), STAGE)
+
+
+def test_a_stages_card_says_how_many_of_its_pairs_were_used():
+    assert "| pairs | 320 of 1200 |" in model_card(config(), STAGE | {"pairs_used": 320})
+    assert "| pairs | 1200 |" in model_card(config(), STAGE | {"pairs_used": 1200})
+
+
 def test_a_stages_card_has_its_scores_and_adapter():
     _, body = front_matter(model_card(config(lora={}), STAGE | {"eval": SCORES}))
     assert "| pair accuracy on 77 evaluation pairs | 0.625 |" in body

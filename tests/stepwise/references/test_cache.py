@@ -2,6 +2,7 @@
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -12,23 +13,49 @@ from sdpo_kernels.stepwise.references.cache import cached_scores, read_scores, w
 SCORES = torch.tensor([[-1.0, -2.0], [-3.0, -4.0], [-5.0, -6.5]])
 
 
+ALL = np.arange(3)
+
+
 class Maker:
-    """Returns `scores` and counts its calls."""
+    """Returns the `scores` it is asked for, and notes which these were."""
 
     def __init__(self, scores=SCORES):
-        self.scores, self.calls = scores, 0
+        self.scores, self.asked = scores, []
 
-    def __call__(self):
-        self.calls += 1
-        return self.scores
+    def __call__(self, missing):
+        self.asked.append(missing.tolist())
+        return self.scores[missing]
 
 
 def test_computed_once_then_read(tmp_path, caplog):
     make, path = Maker(), tmp_path / "r.safetensors"
     for _ in range(3):
-        assert torch.equal(cached_scores(path, "key", 3, make), SCORES)
-    assert make.calls == 1
+        assert torch.equal(cached_scores(path, "key", ALL, 3, make), SCORES)
+    assert make.asked == [[0, 1, 2]]
     assert caplog.text == ""
+
+
+def test_only_what_is_asked_for_and_missing_is_computed(tmp_path, caplog):
+    """The others are NaN in the file, and a file that has more than is asked for is taken as it is."""
+    make, path = Maker(), tmp_path / "r.safetensors"
+    scores = cached_scores(path, "key", np.array([1]), 3, make)
+    assert scores[1].equal(SCORES[1])
+    assert scores[[0, 2]].isnan().all()
+    assert read_scores(path, "key", 3) == (None, "it holds NaN or infinite values")
+    assert torch.equal(read_scores(path, "key", 3, partial=True)[0].nan_to_num(9), scores.nan_to_num(9))
+    assert caplog.text == ""
+
+    cached_scores(path, "key", np.array([1]), 3, make)
+    scores = cached_scores(path, "key", np.array([1, 2]), 3, make)
+    assert make.asked == [[1], [2]]
+    assert scores[1:].equal(SCORES[1:])
+    assert scores[0].isnan().all()
+    assert "r.safetensors: 1 more pairs are scored" in caplog.text
+
+    assert cached_scores(path, "key", ALL, 3, make).equal(SCORES)
+    assert cached_scores(path, "key", np.array([0]), 3, make).equal(SCORES)
+    assert make.asked == [[1], [2], [0]]
+    assert read_scores(path, "key", 3)[0].equal(SCORES)
 
 
 def nan(path):
@@ -52,8 +79,8 @@ def test_an_invalid_file_is_recomputed_with_a_warning(tmp_path, caplog, reason):
     DAMAGE[reason](path)
     make = Maker()
     with caplog.at_level(logging.WARNING):
-        assert torch.equal(cached_scores(path, "key", 3, make), SCORES)
-    assert make.calls == 1
+        assert torch.equal(cached_scores(path, "key", ALL, 3, make), SCORES)
+    assert make.asked == [[0, 1, 2]]
     assert "r.safetensors is recomputed: " in caplog.text
     assert reason in caplog.text
     assert torch.equal(read_scores(path, "key", 3)[0], SCORES)
@@ -68,7 +95,9 @@ def test_scores_that_are_not_finite_are_never_saved(tmp_path):
     scores = SCORES.clone()
     scores[1:, 0] = -torch.inf
     with pytest.raises(UserError, match=r"r\.safetensors: the model scores 2 of 3 pairs as NaN or infinite.*pair 2"):
-        cached_scores(path, "key", 3, Maker(scores))
+        cached_scores(path, "key", ALL, 3, Maker(scores))
+    with pytest.raises(UserError, match=r"scores 1 of 2 pairs .*the first is pair 3;"):
+        cached_scores(path, "key", np.array([0, 2]), 3, Maker(scores))
     assert not path.exists()
 
 

@@ -252,7 +252,7 @@ def test_a_stopped_stage_resumes_to_the_same_bits_and_rescores_no_model(tmp_path
     genuine = Scorer.score
     monkeypatch.setattr(Scorer, "score", lambda self, m, t, label: labels.append(label) or genuine(self, m, t, label))
     runs.train(config)
-    assert labels == ["evaluation"]
+    assert labels == ["stage 2 of 2 s2: evaluation"]
     assert runs.fingerprint(tmp_path / "run") == runs.fingerprint(whole / "run")
     line = next(line for line in runs.metrics(whole / "run") if "eval_loss" in line)
     assert abs(line["eval_loss"] - LN2) > 1e-4

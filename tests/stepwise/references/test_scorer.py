@@ -29,9 +29,9 @@ def test_the_key_depends_on_everything_a_score_depends_on(tmp_path, model, monke
     keys: dict[str, str] = {}
     genuine = scorer_module.cached_scores
 
-    def note(path, key, count, compute):
+    def note(path, key, *rest):
         keys[name] = key
-        return genuine(path, key, count, compute)
+        return genuine(path, key, *rest)
 
     monkeypatch.setattr(scorer_module, "cached_scores", note)
     other = runs.make_model(tmp_path / "other", seed=1)
@@ -132,7 +132,7 @@ def test_a_resumed_stage_recomputes_a_bad_cache_with_the_previous_stages_model(s
         columns = load_file(cache)
         scores = torch.stack([columns["chosen"], columns["rejected"]], 1)
         if damage == "NaN":
-            scores[3] = float("nan")
+            scores[3, 0] = float("nan")
             with safe_open(str(cache), "pt") as stored:
                 key = stored.metadata()["key"]
             write_scores(cache, scores, key)
@@ -141,7 +141,8 @@ def test_a_resumed_stage_recomputes_a_bad_cache_with_the_previous_stages_model(s
     spoken = runs.Spoken(tmp_path)
     runs.run(config, spoken.reporter)
     assert runs.fingerprint(tmp_path / "run") == wanted
-    assert "resuming at step 2" in spoken.text
+    assert "stage 2 of 2 s2: resuming at step 2" in spoken.text
+    assert "stage 1 of 2 s1: done earlier in " in spoken.text
     if damage == "missing":
         assert "its reference_logps.safetensors is missing and is recomputed" in spoken.text
     else:

@@ -189,6 +189,18 @@ def test_terminal_table_fits_80_columns() -> None:
     assert re.split(r"\s+", row.strip()) == " ".join(values).split()
 
 
+def test_the_pairs_that_are_used_are_in_both_tables(tmp_path: Path) -> None:
+    """Of earlier versions' stages they are not known."""
+    stages = [stage(1, "easy", pairs_used=320), stage(2, "hard", pairs_used=1234), stage(3, "old")]
+    write_run(tmp_path, stages, all_lines(3))
+    write_report(tmp_path)
+    cells = Page((tmp_path / "report.html").read_text()).cells
+    for name, used in (("1 easy", "320"), ("2 hard", "1,234"), ("3 old", "–")):
+        assert cells[cells.index(name) :][:3] == [name, "1,234", used]
+    assert re.search(r"1 easy +1,234 +320 ", printed({"stages": stages}))
+    assert "used" not in printed({"stages": [stage(1, "hard", pairs_used=1234), stage(2, "old")]})
+
+
 def test_cut_pairs_and_lost_tokens_are_in_both_tables(tmp_path: Path) -> None:
     stages = [stage(1, "easy", cut_pairs=0, lost_tokens=0), stage(2, "hard", cut_pairs=1347, lost_tokens=113482)]
     write_run(tmp_path, stages, all_lines(2))
@@ -201,6 +213,17 @@ def test_cut_pairs_and_lost_tokens_are_in_both_tables(tmp_path: Path) -> None:
     assert max(map(len, text.splitlines())) <= 80
     assert re.search(r"2 hard +1,234 +1,347 +113,482", text)
     assert "cut" not in printed({"stages": stages[:1], "initial_eval": scores(0)})
+
+
+def test_skipped_rows_are_on_the_page_if_there_are_any(tmp_path: Path) -> None:
+    write_run(tmp_path, [stage(1, "easy", skipped=0), stage(2, "hard", skipped=1021, dropped=12)], all_lines(2))
+    write_report(tmp_path)
+    page = Page((tmp_path / "report.html").read_text())
+    at = page.cells.index("2 hard")
+    assert page.cells[at : at + 4] == ["2 hard", "1,234", "1,021", "12"]
+    write_run(tmp_path, [stage(1, "easy", skipped=0)], all_lines(1))
+    write_report(tmp_path)
+    assert "skipped rows" not in (tmp_path / "report.html").read_text()
 
 
 def test_global_state_is_left_alone(tmp_path: Path) -> None:

@@ -34,6 +34,6 @@ def test_generated_pairs_are_shown_and_long_ones_cut(tmp_path):
     for name in ("stage-1-easy", "stage-2-hard"):
         write_lines(tmp_path / name / "pairs.jsonl", {"prompt": "no answers"}, pair)
     text = page(tmp_path)
-    assert text.count('<pre class="answer">yes</pre>') == 1, "stage 2 has no prompts: that file is not its pairs"
+    assert text.count("<dt>chosen</dt><dd>yes</dd>") == 1, "stage 2 has no prompts: that file is not its pairs"
     assert "n" * 600 + " …" in text
     assert "n" * 601 not in text

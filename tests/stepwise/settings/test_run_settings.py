@@ -1,6 +1,7 @@
 """Settings of a run: defaults, the error line for each mistake, overrides, round trips, differences."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ from transformers import TrainingArguments
 
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.settings import trainer as trainer_options
+from sdpo_kernels.stepwise.settings.columns import ColumnSettings
 from sdpo_kernels.stepwise.settings.run_file import config_diff, dump_config, load_config
 from sdpo_kernels.stepwise.settings.run_settings import LoraSettings, RunConfig
 from sdpo_kernels.stepwise.settings.yaml_file import read_settings
+
+TRAIN_SIZE = "per_device_train_batch_size"
 
 SMALL = "model: org/model\noutput_dir: runs/x\nstages:\n  - {name: easy, data: a.jsonl}\n"
 
@@ -133,7 +137,21 @@ MISTAKES = [
     ("max_length: 1", "run.yaml: max_length: was 1, must be greater than or equal to 2"),
     ("max_length: true", "run.yaml: max_length: was true, must be a number"),
     ("order: easy", "run.yaml: order: was 'easy', must be 'given', 'pair_accuracy', 'margin' or 'random'"),
-    ("loss: sigmod", "run.yaml: loss: was 'sigmod', must be one of "),
+    ("loss: sigmod", "run.yaml: loss: was 'sigmod', must be one of: "),
+    ("per_device_batch_size: 1", f"run.yaml: per_device_batch_size: unknown key; did you mean 'trainer.{TRAIN_SIZE}'?"),
+    ("batch_size: 1", f"run.yaml: batch_size: unknown key; did you mean 'trainer.{TRAIN_SIZE}'?"),
+    ("lr: 1", "run.yaml: lr: unknown key; did you mean 'trainer.learning_rate'?"),
+    (
+        "trainer: {per_device_batch_size: 1}",
+        f"run.yaml: trainer.per_device_batch_size: unknown key; did you mean '{TRAIN_SIZE}'?",
+    ),
+    (
+        "columns: {prompt: [prompt, chosen]}",
+        "run.yaml: columns.prompt: was ['prompt', 'chosen'], but the column 'chosen' is also read as chosen; a column",
+    ),
+    ("columns: {prompt: [a, a]}", "run.yaml: columns.prompt: was ['a', 'a'], must name each column once"),
+    ("columns: {chosen: rejected}", "run.yaml: columns.chosen: was 'rejected', but the column 'rejected' is also read"),
+    ("columns: {system: prompt}", "run.yaml: columns.system: was 'prompt', but the column 'prompt' is also read as"),
     ("loss: 3", "run.yaml: loss: was 3, must be a name or a list of {name, weight, options}"),
     ("loss: []", "run.yaml: loss: was [], must be a name or a list"),
     (
@@ -394,3 +412,19 @@ def test_the_difference_between_two_configs(write):
     assert "lora: absent -> null" in lines
     assert any(line.startswith("stages.0.data.1: absent -> ") and line.endswith("b.jsonl") for line in lines)
     assert not any(line.startswith("model") for line in lines)
+
+
+def test_columns_may_be_swapped_and_renamed():
+    """A name that is another part's own is free once that part has another name."""
+    swapped = ColumnSettings.model_validate({"chosen": "rejected", "rejected": "chosen"})
+    assert (swapped.chosen, swapped.rejected) == ("rejected", "chosen")
+    assert ColumnSettings.model_validate({"prompt": "question", "system": "prompt"}).system == "prompt"
+
+
+@pytest.mark.parametrize("text", ["loss: dpo", "loss: [{name: dpo}]", "loss: cDPO"])
+def test_dpo_is_called_sigmoid_and_losses_that_a_run_refuses_are_not_offered(write, text):
+    message = refusal(write(SMALL + text))
+    assert message.endswith("; did you mean 'sigmoid'?")
+    assert "diffusion_dpo" not in message
+    (listed,) = re.findall(r"must be one of: (.*);", message)
+    assert len(listed.split(", ")) == 23

@@ -35,3 +35,8 @@ def ties_often(rows, completions):
 def fails(rows, completions):
     """Fails by a mistake of its author."""
     return [row["missing"] for row in rows]
+
+
+def not_a_number(rows, completions):
+    """Has no score for completions with the word bad."""
+    return [float("nan") if "bad" in text else 1.0 for text in completions]

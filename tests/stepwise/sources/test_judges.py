@@ -62,6 +62,31 @@ def test_a_judge_with_invalid_scores(name):
         judge([PromptRow("a", {}, "")] * 2, ["x", "y"])
 
 
+def test_a_score_that_is_not_a_number_names_judge_prompt_and_completion():
+    judge = function_judge("tests.stepwise.sources.judges:not_a_number")
+    rows = [PromptRow("a", {}, "p.jsonl:1"), PromptRow("b", {}, "p.jsonl:2"), PromptRow("c", {}, "p.jsonl:3")]
+    assert judge(rows, ["good", "well", "fine"]) == [1.0, 1.0, 1.0]
+    with pytest.raises(UserError) as error:
+        judge(rows, ["good", "bad 1", "bad 2"])
+    assert str(error.value) == (
+        "judge: 'tests.stepwise.sources.judges:not_a_number' gave nan for a completion of the prompt p.jsonl:2 "
+        "('bad 1'), and for 1 more of 3; must be finite numbers: return a low score where there is none"
+    )
+
+
+def test_a_reward_model_that_gives_nan_is_an_error(tmp_path, model):
+    """Nothing is the best or the worst of NaN, so the pairs would be those of an order that means nothing."""
+    network = LlamaForSequenceClassification(AutoConfig.from_pretrained(model, num_labels=1))
+    torch.nn.init.constant_(network.score.weight, float("nan"))
+    network.save_pretrained(tmp_path / "reward")
+    make_tokenizer().save_pretrained(tmp_path / "reward")
+    judge = reward_model_judge(str(tmp_path / "reward"), torch.device("cpu"), 64, 1)
+    with pytest.raises(
+        UserError, match=r"reward_model: .*reward gave nan for a completion of the prompt p\.jsonl:1 \('good1'\)"
+    ):
+        judge([PromptRow("word1", {}, "p.jsonl:1")], ["good1"])
+
+
 def test_no_verdict_is_asked_for_twice(tmp_path):
     asked = []
 

@@ -65,9 +65,13 @@ def test_ranked_pairs_best_with_worst(tmp_path, model, monkeypatch):
     }  # fmt: skip
 
 
-def test_truncation_of_generated_pairs_is_counted(tmp_path, model):
-    config = source_config(tmp_path, model, "ranked", stages=1, settings={"max_length": 8}, judge=JUDGE)
-    (record,) = run(config, QUIET)["stages"]
+def test_generated_pairs_and_what_truncation_cuts_are_counted(tmp_path, model, spoken):
+    trainer = {"max_steps": 1, "per_device_train_batch_size": 2}
+    settings = {"max_length": 8, "trainer": trainer}
+    config = source_config(tmp_path, model, "ranked", stages=1, settings=settings, judge=JUDGE)
+    (record,) = run(config, spoken.reporter)["stages"]
+    assert record["pairs_used"] == 2 < record["pairs"]
+    assert spoken.text.count(f"stage s1: trains on 2 of {record['pairs']} pairs; max_steps 1 ends it before") == 1
     pairs = pairs_of(tmp_path / "run" / "stage-1-s1")
 
     # three words of prompt, and the end token: an answer of up to four words is whole
@@ -77,11 +81,20 @@ def test_truncation_of_generated_pairs_is_counted(tmp_path, model):
     assert record["lost_tokens"] == sum(max(0, count - 4) for two in words for count in two)
 
 
-def test_a_ranked_run_keeps_its_pairs_and_resumes_after_a_kill(tmp_path, model, monkeypatch):
+def test_a_ranked_run_keeps_its_pairs_and_resumes_after_a_kill(tmp_path, model, monkeypatch, spoken):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()
-    manifest = run(source_config(whole, model, "ranked", judge=JUDGE), QUIET)
+    manifest = run(source_config(whole, model, "ranked", judge=JUDGE), spoken.reporter)
+    for text in (
+        "stage 1 of 2 s1: generating pairs (ranked)\n",
+        "stage 1 of 2 s1: samples  30/30  took ",
+        f"stage 1 of 2 s1: {manifest['stages'][0]['pairs']} pairs generated from 10 prompts\n",
+        f"; run step {manifest['stages'][0]['steps']}/{manifest['stages'][0]['steps']}+, over 0s left\n",
+        f"; run step {sum(stage['steps'] for stage in manifest['stages'])}/",
+    ):
+        assert text in spoken.text
+    assert spoken.text.count("all steps done") == 2  # the last step, and the end of the last stage
     stages = [whole / "run" / f"stage-{i}-s{i}" for i in (1, 2)]
     for record, folder in zip(manifest["stages"], stages, strict=True):
         pairs = pairs_of(folder)
@@ -113,7 +126,9 @@ def test_a_ranked_run_keeps_its_pairs_and_resumes_after_a_kill(tmp_path, model, 
 
 def test_bad_prompt_rows(tmp_path):
     file = write_rows(tmp_path / "p.jsonl", [{"prompt": "a"}, {"text": "b"}, {"prompt": 3}, {"prompt": ""}])
-    with pytest.raises(UserError, match=r"p.jsonl:2: 'prompt' is missing \(and 2 more bad rows\)"):
+    with pytest.raises(
+        UserError, match=r"p.jsonl:2: 'prompt' is missing; .* text\. .*\{prompt: NAME\} \(and 2 more bad"
+    ):
         read_prompts([str(file)], "error")
     prompts, skipped = read_prompts([str(file)], "skip")
     assert [row.prompt for row in prompts] == ["a"]
@@ -122,7 +137,19 @@ def test_bad_prompt_rows(tmp_path):
 
 def test_a_judge_that_sees_no_difference_stops_the_run(tmp_path, model):
     config = source_config(tmp_path, model, "ranked", judge="tests.stepwise.sources.judges:alike")
-    with pytest.raises(UserError, match="no pairs from 10 prompts"):
+    with pytest.raises(UserError, match=r"no pairs from 10 prompts; .*no two samples .* differ in the judge's score"):
+        run(config, QUIET)
+
+
+@pytest.mark.parametrize("kind", ["ranked", "discriminator"])
+def test_samples_that_do_not_end_are_named_where_there_are_no_pairs(tmp_path, model, kind):
+    """The first token that the model draws is the end token in few samples; those are empty."""
+    more = {"budget": 4} if kind == "discriminator" else {}
+    config = source_config(tmp_path, model, kind, stages=1, judge=JUDGE, **more | {"max_new_tokens": 1})
+    text = (
+        rf"stage s1: source {kind}: no pairs from 10 prompts; 30 of 30 samples did not end within max_new_tokens \(1\)"
+    )
+    with pytest.raises(UserError, match=text):
         run(config, QUIET)
 
 
@@ -345,7 +372,11 @@ def test_prompts_that_are_also_in_eval_data_give_a_warning(tmp_path, model):
 @pytest.mark.parametrize(
     ("source", "settings", "message"),
     [
-        ({"kind": "ranked", "reward_model": "/nonexistent/model"}, {}, "reward_model: /nonexistent/model"),
+        (
+            {"kind": "ranked", "reward_model": "/nonexistent/model"},
+            {},
+            "reward_model: there is no folder /nonexistent/model",
+        ),
         ({"kind": "ranked", "judge": JUDGE, "samplez": 3}, {}, "samplez: unknown key; did you mean 'samples'"),
         ({"kind": "self_augmented", "pairs": 3, "segment_tokens": 9, "max_new_tokens": 3}, {}, "must be at least"),
         ({"kind": "active", "judge": JUDGE, "acquire": 3}, {}, "must be with policy: initial"),

@@ -79,13 +79,15 @@ def test_every_pair_has_the_same_weight_in_the_logged_loss(tmp_path, model):
         ({}, 2.5, 8),
         ({"gradient_accumulation_steps": 2}, 1, 2),
         ({"max_steps": 5}, 1, 5),
+        ({"dataloader_drop_last": True}, 1, 2),
+        ({"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 2}}}, 1, 2),
         ({"per_device_train_batch_size": 50}, 3, 3),
     ],
 )
 def test_a_stage_takes_the_planned_steps(tmp_path, model, monkeypatch, trainer, epochs, steps):
     planned = []
-    genuine = StageTrainer.planned_steps
-    monkeypatch.setattr(StageTrainer, "planned_steps", lambda self: planned.append(genuine(self)) or planned[-1])
+    genuine = StageTrainer.train
+    monkeypatch.setattr(StageTrainer, "train", lambda self: planned.append(self.schedule.steps) or genuine(self))
     data = runs.write_rows(tmp_path / "d.jsonl", runs.make_rows(10))
     stages = [{"name": "s1", "data": str(data), "epochs": epochs}]
     manifest = runs.train(runs.configured(tmp_path, model, stages=stages, trainer=trainer))
