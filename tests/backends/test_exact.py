@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sdpo_kernels import backends, fused_linear_dpo
+from sdpo_kernels.backends import eager
 from tests.backends.emulated import emulated_backend
 from tests.exact import (
     HEADS,
@@ -26,7 +27,7 @@ from tests.exact import (
     multiples,
     rounded,
 )
-from tests.reference import random_case, target_logps
+from tests.reference import chunk_columns, random_case, target_logps
 
 pytestmark = pytest.mark.xdist_group("emulator")
 NATIVE = backends.BACKENDS["native"]
@@ -143,3 +144,11 @@ def test_the_biass_gradient(backend, stash_bytes):
     found, exact = case.ours()["d_bias"].double(), coefficients(case, torch.bfloat16)
     is_target = torch.zeros(len(found), dtype=torch.bool).index_fill_(0, case.targets, True)
     assert (found - exact.sum(0))[is_target].norm() <= 2**-12 * exact.sum(0)[is_target].norm()
+
+
+@pytest.mark.parametrize("columns", [300, 5000])
+def test_eager_on_cuda(monkeypatch, columns):
+    """There, its products take bfloat16 operands and sum them in float32; here that path runs on the CPU."""
+    monkeypatch.setattr(eager, "_operand", lambda tensor, call: tensor.to(call.dtype))
+    with chunk_columns(columns):
+        check_exact(exact_cases(backend="eager"), stashed=False)
