@@ -57,4 +57,27 @@ struct Gradients {
   float* bias;   // [V]
 };
 
+// The rows sorted by their targets, and the targets' coefficients: Y and t of walk.h. Rows that share a target are in
+// ascending order, so their terms are summed in a fixed one.
+struct Targets {
+  const int64_t* rows;  // [count] rows in the order of their targets
+  int64_t count;
+  const int64_t* targets;  // [N]
+  const float* t;          // [N]
+
+  SDPO_HD_MEMBER int64_t column(int64_t at) const { return targets[rows[at]]; }
+  SDPO_HD_MEMBER bool is_before(int64_t at, int64_t end) const { return at < count && column(at) < end; }
+  SDPO_HD_MEMBER int64_t first_from(int64_t start) const {  // the first whose target is at least `start`
+    int64_t low = 0, high = count;
+    while (low < high) {
+      int64_t middle = (low + high) / 2;
+      if (column(middle) < start)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return low;
+  }
+};
+
 }  // namespace sdpo

@@ -8,7 +8,8 @@
 //     2. o = Σ E_j
 //     3. logp = −log(1 + 2⁵⁸·o·e^(k − z_y)) = -log1p(2**58 * o * exp(k - z_y))                        row_result
 //     4. if o is above LARGEST_SUM: once more, with k = logsumexp                                     out_of_range
-//     5. backward: S_j = E_j·c_j with c = dz/da, S_y = −o·c_y, and one factor r per row               gradient_factor
+//     5. backward: S_j = E_j·c_j with c = dz/da, S_y = 0, and one factor r per row                    gradient_factor
+//     6. the target's own coefficient, which is never rounded to bfloat16: g·gain·(1 − p)·c           target_factor
 //
 // Leaving the target out of the sum keeps both ends exact: 1 − p_y comes from o, not from a difference. The power of 2
 // makes room for unlikely targets. It is added to the exponent's bits: a larger k instead would round z − k.
@@ -201,15 +202,27 @@ SDPO_HD double slope_at(const Head& head, double softcap, double temperature, do
   return slope > 0.0 ? slope : 0.0;
 }
 
-// The entry of S at the target: −o·c, with o = 2⁻⁵⁸·(1 − p)·e^(lse − k) and 1 − p = -expm1(logp).
-SDPO_HD float target_entry(double logp, double lse, double k, double slope) {
-  double rest = -expm1(logp);
-  return float(rest == 0.0 ? 0.0 : -rest * exp(lse - k - SHIFT) * slope);
+// dL/da at the target, g·gain·(1 − p)·c, with 1 − p = -expm1(logp).
+SDPO_HD float target_factor(double grad, double gain, double logp, double slope) {
+  return float(grad * gain * -expm1(logp) * slope);
 }
 
 // r, the factor of a row of S in the backward: −g·gain/(o + 2⁻⁵⁸·e^(z_y − k)) = -g * gain * exp(k - lse + SHIFT).
 SDPO_HD float gradient_factor(double grad, double gain, double k, double lse) {
   return float(-grad * gain * exp(k - lse + SHIFT));
+}
+
+// A row's k and r in a backward that recomputes all of S.
+struct RowFactor {
+  float shift, r;
+};
+
+// Moves k by at most ln 2 / 2 so that r is a power of 2: r ⊙ X in bfloat16 is exact then, and only S is rounded.
+SDPO_HD RowFactor exact_factor(double k, float r) {
+  if (!(absolute(r) > 1e-30f && absolute(r) < 1e30f)) return {float(k), r};
+  const uint32_t up_from_sqrt_2 = 0x800000u - 0x3504f3u;  // mantissas from √2 on round up to the next power
+  float power = float_of_bits((bits_of_float(r) + up_from_sqrt_2) & 0xff800000u);
+  return {float(k + log(double(power) / r)), power};
 }
 
 // d logp / d hidden = of_sum·Σ_{j ≠ y} S_j W_j + of_target·W[y].

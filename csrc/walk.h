@@ -7,12 +7,14 @@
 //        for a frozen head also Σ S·W
 //     3. log-probs and logsumexp of the rows from their sums
 //     4. rows out of range once more, with k = logsumexp
-//     5. the targets' entries of S; for a frozen head d logp / d hidden
+//     5. for a frozen head d logp / d hidden
 //
-// Backward: S_ij = E_ij·c_ij with c = dz/da up to `gain`, at the target −o·c. With r = −g·gain/(o + 2⁻⁵⁸·e^(z_y − k)),
-// chunk by chunk, from the stash or from recomputed logits:
+// Backward: S_ij = E_ij·c_ij with c = dz/da up to `gain`, 0 at the target y. With r = −g·gain/(o + 2⁻⁵⁸·e^(z_y − k))
+// and t = g·gain·(1 − p)·c_y, chunk by chunk, from the stash or from recomputed logits:
 //
-//     dX = r ⊙ (S·W)      dW = Sᵀ·(r ⊙ X)      db = Sᵀ·r
+//     dX = r ⊙ (S·W) + t ⊙ W[y]      dW = Sᵀ·(r ⊙ X) + Yᵀ·(t ⊙ X)      db = Sᵀ·r + Yᵀ·t      Y: the targets, one-hot
+//
+// Y's terms are N×H work. They are added in float, before a gradient is rounded: S and r ⊙ X may be bfloat16.
 #pragma once
 
 #include <algorithm>
@@ -45,14 +47,13 @@ void forward(Leaves& leaves, const Call& call, const Kept& kept, float* logps, d
 
   leaves.finish_rows(logps, state);
   leaves.redo_rows_out_of_range(kept, logps, state);
-  if (kept.blocks) leaves.set_targets(0, kept.blocks, kept.stash, logps, state);
   if (direct) leaves.finish_direction(logps, state, kept.direction);
 }
 
 template <class Leaves>
 void backward(Leaves& leaves, const Call& call, const Kept& kept, const float* logps, const double* state,
               const float* grad, const Gradients& wanted) {
-  leaves.begin_backward(call, logps, state, grad, wanted);
+  leaves.begin_backward(call, kept.blocks > 0, logps, state, grad, wanted);
 
   int64_t with = leaves.chunk_blocks(true), at_once = leaves.stash_blocks(kept.blocks);
   for_chunks(call.blocks(), kept.blocks, at_once, with, [&](int64_t first, int64_t count) {
@@ -60,7 +61,6 @@ void backward(Leaves& leaves, const Call& call, const Kept& kept, const float* l
     if (first >= kept.blocks) {
       s = leaves.scratch_blocks(with);
       leaves.logits(first, count, s);
-      leaves.set_targets(first, count, s, logps, state);
     }
 
     if (wanted.hidden) leaves.add_hidden_gradient(first, count, s);

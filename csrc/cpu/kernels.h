@@ -51,12 +51,15 @@ struct HiddenGradient {
   int64_t stride;  // H rounded up to 64
 };
 
-// dW = Sᵀ·(r ⊙ X) over a chunk.
+// dW = Sᵀ·(r ⊙ X) + Yᵀ·(t ⊙ X) over a chunk.
 struct WeightGradient {
   Blocks s;
   int64_t n_rows, first_block;
   const Unit* scaled_x;  // panels of 64 columns of H, each [units of n_rows][64]
-  void* out;             // [V, H] contiguous
+  const Unit* x;         // [n_rows][x_units]
+  int64_t x_units;
+  Targets targets;
+  void* out;  // [V, H] contiguous
   int64_t n_columns, width;
   bool out_bf16;
 };
@@ -76,9 +79,8 @@ struct Kernels {
                      Unit* to);
   int64_t (*weight_gradient_scratch)(const WeightGradient&);
   void (*weight_gradient)(const WeightGradient&, int64_t block, void* scratch);
-  // db of a block: Σ_i r_i S_ij
-  void (*bias_gradient)(const Blocks&, int64_t n_rows, int64_t block, const float* r, float* to);
-  void (*set)(const Blocks&, int64_t block, int64_t row, int64_t column, float value);
+  // of a block: Σ_i r_i S_ij
+  void (*bias_gradient)(const Blocks&, int64_t n_rows, int64_t block, const float* r, double* to);
   // existing logits, row by row: see logits.cpp
   void (*row_sum)(const Matrix& logits, int64_t row, int64_t target, const Reciprocal& temperature, float shift,
                   bool online, double* sum, double* maximum);

@@ -1,7 +1,9 @@
 #include "leaves.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 namespace sdpo::cpu {
 
@@ -126,15 +128,6 @@ void Leaves::run_logits(Logits task, int64_t count) {
 
 double Leaves::target_slope(double target_logit) const {
   return slope_at(call.head, call.softcap, call.temperature, target_logit);
-}
-
-void Leaves::set_targets(int64_t first, int64_t count, const Blocks& s, const float* logps, const double* state) {
-  for (int64_t i = 0; i < n_rows; i++) {
-    int64_t block = call.targets[i] / PANEL - first;
-    if (block < 0 || block >= count) continue;
-    double lse = state[2 * i], slope = target_slope(lse + logps[i]);
-    on.set(s, block, i, call.targets[i] % PANEL, target_entry(logps[i], lse, state[2 * i + 1], slope));
-  }
 }
 
 void Leaves::start_hidden_gradient() {
@@ -285,20 +278,25 @@ void Leaves::finish_direction(const float* logps, const double* state, float* di
 
 // --- backward ---
 
-void Leaves::begin_backward(const Call& the_call, const float* logps, const double* state, const float* grad,
-                            const Gradients& wanted) {
-  (void)logps;
+void Leaves::begin_backward(const Call& the_call, bool stashed, const float* logps, const double* state,
+                            const float* grad, const Gradients& wanted) {
   call = the_call;
   n_rows = call.hidden.rows;
   load_rows();
   shift = make_buffer<float>(n_rows);
   r = make_buffer<float>(n_rows);
+  t = make_buffer<float>(n_rows);
   for (int64_t i = 0; i < n_rows; i++) {
-    shift[i] = float(state[2 * i + 1]);
-    r[i] = gradient_factor(grad[i], call.head.gain, state[2 * i + 1], state[2 * i]);
+    double lse = state[2 * i], k = state[2 * i + 1];
+    RowFactor factor{float(k), gradient_factor(grad[i], call.head.gain, k, lse)};
+    if (on.bf16 && !stashed) factor = exact_factor(k, factor.r);  // a stash has been stored with this very k
+    shift[i] = factor.shift;
+    r[i] = factor.r;
+    t[i] = target_factor(grad[i], call.head.gain, logps[i], target_slope(lse + logps[i]));
   }
 
   if (wanted.hidden) start_hidden_gradient();
+  if (wanted.weight || wanted.bias) sort_targets();
   if (!wanted.weight) return;
   int64_t panels = panels_of(call.hidden.columns), panel_units = on.units(n_rows) * PANEL;
   scaled_x = make_buffer<Unit>(panels * panel_units);
@@ -307,18 +305,40 @@ void Leaves::begin_backward(const Call& the_call, const float* logps, const doub
   });
 }
 
+void Leaves::sort_targets() {
+  by_target.resize(n_rows);
+  std::iota(by_target.begin(), by_target.end(), 0);
+  std::stable_sort(by_target.begin(), by_target.end(),
+                   [&](int64_t a, int64_t b) { return call.targets[a] < call.targets[b]; });
+}
+
+Targets Leaves::sorted_targets() const { return {by_target.data(), n_rows, call.targets, t.get()}; }
+
 void Leaves::weight_gradient(int64_t first, int64_t count, const Blocks& s, void* out) {
-  WeightGradient task{s, n_rows, first, scaled_x.get(), out, call.weight.rows, call.hidden.columns, call.weight.bf16};
+  WeightGradient task{s,
+                      n_rows,
+                      first,
+                      scaled_x.get(),
+                      x,
+                      x_units,
+                      sorted_targets(),
+                      out,
+                      call.weight.rows,
+                      call.hidden.columns,
+                      call.weight.bf16};
   parallel_tasks(count, on.weight_gradient_scratch(task),
                  [&](int64_t block, void* memory) { on.weight_gradient(task, block, memory); });
 }
 
 void Leaves::bias_gradient(int64_t first, int64_t count, const Blocks& s, float* out) {
+  Targets targets = sorted_targets();
   parallel_tasks(count, 0, [&](int64_t block, void*) {
-    float columns[PANEL];
+    double columns[PANEL];
     on.bias_gradient(s, n_rows, block, r.get(), columns);
-    int64_t start = (first + block) * PANEL;
-    std::memcpy(out + start, columns, std::min(PANEL, call.weight.rows - start) * sizeof(float));
+    int64_t start = (first + block) * PANEL, end = std::min(start + PANEL, call.weight.rows);
+    for (int64_t at = targets.first_from(start); targets.is_before(at, end); at++)
+      columns[targets.column(at) - start] += t[targets.rows[at]];
+    for (int64_t j = start; j < end; j++) out[j] = float(columns[j - start]);
   });
 }
 
@@ -326,7 +346,10 @@ void Leaves::finish_hidden_gradient(void* out) {
   int64_t width = call.hidden.columns;
   parallel_rows(n_rows, 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++)
-      for (int64_t h = 0; h < width; h++) store(call.hidden, out, i * width + h, r[i] * hidden_sum[i * sum_stride + h]);
+      for (int64_t h = 0; h < width; h++) {
+        float of_target = t[i] * call.weight.number(call.targets[i], h);
+        store(call.hidden, out, i * width + h, r[i] * hidden_sum[i * sum_stride + h] + of_target);
+      }
   });
 }
 

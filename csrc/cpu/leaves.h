@@ -16,7 +16,8 @@ class Leaves {
   explicit Leaves(const Kernels& kernels, RowExtras* extras = nullptr) : on(kernels), row_extras(extras) {}
 
   void begin_forward(const Call& call);
-  void begin_backward(const Call& call, const float* logps, const double* state, const float* grad, const Gradients&);
+  void begin_backward(const Call& call, bool stashed, const float* logps, const double* state, const float* grad,
+                      const Gradients&);
 
   // Blocks per chunk: with S stored or not; of a stash of `kept` blocks.
   int64_t chunk_blocks(bool stored) const;
@@ -26,7 +27,6 @@ class Leaves {
   Blocks part(const Blocks& s, int64_t first) const;  // from block `first` on
   Blocks scratch_blocks(int64_t count);
   void logits(int64_t first, int64_t count, const Blocks& out);
-  void set_targets(int64_t first, int64_t count, const Blocks& s, const float* logps, const double* state);
   void add_hidden_gradient(int64_t first, int64_t count, const Blocks& s);
 
   // Forward.
@@ -45,6 +45,8 @@ class Leaves {
   void find_target_logits();
   void start_hidden_gradient();
   void run_logits(Logits task, int64_t count);
+  void sort_targets();
+  Targets sorted_targets() const;
   double target_slope(double target_logit) const;
   void log_sums_online(const std::vector<int64_t>& rows, const Unit* x, const int64_t* targets, double* rest);
 
@@ -61,9 +63,11 @@ class Leaves {
   Buffer<double> total;          // [N] o
   Buffer<float> sums;            // [blocks][N]
   int64_t sums_size = 0;
-  Buffer<float> hidden_sum;  // [N][sum_stride]
-  Buffer<float> r;           // [N]
-  Buffer<Unit> scaled_x;     // panels of r ⊙ X
+  Buffer<float> hidden_sum;        // [N][sum_stride]
+  Buffer<float> r;                 // [N]
+  Buffer<float> t;                 // [N] coefficients of the targets
+  std::vector<int64_t> by_target;  // [N] rows in the order of their targets, then of their numbers
+  Buffer<Unit> scaled_x;           // panels of r ⊙ X
   Buffer<char> scratch_s;
 };
 

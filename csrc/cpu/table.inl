@@ -14,7 +14,6 @@ const Kernels* table(const char* name) {
       weight_gradient_scratch<Type>,
       weight_gradient<Type>,
       bias_gradient<Type>,
-      set_element<Type>,
       row_sum,
       row_gradient,
   };

@@ -219,7 +219,19 @@ void store_tile(const WeightGradient& w, int64_t row, int64_t column, const floa
   }
 }
 
-// dW = Sᵀ·(r ⊙ X) for one block: 64 rows of W, all of H.
+// c += Yᵀ·(t ⊙ X) for the block of W's rows from `start` on and 64 columns of H.
+template <class Type>
+void add_targets(const WeightGradient& w, int64_t start, int64_t panel, float* c) {
+  int64_t columns = smaller(PANEL, w.width - panel * PANEL);
+  for (int64_t at = w.targets.first_from(start); w.targets.is_before(at, start + PANEL); at++) {
+    int64_t row = w.targets.rows[at];
+    auto* x = (const typename Type::Element*)(w.x + row * w.x_units) + panel * PANEL;
+    float* to = c + (w.targets.column(at) - start) * PANEL;
+    for (int64_t h = 0; h < columns; h++) to[h] += w.targets.t[row] * Type::value(x[h]);
+  }
+}
+
+// dW = Sᵀ·(r ⊙ X) + Yᵀ·(t ⊙ X) for one block: 64 rows of W, all of H.
 template <class Type>
 void weight_gradient(const WeightGradient& w, int64_t block, void* scratch) {
   Unit* packed = (Unit*)scratch;
@@ -239,21 +251,17 @@ void weight_gradient(const WeightGradient& w, int64_t block, void* scratch) {
         any_tile<Type, PANEL>(rows, a, 1, 0, smaller(UNITS_AT_ONCE, all_units - u), right + u * PANEL,
                               c + first * PANEL, PANEL, u > 0);
       }
+    add_targets<Type>(w, start, panel, c);
     store_tile<Type>(w, start, panel * PANEL, c, columns);
   }
 }
 
 template <class Type>
-void bias_gradient(const Blocks& s, int64_t n_rows, int64_t block, const float* r, float* to) {
+void bias_gradient(const Blocks& s, int64_t n_rows, int64_t block, const float* r, double* to) {
   double total[PANEL] = {};
   for (int64_t i = 0; i < n_rows; i++) {
     auto* row = (const typename Type::Element*)block_row<Type>(s, block, i);
     for (int j = 0; j < PANEL; j++) total[j] += double(Type::value(row[j])) * r[i];
   }
-  for (int j = 0; j < PANEL; j++) to[j] = float(total[j]);
-}
-
-template <class Type>
-void set_element(const Blocks& s, int64_t block, int64_t row, int64_t column, float value) {
-  ((typename Type::Element*)block_row<Type>(s, block, row))[column] = Type::element(value);
+  memcpy(to, total, sizeof total);
 }

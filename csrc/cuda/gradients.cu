@@ -1,4 +1,5 @@
-// Kernels around the two products of the backward: r ⊙ X before, r ⊙ ΣS·W after, column sums of S for the bias.
+// Kernels around the two products of the backward: r ⊙ X before, r ⊙ ΣS·W + t ⊙ W[y] after, column sums of S for the
+// bias.
 //
 // Register budget: 48.
 #include "device.cuh"
@@ -23,10 +24,12 @@ __global__ void scale_rows_kernel(Matrix x, const float* r, void* out) {
     store_number(out, x.bf16, row * x.columns + h, x.number(row, h) * r[row]);
 }
 
-__global__ void finish_hidden_kernel(const float* sum, const float* r, int64_t width, void* out, bool bf16) {
-  int64_t row = blockIdx.x;
-  for (int64_t h = threadIdx.x; h < width; h += blockDim.x)
-    store_number(out, bf16, row * width + h, r[row] * sum[row * width + h]);
+__global__ void finish_hidden_kernel(Call call, const float* sum, const float* r, const float* t, void* out) {
+  int64_t row = blockIdx.x, width = call.hidden.columns, target = call.targets[row];
+  for (int64_t h = threadIdx.x; h < width; h += blockDim.x) {
+    float value = r[row] * sum[row * width + h] + t[row] * call.weight.number(target, h);
+    store_number(out, call.hidden.bf16, row * width + h, value);
+  }
 }
 
 __global__ void add_kernel(float* sum, const float* part, int64_t count) {
@@ -36,8 +39,9 @@ __global__ void add_kernel(float* sum, const float* part, int64_t count) {
 
 // A block sums 32 pairs of columns; each warp takes every eighth row, and the warps' sums are added in a fixed order.
 template <class Element>
-__global__ void __launch_bounds__(THREADS) bias_gradient_kernel(const Element* s, int64_t s_stride, const float* r,
-                                                                int64_t n_rows, int64_t columns, float* out) {
+__global__ void __launch_bounds__(THREADS)
+    bias_gradient_kernel(const Element* s, int64_t s_stride, const float* r, Targets targets, int64_t n_rows,
+                         int64_t first, int64_t columns, float* out) {
   __shared__ double shared[ROWS_AT_ONCE][64];
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int64_t j = int64_t(blockIdx.x) * 64 + 2 * lane;  // S has whole blocks of 64 columns
@@ -62,6 +66,8 @@ __global__ void __launch_bounds__(THREADS) bias_gradient_kernel(const Element* s
   if (threadIdx.x >= 64 || column >= columns) return;
   double sum = 0.0;
   for (int i = 0; i < ROWS_AT_ONCE; i++) sum += shared[i][threadIdx.x];
+  for (int64_t at = targets.first_from(first + column); targets.is_before(at, first + column + 1); at++)
+    sum += targets.t[targets.rows[at]];
   out[column] = float(sum);
 }
 
@@ -108,10 +114,9 @@ void scale_rows(const Matrix& x, const float* r, void* out, cudaStream_t stream)
   check_launch("scale_rows");
 }
 
-void finish_hidden(const float* sum, const float* r, int64_t n_rows, int64_t width, void* out, bool bf16,
-                   cudaStream_t stream) {
-  if (n_rows == 0 || width == 0) return;
-  SDPO_LAUNCH((finish_hidden_kernel), unsigned(n_rows), THREADS, stream, sum, r, width, out, bf16);
+void finish_hidden(const Call& call, const float* sum, const float* r, const float* t, void* out, cudaStream_t stream) {
+  if (call.hidden.rows == 0 || call.hidden.columns == 0) return;
+  SDPO_LAUNCH((finish_hidden_kernel), unsigned(call.hidden.rows), THREADS, stream, call, sum, r, t, out);
   check_launch("finish_hidden");
 }
 
@@ -122,16 +127,16 @@ void add(float* sum, const float* part, int64_t count, cudaStream_t stream) {
   check_launch("add");
 }
 
-void bias_gradient(const void* s, int64_t s_stride, bool bf16, const float* r, int64_t n_rows, int64_t columns,
-                   float* out, cudaStream_t stream) {
+void bias_gradient(const void* s, int64_t s_stride, bool bf16, const float* r, const Targets& targets, int64_t n_rows,
+                   int64_t first, int64_t columns, float* out, cudaStream_t stream) {
   if (columns == 0) return;
   unsigned blocks = blocks_for(columns, 64);
   if (bf16)
-    SDPO_LAUNCH((bias_gradient_kernel), blocks, THREADS, stream, static_cast<const uint16_t*>(s), s_stride, r, n_rows,
-                columns, out);
+    SDPO_LAUNCH((bias_gradient_kernel), blocks, THREADS, stream, static_cast<const uint16_t*>(s), s_stride, r, targets,
+                n_rows, first, columns, out);
   else
-    SDPO_LAUNCH((bias_gradient_kernel), blocks, THREADS, stream, static_cast<const float*>(s), s_stride, r, n_rows,
-                columns, out);
+    SDPO_LAUNCH((bias_gradient_kernel), blocks, THREADS, stream, static_cast<const float*>(s), s_stride, r, targets,
+                n_rows, first, columns, out);
   check_launch("bias_gradient");
 }
 

@@ -56,26 +56,35 @@ struct Redo {
 };
 void redo_rows(const Redo& redo, cudaStream_t stream);
 
-// Writes the entries of S at the targets among columns `first` … `first + columns − 1`.
-void set_targets(const Call& call, int64_t first, int64_t columns, void* s, int64_t s_stride, bool bf16,
-                 const float* logps, const double* state, cudaStream_t stream);
+// r, k and t of a backward; `exact`: r is a power of 2.
+struct RowFactors {
+  float *r, *shift, *t;  // [N] each
+  bool exact;
+};
+void begin_backward(const Call& call, const float* grad, const float* logps, const double* state,
+                    const RowFactors& factors, cudaStream_t stream);
 
-// r and k of a backward.
-void begin_backward(const float* grad, const double* state, double gain, int64_t n_rows, float* r, float* shift,
-                    cudaStream_t stream);
+// rows [n_rows] in the order of their targets, and of their numbers where those are equal.
+void sort_targets(const int64_t* targets, int64_t n_rows, int64_t* rows, cudaStream_t stream);
+// Adds the targets' terms Yᵀ·(t ⊙ X) to rows `first` … `first + rows − 1` of dW:
+//     out = sum + terms, sum [rows, H] of float, out of bfloat16
+void finish_weight(const float* sum, const Targets& targets, const Matrix& x, int64_t first, int64_t rows,
+                   uint16_t* out, cudaStream_t stream);
+//     out += terms, out of float
+void add_to_weight(const Targets& targets, const Matrix& x, int64_t first, int64_t rows, float* out,
+                   cudaStream_t stream);
 
 // Rows of `from` as bfloat16 or float, [rows, columns].
 void convert_rows(const Matrix& from, void* out, bool bf16, cudaStream_t stream);
 // out = r ⊙ x, out of x's type.
 void scale_rows(const Matrix& x, const float* r, void* out, cudaStream_t stream);
-// out = r ⊙ sum, [N, H], out of bfloat16 or float.
-void finish_hidden(const float* sum, const float* r, int64_t n_rows, int64_t width, void* out, bool bf16,
-                   cudaStream_t stream);
+// out = r ⊙ sum + t ⊙ W[y], [N, H], out of hidden's type.
+void finish_hidden(const Call& call, const float* sum, const float* r, const float* t, void* out, cudaStream_t stream);
 // sum += part.
 void add(float* sum, const float* part, int64_t count, cudaStream_t stream);
-// db_j = Σ_i r_i S_ij.
-void bias_gradient(const void* s, int64_t s_stride, bool bf16, const float* r, int64_t n_rows, int64_t columns,
-                   float* out, cudaStream_t stream);
+// db_j = Σ_i r_i S_ij + Σ t_i of the rows with target j, for columns `first` … `first + columns − 1`.
+void bias_gradient(const void* s, int64_t s_stride, bool bf16, const float* r, const Targets& targets, int64_t n_rows,
+                   int64_t first, int64_t columns, float* out, cudaStream_t stream);
 // d logp / d hidden from ΣS·W.
 void finish_direction(const Call& call, const float* hidden_sum, const float* logps, const double* state,
                       float* direction, cudaStream_t stream);

@@ -7,12 +7,12 @@ namespace sdpo::cuda {
 
 namespace {
 
-// Chunk sizes depend on shapes only. Logits go through a buffer that is small enough to stay in the second-level cache
-// between the product that writes it and the kernel that reads it.
-constexpr int64_t CACHED_LOGITS = int64_t(1) << 23;   // 32 MiB of float
-constexpr int64_t LEAST_COLUMNS = 256;                // of a product
-constexpr int64_t CHUNK_ELEMENTS = int64_t(1) << 27;  // of S in one chunk: 256 MiB in bfloat16
-constexpr int64_t CHUNK_SUMS = int64_t(1) << 23;      // partial sums of a chunk without S: 32 MiB
+// Chunk sizes depend on shapes only. Logits, and sums of a bfloat16 dW, go through a buffer that is small enough to
+// stay in the second-level cache between the product that writes it and the kernel that reads it.
+constexpr int64_t CACHED_ELEMENTS = int64_t(1) << 23;  // 32 MiB of float
+constexpr int64_t LEAST_COLUMNS = 256;                 // of a product
+constexpr int64_t CHUNK_ELEMENTS = int64_t(1) << 27;   // of S in one chunk: 256 MiB in bfloat16
+constexpr int64_t CHUNK_SUMS = int64_t(1) << 23;       // partial sums of a chunk without S: 32 MiB
 
 int64_t whole_blocks(int64_t columns) { return (columns + PANEL - 1) / PANEL * PANEL; }
 int64_t slabs_of(int64_t columns) { return (columns + SLAB - 1) / SLAB; }
@@ -25,8 +25,9 @@ T* Leaves::vector(Memory& memory) {
   return static_cast<T*>(memory.get());
 }
 
-int64_t Leaves::columns_at_once() const {
-  int64_t columns = CACHED_LOGITS / std::max<int64_t>(n_rows, 1) / PANEL * PANEL;
+// Columns of the vocabulary with `height` numbers each.
+int64_t Leaves::columns_at_once(int64_t height) const {
+  int64_t columns = CACHED_ELEMENTS / std::max<int64_t>(height, 1) / PANEL * PANEL;
   return std::min(std::max(columns, LEAST_COLUMNS), whole_blocks(call.weight.rows));
 }
 
@@ -34,7 +35,7 @@ int64_t Leaves::chunk_blocks(bool stored) const {
   int64_t rows = std::max<int64_t>(n_rows, 1);
   if (stored) return std::max<int64_t>(4, CHUNK_ELEMENTS / std::max(rows, width) / PANEL);
   int64_t parts = std::max<int64_t>(1, CHUNK_SUMS / rows);
-  return std::max<int64_t>(4, parts * columns_at_once() / PANEL);
+  return std::max<int64_t>(4, parts * columns_at_once(n_rows) / PANEL);
 }
 
 // One product takes the whole stash, unless W has to be converted for it.
@@ -92,7 +93,7 @@ View Leaves::rows_of_weight(int64_t first, int64_t count) {
 View Leaves::view_of(const Blocks& s, int64_t columns) const { return {s.data, n_rows, columns, s.stride, 1, bf16}; }
 
 void Leaves::logits(int64_t first, int64_t count, const Blocks& out) {
-  int64_t begin = first * PANEL, end = columns_until(first + count), at_once = columns_at_once();
+  int64_t begin = first * PANEL, end = columns_until(first + count), at_once = columns_at_once(n_rows);
   int64_t most_slabs = (end - begin + at_once - 1) / at_once * slabs_of(at_once);
   bool summed = total != nullptr;
 
@@ -125,11 +126,6 @@ void Leaves::logits(int64_t first, int64_t count, const Blocks& out) {
     exp_rows(chunk, stream);
     slabs += slabs_of(padded);
   }
-}
-
-void Leaves::set_targets(int64_t first, int64_t count, const Blocks& s, const float* logps, const double* state) {
-  cuda::set_targets(call, first * PANEL, columns_until(first + count) - first * PANEL, s.data, s.stride, bf16, logps,
-                    state, stream);
 }
 
 void Leaves::add_hidden_gradient(int64_t first, int64_t count, const Blocks& s) {
@@ -165,41 +161,54 @@ void Leaves::finish_direction(const float* logps, const double* state, float* di
 
 // --- backward ---
 
-void Leaves::begin_backward(const Call& the_call, const float* logps, const double* state, const float* grad,
-                            const Gradients& wanted) {
-  (void)logps;
+void Leaves::begin_backward(const Call& the_call, bool stashed, const float* logps, const double* state,
+                            const float* grad, const Gradients& wanted) {
   begin(the_call);
   r = vector<float>(r_memory);
+  t = vector<float>(t_memory);
   shift = vector<float>(shift_memory);
-  cuda::begin_backward(grad, state, call.head.gain, n_rows, r, shift, stream);
+  // a stash has been stored with the forward's k
+  cuda::begin_backward(call, grad, logps, state, {r, shift, t, bf16 && !stashed}, stream);
 
+  if (wanted.weight || wanted.bias) {
+    by_target = vector<int64_t>(by_target_memory);
+    sort_targets(call.targets, n_rows, by_target, stream);
+  }
   if (!wanted.weight) return;
   scaled_x = host.allocate(n_rows * width * element());
   scale_rows(x, r, scaled_x.get(), stream);
 }
 
 void Leaves::weight_gradient(int64_t first, int64_t count, const Blocks& s, void* out) {
-  int64_t begin = first * PANEL, columns = columns_until(first + count) - begin;
-  char* rows = static_cast<char*>(out) + begin * width * (call.weight.bf16 ? 2 : 4);
-  View x_part{scaled_x.get(), n_rows, width, width, 1, bf16};
-  if (bf16 || !call.weight.bf16) {
-    host.product(view_of(s, columns).transposed(), x_part, {rows, columns, width, width, 1, call.weight.bf16});
+  int64_t begin = first * PANEL, end = columns_until(first + count);
+  View right{scaled_x.get(), n_rows, width, width, 1, bf16};
+  if (!call.weight.bf16) {
+    float* rows = static_cast<float*>(out) + begin * width;
+    host.product(view_of(s, end - begin).transposed(), right, {rows, end - begin, width, width, 1, false});
+    add_to_weight(sorted_targets(), x, begin, end - begin, rows, stream);
     return;
   }
 
-  // torch has no product of float operands into bfloat16
-  Memory whole = host.allocate(columns * width * int64_t(sizeof(float)));
-  host.product(view_of(s, columns).transposed(), x_part, {whole.get(), columns, width, width, 1, false});
-  convert_rows({whole.get(), columns, width, width, false, false}, rows, true, stream);
+  // the targets' terms are added before the sums are rounded
+  int64_t at_once = columns_at_once(width);
+  if (!weight_sum) weight_sum = host.allocate(at_once * width * int64_t(sizeof(float)));
+  for (int64_t column = begin; column < end; column += at_once) {
+    int64_t columns = std::min(at_once, end - column);
+    View sum{weight_sum.get(), columns, width, width, 1, false};
+    host.product(view_of(part(s, (column - begin) / PANEL), columns).transposed(), right, sum);
+    finish_weight(static_cast<float*>(sum.data), sorted_targets(), x, column, columns,
+                  static_cast<uint16_t*>(out) + column * width, stream);
+  }
 }
 
 void Leaves::bias_gradient(int64_t first, int64_t count, const Blocks& s, float* out) {
   int64_t begin = first * PANEL;
-  cuda::bias_gradient(s.data, s.stride, bf16, r, n_rows, columns_until(first + count) - begin, out + begin, stream);
+  cuda::bias_gradient(s.data, s.stride, bf16, r, sorted_targets(), n_rows, begin, columns_until(first + count) - begin,
+                      out + begin, stream);
 }
 
 void Leaves::finish_hidden_gradient(void* out) {
-  finish_hidden(static_cast<float*>(hidden_sum.get()), r, n_rows, width, out, call.hidden.bf16, stream);
+  finish_hidden(call, static_cast<float*>(hidden_sum.get()), r, t, out, stream);
 }
 
 }  // namespace sdpo::cuda

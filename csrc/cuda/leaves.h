@@ -13,7 +13,8 @@ class Leaves {
   Leaves(int device, bool bf16) : host(device), bf16(bf16) {}
 
   void begin_forward(const Call& call);
-  void begin_backward(const Call& call, const float* logps, const double* state, const float* grad, const Gradients&);
+  void begin_backward(const Call& call, bool stashed, const float* logps, const double* state, const float* grad,
+                      const Gradients&);
 
   // Blocks per chunk: with S stored or not; of a stash of `kept` blocks.
   int64_t chunk_blocks(bool stored) const;
@@ -23,7 +24,6 @@ class Leaves {
   Blocks part(const Blocks& s, int64_t first) const;  // from block `first` on
   Blocks scratch_blocks(int64_t count);
   void logits(int64_t first, int64_t count, const Blocks& out);
-  void set_targets(int64_t first, int64_t count, const Blocks& s, const float* logps, const double* state);
   void add_hidden_gradient(int64_t first, int64_t count, const Blocks& s);
 
   // Forward.
@@ -43,7 +43,8 @@ class Leaves {
   void begin(const Call& call);
   int64_t element() const { return bf16 ? 2 : 4; }
   int64_t columns_until(int64_t block) const { return std::min(block * PANEL, call.weight.rows); }
-  int64_t columns_at_once() const;
+  int64_t columns_at_once(int64_t height) const;
+  Targets sorted_targets() const { return {by_target, n_rows, call.targets, t}; }
   View rows_of_weight(int64_t first, int64_t count);  // [count, H] in the operands' type
   View view_of(const Blocks& s, int64_t columns) const;
   template <class T>
@@ -60,10 +61,11 @@ class Leaves {
   double* target_logits = nullptr;                   // [N] z_y
   double* total = nullptr;                           // [N] o
   float* shift = nullptr;                            // [N] k
-  float* r = nullptr;                                // [N]
+  float *r = nullptr, *t = nullptr;                  // [N]
+  int64_t* by_target = nullptr;                      // [N] rows in the order of their targets
   Memory x_copy, scaled_x, hidden_sum, hidden_part;  // [N, H]
-  Memory target_memory, total_memory, shift_memory, r_memory;
-  Memory products, sums, scratch_s, weight_copy;
+  Memory target_memory, total_memory, shift_memory, r_memory, t_memory, by_target_memory;
+  Memory products, sums, scratch_s, weight_copy, weight_sum;
   int64_t sums_size = 0, weight_size = 0;
 };
 

@@ -77,23 +77,18 @@ __global__ void finish_rows_kernel(const double* total, const double* target_log
   state[2 * row + 1] = shift[row];
 }
 
-__global__ void set_targets_kernel(Call call, int64_t first, int64_t columns, void* s, int64_t s_stride, bool bf16,
-                                   const float* logps, const double* state) {
+__global__ void begin_backward_kernel(Call call, const float* grad, const float* logps, const double* state,
+                                      RowFactors out) {
   int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row >= call.hidden.rows) return;
-  int64_t target = call.targets[row] - first;
-  if (target < 0 || target >= columns) return;
-  double lse = state[2 * row], logp = logps[row];
-  double slope = slope_at(call.head, call.softcap, call.temperature, lse + logp);
-  store_number(s, bf16, row * s_stride + target, target_entry(logp, lse, state[2 * row + 1], slope));
-}
+  double lse = state[2 * row], k = state[2 * row + 1], logp = logps[row];
+  RowFactor factor{float(k), gradient_factor(grad[row], call.head.gain, k, lse)};
+  if (out.exact) factor = exact_factor(k, factor.r);
+  out.r[row] = factor.r;
+  out.shift[row] = factor.shift;
 
-__global__ void begin_backward_kernel(const float* grad, const double* state, double gain, int64_t n_rows, float* r,
-                                      float* shift) {
-  int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (row >= n_rows) return;
-  r[row] = gradient_factor(grad[row], gain, state[2 * row + 1], state[2 * row]);
-  shift[row] = float(state[2 * row + 1]);
+  double slope = slope_at(call.head, call.softcap, call.temperature, lse + logp);
+  out.t[row] = target_factor(grad[row], call.head.gain, logp, slope);
 }
 
 template <bool CAPPED>
@@ -137,19 +132,11 @@ void finish_rows(const double* total, const double* found, const float* shift, i
   check_launch("finish_rows");
 }
 
-void set_targets(const Call& call, int64_t first, int64_t columns, void* s, int64_t s_stride, bool bf16,
-                 const float* logps, const double* state, cudaStream_t stream) {
+void begin_backward(const Call& call, const float* grad, const float* logps, const double* state,
+                    const RowFactors& factors, cudaStream_t stream) {
   if (call.hidden.rows == 0) return;
-  SDPO_LAUNCH((set_targets_kernel), blocks_for(call.hidden.rows, THREADS), THREADS, stream, call, first, columns, s,
-              s_stride, bf16, logps, state);
-  check_launch("set_targets");
-}
-
-void begin_backward(const float* grad, const double* state, double gain, int64_t n_rows, float* r, float* shift,
-                    cudaStream_t stream) {
-  if (n_rows == 0) return;
-  SDPO_LAUNCH((begin_backward_kernel), blocks_for(n_rows, THREADS), THREADS, stream, grad, state, gain, n_rows, r,
-              shift);
+  SDPO_LAUNCH((begin_backward_kernel), blocks_for(call.hidden.rows, THREADS), THREADS, stream, call, grad, logps, state,
+              factors);
   check_launch("begin_backward");
 }
 

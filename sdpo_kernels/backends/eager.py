@@ -124,6 +124,7 @@ class EagerBackend:
         x = _operand(call.hidden, call)
         dx = torch.zeros_like(x, dtype=product_dtype(call.dtype)) if needs.hidden else None
         dw = call.weight.new_empty(call.weight.shape) if needs.weight else None
+        of_target = None if x.dtype == product_dtype(call.dtype) else torch.zeros_like(coefficient)
         db = call.bias.new_empty(call.bias.shape) if needs.bias and call.bias is not None else None
 
         stashed = min(saved.keep.n_columns, call.weight.shape[0])
@@ -142,11 +143,20 @@ class EagerBackend:
             # db is summed before the gradient is rounded to the operands' dtype
             if db is not None:
                 db[start:stop] = grad.sum(0)
+            # the target's coefficient is not rounded: its terms are added in float32
+            taken = None
+            if of_target is not None:
+                taken = _take_targets_(grad, call.targets - start)
+                of_target += taken[0]
+
             grad = grad.to(w.dtype)
             if dw is not None:
-                dw[start:stop] = precision.matmul(grad.t(), x)
+                dw[start:stop] = _weight_gradient(grad, x, taken)
             if dx is not None:
                 dx += precision.matmul(grad, w)
+
+        if dx is not None and of_target is not None:
+            dx.addcmul_(of_target.unsqueeze(1), _operand(call.weight.index_select(0, call.targets), call).to(dx.dtype))
         return Gradients(None if dx is None else dx.to(call.hidden.dtype), dw, db)
 
 
@@ -158,6 +168,29 @@ def vocabulary_chunks(call: HeadCall, border: int = 0) -> Iterator[tuple[int, in
     for first, last in ((0, border), (border, n_columns)):
         for start in range(first, last, step):
             yield start, min(start + step, last)
+
+
+def _take_targets_(grad: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Move the targets' entries of a chunk [N, C] out of `grad`, leaving 0; 0 where the target is in another chunk.
+
+    Returns them and their columns; rows of other chunks name different columns, whose sums of 0 are then as short.
+    """
+    inside = (columns >= 0) & (columns < grad.shape[1])
+    spread = torch.arange(len(columns), device=columns.device) % grad.shape[1]
+    column = torch.where(inside, columns, spread)
+    value = grad.gather(1, column.unsqueeze(1)).squeeze(1)
+    grad.scatter_(1, column.unsqueeze(1), torch.where(inside, 0.0, value).unsqueeze(1))
+    return torch.where(inside, value, 0.0), column
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, taken: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Gradient [C, H] of a chunk's rows of W, not yet rounded, with the entries that `_take_targets_` returned."""
+    sums = precision.matmul(grad.t(), x)
+    if taken is None:
+        return sums
+    # index_put_ sums rows that share a target in a fixed order, on CUDA, too; index_add_ does not
+    value, column = taken
+    return sums.index_put_((column,), value.unsqueeze(1) * x, accumulate=True)
 
 
 def _rows_of(kept: Tensor, rows: Tensor | None) -> Tensor:

@@ -44,12 +44,13 @@ def test_unsupported_requests_give_the_reason(monkeypatch, changes, reason):
 
 
 @pytest.mark.parametrize(
-    "part", ["every_option", "multiple_of_a_tile or negative", "range or chunks", "one_launch", "rest"]
+    "part", ["every_option", "multiple_of_a_tile or negative", "range or chunks", "one_launch", "exact", "rest"]
 )
 def test_in_the_interpreter(part):
     """In a process of its own: Triton reads TRITON_INTERPRET when it is first imported."""
     others = (
-        "not every_option and not multiple_of_a_tile and not negative and not range and not chunks and not one_launch"
+        "not every_option and not multiple_of_a_tile and not negative and not range and not chunks and not one_launch "
+        "and not exact"
     )
     chosen = others if part == "rest" else part
     done = subprocess.run(

@@ -22,12 +22,21 @@ from sdpo_kernels.backends.triton import kernels
 from sdpo_kernels.backends.triton.epilogue import ELEMENTS, PAIRS_AT_ONCE, pair_kernel
 from sdpo_kernels.backends.triton.launch import COMPILED, REDO_ELEMENTS, ROWS_AT_ONCE
 from sdpo_kernels.backends.triton.redo import redo_kernel
+from sdpo_kernels.backends.triton.targets import BLOCK, add_kernel
 from sdpo_kernels.backends.triton.tiles import tiles_of
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 ARCHITECTURES = (80, 90, 100, 120)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # the limit per block, in bytes
-DIVISIBLE = ("width", "x_stride", "w_stride", "stash_stride", "stash_columns", "stash_start")  # by 16, as launches are
+DIVISIBLE = (
+    "width",
+    "x_stride",
+    "w_stride",
+    "out_stride",
+    "stash_stride",
+    "stash_columns",
+    "stash_start",
+)  # by 16, as launches are
 
 
 def compiled(
@@ -121,16 +130,17 @@ def test_the_logits_kernel_keeps_to_registers_and_uses_the_matrix_units(arch, dt
 def test_the_kernels_of_rows(arch, dtype, capped, tmp_path):
     pointers = {"x": dtype, "w": dtype, "bias": dtype, "targets": "i64", "stash": dtype, "state": "fp64", "redo": "i8"}
     pointers["parts"] = "fp64"
-    floats = ("target_logits", "sums", "logps", "entropy", "log_sum_sq", "mean_logits", "direction")
+    pointers |= {"order": "i64", "first": "i64"}
+    floats = ("target_logits", "sums", "logps", "entropy", "log_sum_sq", "mean_logits", "direction", "out", "t")
     types = {name: f"*{kind}" for name, kind in pointers.items()} | dict.fromkeys(floats, "*fp32")
     types |= dict.fromkeys(("n_rows", "n_columns", "n_tiles", "kept_rows", *DIVISIBLE), "i32")
-    types |= dict.fromkeys(("before", "after", "to_tanh"), "fp32")
+    types |= dict.fromkeys(("before", "after"), "fp32")
     head = {"CAPPED": capped, "HAS_BIAS": True}
     redo = {"BJ": REDO_ELEMENTS // 4096, "BH": 4096, "EXTRAS": True, "STORE": True, "DIRECTION": True}
     for function, constants, warps in (
         (kernels.target_logits_kernel, {"BLOCK": 1024} | head, 4),
         (kernels.finalize_kernel, {"BLOCK": ROWS_AT_ONCE, "EXTRAS": True}, 4),
-        (kernels.set_targets_kernel, {"BLOCK": ROWS_AT_ONCE, "CAPPED": capped}, 4),
+        (add_kernel, {"BLOCK": BLOCK}, 4),
         (redo_kernel, redo | head, 8),
     ):
         kernel = compiled(function, types, constants, arch, warps, 3)

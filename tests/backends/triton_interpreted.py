@@ -23,6 +23,7 @@ from sdpo_kernels.backends.triton import launch
 from sdpo_kernels.backends.triton import tiles as tile_choice
 from sdpo_kernels.backends.triton.tiles import INTERPRETED
 from tests.backends.epilogue_cases import check_pair_epilogue, pair_cases
+from tests.exact import ROWS, check_exact, exact_case, truncated
 from tests.reference import Case, check, error, random_case, scored_rows
 
 TRITON = backends.BACKENDS["triton"]
@@ -107,6 +108,22 @@ def test_rows_in_and_out_of_range(gap, trains, stash_bytes):
     case.targets[::2] = 7
     ours = checked(case)
     assert ours["logps"][0] < 12 - gap
+
+
+@pytest.mark.parametrize("stash_bytes", [0, ALL])
+@pytest.mark.parametrize("head", ["bias", "softcap", "ignored"])
+def test_gradients_exact_at_the_target(head, stash_bytes):
+    """See tests/exact.py."""
+    check_exact(
+        [exact_case(head, backend="triton", stash_bytes=stash_bytes)], stashed=stash_bytes > 0, rounds=truncated
+    )
+
+
+def test_gradients_exact_at_the_target_in_several_chunks_and_slabs(monkeypatch):
+    monkeypatch.setattr(walk, "CHUNK_ELEMENTS", ROWS * 200)
+    monkeypatch.setattr(walk, "SLAB_ELEMENTS", 1)
+    case = exact_case("plain", backend="triton", stash_bytes=2 * ROWS * 512)
+    check_exact([case], stashed=True, rounds=truncated)
 
 
 @pytest.mark.parametrize("outputs", [EXTRAS, ("entropy",), ("is_top1",)], ids=str)

@@ -6,11 +6,12 @@ Forward:
        which goes to the stash or, for a frozen head, into Σ S·W
     3. finalize: log-probs, logsumexp and extras from the tiles' sums
     4. redo: rows out of range, with k = their logsumexp
-    5. write the targets' entries of S, or finish the direction of a frozen head
+    5. finish the direction of a frozen head
 
 Backward:
     1. frozen head: one product with what the forward kept, and no walk
-    2. else walk: S from the stash or recomputed, then dX = r ⊙ (S·W), dW = Sᵀ·(r ⊙ X), db = r·S
+    2. else walk: S from the stash or recomputed, then dX = r ⊙ (S·W), dW = Sᵀ·(r ⊙ X), db = r·S, in float32
+    3. add the targets' own terms (targets.py) and round once
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from sdpo_kernels.backends.base import EXTRAS, Gradients, HeadCall, HeadForward,
 from sdpo_kernels.backends.eager import EagerBackend
 from sdpo_kernels.backends.triton import launch
 from sdpo_kernels.backends.triton.launch import Rows, Sums
+from sdpo_kernels.backends.triton.targets import SHIFT, SortedRows, factors_of, target_slope
 
 CHUNK_ELEMENTS = 2**28  # of S in one chunk: 512 MiB in bfloat16
 PART_ELEMENTS = 2**24  # of the extras' partial sums: 64 MiB
-SHIFT = 58 * 0.6931471805599453  # as kernels.SHIFT
+SLAB_ELEMENTS = 2**23  # of dW in float32 before it is rounded: 32 MiB stay in the second-level cache
 
 
 def chunks(call: HeadCall, border: int, before: int, after: int) -> Iterator[tuple[int, int]]:
@@ -71,8 +73,6 @@ def forward(call: HeadCall, keep: Keep) -> HeadForward:
     # rows out of range are recomputed before anything reads their log-probs
     found = launch.finalize(rows, sums)
     launch.redo(rows, found, stash, direction)
-    if stash is not None:
-        launch.set_targets(rows, 0, min(keep.n_columns, n_columns), stash, found.logps, found.state)
     if direction is not None:
         _finish_direction(call, found.logps[:n_rows], found.state[:n_rows], direction)
 
@@ -153,18 +153,9 @@ def _finish_direction(call: HeadCall, logps: Tensor, state: Tensor, direction: T
     gain = call.head.logit_scale / call.head.temperature
     lse, k = state[:, 0], state[:, 1]
     of_sum = (-gain * (k - lse + SHIFT).exp()).float()
-    of_target = (gain * -torch.expm1(logps.double()) * _target_slope(call, lse + logps)).float()
+    of_target = (gain * -torch.expm1(logps.double()) * target_slope(call, lse + logps)).float()
     w_target = call.weight.index_select(0, call.targets).to(call.dtype).float()
     direction.mul_(of_sum.unsqueeze(1)).addcmul_(of_target.unsqueeze(1), w_target)
-
-
-def _target_slope(call: HeadCall, target_logits: Tensor) -> Tensor:
-    """dz/da at the target, read back from z: 1 − tanh², without cancellation."""
-    softcap = call.head.softcap
-    if softcap is None:
-        return torch.ones_like(target_logits)
-    tanh = target_logits * (call.head.temperature / softcap)
-    return ((1 - tanh) * (1 + tanh)).clamp_(min=0)
 
 
 def backward(call: HeadCall, saved: Saved, grad_logps: Tensor, grad_entropy: Tensor | None, needs: Needs) -> Gradients:
@@ -183,13 +174,12 @@ def backward(call: HeadCall, saved: Saved, grad_logps: Tensor, grad_entropy: Ten
 def _backward(call: HeadCall, saved: Saved, grad_logps: Tensor, needs: Needs) -> Gradients:
     # S is the gradient of logp up to one factor r per row, which goes to the [N, H] side of each product
     rows = Rows.of(call, forward=False)
-    gain = call.head.logit_scale / call.head.temperature
-    k = saved.state[:, 1].float()
-    r = (-gain * grad_logps.double() * (saved.state[:, 1] - saved.state[:, 0] + SHIFT).exp()).float()
-    scaled_x = (rows.x.float() * r.unsqueeze(1)).to(rows.x.dtype) if needs.weight else None
+    by = factors_of(call, saved, grad_logps)
+    scaled_x = (rows.x.float() * by.r.unsqueeze(1)).to(rows.x.dtype) if needs.weight else None
     dx = torch.zeros_like(rows.x, dtype=torch.float32) if needs.hidden else None
     dw = torch.empty_like(call.weight, memory_format=torch.contiguous_format) if needs.weight else None
-    db = r.new_empty(call.weight.shape[0]) if needs.bias else None
+    db = by.r.new_empty(call.weight.shape[0]) if needs.bias else None
+    by_target = SortedRows.of(rows.targets, call.weight.shape[0], by.t) if needs.weight or needs.bias else None
 
     # one product takes the whole stash, unless its rows or W have to be copied for it
     stashed, step = min(saved.keep.n_columns, call.weight.shape[0]), chunk_columns(call, rows.tile.columns)
@@ -207,8 +197,7 @@ def _backward(call: HeadCall, saved: Saved, grad_logps: Tensor, needs: Needs) ->
             assert weight is not None
             scratch = rows.x.new_empty(rows.x.shape[0] * step) if scratch is None else scratch
             s = _scratch_of(scratch, rows, stop - start)
-            launch.logits(rows, weight, start, k, None, s)
-            launch.set_targets(rows, start, stop - start, s, saved.logps, saved.state)
+            launch.logits(rows, weight, start, by.k, None, s)
             s = s[:, : stop - start]
 
         if dx is not None:
@@ -216,9 +205,31 @@ def _backward(call: HeadCall, saved: Saved, grad_logps: Tensor, needs: Needs) ->
             dx += precision.matmul(s, weight)
         if dw is not None:
             assert scaled_x is not None
-            precision.matmul_into(dw[start:stop], s.t(), scaled_x)
+            assert by_target is not None
+            _weight_gradient(dw, start, s, scaled_x, rows.x, by_target)
         if db is not None:
-            db[start:stop] = precision.vector_matmul(r, s)
+            db[start:stop] = precision.vector_matmul(by.r, s)
 
-    dx = None if dx is None else (dx * r.unsqueeze(1)).to(call.hidden.dtype)
+    if dx is not None:
+        w_target = call.weight.index_select(0, call.targets).to(call.dtype).float()
+        dx = dx.mul_(by.r.unsqueeze(1)).addcmul_(by.t.unsqueeze(1), w_target).to(call.hidden.dtype)
+    if db is not None:
+        assert by_target is not None
+        by_target.add_to(db.unsqueeze(1), torch.ones_like(by.t).unsqueeze(1), 0)
     return Gradients(dx, dw, None if db is None or call.bias is None else db.to(call.bias.dtype))
+
+
+def _weight_gradient(dw: Tensor, start: int, s: Tensor, scaled_x: Tensor, x: Tensor, by_target: SortedRows) -> None:
+    """Rows of dW from `start` on, one per column of `s` [N, C]: Sᵀ·(r ⊙ X) and the targets' terms, rounded once."""
+    stop = start + s.shape[1]
+    if s.dtype == dw.dtype == torch.float32:
+        precision.matmul_into(dw[start:stop], s.t(), scaled_x)
+        by_target.add_to(dw[start:stop], x, start)
+        return
+
+    step = max(64, SLAB_ELEMENTS // max(1, x.shape[1]) // 64 * 64)
+    for first in range(start, stop, step):
+        last = min(first + step, stop)
+        slab = precision.matmul(s[:, first - start : last - start].t(), scaled_x)
+        by_target.add_to(slab, x, first)
+        dw[first:last] = slab

@@ -7,7 +7,7 @@ The arithmetic is exp-direct (docs/architecture.md), with y a row's target colum
        S_j = E_j · c_j with c = dz/da; a tile stores S and its rows' sums of E    logits_kernel
     3. o = Σ E over all tiles, logp = -log1p(2**58 · o), logsumexp, extras        finalize_kernel
     4. rows whose o is above LARGEST_SUM again, with k = their logsumexp          redo.py
-    5. S_y = −o · c_y, which makes S the gradient up to one factor per row        set_targets_kernel
+    5. S_y = 0: the target's own term is added outside of S, in float32           targets.py
 
 No maximum is needed for rows in range, so one pass over the products is enough, and 1 − p comes from o without
 cancellation. `launch.py` calls these. Row and column offsets are int64. Only tests set `UPCAST`: the interpreter's dot
@@ -241,35 +241,3 @@ def finalize_kernel(
         square_sum = p * p + squares * tl.exp(2.0 * (target - lse) + SHIFT)
         tl.store(log_sum_sq + rows, tl.log(square_sum).to(tl.float32), there)
         tl.store(mean_logits + rows, (total / n_columns).to(tl.float32), there)
-
-
-@triton.jit(do_not_specialize=["n_rows", "n_columns"])
-def set_targets_kernel(
-    stash, targets, logps, state,  # [N, stash_stride]; targets relative to its first column
-    n_rows, n_columns, stash_stride, to_tanh,  # tanh = z·to_tanh
-    BLOCK: tl.constexpr, CAPPED: tl.constexpr,
-):  # fmt: skip
-    """The entries of S at the targets of a chunk: −o·c, with o = 2**-58 · (1 − p) · exp(lse − k) (2⁻⁵⁸)."""
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    target = tl.load(targets + rows, rows < n_rows, other=-1)
-    inside = (target >= 0) & (target < n_columns)
-    logp = tl.load(logps + rows, inside, other=0.0).to(tl.float64)
-    lse = tl.load(state + 2 * rows, inside, other=0.0)
-    k = tl.load(state + 2 * rows + 1, inside, other=0.0)
-
-    # where 1 − p is 0 the exponential may be inf, and 0 · inf is NaN
-    rest = rest_probability(logp)
-    value = tl.where(rest == 0.0, 0.0, rest * tl.exp(lse - k - SHIFT))
-    if CAPPED:
-        tanh = (lse + logp) * to_tanh
-        value *= tl.maximum((1.0 - tanh) * (1.0 + tanh), 0.0)
-    tl.store(
-        stash + rows.to(tl.int64) * stash_stride + target, (-value).to(tl.float32).to(stash.dtype.element_ty), inside
-    )
-
-
-@triton.jit
-def rest_probability(logp):
-    """1 − p = -expm1(logp), in float64; Triton has no expm1."""
-    series = -logp * (1.0 + logp * (0.5 + logp * (1.0 / 6 + logp / 24.0)))
-    return tl.where(logp > -1e-3, series, 1.0 - tl.exp(logp))

@@ -207,17 +207,6 @@ def finalize(rows: Rows, sums: Sums) -> Finished:
     return out
 
 
-def set_targets(rows: Rows, start: int, n_columns: int, stash: Tensor, logps: Tensor, state: Tensor) -> None:
-    """Write the entries of S at the targets among columns start … start + n_columns − 1."""
-    n, head = stash.shape[0], rows.call.head
-    if n:
-        kernels.set_targets_kernel[(triton.cdiv(n, ROWS_AT_ONCE),)](
-            stash, rows.targets - start, logps, state, n, n_columns, stash.stride(0),
-            0.0 if head.softcap is None else head.temperature / head.softcap,
-            BLOCK=ROWS_AT_ONCE, CAPPED=head.softcap is not None, **COMPILED,
-        )  # fmt: skip
-
-
 def redo(rows: Rows, found: Finished, stash: Tensor | None, direction: Tensor | None) -> None:
     """Recompute rows out of range. Always launched, so that nothing waits for the device; other rows return at once."""
     call = rows.call
