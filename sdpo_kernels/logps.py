@@ -103,7 +103,8 @@ def linear_logps(
     n_rows = hidden.shape[0] if index is None else index.shape[0]
     keep = _keep(chosen, hidden, weight, bias, n_rows, names, dtype, stash_bytes)
 
-    found = logps_op.linear_logps_op(
+    op = logps_op.linear_logps_finding_op if index is None else logps_op.linear_logps_op
+    found = op(
         hidden, weight, targets, bias, index, logit_scale, softcap, temperature, ",".join(names), dtype, chosen.name,
         keep.encode(), None if ref_hidden is None else ref_hidden.detach(),
     )  # fmt: skip

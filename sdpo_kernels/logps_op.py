@@ -1,10 +1,14 @@
 """The custom ops under `linear_logps`: rows gathered and scattered, fake kernels, autograd; only `logps.py` calls them.
 
+Two pairs of ops have the same code: `linear_logps_op` for rows that are given, and `linear_logps_finding_op`, which
+finds the scored rows itself (only in compiled graphs; elsewhere `logps.py` finds them).
+
 Nothing here allocates anything of size N×V except what the caller asked to keep.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -76,13 +80,12 @@ class _Options(NamedTuple):
     keep: int
 
 
-@torch.library.custom_op("sdpo_kernels::linear_logps", mutates_args=())
-def linear_logps_op(
+def _linear_logps(
     hidden: Tensor,  # [N, H]
     weight: Tensor,  # [V, H]
     targets: Tensor,  # [N]
     bias: Tensor | None,  # [V]
-    index: Tensor | None,  # [N_scored]; None: found here
+    index: Tensor | None,  # [N_scored]; None: found here, which waits for the device
     logit_scale: float,
     softcap: float | None,
     temperature: float,
@@ -137,8 +140,7 @@ def linear_logps_op(
     )[:]  # a slice of a NamedTuple is the plain tuple that an op returns
 
 
-@linear_logps_op.register_fake
-def _(*inputs):
+def _fake_linear_logps(*inputs):
     given = Inputs(*inputs)
     hidden, backend, keep = given.hidden, get_backend(given.backend), Keep.decode(given.keep)
     n_rows, names, dtype = hidden.shape[0], given.outputs.split(","), product_dtype(given.dtype)
@@ -167,8 +169,7 @@ def _(*inputs):
     )[:]
 
 
-@torch.library.custom_op("sdpo_kernels::linear_logps_backward", mutates_args=())
-def linear_logps_backward_op(
+def _linear_logps_backward(
     grad_logps: Tensor,  # [N]
     grad_entropy: Tensor | None,  # [N]
     hidden: Tensor,
@@ -222,9 +223,10 @@ def linear_logps_backward_op(
     )
 
 
-@linear_logps_backward_op.register_fake
-def _(grad_logps, grad_entropy, hidden, weight, targets, bias, index, logps, state, entropy, kept, logit_scale, softcap,
-      temperature, dtype, backend, keep, needs):  # fmt: skip
+def _fake_linear_logps_backward(
+    grad_logps, grad_entropy, hidden, weight, targets, bias, index, logps, state, entropy, kept, logit_scale, softcap,
+    temperature, dtype, backend, keep, needs,
+):  # fmt: skip
     def like(tensor: Tensor | None, needed: bool) -> Tensor:
         return tensor.new_empty(tensor.shape) if needed and tensor is not None else hidden.new_empty(0)
 
@@ -260,13 +262,29 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     # only these three inputs are differentiable
     needed = Inputs(*ctx.needs_input_grad)
     needs = Needs(needed.hidden, needed.weight, needed.bias)
-    dx, dw, db = linear_logps_backward_op(grad_logps, grad.entropy, *saved, *options, list(needs))
+    backward_op = linear_logps_backward_op if saved.index is not None else linear_logps_finding_backward_op
+    dx, dw, db = backward_op(grad_logps, grad.entropy, *saved, *options, list(needs))
     return Inputs(
         hidden=dx if needs.hidden else None, weight=dw if needs.weight else None, bias=db if needs.bias else None
     )[:]
 
 
-linear_logps_op.register_autograd(_backward, setup_context=_setup_context)
+def _define(name: str, function: Any, fake: Any, tags: Sequence[torch.Tag] = ()) -> Any:
+    op = torch.library.custom_op(f"sdpo_kernels::{name}", function, mutates_args=(), tags=tags)
+    op.register_fake(fake)
+    return op
+
+
+# without an index an op waits for the device to count its rows, so no CUDA graph can hold it
+_UNSAFE = (torch.Tag.cudagraph_unsafe,)
+linear_logps_op = _define("linear_logps", _linear_logps, _fake_linear_logps)
+linear_logps_finding_op = _define("linear_logps_finding", _linear_logps, _fake_linear_logps, _UNSAFE)
+linear_logps_backward_op = _define("linear_logps_backward", _linear_logps_backward, _fake_linear_logps_backward)
+linear_logps_finding_backward_op = _define(
+    "linear_logps_finding_backward", _linear_logps_backward, _fake_linear_logps_backward, _UNSAFE
+)
+for op in (linear_logps_op, linear_logps_finding_op):
+    op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _scored(

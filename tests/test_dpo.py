@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.backends.common import aot_autograd
 
 from sdpo_kernels import FusedLinearDPOLoss, dpo, fused_linear_dpo
 from sdpo_kernels.dpo_output import DPOOutput, pair_output
@@ -288,6 +289,25 @@ def test_compile_without_a_graph_break(given_rows, packed):
     gradients = [torch.autograd.grad(out.loss, (hidden, weight)) for out in results]
     for a, b in zip(*gradients, strict=True):
         assert error(a, b) <= 4 * EPS * size(b)
+
+
+@pytest.mark.parametrize("given_rows", [False, True], ids=["rows found", "rows given"])
+def test_ops_that_find_their_rows_are_kept_out_of_cuda_graphs(given_rows):
+    """Counting the rows waits for the device, which `mode="reduce-overhead"` must not capture; given rows may be."""
+    torch._dynamo.reset()
+    batch, ops = Batch(2, 6, 5, 40).cast(torch.float32), []
+
+    def noted(graph, inputs):
+        ops.extend(node.target for node in graph.graph.nodes if "linear_logps" in str(node.target))
+        return graph
+
+    keywords = {"rows": ScoredRows.from_labels(batch.labels)} if given_rows else {}
+    hidden, weight = batch.hidden.requires_grad_(), batch.weight.requires_grad_()
+    backend = aot_autograd(fw_compiler=noted, bw_compiler=noted)
+    step = torch.compile(fused_linear_dpo, fullgraph=True, backend=backend)
+    step(hidden, weight, batch.labels, **batch.reference(), **keywords).loss.backward()
+    assert {"backward" in str(op) for op in ops} == {True, False}
+    assert {torch.Tag.cudagraph_unsafe in op.tags for op in ops} == {not given_rows}
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sdpo_kernels import linear_logps, logps_op
+from sdpo_kernels.backends import precision
 from sdpo_kernels.backends.base import EXTRAS, Keep
 from sdpo_kernels.rows import IGNORE_INDEX
 from tests.reference import allocations, check, chunk_columns, error, random_case, scored_rows
@@ -116,6 +117,42 @@ def test_the_newer_precision_setting(precision):
     finally:
         setting.fp32_precision = old
     assert all(torch.equal(before[name], after[name]) for name in ("logps", "d_hidden", "d_weight"))
+
+
+@pytest.mark.parametrize("older", ["highest", "high", "medium"])
+def test_inside_full_precision_older_and_newer_settings_agree(older):
+    """TunableOp reads `allow_tf32`, which raises if they do not."""
+    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+
+    def settings():
+        return torch.get_float32_matmul_precision(), cuda.allow_tf32, cuda.fp32_precision, cpu.fp32_precision
+
+    old = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(older)
+        before = settings()
+        for device in ("cpu", "cuda"):
+            with precision.full(torch.device(device)), precision.full(torch.device("cpu")):
+                both, allow_tf32, *newer = settings()
+                assert (both, allow_tf32) == ("highest", False)
+                assert set(newer) <= {"ieee", "none"}
+            assert settings() == before
+    finally:
+        torch.set_float32_matmul_precision(old)
+
+
+def test_full_precision_that_cannot_begin_leaves_nothing_behind(monkeypatch):
+    class Refusing:
+        fp32_precision = property(lambda self: "tf32", lambda self, value: (_ for _ in ()).throw(RuntimeError("no")))
+
+    with monkeypatch.context() as patch:
+        real = precision._matmuls()
+        patch.setattr(precision, "_matmuls", lambda: (real[0], Refusing()))
+        with pytest.raises(RuntimeError, match="no"), precision.full(torch.device("cpu")):
+            pass
+    assert (precision._inside, precision._before) == (0, None)
+    with precision.full(torch.device("cpu")):
+        assert precision._inside == 1
 
 
 # --- custom op and compiler -------------------------------------------------------------------------------------

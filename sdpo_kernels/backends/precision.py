@@ -5,14 +5,22 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 _lock = threading.Lock()
-_inside: dict[str, int] = {}  # how many calls need full precision now; the settings are process-wide
-_before: dict[str, tuple[str, bool, bool]] = {}  # the settings that the first of them found
+_inside = 0  # how many calls need full precision now; the settings are process-wide
+_before: _Settings | None = None  # the settings that the first of them found
+
+
+class _Settings(NamedTuple):
+    cuda: str  # of float32 matmul there
+    cpu: str
+    both: str | None  # an older setting of both; None: not used, the newer ones are
+    reduced: bool  # CUDA may sum bf16 products in bf16
+    split_k: bool  # and in parts
 
 
 @contextmanager
@@ -21,51 +29,75 @@ def full(device: torch.device) -> Iterator[None]:
 
     Calls may overlap, as in autograd's threads for several devices: the last one to leave restores the settings.
     """
+    global _inside
     # only the first call saves and changes the settings, and only the last one restores them
-    kind = "cuda" if device.type == "cuda" else "cpu"
     with _lock:
-        _inside[kind] = _inside.get(kind, 0) + 1
-        if _inside[kind] == 1:
-            _begin(kind)
+        if _inside == 0:
+            _begin()
+        _inside += 1
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
         with _lock:
-            _inside[kind] -= 1
-            if _inside[kind] == 0:
-                _end(kind)
+            _inside -= 1
+            if _inside == 0:
+                _end()
 
 
-def _setting(kind: str) -> Any:
+def _matmuls() -> tuple[Any, Any]:
     backends: Any = torch.backends  # its stubs lack mkldnn.matmul
-    return backends.cuda.matmul if kind == "cuda" else backends.mkldnn.matmul
+    return backends.cuda.matmul, backends.mkldnn.matmul
 
 
-def _begin(kind: str) -> None:
-    setting, cuda = _setting(kind), torch.backends.cuda.matmul
+def _begin() -> None:
+    global _before
+    cuda, cpu = _matmuls()
     # torch 2.10 has one flag for reduced sums; later versions have a second one that allows split-K at all
     split_k = getattr(cuda, "allow_bf16_reduced_precision_reduction_split_k", True)
+    _before = _Settings(
+        cuda.fp32_precision, cpu.fp32_precision, _older_setting(),
+        cuda.allow_bf16_reduced_precision_reduction, split_k,
+    )  # fmt: skip
+    try:
+        # where the older setting says otherwise than the newer ones, TunableOp raises
+        if _before.both not in (None, "highest"):
+            torch.set_float32_matmul_precision("highest")
 
-    _before[kind] = (setting.fp32_precision, cuda.allow_bf16_reduced_precision_reduction, split_k)
+        # "none": nothing is set, which is full precision, too; leaving it alone keeps it inherited
+        for matmul in (cuda, cpu):
+            if matmul.fp32_precision not in ("ieee", "none"):
+                matmul.fp32_precision = "ieee"
+        if _before.reduced:
+            cuda.allow_bf16_reduced_precision_reduction = False if split_k else (False, False)
+    except BaseException:
+        _end()
+        raise
 
-    # "none": nothing is set, which is full precision, too; leaving it alone keeps it inherited
-    if setting.fp32_precision not in ("ieee", "none"):
-        setting.fp32_precision = "ieee"
-    if kind == "cuda":
-        cuda.allow_bf16_reduced_precision_reduction = False if split_k else (False, False)
+
+def _older_setting() -> str | None:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # the newer settings say otherwise
+        return None
 
 
-def _end(kind: str) -> None:
-    setting, cuda = _setting(kind), torch.backends.cuda.matmul
-    fp32, reduced, split_k = _before.pop(kind)
+def _end() -> None:
+    global _before
+    before, _before = _before, None
+    assert before is not None
+    if before.both not in (None, "highest"):
+        torch.set_float32_matmul_precision(before.both)
 
-    if setting.fp32_precision != fp32:
-        setting.fp32_precision = "none"  # if it was inherited, it must be inherited again
-        if setting.fp32_precision != fp32:
-            setting.fp32_precision = fp32
-    if kind == "cuda":
-        cuda.allow_bf16_reduced_precision_reduction = reduced if split_k else (reduced, False)
+    # the older setting has changed these, too
+    cuda, cpu = _matmuls()
+    for matmul, precision in ((cuda, before.cuda), (cpu, before.cpu)):
+        if matmul.fp32_precision != precision:
+            matmul.fp32_precision = "none"  # if it was inherited, it must be inherited again
+            if matmul.fp32_precision != precision:
+                matmul.fp32_precision = precision
+    if cuda.allow_bf16_reduced_precision_reduction != before.reduced:
+        cuda.allow_bf16_reduced_precision_reduction = before.reduced if before.split_k else (before.reduced, False)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
