@@ -32,7 +32,7 @@ class Tile:
 
 
 FLOAT32 = Tile(64, 64, 32, 8, 4, 3)
-FLOAT32_HEAVY = replace(FLOAT32, warps=8)  # with softcap or extras
+FLOAT32_HEAVY = replace(FLOAT32, warps=8)  # with extras
 PLAIN = {  # bfloat16, by major architecture
     8: Tile(128, 128, 32, 8, 4, 4),
     9: Tile(128, 256, 64, 8, 8, 3, descriptors=True),
@@ -64,7 +64,7 @@ _FASTEST: dict[tuple[object, ...], Tile] = {}
 def tiles_of(architecture: int, bf16: bool, capped: bool, extras: bool) -> Tile:
     """The tile for a major architecture; an unknown one gets the tile of the newest known architecture before it."""
     if not bf16:
-        return FLOAT32_HEAVY if capped or extras else FLOAT32
+        return FLOAT32_HEAVY if extras else FLOAT32
     known = HEAVIEST if capped and extras else HEAVY if capped or extras else PLAIN
     return known[max((major for major in known if major <= architecture), default=8)]
 
