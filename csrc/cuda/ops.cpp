@@ -100,11 +100,11 @@ void pair_epilogue(Tensor logps, MaybeTensor index, MaybeTensor segment, Tensor 
                    double beta, double smoothing, Tensor loss, Tensor sums, Tensor metrics, Tensor slopes) {
   same_device(logps, index, segment, ref, counts, loss, sums, metrics, slopes);
   On on(logps);
-  cuda::pair_epilogue({pointer<float>(logps), pointer<int64_t>(index), pointer<int64_t>(segment),
-                       index ? index->size(0) : 0, ref.size(0) / 2, pointer<float>(ref), pointer<int64_t>(counts),
-                       loss_type, beta, smoothing, pointer<float>(loss), pointer<float>(sums), pointer<float>(metrics),
-                       pointer<float>(slopes)},
-                      on.stream());
+  cuda::pair_epilogue(
+      {pointer<float>(logps), pointer<int64_t>(index), pointer<int64_t>(segment), index ? index->size(0) : 0,
+       ref.size(0) / 2, pointer<float>(ref), pointer<int64_t>(counts), loss_type, beta, smoothing, pointer<float>(loss),
+       pointer<float>(sums), pointer<float>(metrics), pointer<float>(slopes)},
+      on.stream());
 }
 
 std::string built_from() { return SDPO_BUILT_FROM; }
