@@ -105,7 +105,11 @@ def _schedules(prepared: Prepared) -> dict[str, Schedule]:
 def _table(prepared: Prepared) -> Table:
     table = Table(title="stages")
     for name in ("stage", "pairs", "dropped", "tokens", "scored", "longest", "steps", "beta"):
-        table.add_column(name, justify="left" if name == "stage" else "right")
+        # "(eval_data)" has 11 letters; a longer name is folded, as a cut one says less
+        is_name = name == "stage"
+        table.add_column(
+            name, justify="left" if is_name else "right", min_width=11 if is_name else None, overflow="fold"
+        )
 
     for stage in prepared.stages:
         tokens = stage.tokens
