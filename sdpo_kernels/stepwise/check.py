@@ -105,10 +105,10 @@ def _schedules(prepared: Prepared) -> dict[str, Schedule]:
 def _table(prepared: Prepared) -> Table:
     table = Table(title="stages")
     for name in ("stage", "pairs", "dropped", "tokens", "scored", "longest", "steps", "beta"):
-        # "(eval_data)" has 11 letters; a longer name is folded, as a cut one says less
+        # 80 columns hold nine letters; a longer name is folded, as a cut one says less
         is_name = name == "stage"
         table.add_column(
-            name, justify="left" if is_name else "right", min_width=11 if is_name else None, overflow="fold"
+            name, justify="left" if is_name else "right", min_width=9 if is_name else None, overflow="fold"
         )
 
     for stage in prepared.stages:
@@ -137,7 +137,7 @@ def _table(prepared: Prepared) -> Table:
     if prepared.eval_tokens is not None:
         tokens = prepared.eval_tokens
         sizes = (len(tokens), len(tokens.dropped), int(tokens.lengths.sum()), int(scored_counts(tokens).sum()))
-        table.add_row("(eval_data)", *(f"{n:,}" for n in sizes), f"{int(tokens.lengths.max()):,}", "", "")
+        table.add_row("eval_data", *(f"{n:,}" for n in sizes), f"{int(tokens.lengths.max()):,}", "", "")
     return table
 
 

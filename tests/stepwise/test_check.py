@@ -37,7 +37,7 @@ def test_prints_what_a_run_would_do_and_writes_nothing(tmp_path, model):
     assert (name, pairs, dropped, steps, beta) == ("s1", "12", "0", "2", "0.1")
     assert int(tokens) > int(scored) > 24
     assert int(longest) <= 12
-    assert row(text, "(eval_data)")[1] == "3"
+    assert row(text, "eval_data")[1] == "3"
     for line in (
         f"model      {model} (llama, vocabulary {len(runs.VOCABULARY)})",
         f"backend    {describe_auto(torch.device('cpu'), torch.float32)}",
