@@ -145,7 +145,9 @@ def read_eval(
 
     tokens = _tokenize(config, pairs, name, prepared)
     check_fit(config, prepared.model_config, [tokens])
-    _note_formats(prepared, {name: pairs})
+
+    # plain text beside a chat template is no advice for scoring; both in one file may be a mistake
+    prepared.warnings += format_messages({name: pairs}, has_template=bool(prepared.tokenizer.chat_template))[1]
     return tokens, prepared.warnings + prepared.notes + prepared.skipped, prepared.tokenizer
 
 

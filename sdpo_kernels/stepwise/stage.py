@@ -50,6 +50,8 @@ def train_stage(stage: Stage) -> None:
     """
     if publish.is_published(stage):
         publish.record_published(stage)
+        if stage.run.reporter.overall is not None:
+            stage.run.reporter.overall.stages[stage.index - 1] = stage.plan
         return
     reset_peak_memory()
     try:

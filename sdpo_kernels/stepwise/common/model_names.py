@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
+
+# what the libraries say if the hub has no model of a name, or cannot be asked
+_NOT_FOUND = re.compile(
+    r"not a local folder|not a valid model|couldn't connect|can't load|repository not found|offline", re.IGNORECASE
+)
 
 
 def load_failure(name: str, what: str, error: BaseException) -> str:
@@ -15,4 +21,6 @@ def load_failure(name: str, what: str, error: BaseException) -> str:
         return f"no {what} can be loaded from {name}: {reason}"
     if name.startswith((".", "/", "~")) or name.count("/") > 1:  # never a name of the hub
         return f"there is no folder {name}"
+    if not _NOT_FOUND.search(reason):
+        return f"no {what} can be loaded from {name}: {reason}"
     return f"there is no folder {name!r} in {os.getcwd()}, and the hub gives no {what} of that name: {reason}"

@@ -174,10 +174,9 @@ def clean(value: Any) -> Any:
 def has_null_arguments(row: dict[str, Any]) -> bool:
     """Whether a tool call in one of a row's conversations has a null among its arguments, which `clean` leaves out."""
     messages = [message for value in row.values() if isinstance(value, list) for message in value]
-    calls = [
-        call for m in messages if isinstance(m, dict) for call in m.get("tool_calls") or () if isinstance(call, dict)
-    ]
-    functions = [call.get("function", call) for call in calls]
+    lists = [message.get("tool_calls") for message in messages if isinstance(message, dict)]
+    calls = [call for found in lists if isinstance(found, list) for call in found]
+    functions = [call.get("function", call) for call in calls if isinstance(call, dict)]
     arguments = [function.get("arguments") for function in functions if isinstance(function, dict)]
     return any(isinstance(given, dict) and clean(given) != given for given in arguments)
 

@@ -20,7 +20,8 @@ _ANSWER_NAMES = {
     "chosen": ("preferred", "accepted", "winner", "win", "better", "good", "best", "positive"),
     "rejected": ("dispreferred", "unpreferred", "loser", "lose", "worse", "bad", "worst", "negative"),
 }
-_NO_TEXT = re.compile(r"score|rating|reward|logp|model|length|(\b|_)id\b")  # score_chosen is not an answer
+# score_chosen and chosen_prompt are not answers
+_NO_TEXT = re.compile(r"score|rating|reward|logp|model|length|prompt|reason|(\b|_)id\b", re.IGNORECASE)
 
 
 def listed(row: Mapping[str, Any]) -> str:
@@ -59,7 +60,8 @@ def _prompt(row: Mapping[str, Any]) -> list[str] | None:
 
 
 def _answer(row: Mapping[str, Any], part: str) -> str | None:
-    """The column that is called like the answer `part`, best one that contains its name, such as chosen_response."""
+    """The column with a usual name of the answer `part`, else one that contains it, such as chosen_response."""
     texts = [name for name, value in row.items() if isinstance(value, (str, list, dict)) and not _NO_TEXT.search(name)]
+    exact = [name for name in _ANSWER_NAMES[part] if name in texts]
     like = [name for name in texts if part.removesuffix("ed") in name.lower()]
-    return next(iter(like or [name for name in _ANSWER_NAMES[part] if name in texts]), None)
+    return next(iter(exact or like), None)

@@ -121,7 +121,7 @@ def pretrained(path: str, config: RunConfig, source: str | None = None, **option
             source, use_safetensors=True, output_loading_info=True, **options
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        if not os.path.isdir(source):
+        if isinstance(error, OSError) and not os.path.isdir(source):
             raise UserError(f"model: {load_failure(source, 'model', error)}") from error
         raise UserError(f"model: {path} cannot be loaded: {load_error(error, source)}") from error
 

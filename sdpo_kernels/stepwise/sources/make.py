@@ -104,6 +104,8 @@ def _why(ctx: SourceContext) -> str:
     drawn, lost, limit = ctx.samples["drawn"], ctx.samples["left out"], ctx.settings.max_new_tokens
     cut = f"{lost:,} of {counted(drawn, 'sample')} did not end within max_new_tokens ({limit}), or were empty: raise it"
     alike = "no two samples of a prompt differ in the judge's score: correct the judge, or raise samples or temperature"
+    if isinstance(ctx.settings, ExecutionSource):
+        alike = "of each prompt all samples pass, or none: correct command, or raise samples or temperature"
     if lost == drawn:
         return cut
     return f"{cut}; of the others, {alike}" if lost else alike

@@ -523,6 +523,14 @@ def test_a_broken_first_line_does_not_decide_which_columns_a_source_has():
     assert [prompt.prompt for prompt in prompts] == ["2+2?"]
 
 
+@pytest.mark.parametrize("calls", [2, True, {"a": None}, [3, {"function": 4}]])
+def test_columns_that_nothing_reads_may_have_any_tool_calls(calls):
+    row = {"prompt": "?", "chosen": "4", "rejected": "5", "turns": [{"tool_calls": calls}]}
+    data = read_pairs([write_as("jsonl", [row])], on_bad_row="error")
+    assert [(pair.chosen, pair.rejected) for pair in data.pairs] == [("4", "5")]
+    assert data.nulls == {}
+
+
 def test_nulls_in_arguments_are_counted_where_somebody_may_have_written_them():
     def row(**arguments):
         calls = [{"type": "function", "function": {"name": "w", "arguments": arguments}}]

@@ -106,6 +106,26 @@ def test_the_suggested_line_reads_the_row():
 
 
 @pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        (
+            {"question": "?", "answer": "4", "chosen_prompt": "a", "rejected_prompt": "b"},
+            "{prompt: question, chosen: NAME",
+        ),
+        ({"prompt": "?", "chosen": "4", "Rejection_Reason": "false", "worse": "5"}, "{rejected: worse}"),
+        (
+            {"prompt": "?", "chosen_response": "4", "rejected_response": "5"},
+            "{chosen: chosen_response, rejected: rejected_",
+        ),
+    ],
+)
+def test_the_suggested_answers_are_answers(row, line):
+    with pytest.raises(BadRow) as raised:
+        PLAIN.read(row)
+    assert f"columns: {line}" in str(raised.value)
+
+
+@pytest.mark.parametrize(
     ("row", "shape", "message"),
     [
         (

@@ -122,6 +122,25 @@ def test_a_name_that_is_no_folder_says_so_before_what_the_hub_says(tmp_path, mod
         )
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ImportError("this model needs einops"), "org/m cannot be loaded: this model needs einops"),
+        (
+            OSError("org/m does not appear to have a file named model.safetensors"),
+            "no model can be loaded from org/m: org/",
+        ),
+    ],
+)
+def test_a_model_of_the_hub_that_is_there_is_not_called_missing(tmp_path, model, monkeypatch, error, reason):
+    def refuses(*args, **options):
+        raise error
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuses)
+    with pytest.raises(UserError, match=f"model: {reason}"):
+        load(runs.configured(tmp_path, model).model_copy(update={"model": "org/m"}))
+
+
 def test_the_hash_depends_on_every_weight_name_and_dtype(tmp_path, model):
     network = AutoModelForCausalLM.from_pretrained(model)
     first = weights_hash(network)
