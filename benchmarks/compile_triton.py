@@ -16,7 +16,9 @@ import itertools
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -121,26 +123,23 @@ def problems() -> Iterator[Problem]:
         yield Problem(rows, hidden, vocab, frozen=frozen, bias=bias)
 
 
-class without_a_gpu:  # noqa: N801 - used as a function
+@contextmanager
+def without_a_gpu() -> Iterator[None]:
     """Inside, the Triton backend takes fake CUDA tensors and only compiles."""
+    import triton
+    from triton.backends.compiler import GPUTarget
 
-    def __enter__(self) -> None:
-        import triton
-        from triton.backends.compiler import GPUTarget
-
-        target = GPUTarget("cuda", ARCHITECTURE[0] * 10 + ARCHITECTURE[1], 32)
-        triton.runtime.driver.set_active(NoDriver(target))
-        self.patches = [
-            mock.patch("torch.cuda.get_device_capability", lambda device=None: ARCHITECTURE),
-            mock.patch("torch.cuda.device", lambda device: mock.MagicMock()),
-            FakeTensorMode(),
-        ]
-        for patch in self.patches:
-            patch.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        for patch in reversed(self.patches):
-            patch.__exit__(*error)
+    target = GPUTarget("cuda", ARCHITECTURE[0] * 10 + ARCHITECTURE[1], 32)
+    triton.runtime.driver.set_active(NoDriver(target))
+    with (
+        mock.patch("torch.cuda.get_device_capability", return_value=ARCHITECTURE),
+        mock.patch("torch.cuda.device", return_value=nullcontext()),
+        warnings.catch_warnings(),
+        FakeTensorMode(),
+    ):
+        # Triton reads addresses; those of tensors without data are 0, and so aligned like real ones
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        yield
 
 
 def walk(problem: Problem) -> None:

@@ -36,19 +36,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks/gpu.sh", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("call", choices=SECONDS)
     parser.add_argument("--seconds", type=float, help="the deadline, in place of 240 and 380")
+    parser.add_argument("--only", nargs="+", default=[], metavar="STEP", help="run these steps alone")
     options = parser.parse_args(arguments)
 
     out = Path(os.environ["OUT"])
+    groups = CALLS[options.call](out / "results.jsonl")
+    if unknown := set(options.only) - {step.name for group in groups for step in group}:
+        names = ", ".join(step.name for group in groups for step in group)
+        parser.error(f"--only: was {', '.join(sorted(unknown))}, must be from: {names}")
+
     runner = Runner(out, options.seconds or SECONDS[options.call])
-    for group in {"call1": first_call, "call2": second_call}[options.call](out / "results.jsonl"):
-        runner.run(group)
+    runner.end_on_signals()
+    for group in groups:
+        if chosen := [step for step in group if not options.only or step.name in options.only]:
+            runner.run(chosen)
     return runner.finish()
 
 
 def first_call(results: Path) -> list[list[Step]]:
     """Is everything right? Groups of steps that run side by side."""
     return [
-        [Step("about", python("-m", "benchmarks.gpu_about", f"--jsonl={results}", f"--device={DEVICE}"), 60)],
+        [about(results)],
         [*(tests(backend) for backend in BACKENDS), once()],
         [accuracy(results)],
         [head(results, SHAPES[0], OURS, 60)],
@@ -60,16 +68,18 @@ def second_call(results: Path) -> list[list[Step]]:
     own = [[head(results, shape, OURS, 40)] for shape in SHAPES[1:]]
     rivals = [[head(results, shape, RIVALS, 70, "rivals")] for shape in (SHAPES[0], SHAPES[-1])]
     parts = [Step("parts", python("-m", "benchmarks.parts", f"--jsonl={results}", f"--device={DEVICE}"), 70)]
-    return [
-        [Step("about", python("-m", "benchmarks.gpu_about", f"--jsonl={results}", f"--device={DEVICE}"), 60)],
-        *own[:1], rivals[0], *own[1:], parts, rivals[1], [packed_attention()],
-        *([sanitizer(tool)] for tool in ("memcheck", "racecheck")),
-    ]  # fmt: skip
+    last = [[packed_attention()], [sanitizer("memcheck")], [sanitizer("racecheck")]]
+    return [[about(results)], *own[:1], rivals[0], *own[1:], parts, rivals[1], *last]
 
 
 def python(*arguments: str) -> tuple[str, ...]:
     """A command of this Python."""
     return (sys.executable, *arguments)
+
+
+def about(results: Path) -> Step:
+    """Versions, tools, libraries, kernels."""
+    return Step("about", python("-m", "benchmarks.gpu_about", f"--jsonl={results}", f"--device={DEVICE}"), 60)
 
 
 def pytest(*arguments: str) -> tuple[str, ...]:
@@ -80,7 +90,7 @@ def pytest(*arguments: str) -> tuple[str, ...]:
 def tests(backend: str) -> Step:
     """The tests that run once for each backend, for one of them."""
     apart = [f"--ignore={TESTED}/{name}" for name in ALONE]
-    few = ("-k", "values_and_gradients and stash_bytes") if STUB else ()
+    few = ("-k", "repeated_calls") if STUB else ()
     return Step(f"tests-{backend}", pytest(TESTED, *apart, *few), 110, {"SDPO_TEST_BACKENDS": backend} | on_device())
 
 
@@ -121,9 +131,12 @@ def head(results: Path, shape: tuple[int, int, int], cases: tuple[str, ...], at_
 
 def sanitizer(tool: str) -> Step:
     """A small run of every kernel under compute-sanitizer, without torch's own pool, which hides accesses."""
-    test = pytest(TESTED, "-k", "small_run and not eager")
+    test = pytest(f"{TESTED}/test_logps.py", "-k", "small_run and not eager")
     command = test if STUB else ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *test)
     return Step(tool, command, 75, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} | on_device())
+
+
+CALLS = {"call1": first_call, "call2": second_call}
 
 
 if __name__ == "__main__":

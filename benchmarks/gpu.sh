@@ -6,15 +6,16 @@
 #     benchmarks/gpu.sh call1    there: versions, tests, accuracy, our own cases at the first shape
 #     benchmarks/gpu.sh call2    there: other shapes, rivals, parts of a step, memcheck, racecheck
 #
-# Between the calls read log.txt: what call1 finds wrong is worth more than call2's figures. Give the machine back
-# while you read.
-# Everything lands in $OUT (default runs/gpu): results.jsonl, to which every measurement is appended as it
-# is made, and log.txt. For the page: cp $OUT/results.jsonl benchmarks/results/<card>-<date>.jsonl, then
-# `python -m benchmarks.page`. Needs neither git nor a network. SDPO_GPU_STUB=1 rehearses a call without a GPU.
+# Between the calls give the machine back and read log.txt: what call1 finds wrong is worth more than call2's figures.
+# `call1 --only own-8192-4096-128256` runs one step again.
+#
+# Everything lands in $OUT (default runs/gpu): results.jsonl, to which every measurement is appended as it is made, and
+# log.txt. For the page: cp $OUT/results.jsonl benchmarks/results/<card>-<date>.jsonl, then python -m benchmarks.page.
+# Needs neither git nor a network. SDPO_GPU_STUB=1 rehearses a call without a GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 call="${1:-}"
-case "$call" in call1 | call2 | pack) ;; *) sed -n '2,13p' "$0" >&2; exit 2 ;; esac
+case "$call" in call1 | call2 | pack) ;; *) sed -n '2,14p' "$0" >&2; exit 2 ;; esac
 python="${PYTHON:-python3}"
 export OUT="${OUT:-runs/gpu}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"

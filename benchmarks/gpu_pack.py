@@ -1,11 +1,11 @@
 """`benchmarks/gpu.sh pack`: prepares here what a call on a lent GPU carries, and prints the two calls.
 
-    sdpo_kernels/_cpu.so, _cuda.so    built with SDPO_REQUIRE_NATIVE=1
-    build/gpu/commit                  for results made where there is no git
-    build/gpu/triton                  Triton's kernels for sm_90, compiled by SDPO_GPU_PYTHON: a Python of the machine's
-                                      version (3.12) with its triton (3.6.0) and any torch. Without one, or where the
-                                      machine's Triton is another one, call1 compiles them there, in several processes
-    benchmarks/wheels                 rivals: TRL, Liger, CCE as wheels, and Liger's library for Hopper as *.tar.xz
+sdpo_kernels/_cpu.so, _cuda.so    built with SDPO_REQUIRE_NATIVE=1
+build/gpu/commit                  for results made where there is no git
+build/gpu/triton                  Triton's kernels for sm_90, compiled by SDPO_GPU_PYTHON: a Python of the machine's
+                                  version (3.12) with its triton (3.6.0) and any torch. Without one, or where the
+                                  machine's Triton is another one, call1 compiles them there, in several processes
+benchmarks/wheels                 rivals: TRL, Liger, CCE as wheels, and Liger's library for Hopper as *.tar.xz
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Runs steps one after another, or side by side, until a deadline; every failure reaches the exit status.
 
     runner = Runner(out, seconds=240)
+    runner.end_on_signals()
     runner.run([Step("tests-eager", ("python3", "-m", "pytest", …), at_most=90), …])     # side by side
     exit(runner.finish())
 
@@ -53,6 +54,9 @@ class Runner:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.log = open(out / "log.txt", "ab", buffering=0)  # noqa: SIM115 - as long as this object
         self.lock = threading.Lock()
+
+    def end_on_signals(self) -> None:
+        """From now on a signal that asks this process to end also ends the steps, and is noted in the results."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._interrupted)
 
@@ -93,7 +97,9 @@ class Runner:
         for end in self.ended:
             print(f"{end['step']:<28}{end['seconds']:>8.1f}  {end['exit']}", flush=True)
         names = ", ".join(end["step"] for end in failed)
-        print(f"FAILED: {names}" if failed else "all steps passed", f"({time.monotonic() - self.start:.0f} s)", flush=True)
+        print(
+            f"FAILED: {names}" if failed else "all steps passed", f"({time.monotonic() - self.start:.0f} s)", flush=True
+        )
         return 1 if failed or not self.ended else 0
 
     def _start(self, step: Step) -> subprocess.Popen[bytes]:

@@ -1,10 +1,11 @@
 """How close to bare GEMMs is one DPO step at the head? `python -m benchmarks.head [--json results.json]`
 
-Every case does the same work on the same tensors: reference forward, policy forward and backward into hidden states
-and weight (see `rivals.py`). Each is measured in fresh processes, and the cases take turns (A B C A B C), so that other
-load on the machine affects all of them; on CUDA they take turns in one process (`together.py`). The bare-GEMM baseline ("floor", the case gemms) is the four matrix products on
-the scored rows and nothing else. Columns: median, minimum and maximum time; ratio of the medians to the floor; peak
-extra memory (see `measure.py`); the largest error of a sequence's summed log-prob against float64.
+Every case does the same work on the same tensors: reference forward, policy forward and backward into hidden states and
+weight (see `rivals.py`). Each is measured in fresh processes, and the cases take turns (A B C A B C), so that other
+load on the machine affects all of them; on CUDA they take turns in one process (`together.py`). The bare-GEMM baseline
+("floor", the case gemms) is the four matrix products on the scored rows and nothing else. Columns: median, minimum and
+maximum time; ratio of the medians to the floor; peak extra memory (see `measure.py`); the largest error of a sequence's
+summed log-prob against float64.
 """
 
 from __future__ import annotations

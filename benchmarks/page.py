@@ -1,7 +1,8 @@
 """The page of results, generated and never typed by hand: `python -m benchmarks.page`.
 
-Reads benchmarks/results/**/*.json and *.jsonl (what benchmarks/gpu.sh brings back, see `records.py`) and writes docs/benchmarks.md and docs/benchmarks-*.png. Each table names command,
-machine, versions, commit and date of its JSON. Benchmarks without a result are listed as not measured yet.
+Reads benchmarks/results/**/*.json and *.jsonl (what benchmarks/gpu.sh brings back, see `records.py`) and writes
+docs/benchmarks.md and docs/benchmarks-*.png. Each table names command, machine, versions, commit and date of its JSON.
+Benchmarks without a result are listed as not measured yet.
 """
 
 from __future__ import annotations
