@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -161,16 +161,20 @@ def walk(problem: Problem) -> None:
     backend.backward(call, saved, found.logps, None, needs)
 
 
-def pair_losses() -> None:
+def pair_losses(sizes: Sequence[int] = (2, 3, PAIRS, 70)) -> None:
     """The pair epilogue of every loss, with rows and without."""
-    backend = BACKENDS["triton"]
-    for pairs, loss, indexed in itertools.product((1, 2, 3, PAIRS), range(4), (True, False)):
-        vector = torch.empty(2 * pairs, device="cuda")
-        index = torch.empty(100, dtype=torch.int64, device="cuda") if indexed else None
-        counts = torch.empty(2 * pairs, dtype=torch.int64, device="cuda")
-        out = PairOutputs(vector.new_empty(()), vector, vector.new_empty((4, pairs)), vector)
-        logps = torch.empty(100, device="cuda") if indexed else vector
-        backend.pair_epilogue(logps, index, index, vector, counts, loss, 0.1, 0.0, out)
+    for pairs, loss, indexed in itertools.product(sizes, range(4), (True, False)):
+        pair_loss(pairs, loss, indexed, "cuda")
+
+
+def pair_loss(pairs: int, loss: int, indexed: bool, device: str) -> None:
+    """One launch of the pair epilogue."""
+    vector = torch.zeros(2 * pairs, device=device)
+    index = torch.zeros(100, dtype=torch.int64, device=device) if indexed else None
+    counts = torch.ones(2 * pairs, dtype=torch.int64, device=device)
+    out = PairOutputs(vector.new_empty(()), vector, vector.new_empty((4, pairs)), vector)
+    logps = torch.zeros(100, device=device) if indexed else vector
+    BACKENDS["triton"].pair_epilogue(logps, index, index, vector, counts, loss, 0.1, 0.0, out)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ SHAPES = [(16, 32, 300), (16, 32, 200)] if STUB else [
     (8192, 4096, 128256), (8192, 2048, 151936), (16384, 3584, 152064), (4096, 8192, 128256), (8192, 2304, 256000)
 ]  # fmt: skip
 OURS = ("gemms", "ours", "ours_native", "ours_without_stash", "ours_native_without_stash")
-RIVALS = ("gemms", "ours", "ours_native", "cce", "liger_tp", "liger_dpo", "trl_fused_scored", "liger_sm90", "quack")
+RIVALS = ("gemms", "ours", "ours_native", "cce", "trl_fused_scored", "liger_dpo", "liger_sm90", "quack")
+LIGER = ("gemms", "ours", "liger_tp")  # its library starts a communication layer, which may end or hold the process
 TESTED = "tests/cuda"
 ALONE = ("test_packed_attention.py", "test_once.py")  # files of TESTED that need a process of their own
 
@@ -68,7 +69,12 @@ def second_call(results: Path) -> list[list[Step]]:
     own = [[head(results, shape, OURS, 40)] for shape in SHAPES[1:]]
     rivals = [[head(results, shape, RIVALS, 70, "rivals")] for shape in (SHAPES[0], SHAPES[-1])]
     parts = [Step("parts", python("-m", "benchmarks.parts", f"--jsonl={results}", f"--device={DEVICE}"), 70)]
-    last = [[packed_attention()], [sanitizer("memcheck")], [sanitizer("racecheck")]]
+    last = [
+        [head(results, SHAPES[0], LIGER, 40, "liger")],
+        [packed_attention()],
+        [sanitizer("memcheck")],
+        [sanitizer("racecheck")],
+    ]
     return [[about(results)], *own[:1], rivals[0], *own[1:], parts, rivals[1], *last]
 
 

@@ -35,11 +35,13 @@ if [ -d $packed/triton ]; then mkdir -p "$TRITON_CACHE_DIR" && cp -r $packed/tri
 
 # rivals, unpacked: they need nothing that is not there
 rivals=/tmp/sdpo-rivals
-for packed_rival in benchmarks/wheels/*; do # the name itself if there are none
-  case "$packed_rival" in
-    *.whl) "$python" -m zipfile -e "$packed_rival" $rivals ;;
-    *.tar.xz) "$python" -m tarfile -e "$packed_rival" $rivals ;;
-  esac
-done
-export PYTHONPATH="$PYTHONPATH:$rivals"
+if [ "${SDPO_GPU_STUB:-}" != 1 ]; then
+  for packed_rival in benchmarks/wheels/*; do # the pattern itself if there are none
+    case "$packed_rival" in
+      *.whl) "$python" -m zipfile -e "$packed_rival" $rivals ;;
+      *.tar.xz) "$python" -m tarfile -e "$packed_rival" $rivals ;;
+    esac
+  done
+  export PYTHONPATH="$PYTHONPATH:$rivals"
+fi
 exec "$python" -m benchmarks.gpu "$@"

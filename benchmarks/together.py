@@ -1,7 +1,8 @@
 """All cases of one problem in one process, taking turns (A B C A B C): what a GPU needs.
 
 There a fresh process costs ten seconds and a step some tens of milliseconds, and CUDA reports a call's peak memory
-exactly whatever ran before. Cached memory of other cases is given back before each measurement. Every number goes to `record` as soon as it is there (see `records.Run.add`).
+exactly whatever ran before. Cached memory of other cases is given back before each measurement. Every number goes
+to `record` as soon as it is there (see `records.Run.add`).
 """
 
 from __future__ import annotations

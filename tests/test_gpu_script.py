@@ -227,6 +227,36 @@ def test_every_command_of_the_plan_can_be_parsed(tmp_path):
         assert (ROOT / gpu.TESTED / name).is_file()
 
 
+COMPILED_THEN_LAUNCHED = """
+import os
+from benchmarks import compile_triton
+
+def folders():
+    return set(os.listdir(os.environ["TRITON_CACHE_DIR"]))
+
+with compile_triton.without_a_gpu():
+    compile_triton.pair_loss(4, 2, True, "cuda")
+    compiled = folders()
+assert len(compiled) >= 1
+
+# the driver still launches nothing, but now the tensors are real and the arguments those of a real launch
+compile_triton.pair_loss(4, 2, True, "cpu")
+assert folders() == compiled
+compile_triton.pair_loss(4, 3, True, "cpu")
+assert folders() > compiled
+"""
+
+
+def test_a_kernel_compiled_without_data_is_found_by_a_launch(tmp_path):
+    """Same key, so that what was packed is not compiled again; another loss is another kernel."""
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    code = [sys.executable, "-c", COMPILED_THEN_LAUNCHED]
+    done = subprocess.run(code, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_calls_fit_the_limits():
     text = gpu_pack.calls(2**20, 10 * 2**20)
     given = [json.loads(line.removeprefix("run ")) for line in text.splitlines() if line.startswith("run ")]
