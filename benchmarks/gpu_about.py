@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import records
+from benchmarks.gpu_steps import kill_tree
 from benchmarks.measure import ROOT, surroundings
 from sdpo_kernels.info import info_text
 
@@ -76,11 +77,13 @@ def have_kernels() -> str:
     jobs = max(1, (os.cpu_count() or 2) - 2)
     command = [sys.executable, "-m", "benchmarks.compile_triton", f"--jobs={jobs}"]
     why = "packed for another Triton" if PACKED_KEY.is_file() else "not packed"
+    process = subprocess.Popen(command, cwd=ROOT)
     try:
-        done = subprocess.run(command, cwd=ROOT, timeout=40)
+        status = process.wait(timeout=40)
     except subprocess.TimeoutExpired:
+        kill_tree(process.pid)
         return f"{why}, and not all compiled within 40 s"
-    return f"{why}, compiled here by {jobs} processes" if done.returncode == 0 else f"{why}, and compiling failed"
+    return f"{why}, compiled here by {jobs} processes" if status == 0 else f"{why}, and compiling failed"
 
 
 if __name__ == "__main__":

@@ -115,6 +115,7 @@ def gather_liger_library() -> None:
         whole.extractall(folder, wanted)
     with tarfile.open(WHEELS / f"{LIGER_LIBRARY}.tar.xz", "w:xz") as packed:
         packed.add(folder / "liger_cute_kernels", "liger_cute_kernels")
+    shutil.rmtree(folder)
 
 
 def size_of_tree() -> int:

@@ -71,7 +71,8 @@ class Runner:
                 self._note(step, "not started: no time is left", 0.0)
             return
 
-        started = [(step, time.monotonic(), self._start(step)) for step in steps]
+        tried = [(step, time.monotonic(), self._start(step)) for step in steps]
+        started = [(step, since, process) for step, since, process in tried if process is not None]
         readers = [self._read(step, process) for step, _, process in started]
         waiting = list(zip(started, readers, strict=True))
         while waiting:
@@ -102,12 +103,20 @@ class Runner:
         )
         return 1 if failed or not self.ended else 0
 
-    def _start(self, step: Step) -> subprocess.Popen[bytes]:
+    def _start(self, step: Step) -> subprocess.Popen[bytes] | None:
+        """The step's process; None, and a note, if there is no such program."""
         print(f"== {step.name}: {' '.join(step.command)}", flush=True)
-        process = subprocess.Popen(
-            step.command, env=os.environ | dict(step.environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        environment = os.environ | dict(step.environment)
+        pipes: dict[str, int] = {
+            "stdin": subprocess.DEVNULL,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.STDOUT,
+        }
+        try:
+            process = subprocess.Popen(step.command, env=environment, **pipes)
+        except OSError as error:
+            self._note(step, f"not started: {error}", 0.0)
+            return None
         self.processes.append(process)
         return process
 

@@ -124,10 +124,12 @@ def test_an_unknown_call_shows_how_it_is_used(tmp_path):
 def test_a_failing_step_reaches_the_exit_status(tmp_path, capsys):
     runner = Runner(tmp_path, seconds=60)
     runner.run([shell("good", "echo fine"), shell("bad", "echo wrong; exit 3")])
-    runner.run([shell("after", "true")])
+    runner.run([Step("absent", ("/nonexistent/compute-sanitizer",), 5), shell("after", "true")])
     assert runner.finish() == 1
-    assert ends(tmp_path) == {"good": 0, "bad": 3, "after": 0}
-    assert "FAILED: bad" in capsys.readouterr().out
+    found = ends(tmp_path)
+    assert str(found.pop("absent")).startswith("not started: ")
+    assert found == {"good": 0, "bad": 3, "after": 0}
+    assert "FAILED: bad, absent" in capsys.readouterr().out
     assert set((tmp_path / "log.txt").read_text().splitlines()) == {"[good] fine", "[bad] wrong"}
 
 
