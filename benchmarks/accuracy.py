@@ -8,13 +8,14 @@ One DPO step of each peer against float64 on the same (rounded) inputs, over dty
 
 Nats: the largest error of a sequence's summed log-prob. dX, dW: the norm of the gradient's error over the gradient's
 norm. The case gemms, the bare-GEMM baseline ("floor") of the other benchmarks, computes no log-probs and is left out.
-One fresh process per problem runs all peers: neither time nor memory is measured here.
+One fresh process per problem runs all peers, on CUDA one for all problems: neither time nor memory is measured here.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import measure
+from benchmarks import measure, records, together
 from benchmarks.head import DTYPES
 from benchmarks.problem import IGNORE_INDEX, CannotRun, Problem, Step, Truth, true_step
 from benchmarks.rivals import RIVALS
@@ -31,7 +32,7 @@ SHIFTS = {"plain": 0.0, "confident": 30.0, "improbable": -40.0}
 # cases with the same arithmetic as another one run only if asked for
 CASES = [
     "naive", "linear_cross_entropy", "trl_fused_scored", "liger_dpo_eager", "liger_sm90", "cce", "quack", "ours",
-    "ours_without_stash", "ours_eager", "ours_native",
+    "ours_without_stash", "ours_eager", "ours_native", "ours_native_without_stash",
 ]  # fmt: skip
 QUICK = {"length": 32, "hidden": 64, "vocabs": [300], "dtypes": ["bf16"], "threads": 1}
 ERRORS = ("nats", "dx", "dw")
@@ -46,17 +47,18 @@ def main(arguments: list[str] | None = None) -> int:
 
     report = measure.report("accuracy", arguments, options.threads, torch.device(options.device))
     report["shape"] = {name: getattr(options, name) for name in ("pairs", "length", "hidden", "device")}
-    report["results"] = [
-        result
-        for dtype in options.dtypes
-        for vocab in options.vocabs
-        for kind in options.inputs
-        for result in one_problem(options, dtype, vocab, kind)
-    ]
+    run = records.Run(options.jsonl, report | {"name": "accuracy"})
+    problems = [(d, v, kind) for d in options.dtypes for v in options.vocabs for kind in options.inputs]
+    one = in_this_process if options.together else one_problem
+    report["results"] = []
+    for dtype, vocab, kind in problems:
+        for result in one(options, dtype, vocab, kind):
+            run.add(result=result)
+            report["results"].append(result)
 
     print(show(report))
     measure.write_json(options.json, report)
-    return 0
+    return measure.exit_status(report["results"], options.device)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -75,6 +77,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--jsonl", type=Path, help="append each result here as it is made")
+    parser.add_argument("--together", action="store_true", help="all problems in one process, as always on CUDA")
     parser.add_argument("--quick", action="store_true", help=f"a tiny run: {QUICK}")
 
     # for the processes that it starts itself
@@ -83,6 +87,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.quick:
         vars(options).update(QUICK)
+    options.together = options.together or options.device.startswith("cuda")
     return options
 
 
@@ -98,14 +103,27 @@ def one_problem(options: argparse.Namespace, dtype: str, vocab: int, kind: str) 
     return [about | {"case": case} | errors for case, errors in found.items()]
 
 
+def in_this_process(options: argparse.Namespace, dtype: str, vocab: int, kind: str) -> Iterator[dict[str, Any]]:
+    """All cases on one problem, each as soon as it is measured."""
+    problem, truth = problem_and_truth(options, dtype, vocab, kind)
+    about = {"dtype": dtype, "vocab": vocab, "input": kind}
+    for case in options.cases:
+        yield about | {"case": case} | together.attempt(lambda case=case: case_errors(case, problem, truth))
+
+
 def measure_problem(options: argparse.Namespace) -> dict[str, Any]:
     """In a fresh process: the ground truth once, then each case against it."""
-    torch.set_num_threads(options.threads)
     (dtype,), (vocab,), (kind,) = options.dtypes, options.vocabs, options.inputs
+    problem, truth = problem_and_truth(options, dtype, vocab, kind)
+    return {"cases": {case: case_errors(case, problem, truth) for case in options.cases}}
+
+
+def problem_and_truth(options: argparse.Namespace, dtype: str, vocab: int, kind: str) -> tuple[Problem, Truth]:
+    """The problem of one dtype, vocabulary and input, and its ground truth."""
+    torch.set_num_threads(options.threads)
     shape = (options.pairs, options.length, options.hidden, vocab)
     problem = with_raised_targets(Problem.random(*shape, 1.0, DTYPES[dtype], options.device), SHIFTS[kind])
-    truth = true_step(problem)
-    return {"cases": {case: case_errors(case, problem, truth) for case in options.cases}}
+    return problem, true_step(problem)
 
 
 def with_raised_targets(problem: Problem, by: float) -> Problem:

@@ -1,50 +1,47 @@
 #!/usr/bin/env bash
-# One call on a machine with a CUDA device: builds the CUDA library where none was carried along, runs the tests marked
-# `gpu` and compute-sanitizer, then the head benchmark at the five shapes of the design and the accuracy at one.
-# Works from a bare checkout without network or hypothesis (hence --noconftest); everything lands in $OUT (default benchmarks/results/gpu). Under
-# nine minutes.
-set -uo pipefail
+# What a machine with a GPU that is lent for fifteen minutes answers, in two calls of 240 and 380 seconds:
+#
+#     benchmarks/gpu.sh pack     here, without a GPU: builds both libraries, compiles Triton's kernels, gathers rivals,
+#                                and prints the two commands and what they carry
+#     benchmarks/gpu.sh call1    there: versions, tests, accuracy, our own cases at the first shape
+#     benchmarks/gpu.sh call2    there: other shapes, rivals, parts of a step, memcheck, racecheck
+#
+# Between the calls give the machine back and read log.txt: what call1 finds wrong is worth more than call2's figures.
+# `call1 --only own-8192-4096-128256` runs one step again.
+#
+# Everything lands in $OUT (default runs/gpu): results.jsonl, to which every measurement is appended as it is made, and
+# log.txt. For the page: cp $OUT/results.jsonl benchmarks/results/<card>-<date>.jsonl, then python -m benchmarks.page.
+# Needs neither git nor a network. SDPO_GPU_STUB=1 rehearses a call without a GPU.
+set -euo pipefail
 cd "$(dirname "$0")/.."
-export OUT="${OUT:-benchmarks/results/gpu}" PYTHONPATH=. PYTHONUNBUFFERED=1
+call="${1:-}"
+case "$call" in call1 | call2 | pack) ;; *) sed -n '2,14p' "$0" >&2; exit 2 ;; esac
+python="${PYTHON:-python3}"
+export OUT="${OUT:-runs/gpu}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+packed=build/gpu
+
+if [ "$call" = pack ]; then exec "$python" -m benchmarks.gpu_pack; fi
 mkdir -p "$OUT"
-status=0
-# rivals that lie here as wheels (benchmarks/wheels, carried along): TRL, Liger, CCE; they need nothing that is not there
-if compgen -G "benchmarks/wheels/*.whl" >/dev/null; then
-  python3 -m pip install -q --no-index --no-deps --target /tmp/rivals benchmarks/wheels/*.whl
-  export PYTHONPATH=.:/tmp/rivals
-fi
-{
-  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-  git rev-parse HEAD 2>/dev/null
-  python3 -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)'
-} | tee "$OUT/machine.txt"
-# libraries that were built elsewhere and carried along serve here: that is what the stable ABI is for
-[ -f sdpo_kernels/_cuda.so ] ||
-  SDPO_REQUIRE_NATIVE=1 timeout 120 python3 setup.py -q build_ext --inplace 2>&1 | tail -5 | tee "$OUT/build.txt" || status=1
-timeout 240 python3 -m pytest -q -m gpu -p no:cacheprovider --noconftest tests/test_cuda.py 2>&1 | tee "$OUT/tests.txt" || status=1
-if command -v compute-sanitizer >/dev/null; then
-  for tool in memcheck racecheck; do
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 75 compute-sanitizer --tool $tool --error-exitcode 9 \
-      python3 -m pytest -q -p no:cacheprovider --noconftest tests/test_cuda.py -k "small_run and not eager" 2>&1 |
-      tail -20 | tee "$OUT/$tool.txt" || status=1
-  done
+
+# the commit that was packed: there may be no git
+if [ -z "${SDPO_COMMIT:-}" ] && [ -f $packed/commit ]; then
+  SDPO_COMMIT="$(cat $packed/commit)" && export SDPO_COMMIT
 fi
 
-# rivals that are not installed are listed with why; naive code and chunked linear_cross_entropy would take too long
-CASES="gemms ours ours_native ours_without_stash trl_fused_scored liger_dpo cce"
-# rows scored, hidden, vocabulary: all positions are scored, 4 pairs a batch
-while read -r rows hidden vocab; do
-  echo "== N $rows, H $hidden, V $vocab"
-  timeout 95 python3 -m benchmarks.head --device cuda --cases $CASES --pairs 4 --length $((rows / 8)) --scored 1.0 \
-    --hidden "$hidden" --vocab "$vocab" --rounds 1 --repeats 10 --json "$OUT/head-$rows-$hidden-$vocab.json" || status=1
-done <<SHAPES | tee "$OUT/head.txt"
-8192 4096 128256
-8192 2048 151936
-16384 3584 152064
-4096 8192 128256
-8192 2304 256000
-SHAPES
-# summed log-probs of 512 tokens and gradients against float64
-timeout 60 python3 -m benchmarks.accuracy --device cuda --cases ours ours_native trl_fused_scored cce --dtypes bf16 \
-  --hidden 2048 --vocabs 151936 --inputs plain confident --json "$OUT/accuracy.json" 2>&1 | tee "$OUT/accuracy.txt" || status=1
-exit $status
+# Triton's cache names its files by their whole path, so it lies where it was made
+export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-/tmp/sdpo-triton}"
+if [ -d $packed/triton ]; then mkdir -p "$TRITON_CACHE_DIR" && cp -r $packed/triton/. "$TRITON_CACHE_DIR"; fi
+
+# rivals, unpacked: they need nothing that is not there
+rivals=/tmp/sdpo-rivals
+if [ "${SDPO_GPU_STUB:-}" != 1 ]; then
+  for packed_rival in benchmarks/wheels/*; do # the pattern itself if there are none
+    case "$packed_rival" in
+      *.whl) "$python" -m zipfile -e "$packed_rival" $rivals ;;
+      *.tar.xz) "$python" -m tarfile -e "$packed_rival" $rivals ;;
+    esac
+  done
+  export PYTHONPATH="$PYTHONPATH:$rivals"
+fi
+exec "$python" -m benchmarks.gpu "$@"

@@ -1,10 +1,11 @@
 """How close to bare GEMMs is one DPO step at the head? `python -m benchmarks.head [--json results.json]`
 
-Every case does the same work on the same tensors: reference forward, policy forward and backward into hidden states
-and weight (see `rivals.py`). Each is measured in fresh processes, and the cases take turns (A B C A B C), so that other
-load on the machine affects all of them. The bare-GEMM baseline ("floor", the case gemms) is the four matrix products on
-the scored rows and nothing else. Columns: median, minimum and maximum time; ratio of the medians to the floor; peak
-extra memory (see `measure.py`); the largest error of a sequence's summed log-prob against float64.
+Every case does the same work on the same tensors: reference forward, policy forward and backward into hidden states and
+weight (see `rivals.py`). Each is measured in fresh processes, and the cases take turns (A B C A B C), so that other
+load on the machine affects all of them; on CUDA they take turns in one process (`together.py`). The bare-GEMM baseline
+("floor", the case gemms) is the four matrix products on the scored rows and nothing else. Columns: median, minimum and
+maximum time; ratio of the medians to the floor; peak extra memory (see `measure.py`); the largest error of a sequence's
+summed log-prob against float64.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import measure
-from benchmarks.problem import DATA, IGNORE_INDEX, CannotRun, Problem, has_real_masks, true_logps
+from benchmarks import measure, records, together
+from benchmarks.problem import DATA, IGNORE_INDEX, CannotRun, Problem, Step, has_real_masks, true_logps
 from benchmarks.rivals import FLOOR, RIVALS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -35,10 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
 
     start = measure.report("head", arguments, options.threads, torch.device(options.device))
-    report = start | measure_all(options)
+    report = start | (measure_together(options, start) if options.together else measure_all(options))
     print(show(report))
     measure.write_json(options.json, report)
-    return 0
+    return measure.exit_status(report["results"], options.device)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -64,6 +65,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--cases", nargs="+", choices=RIVALS, default=list(RIVALS), metavar="CASE")
     parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--jsonl", type=Path, help="with --together: append each measurement here as it is made")
+    parser.add_argument("--together", action="store_true", help="all cases in one process, as always on CUDA")
     parser.add_argument("--quick", action="store_true", help=f"a tiny run: {QUICK}")
 
     # for the processes that it starts itself
@@ -73,6 +76,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.quick:
         vars(options).update(QUICK)
+    options.together = options.together or options.device.startswith("cuda")
     return options
 
 
@@ -146,17 +150,29 @@ def measure_all(options: argparse.Namespace) -> dict[str, Any]:
             )
 
     report["shape"]["rows"] = next((a["rows"] for found in answers.values() for a in found if "rows" in a), None)
-    report["results"] = [{"case": case} | measure.summary(found) for case, found in answers.items()]
+    return report | {"results": records.case_results(answers)}
 
-    # no ratio if the floor was not measured
-    floor = next((r.get("median_s") for r in report["results"] if r["case"] == FLOOR), None)
-    for result in report["results"]:
-        if "median_s" in result:
-            result["error_nat"] = answers[result["case"]][0].get("error_nat")
-        if floor and "median_s" in result:
-            result["ratio_to_floor"] = result["median_s"] / floor
 
-    return report
+def measure_together(options: argparse.Namespace, start: dict[str, Any]) -> dict[str, Any]:
+    """Measure all cases in this process, which draws the problem once; returns the report's shape and results."""
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    device = torch.device(options.device)
+    problem = problem_of(options)
+    truth = true_logps(problem.hidden, problem.weight, problem.labels)
+
+    def error_of(case: str, step: Step | None) -> dict[str, float]:
+        return {} if step is None else {"error_nat": (step.policy_logps.double() - truth).abs().max().item()}
+
+    shape = {name: getattr(options, name) for name in SHAPE} | {"rows": int((problem.labels != IGNORE_INDEX).sum())}
+    name = f"head-{shape['rows']}-{options.hidden}-{options.vocab}"
+    run = records.Run(options.jsonl, start | {"name": name, "shape": shape})
+    cases = {case: lambda rival=RIVALS[case]: rival(problem) for case in options.cases}
+    together.take_turns(
+        cases, device, options.rounds * options.repeats, run.add, before_each=problem.zero_grad, check=error_of
+    )
+    answers = {case: [answer] for case, answer in records.case_answers(run.lines).items()}
+    return {"shape": shape, "results": records.case_results(answers)}
 
 
 def child_arguments(options: argparse.Namespace, case: str, with_error: bool) -> list[str]:

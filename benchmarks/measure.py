@@ -70,8 +70,9 @@ def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int | Non
 
 def summary(answers: list[dict[str, Any]]) -> dict[str, Any]:
     """Median and spread of all rounds' `times_s`, and the memory; {"skipped": why} if the last round was skipped."""
-    if "skipped" in answers[-1]:
-        return {"skipped": answers[-1]["skipped"]}
+    last = answers[-1]
+    if "skipped" in last:
+        return {key: last[key] for key in ("skipped", "failed") if key in last}
 
     # every call counts alike; of the memory peaks, one per process, the median is a measured one
     times = [time for answer in answers for time in answer["times_s"]]
@@ -128,17 +129,31 @@ def run_fresh(module: str, arguments: list[str], threads: int) -> dict[str, Any]
         return answer
 
     complaint = done.stderr.strip().splitlines() or ["no message"]
-    return {"skipped": f"exit status {done.returncode}: {complaint[-1]}"}
+    return {"skipped": f"exit status {done.returncode}: {complaint[-1]}", "failed": True}
+
+
+def exit_status(results: list[dict[str, Any]], device: str) -> int:
+    """1 if a case of ours was not measured though it should have been, else 0; says which.
+
+    On CUDA all of ours must run. On the CPU a case that says why it cannot run there is no failure.
+    """
+    ours = [result for result in results if result["case"].startswith("ours") and "skipped" in result]
+    missing = [result for result in ours if result.get("failed") or device != "cpu"]
+    for result in missing:
+        print(f"FAILED {result['case']}: {result['skipped']}", file=sys.stderr, flush=True)
+    return 1 if missing else 0
 
 
 def report(benchmark: str, arguments: list[str] | None, threads: int, device: torch.device) -> dict[str, Any]:
-    """The head of every benchmark's JSON: its name, its command (without --json), and the surroundings."""
+    """The head of every benchmark's JSON: its name, its command (without --json and --jsonl), and the surroundings."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if "--json" in given:
-        place = given.index("--json")
-        del given[place : place + 2]
+    for option in ("--json", "--jsonl"):
+        if option in given:
+            place = given.index(option)
+            del given[place : place + 2]
+    kept = (shlex.quote(a) for a in given if not a.startswith(("--json=", "--jsonl=")))
 
-    words = [f"python -m benchmarks.{benchmark}", *(shlex.quote(a) for a in given if not a.startswith("--json="))]
+    words = [f"python -m benchmarks.{benchmark}", *kept]
     return {"benchmark": benchmark, "command": " ".join(words)} | surroundings(threads, device)
 
 
@@ -196,10 +211,15 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """The checkout's commit, with "+changes" if tracked files differ from it."""
+    """The checkout's commit, with "+changes" if tracked files differ from it; SDPO_COMMIT where there is no git."""
+    if given := os.environ.get("SDPO_COMMIT"):
+        return given
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        try:
+            done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        except FileNotFoundError:
+            return ""
         return done.stdout.strip() if done.returncode == 0 else ""
 
     commit = git("rev-parse", "--short=12", "HEAD") or "unknown"

@@ -1,7 +1,8 @@
 """The page of results, generated and never typed by hand: `python -m benchmarks.page`.
 
-Reads benchmarks/results/**/*.json and writes docs/benchmarks.md and docs/benchmarks-*.png. Each table names command,
-machine, versions, commit and date of its JSON. Benchmarks without a result are listed as not measured yet.
+Reads benchmarks/results/**/*.json and *.jsonl (what benchmarks/gpu.sh brings back, see `records.py`) and writes
+docs/benchmarks.md and docs/benchmarks-*.png. Each table names command, machine, versions, commit and date of its JSON.
+Benchmarks without a result are listed as not measured yet.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import pictures
+from benchmarks import pictures, records
 from benchmarks.measure import ROOT
 
 Report = dict[str, Any]
@@ -23,7 +24,9 @@ TITLES = {
     "scaling": "How time and memory scale",
     "step": "A whole training step against TRL's DPOTrainer",
     "stages": "SFT, DPO and stepwise DPO over seeds",
+    "parts": "Parts of a step on a GPU",
 }
+NOT_ANNOUNCED = {"parts"}  # needs a GPU, so it is listed only where it was measured
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,8 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def read_reports(folder: Path) -> dict[str, Report]:
-    """All reports by the name of their file, sorted; other JSON files are ignored."""
+    """All reports by the name of their file, sorted, then those of results files; other JSON files are ignored."""
     found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("*.json"))}
+    for path in sorted(folder.rglob("*.jsonl")):
+        found |= records.reports(path)
     return {name: report for name, report in found.items() if report.get("benchmark") in TITLES}
 
 
@@ -56,8 +61,10 @@ def page(reports: dict[str, Report]) -> str:
     )
 
     for kind, title in TITLES.items():
-        parts.append(f"## {title}")
         of_kind = {name: report for name, report in reports.items() if report["benchmark"] == kind}
+        if kind in NOT_ANNOUNCED and not of_kind:
+            continue
+        parts.append(f"## {title}")
         if not of_kind:
             parts.append(f"Not measured yet: `python -m benchmarks.{kind}`.")
 
@@ -233,6 +240,7 @@ def stages_section(report: Report) -> list[str]:
 
 SECTIONS: dict[str, Callable[[Report], list[str]]] = {
     "head": head_section,
+    "parts": head_section,  # cases side by side, too
     "floor": floor_section,
     "accuracy": accuracy_section,
     "scaling": scaling_section,

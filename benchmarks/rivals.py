@@ -9,6 +9,7 @@ raise `CannotRun` with the reason if it cannot run.
 from __future__ import annotations
 
 import importlib
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from benchmarks.problem import IGNORE_INDEX, CannotRun, Problem, Step
 from sdpo_kernels import fused_linear_dpo
-from sdpo_kernels.backends.base import EXTRAS
+from sdpo_kernels.backends import auto_choice
+from sdpo_kernels.backends.base import EXTRAS, Request
+from sdpo_kernels.head import Head
 from sdpo_kernels.integrations import trl as fused_trl
 
 Rival = Callable[[Problem], Callable[[], Step | None]]
@@ -112,6 +115,26 @@ def liger_sm90(problem: Problem) -> Callable[[], Step]:
     return _nll_step(problem, function.LigerFusedScaledCrossEntropySM90Function.apply)
 
 
+def liger_tp(problem: Problem) -> Callable[[], Step]:
+    """DPO composed from Liger's compiled library for Hopper, tensor parallel, in a group of one."""
+    _needs_hopper(problem, "liger-cute-kernels")
+    module = _imported("liger_kernel.ops.cute.fused_linear_scaled_cross_entropy_tp")
+    library = _imported("liger_cute_kernels")
+    if not torch.distributed.is_initialized():
+        store = f"file://{tempfile.mkdtemp()}/store"
+        torch.distributed.init_process_group("nccl", init_method=store, rank=0, world_size=1)
+
+    # it allocates its memory once, for the largest call
+    size = {"max_tokens": problem.labels.numel(), "hidden_size": problem.hidden.shape[-1]}
+    library.configure(flsce=library.FusedLinearCrossEntropyConfig(**size, local_vocab_size=len(problem.weight)))
+    function, group = module.LigerFusedLinearScaledCrossEntropyNativeTPFunction, torch.distributed.group.WORLD
+
+    def losses(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return function.apply(rows, weight, targets, 0, 1.0, IGNORE_INDEX, 1, False, group)
+
+    return _nll_step(problem, losses)
+
+
 def quack(problem: Problem) -> Callable[[], Step]:
     """DPO composed from QuACK's linear cross-entropy of each token.
 
@@ -148,6 +171,13 @@ def ours_native(problem: Problem) -> Callable[[], Step]:
     return _our_step(problem, "auto", "native")
 
 
+def ours_native_without_stash(problem: Problem) -> Callable[[], Step]:
+    """`fused_linear_dpo(backend="native", stash_bytes=0)`."""
+    if problem.hidden.device.type == "cpu":
+        raise CannotRun("on the CPU it is the same as `ours_without_stash`")
+    return _our_step(problem, 0, "native")
+
+
 RIVALS: dict[str, Rival] = {
     "gemms": gemms,
     "naive": naive,
@@ -162,12 +192,14 @@ RIVALS: dict[str, Rival] = {
     "liger_dpo": liger_dpo,
     "liger_dpo_eager": liger_dpo_eager,
     "liger_sm90": liger_sm90,
+    "liger_tp": liger_tp,
     "cce": cce,
     "quack": quack,
     "ours": ours,
     "ours_without_stash": ours_without_stash,
     "ours_eager": ours_eager,
     "ours_native": ours_native,
+    "ours_native_without_stash": ours_native_without_stash,
 }
 FLOOR = "gemms"
 
@@ -287,6 +319,13 @@ def _torch_step(problem: Problem, chunked: bool) -> Callable[[], Step]:
 
 
 def _our_step(problem: Problem, stash_bytes: int | str, backend: str = "auto") -> Callable[[], Step]:
+    # what "auto" gives is measured under the name of ours: on CUDA plain torch must not pass for it
+    if backend == "auto" and problem.hidden.is_cuda:
+        dtype = problem.hidden.dtype
+        chosen, skipped = auto_choice(Request(problem.hidden.device, dtype, problem.weight.dtype, Head(), ()))
+        if chosen.name == "eager":
+            raise CannotRun(f"only plain torch serves: {'; '.join(f'{name}: {why}' for name, why in skipped)}")
+
     def step() -> Step:
         out = fused_linear_dpo(
             problem.hidden,
