@@ -33,10 +33,10 @@ def data_dir() -> Path:
 
 @pytest.fixture(scope="module", params=["eager", "native"])
 def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run the module's tests once per backend: "auto" prefers it, and uses eager for what it cannot serve."""
+    """Run the module's tests once per backend: "auto" takes it alone, and raises for what it cannot serve."""
     if request.param == "native" and (reason := backends.BACKENDS["native"].unavailable_reason) is not None:
         pytest.skip(reason)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("SDPO_BACKEND", raising=False)
-        patch.setattr(backends, "AUTO_ORDER", (request.param, "eager"))
+        patch.setattr(backends, "AUTO_ORDER", (request.param,))
         yield request.param

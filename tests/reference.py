@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 from sdpo_kernels import linear_logps
-from sdpo_kernels.backends import eager
+from sdpo_kernels.backends import BACKENDS, eager
+from sdpo_kernels.backends.base import Request
+from sdpo_kernels.head import Head
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
 
 Found = dict[str, Tensor | None]
@@ -142,6 +144,13 @@ class Case:
                 total.append((out["entropy"], self.grad_entropy.to(out["entropy"].dtype)))
             torch.autograd.backward([t for t, _ in total], [g for _, g in total])
         return {name: value.detach() for name, value in out.items()} | {f"d_{n}": t.grad for n, t in leaves.items()}
+
+
+def skip_unless_served(backend: str, dtype: torch.dtype) -> None:
+    """Skip a test of a dtype that `backend` says it does not take."""
+    reason = BACKENDS[backend].supports(Request(torch.device("cpu"), dtype, dtype, Head(), ()))
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
 
 
 def product(dtype: torch.dtype) -> torch.dtype:

@@ -13,7 +13,7 @@ from torch._dynamo.backends.common import aot_autograd
 from sdpo_kernels import FusedLinearDPOLoss, dpo, fused_linear_dpo
 from sdpo_kernels.dpo_output import DPOOutput, pair_output
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows, sequence_logps
-from tests.reference import chunk_columns, error, logits_of, size, target_logps
+from tests.reference import chunk_columns, error, logits_of, size, skip_unless_served, target_logps
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 EPS = torch.finfo(torch.float32).eps
@@ -103,7 +103,10 @@ def with_gradients(batch: Batch, **keywords):
     st.integers(1, 4), st.integers(1, 9), st.integers(1, 8), st.integers(1, 90), st.integers(0, 2**31),
     st.booleans(), st.sampled_from([{}, {"temperature": 1.6, "logit_scale": 0.5, "softcap": 3.0}]),
 )  # fmt: skip
-def test_loss_and_gradients_in_float64(name, options, n_pairs, length, width, n_columns, seed, bias, head):
+def test_loss_and_gradients_in_float64(
+    name, options, each_backend, n_pairs, length, width, n_columns, seed, bias, head
+):
+    skip_unless_served(each_backend, torch.float64)
     batch = Batch(n_pairs, length, width, n_columns, seed, bias)
     leaves = [t.clone().requires_grad_() for t in (batch.hidden, batch.weight, batch.bias) if t is not None]
     policy = batch.sums(*(leaves if bias else [*leaves, None]), **head)
@@ -199,7 +202,7 @@ def test_a_reference_with_the_same_head_needs_no_pass_of_its_own(monkeypatch, fr
 
 
 def test_the_reference_gets_no_gradient():
-    batch = Batch(2, 5, 4, 30)
+    batch = Batch(2, 5, 4, 30).cast(torch.float32)
     reference = {name: t.requires_grad_() for name, t in batch.reference().items() if t is not None}
     fused_linear_dpo(batch.hidden.requires_grad_(), batch.weight, batch.labels, **reference).loss.backward()
     assert all(t.grad is None for t in reference.values())
@@ -210,7 +213,8 @@ def test_the_reference_gets_no_gradient():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["sigmoid", "robust"])
-def test_a_policy_equal_to_its_reference_has_loss_ln_2_and_margins_of_exactly_0(name, dtype):
+def test_a_policy_equal_to_its_reference_has_loss_ln_2_and_margins_of_exactly_0(name, dtype, each_backend):
+    skip_unless_served(each_backend, dtype)
     batch = Batch(3, 20, 16, 500).cast(dtype)
     out, _ = with_gradients(batch, ref_hidden=batch.hidden, ref_weight=batch.weight, loss_type=name)
     assert abs(out.loss.item() - math.log(2)) <= EPS

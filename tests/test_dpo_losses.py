@@ -37,7 +37,7 @@ def wpo_weights(batch: Batch) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("loss", EVERY, ids=lambda loss: loss if isinstance(loss, str) else "sum")
-def test_every_loss_from_hidden_states(loss):
+def test_every_loss_from_hidden_states(loss, each_backend):
     batch = Batch(3, 9, 6, 40, seed=3)
     wanted = losses.loss_sum(loss)
     policy = [t.clone().requires_grad_() for t in (batch.hidden, batch.weight)]
@@ -48,16 +48,20 @@ def test_every_loss_from_hidden_states(loss):
     pair = losses.PairLogps(*sums.chunk(2), *ref.chunk(2), *counts.chunk(2), weights)
     truth = losses.pair_loss(loss, pair, 0.3).mean()
     right = torch.autograd.grad(truth, policy)
-    ways = [batch.reference(), {"ref_logps": ref}] + ([{}] if wanted.reference_free else [])
+
+    # in float64 where the backend has it; else float32 sums of up to 40 nats
+    served, exact = (batch, 1e-11) if each_backend == "eager" else (batch.cast(torch.float32), 1e-5)
+    ways = [served.reference(), {"ref_logps": ref}] + ([{}] if wanted.reference_free else [])
     for reference in ways:
-        out, found = with_gradients(batch, **reference, beta=0.3, loss_type=loss)
-        assert error(out.loss.detach(), truth.detach()) <= 1e-11 * max(1.0, truth.abs().item())
-        assert all(error(a, b) <= 1e-11 * max(1.0, size(b)) for a, b in zip(found, right, strict=True))
-        assert error(torch.cat([out.chosen_logps, out.rejected_logps]), sums.detach()) <= 1e-11
+        out, found = with_gradients(served, **reference, beta=0.3, loss_type=loss)
+        assert error(out.loss.detach(), truth.detach()) <= exact * max(1.0, truth.abs().item())
+        assert all(error(a, b) <= exact * max(1.0, size(b)) for a, b in zip(found, right, strict=True))
+        assert error(torch.cat([out.chosen_logps, out.rejected_logps]), sums.detach()) <= exact * size(sums)
+
     again = pair_output(sums.detach(), ref, counts, pair_weights=weights, beta=0.3, loss_type=loss)
     assert error(again.loss, truth.detach()) <= 1e-11 * max(1.0, truth.abs().item())
     if wanted.reference_free:
-        assert error(out.margins, 0.3 * (sums.detach()[:3] - sums.detach()[3:])) <= 1e-11
+        assert error(out.margins, 0.3 * (sums.detach()[:3] - sums.detach()[3:])) <= exact * size(sums)
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "hinge"])

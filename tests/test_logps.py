@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sdpo_kernels import backends, linear_logps, logps_op
 from sdpo_kernels.backends.base import EXTRAS, Keep
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
-from tests.reference import Case, check, chunk_columns, random_case, scored_rows
+from tests.reference import Case, check, chunk_columns, random_case, scored_rows, skip_unless_served
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -49,8 +49,17 @@ def cases(draw, dtype=torch.float32, extras: bool = True) -> Case:
     return case
 
 
+def test_no_other_backend_serves_in_place_of_the_one_under_test(each_backend, monkeypatch):
+    monkeypatch.setattr(backends.BACKENDS[each_backend], "supports", lambda request: "it is broken")
+    case = random_case(3, 4, 20)
+    with pytest.raises(ValueError, match="backend: none supports this call"):
+        case.ours()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_values_and_gradients_of_every_option(dtype, each_backend):
+    skip_unless_served(each_backend, dtype)
+
     @given(cases(dtype, extras=each_backend == "eager"), st.sampled_from([3, 64, 100, 1000]))
     def holds(case, columns):
         with chunk_columns(columns):

@@ -11,7 +11,7 @@ from sdpo_kernels import linear_logps, logps_op
 from sdpo_kernels.backends import precision
 from sdpo_kernels.backends.base import EXTRAS, Keep
 from sdpo_kernels.rows import IGNORE_INDEX
-from tests.reference import allocations, check, chunk_columns, error, random_case, scored_rows
+from tests.reference import allocations, check, chunk_columns, error, random_case, scored_rows, skip_unless_served
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 ALL = 10**12  # stash_bytes that holds everything
@@ -83,7 +83,8 @@ def test_autocast_with_a_float16_body():
     assert error(ours["d_hidden"], by_hand["d_hidden"]) <= 2**-8 * by_hand["d_hidden"].abs().max()
 
 
-def test_autocast_leaves_float64_alone():
+def test_autocast_leaves_float64_alone(each_backend):
+    skip_unless_served(each_backend, torch.float64)
     case = random_case(5, 6, 40, dtype=torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours = case.ours()

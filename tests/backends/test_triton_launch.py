@@ -1,0 +1,104 @@
+"""What the Triton backend launches, without a GPU: a stand-in for each kernel notes how it was launched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from sdpo_kernels import backends
+from sdpo_kernels.backends.base import EXTRAS, HeadCall, Keep, Needs, PairOutputs, Request, Saved
+from sdpo_kernels.backends.triton import backend, epilogue, kernels, launch, targets
+from sdpo_kernels.backends.triton.tiles import PLAIN
+from sdpo_kernels.head import Head
+
+HOPPER = PLAIN[9]
+KERNELS = {
+    name: module for module in (kernels, launch, epilogue, targets) for name in vars(module) if name.endswith("_kernel")
+}
+
+
+class Noted:
+    """Takes a kernel's place."""
+
+    def __init__(self, name: str, launches: dict[str, dict[str, Any]]):
+        self.name, self.launches = name, launches
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *inputs, **options: self.launches.update({self.name: options})
+
+
+@pytest.fixture
+def launches(monkeypatch) -> dict[str, dict[str, Any]]:
+    """Kernel → the keywords of its last launch."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, module in KERNELS.items():
+        monkeypatch.setattr(module, name, Noted(name, found))
+    return found
+
+
+def launch_a_step() -> None:
+    """Forward and backward of 6 rows and a head of 100 columns, on the CPU."""
+    call = HeadCall(
+        hidden=torch.zeros(6, 16), weight=torch.zeros(100, 16), bias=None, targets=torch.zeros(6, dtype=torch.int64),
+        head=Head(), dtype=torch.float32, outputs=(), kept_rows=6,
+    )  # fmt: skip
+    out = backend.forward(call, Keep.columns(64))
+    saved = Saved(torch.zeros(6), torch.zeros(6, 2, dtype=torch.float64), None, out.kept, None, Keep.columns(64))
+    backend.backward(call, saved, torch.ones(6), None, Needs(True, True, False))
+
+
+def pair_outputs(n_pairs: int) -> PairOutputs:
+    n = 2 * n_pairs
+    return PairOutputs(torch.zeros(()), torch.zeros(n), torch.zeros(4, n_pairs), torch.zeros(n))
+
+
+def launch_pairs(n_pairs: int) -> None:
+    ref, counts = torch.zeros(2 * n_pairs), torch.ones(2 * n_pairs, dtype=torch.int64)
+    epilogue.pair_epilogue(ref, None, None, ref, counts, 0, 0.1, 0.0, pair_outputs(n_pairs))
+
+
+def test_every_kernel_is_launched_as_the_compiled_ones_that_are_inspected(launches):
+    """test_triton_compiles.py compiles with launch.COMPILED; without it Triton 3.9 has no fused multiply-add."""
+    launch_a_step()
+    launch_pairs(1)
+    assert launches.keys() == KERNELS.keys()
+    for name, options in launches.items():
+        assert options.get("enable_fp_fusion") is True, name
+
+
+def test_many_pairs_are_a_loop_not_a_larger_kernel(launches):
+    """A block of 4096 pairs compiled for minutes and spilled 31 KB a thread."""
+    launch_pairs(4096)
+    assert launches["pair_kernel"]["PAIRS"] == epilogue.PAIRS_AT_ONCE <= 64
+
+
+@pytest.mark.parametrize(
+    ("x", "described"),
+    [
+        (torch.zeros(6, 16), True),
+        (torch.zeros(1, 16).expand(6, 16), False),
+        (torch.zeros(64).as_strided((6, 16), (8, 1)), False),  # a row begins before the last one ends
+        (torch.zeros(6, 18)[:, :16], False),  # rows that begin at no multiple of 16 bytes
+    ],
+    ids=["rows one after the other", "expanded", "overlapping", "not aligned"],
+)
+def test_the_copy_engine_takes_separate_and_aligned_rows(x, described):
+    weight = torch.zeros(100, 16)
+    for left, right in ((x, weight), (weight, x)):
+        found = launch.operands(left, right, HOPPER)
+        assert found[2] is described
+        assert (found[:2] == (left, right)) is not described
+
+
+def test_rocm_is_refused_with_the_reason(monkeypatch):
+    """Its devices are called cuda, too, and a compute capability of 9 there is no Hopper."""
+    request = Request(torch.device("cuda"), torch.bfloat16, torch.bfloat16, Head(), EXTRAS)
+    triton = backends.BACKENDS["triton"]
+    assert triton.supports(request) is None
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    reason = "its tiles are for NVIDIA's GPUs, and this torch is built for ROCm"
+    assert (triton.supports(request), triton.supports_pairs(request.device)) == (reason, reason)
