@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchmarks.gpu_steps import Runner, Step
 
+ROOT = Path(__file__).resolve().parents[1]
 SECONDS = {"call1": 240.0, "call2": 380.0}
 STUB = os.environ.get("SDPO_GPU_STUB") == "1"
 DEVICE = "cpu" if STUB else "cuda"
@@ -57,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
 def first_call(results: Path) -> list[list[Step]]:
     """Is everything right? Groups of steps that run side by side."""
     return [
+        *build(),
         [about(results)],
         [*(tests(backend) for backend in BACKENDS), once()],
         [accuracy(results)],
@@ -75,12 +77,20 @@ def second_call(results: Path) -> list[list[Step]]:
         [sanitizer("memcheck")],
         [sanitizer("racecheck")],
     ]
-    return [[about(results)], *own[:1], rivals[0], *own[1:], parts, rivals[1], *last]
+    return [*build(), [about(results)], *own[:1], rivals[0], *own[1:], parts, rivals[1], *last]
 
 
 def python(*arguments: str) -> tuple[str, ...]:
     """A command of this Python."""
     return (sys.executable, *arguments)
+
+
+def build() -> list[list[Step]]:
+    """Both libraries, if none were carried along; nvcc takes a minute."""
+    if STUB or (ROOT / "sdpo_kernels" / "_cuda.so").is_file():
+        return []
+    command = python("setup.py", "-q", "build_ext", "--inplace")
+    return [[Step("build", command, 120, {"SDPO_REQUIRE_NATIVE": "1"})]]
 
 
 def about(results: Path) -> Step:

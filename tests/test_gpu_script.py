@@ -214,9 +214,9 @@ def test_every_command_of_the_plan_can_be_parsed(tmp_path):
     parsers = {"benchmarks.head": head.parse, "benchmarks.accuracy": accuracy.parse}
     seen = set()
     for step in steps:
-        _, dash, module, *rest = step.command
-        if dash != "-m":
+        if step.command[1] != "-m":  # compute-sanitizer, setup.py
             continue
+        _, _, module, *rest = step.command
         seen.add(module)
         if module in parsers:
             options = parsers[module](rest)
@@ -269,6 +269,17 @@ def test_the_calls_fit_the_limits():
         assert len(call["carry"]) <= 8
     with pytest.raises(SystemExit, match="carried: was 70 MiB, must be at most 64 MiB"):
         gpu_pack.calls(10 * 2**20, 60 * 2**20)
+
+
+def test_libraries_that_were_not_carried_are_built_there_or_the_call_fails(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    for call in gpu.CALLS.values():
+        (step,) = call(tmp_path / "r.jsonl")[0]
+        assert step.name == "build"
+        assert step.environment == {"SDPO_REQUIRE_NATIVE": "1"}
+    (tmp_path / "sdpo_kernels").mkdir()
+    (tmp_path / "sdpo_kernels" / "_cuda.so").touch()
+    assert [[step.name for step in call(tmp_path)[0]] for call in gpu.CALLS.values()] == [["about"]] * 2
 
 
 def test_the_commit_is_given_where_there_is_no_git(monkeypatch):
