@@ -55,7 +55,8 @@ def coefficients(case: Case, operands: torch.dtype) -> Tensor:
     """dL/da [N, V] in float64, a = x·w + b of operands rounded to `operands`; rows that are not scored are 0."""
     x, w = (to_dtype(t, operands) for t in (case.hidden, case.weight))
     a = logits_of(x, w, None if case.bias is None else case.bias.double()).requires_grad_()
-    z = logits_of(a, torch.eye(a.shape[1], dtype=torch.float64), **case.head)
+    z = case.logit_scale * a
+    z = (z if case.softcap is None else case.softcap * torch.tanh(z / case.softcap)) / case.temperature
 
     # 1 − p as the share of all other columns: no digits are lost where p is near 1
     scored, y = case.targets != IGNORE_INDEX, case.targets.clamp(min=0).unsqueeze(1)
