@@ -161,9 +161,10 @@ def test_packed_and_padded_give_the_same_loss_and_gradients(llama, lengths, seed
     eps = torch.finfo(torch.float32).eps
     assert torch.allclose(sums, sums_padded, rtol=32 * eps, atol=32 * eps)
     assert abs(loss - loss_padded) <= 32 * eps * max(1.0, float(loss))
+    # tiny gradients are differences of large ones: those of q and k are 0 if a token attends to itself alone
+    largest = max(float(b.abs().max()) for b in grads_padded)
     for a, b in zip(grads, grads_padded, strict=True):
-        # relative to the parameter's largest gradient: tiny ones are differences of large ones
-        assert float((a - b).abs().max()) <= 128 * eps * max(1e-3, float(b.abs().max()))
+        assert float((a - b).abs().max()) <= 128 * eps * max(largest / 50, float(b.abs().max()))
 
 
 def test_packed_sequences_score_the_same_as_alone(llama):
