@@ -74,7 +74,7 @@ def score(
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Print reward accuracy and margins on preference data, for the run's initial and finished models or --model."""
+    """Print accuracies and margins on preference data, for the run's initial and finished models or --model."""
     given = _settings(overrides)
     with _reporter(quiet=json_output).waiting(_LOADING):
         from sdpo_kernels.stepwise.score import score_run

@@ -103,7 +103,7 @@ class RunProgress:
         left = self.seconds_left
         if self.done == self.total and not self.unknown:
             return "all steps done"
-        if left is None:
+        if left is None or self.done == self.total:  # the rest is of stages whose pairs are to be generated
             return "time left not known yet"
         return f"{'over' if self.unknown else 'about'} {write_whole_seconds(left)} left"
 

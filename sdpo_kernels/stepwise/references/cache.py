@@ -102,7 +102,7 @@ def read_scores(path: Path, key: str | None, count: int, *, partial: bool = Fals
         return None, f"it cannot be read ({error})"
 
     if key is not None and metadata.get("key") != key:
-        return None, "its key differs: the reference, the data or a setting has changed since"
+        return None, "it was made with another model, other data or other settings"
     if any(column.shape != (count,) for column in columns):
         return None, f"it holds {columns[0].shape[0]} pairs, not {count}"
     scores = torch.stack(columns, 1)

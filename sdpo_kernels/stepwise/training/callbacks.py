@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -88,7 +88,8 @@ class ProgressShower(TrainerCallback):
 class StopOnSignal(TrainerCallback):
     """Ctrl-C or SIGTERM: finish the step, save, stop. A second Ctrl-C stops at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[str], None] = lambda message: None) -> None:
+        self.say = say
         self.requested = False  # on any rank
         self.signalled = False  # on this rank
 
@@ -110,6 +111,7 @@ class StopOnSignal(TrainerCallback):
         if self.signalled:
             raise KeyboardInterrupt
         self.signalled = self.requested = True
+        self.say("stopping after this step, which is saved; Ctrl-C again stops at once, without saving")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Make Trainer save a checkpoint and stop if any rank has had a signal."""

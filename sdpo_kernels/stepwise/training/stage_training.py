@@ -83,7 +83,7 @@ def train_to_end(stage: Stage, trainer: StageTrainer, checkpoint: Path | None, s
     Returns whether a signal came during that last step. If one came earlier, a checkpoint is saved and Interrupted
     raised. A signal on one rank stops all.
     """
-    stop = StopOnSignal()
+    stop = StopOnSignal(stage.run.reporter.say)
     trainer.add_callback(stop)
 
     # metrics count steps over the whole run too

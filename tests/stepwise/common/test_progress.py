@@ -121,6 +121,9 @@ def test_stages_without_pairs_are_said_to_be_missing_from_the_total(clock):
         clock[0] = 40.0
         task.update(40)
         assert "step 40/100+  over 1m00s left  + stage 2, 3 (pairs to be generated)" in drawn(shown)[1]
+        clock[0] = 100.0
+        task.update(100)
+        assert "step 100/100+  time left not known yet" in drawn(shown)[1]
 
 
 def test_the_rest_of_a_run_counts_tokens_and_what_is_not_training(clock):

@@ -63,7 +63,7 @@ def nan(path):
 
 
 DAMAGE = {
-    "its key differs": lambda path: write_scores(path, SCORES, "other"),
+    "made with another model": lambda path: write_scores(path, SCORES, "other"),
     "it holds 2 pairs, not 3": lambda path: write_scores(path, SCORES[:2], "key"),
     "NaN or infinite": nan,
     "cannot be read": lambda path: path.write_bytes(path.read_bytes()[:-3]),
