@@ -40,6 +40,7 @@ __all__ = [
     "disable_dropout",
     "evaluating",
     "find_head",
+    "is_attached",
     "unwrap",
 ]
 
@@ -96,7 +97,7 @@ def attach_fused_head(model: Model, *, backend: str = "auto", stash_bytes: int |
     find_head(base)
     find_router_loss(base)
     check_stash_bytes(stash_bytes)
-    if hasattr(base, "_sdpo_fused"):
+    if is_attached(base):
         raise ValueError(f"model: was a {type(base).__name__} that already has a fused head, must be one without")
 
     previous = base.__dict__.get("forward")
@@ -125,6 +126,11 @@ def detach_fused_head(model: Model) -> Model:
     if fused.previous is not None:
         base.forward = fused.previous
     return model
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Whether `model`, wrapped or not, has a fused head."""
+    return "_sdpo_fused" in unwrap(model).__dict__
 
 
 def _attached(base: nn.Module) -> _Fused:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sdpo_kernels.dpo_output import DPOOutput, pair_output
-from sdpo_kernels.integrations.causal_lm import evaluating, unwrap
+from sdpo_kernels.integrations.causal_lm import evaluating, is_attached, unwrap
 from sdpo_kernels.integrations.positions import padded_positions
 from sdpo_kernels.integrations.router_loss import router_coefficient
 from sdpo_kernels.losses import LossSum, LossType, loss_sum
@@ -146,7 +146,7 @@ def _score(
 
 
 def _check(model: nn.Module, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None) -> None:
-    if "_sdpo_fused" not in unwrap(model).__dict__:
+    if not is_attached(model):
         raise ValueError(f"model: was a {type(unwrap(model)).__name__} without a fused head; call attach_fused_head")
     for name, value in (("input_ids", input_ids), ("labels", labels)):
         if not isinstance(value, Tensor):

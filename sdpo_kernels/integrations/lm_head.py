@@ -120,12 +120,12 @@ def hidden_of(out: Any) -> Tensor:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside torch.compile, DDP and PEFT."""
+    """The transformers model inside torch.compile, DDP, DeepSpeed and PEFT."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod  # type: ignore[assignment]
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
+        elif isinstance(model, nn.parallel.DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine":
+            model = model.module  # type: ignore[assignment]
         elif hasattr(model, "get_base_model"):
             model = model.get_base_model()  # type: ignore[operator]
         else:
