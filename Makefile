@@ -24,7 +24,7 @@ ARM_RUN ?= qemu-aarch64
 OLD_TORCH ?= 2.10.0 2.11.0
 OLD_TRITON ?= 3.6.0 3.7.1
 
-.PHONY: help demo picture screenshots test lint bench bench-env sanitize clang arm old-torch old-triton wheel clean
+.PHONY: help demo picture screenshots test lint bench bench-env trainers sanitize clang arm old-torch old-triton wheel clean
 
 demo: $(VENV)/.installed  ## train and compare SFT, DPO and stepwise DPO
 	$(BIN)/python -m examples.demo.run --output $(DEMO_OUTPUT)
@@ -53,6 +53,10 @@ bench: $(VENV)/.installed  ## run a benchmark: make bench BENCH=accuracy
 
 bench-env: $(VENV)/.installed  ## install the rivals: TRL, Liger, CCE
 	$(BIN)/pip install -q --no-build-isolation -c $(CONSTRAINTS) -e ".[bench]"
+
+# one of them: make trainers TRAINERS=llamafactory
+trainers: $(VENV)/.installed  ## run other projects' trainers with our adapters: LLaMA-Factory, ms-swift, OpenRLHF, axolotl
+	$(BIN)/python -m benchmarks.trainers $(TRAINERS) --json benchmarks/results/trainers-cpu.json --page
 
 sanitize: $(VENV)/.installed  ## run the kernels' tests with the address and undefined-behaviour sanitizers
 	SDPO_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects

@@ -1,0 +1,1 @@
+"""Other projects' own DPO trainers, with and without our adapters: `make trainers`."""
