@@ -3,7 +3,7 @@
 benchmarks/trainers/<name>.txt holds the trainer and everything it needs here, one requirement a line, in two parts:
 what comes before the line `# --no-deps` is installed with its dependencies, what comes after it without (packages that
 would pull GPU libraries). A first line `# python3.12` asks for another Python than this one. Modules that a trainer
-imports at its top and that need a GPU are stubs in benchmarks/trainers/stubs/<name>, on the path before everything else.
+imports at its top and that need a GPU are stubs in benchmarks/trainers/stubs/<name>, first on the path.
 """
 
 from __future__ import annotations
