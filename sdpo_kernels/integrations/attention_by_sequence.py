@@ -12,19 +12,21 @@ For each layer:
     2. else split the row into its pieces, attend within each, and concatenate the results; the keys of a branch are
        those of its trunk's first positions, then its own
     3. within a piece: torch's fused attention, or blocks of queries where those are faster or the fused one cannot
-       do it (softcap, sinks)
+       do it (softcap, sinks). On CUDA one call of FlashAttention serves all pieces (`varlen_attention.py`)
 """
 
 from __future__ import annotations
 
-import itertools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
+
+from sdpo_kernels.integrations import varlen_attention
+from sdpo_kernels.integrations.pieces import Piece, pieces
 
 BLOCK = 64  # queries per block in _attend_in_blocks
 
@@ -78,11 +80,14 @@ def packed_attention(
     if attention_mask is not None or not causal or query.shape[2] != key.shape[2]:
         return _attend_masked(query, key, value, attention_mask, **options).transpose(1, 2).contiguous(), None
 
+    found = _pieces(position_ids, query)
+    if varlen_attention.serves(query, value, dropout, special=_is_special(softcap, s_aux)):
+        return varlen_attention.attend(query, key, value, found, sliding_window, scaling), None
+
     # split and cat: with slices, the backward would build a gradient of the whole row for every sequence
-    pieces = _pieces(position_ids, query)
-    lengths = [piece.length for piece in pieces]
+    lengths = [piece.length for piece in found]
     parts, trunk = [], (key, value)
-    for piece, q, k, v in zip(pieces, *(t.split(lengths, 2) for t in (query, key, value)), strict=True):
+    for piece, q, k, v in zip(found, *(t.split(lengths, 2) for t in (query, key, value)), strict=True):
         if piece.shared:
             k, v = (torch.cat([whole[:, :, : piece.shared], own], 2) for whole, own in zip(trunk, (k, v), strict=True))
         else:
@@ -112,46 +117,22 @@ AttentionInterface.register(PACKED, packed_attention)
 AttentionMaskInterface.register(PACKED, packed_mask)
 
 
-class Piece(NamedTuple):
-    """A run of rising positions in a packed row."""
-
-    length: int
-    shared: int  # a branch continues the first `shared` positions of the last sequence before it; 0: a sequence
-
-
 def _pieces(position_ids: Tensor | None, query: Tensor) -> list[Piece]:
-    """The pieces of the row. Every layer computes them again: caching them showed no gain."""
+    """The pieces of the row, read once for all layers: on CUDA that waits for the device."""
     if position_ids is None:
         raise ValueError(f"position_ids: did not reach the attention layer, {PACKED} attention needs them")
-    found = pieces(position_ids)
+
+    # kept on the tensor itself, which every layer gets; an inference tensor does not say whether it was changed since
+    version = None if position_ids.is_inference() else position_ids._version
+    kept: tuple[int, list[Piece]] | None = getattr(position_ids, "_sdpo_pieces", None)
+    if kept is not None and kept[0] == version:
+        found = kept[1]
+    else:
+        found = pieces(position_ids)
+        if version is not None:
+            position_ids._sdpo_pieces = (version, found)  # type: ignore[attr-defined]
     if query.shape[0] > 1 and len(found) > 1:
         raise ValueError(f"input_ids: was of {query.shape[0]} rows with restarting position_ids, must be one row")
-    return found
-
-
-def pieces(position_ids: Tensor) -> list[Piece]:
-    """Sequences and branches of a packed row, whose position_ids are [1, N] (or [B, N], without restarts).
-
-    Raises:
-        ValueError: another shape, or a branch at a position that its sequence does not reach.
-    """
-    if position_ids.dim() != 2:
-        raise ValueError(f"position_ids: was of shape {list(position_ids.shape)}, must be [1, N]")
-    starts = (position_ids.diff(dim=1) != 1).any(0).nonzero().squeeze(1) + 1
-    first = position_ids[0].index_select(0, starts).tolist()
-    edges = [0, *starts.tolist(), position_ids.shape[1]]
-
-    # whatever position a row begins at, its first piece is a sequence
-    found, trunk = [], 0
-    for (begin, end), shared in zip(itertools.pairwise(edges), [0, *first], strict=True):
-        if not shared:
-            trunk = end - begin
-        elif shared > trunk:
-            raise ValueError(
-                f"position_ids: was {shared} at row {begin}, after a sequence of {trunk} positions; a piece must begin "
-                f"at 0, or at most at {trunk}"
-            )
-        found.append(Piece(end - begin, shared))
     return found
 
 

@@ -11,9 +11,10 @@ import transformers as tf
 from torch import Tensor
 
 from sdpo_kernels.integrations import attention_by_sequence, packed_attention
-from sdpo_kernels.integrations.attention_by_sequence import PACKED, Piece, pieces
+from sdpo_kernels.integrations.attention_by_sequence import PACKED
 from sdpo_kernels.integrations.causal_lm import attach_fused_head, disable_dropout
 from sdpo_kernels.integrations.packed_attention import use_packed_attention
+from sdpo_kernels.integrations.pieces import Piece, pieces
 from tests.integrations.tiny_models import FAMILIES, own_logps, packed, padded, sequences, shifted, tiny_model
 
 LENGTHS = (9, 5, 12, 7)  # the window of the sliding families is 4
