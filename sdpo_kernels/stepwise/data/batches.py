@@ -68,18 +68,20 @@ class Batch:
     pairs: int  # B, or 0 for a filler
     unscored: list[int]  # those of pair_index whose reference was not scored
     expand: Tensor | None = None  # with shared prompts: which of the model's results each row is
+    shared: int = 0  # tokens that would go through the model once more if prompts were not shared
 
     @classmethod
     def of(cls, inputs: dict[str, Any]) -> Batch:
         """Read a collator's output, after Trainer has moved it to the device."""
         rows = ScoredRows(inputs["rows_index"], inputs["rows_segment"], inputs["rows_counts"])
         names = ("pair_index", "ref_logps", "groups", "pairs", "unscored")
-        return cls(rows=rows, expand=inputs.get("expand"), **{name: inputs[name] for name in names})
+        shared = {name: inputs[name] for name in ("expand", "shared") if name in inputs}
+        return cls(rows=rows, **{name: inputs[name] for name in names}, **shared)
 
     @property
     def n_rows(self) -> int:
-        """Rows that go through the model, padding included."""
-        return sum(group["input_ids"].numel() for group in self.groups)
+        """Rows of both answers of all pairs, padding included. Shared prompts count twice: speeds stay comparable."""
+        return sum(group["input_ids"].numel() for group in self.groups) + self.shared
 
     def logps(self, model: torch.nn.Module, ld_alpha: float | None = None) -> Tensor:
         """Summed log-probs [2B] under `model`, which must have its fused head attached.
@@ -157,7 +159,8 @@ def collate_shared(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "logp_source": row.source,
     }
     batch = _batch(examples, [group], np.arange(len(row.segment)), row.segment)
-    return batch | {"expand": _tensor(row.expand)}
+    tokens = sum(len(c.ids) + len(r.ids) - 2 for c, r in pairs)
+    return batch | {"expand": _tensor(row.expand), "shared": tokens - len(row.input_ids)}
 
 
 # those that make one row of everything, whatever the lengths
