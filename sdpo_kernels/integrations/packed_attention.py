@@ -42,6 +42,7 @@ STATEFUL_CLASS = re.compile(
     re.IGNORECASE,
 )
 PROBE_LENGTHS = (7, 6)
+MARK = "_sdpo_shares_prefixes"  # on a model that takes branches
 
 
 def use_packed_attention(model: nn.Module, *, only: str | None = None) -> str | None:
@@ -103,6 +104,7 @@ def use_shared_prefixes(model: nn.Module, *, only: str | None = None) -> str | N
     """
     base: Any = unwrap(model)
     kind, before = type(base).__name__, base.config._attn_implementation
+    base.__dict__.pop(MARK, None)
     if find_router_loss(base) is not None:
         return f"{kind} has an auxiliary loss of its router, which counts every token once"
     if only not in (None, PACKED):
@@ -120,7 +122,15 @@ def use_shared_prefixes(model: nn.Module, *, only: str | None = None) -> str | N
         reason = f"{kind} fails on a row with a branch: {error}"
     if reason is not None:
         base.set_attn_implementation(before)
-    return reason
+        return reason
+    setattr(base, MARK, True)
+    return None
+
+
+def shares_prefixes(model: nn.Module) -> bool:
+    """Whether `use_shared_prefixes` has switched `model`, and nothing has switched its attention since."""
+    base: Any = unwrap(model)
+    return MARK in base.__dict__ and base.config._attn_implementation == PACKED
 
 
 def _one_call_serves(base: Any, parameter: Tensor) -> bool:

@@ -18,9 +18,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from sdpo_kernels.rows import IGNORE_INDEX
+from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
 
 Ints = NDArray[np.int64]
 # input ids [T] and targets [T] (what each position predicts, −100: not scored) of the chosen, then of the rejected
@@ -82,6 +84,33 @@ def shared_row(pairs: Sequence[PairIds]) -> SharedRow:
         expand=_joined(expand),
         segment=np.repeat(np.arange(len(expand)), [len(places) for places in expand]),
     )
+
+
+class SharedBatch(NamedTuple):
+    """A padded batch of B pairs as one row, on the batch's device."""
+
+    inputs: dict[str, Tensor]  # the model's arguments
+    expand: Tensor  # [E] which of the model's results each scored token is
+    rows: ScoredRows  # of the expanded results
+
+
+def share_prefixes(input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None) -> SharedBatch:
+    """The row of a batch [2B, T], chosen half first, padded on either side; waits for the device to read its ids."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    held = [t.cpu().numpy() for t in (input_ids, labels, mask.bool())]
+    sequences = []
+    for ids, targets, is_token in zip(*held, strict=True):
+        # the last token predicts nothing
+        sequences.append((ids[is_token][:-1], targets[is_token][1:]))
+    half = len(sequences) // 2
+    row = shared_row([(*c, *r) for c, r in zip(sequences[:half], sequences[half:], strict=True)])
+
+    parts = {name: torch.from_numpy(part).to(input_ids.device) for name, part in row._asdict().items()}
+    inputs = {"input_ids": parts["input_ids"][None], "position_ids": parts["position_ids"][None]}
+    inputs |= {"logp_targets": parts["targets"], "logp_source": parts["source"]}
+    counts = torch.from_numpy(np.bincount(row.segment, minlength=2 * half)).to(input_ids.device)
+    index = torch.arange(len(row.expand), device=input_ids.device)
+    return SharedBatch(inputs, parts["expand"], ScoredRows(index, parts["segment"], counts))
 
 
 def common_prefix(a: NDArray[np.integer], b: NDArray[np.integer]) -> int:
