@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from sdpo_kernels.integrations.shared_prefix import shared_row
+from sdpo_kernels.integrations.shared_prefix import common_prefix, shared_row
 from sdpo_kernels.losses import LossSum
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows, sequence_logps
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs, TokenizedSequence
@@ -161,6 +161,14 @@ def collate_shared(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     batch = _batch(examples, [group], np.arange(len(row.segment)), row.segment)
     tokens = sum(len(c.ids) + len(r.ids) - 2 for c, r in pairs)
     return batch | {"expand": _tensor(row.expand), "shared": tokens - len(row.input_ids)}
+
+
+def shared_tokens(tokens: TokenizedPairs) -> int:
+    """How many tokens of the pairs go through the model once instead of twice if prompts are shared."""
+    return sum(
+        common_prefix(tokens[i].chosen.ids[:-1], tokens[i].rejected.ids[:-1])  # the last token predicts nothing
+        for i in range(len(tokens))
+    )
 
 
 # those that make one row of everything, whatever the lengths
