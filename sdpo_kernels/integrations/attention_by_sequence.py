@@ -12,7 +12,8 @@ For each layer:
     2. else split the row into its pieces, attend within each, and concatenate the results; the keys of a branch are
        those of its trunk's first positions, then its own
     3. within a piece: torch's fused attention, or blocks of queries where those are faster or the fused one cannot
-       do it (softcap, sinks). On CUDA one call of FlashAttention serves all pieces (`varlen_attention.py`)
+       do it (softcap, sinks). On CUDA one call serves all pieces: FlashAttention (`varlen_attention.py`), or
+       FlexAttention with a softcap (`branched_flex.py`)
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from sdpo_kernels.integrations import varlen_attention
+from sdpo_kernels.integrations import branched_flex, varlen_attention
 from sdpo_kernels.integrations.pieces import Piece, pieces
 
 BLOCK = 64  # queries per block in _attend_in_blocks
@@ -83,6 +84,8 @@ def packed_attention(
     found = _pieces(position_ids, query)
     if varlen_attention.serves(query, value, dropout, special=_is_special(softcap, s_aux)):
         return varlen_attention.attend(query, key, value, found, sliding_window, scaling), None
+    if softcap is not None and branched_flex.serves(query, dropout, softcap=softcap, sinks=s_aux):
+        return branched_flex.attend(query, key, value, found, sliding_window, scaling, softcap), None
 
     # split and cat: with slices, the backward would build a gradient of the whole row for every sequence
     lengths = [piece.length for piece in found]

@@ -27,7 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_flash_attn_2_available
 
-from sdpo_kernels.integrations import varlen_attention
+from sdpo_kernels.integrations import branched_flex, varlen_attention
 from sdpo_kernels.integrations.attention_by_sequence import PACKED, packed_attention, packed_mask
 from sdpo_kernels.integrations.causal_lm import evaluating
 from sdpo_kernels.integrations.lm_head import LMHead, find_head, unwrap
@@ -93,8 +93,8 @@ def use_packed_attention(model: nn.Module, *, only: str | None = None) -> str | 
 def use_shared_prefixes(model: nn.Module, *, only: str | None = None) -> str | None:
     """Switch `model` to an attention that takes branches, too, after `use_packed_attention` has returned None.
 
-    Call it under the same circumstances. On CUDA the switch is made only if FlashAttention can serve branches in one
-    call: otherwise the prompts that are not computed twice would cost more than they save.
+    Call it under the same circumstances. On CUDA the switch is made only if one call (FlashAttention, or FlexAttention
+    with a softcap) serves all branches: otherwise prompts that are not computed twice would cost more than they save.
 
     Args:
         model, only: as in `use_packed_attention`.
@@ -134,13 +134,17 @@ def shares_prefixes(model: nn.Module) -> bool:
 
 
 def _one_call_serves(base: Any, parameter: Tensor) -> bool:
-    """Whether every layer's attention is one call of FlashAttention. Written without access to CUDA."""
+    """Whether every layer's attention is one call on this device. Written without access to CUDA."""
     text = base.config.get_text_config()
-    special = any(getattr(text, name, None) is not None for name in ("attn_logit_softcapping", "sinks"))
+    softcap = getattr(text, "attn_logit_softcapping", None)
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else parameter.dtype
     like = torch.empty((1, 1, 1, width), dtype=dtype, device=parameter.device)
-    return varlen_attention.serves(like, like, 0.0, special=special)
+    if any(hasattr(module, "sinks") for module in base.modules()):
+        return False
+    if softcap is not None:
+        return branched_flex.serves(like, 0.0, softcap=softcap, sinks=None)
+    return varlen_attention.serves(like, like, 0.0, special=False)
 
 
 def _probe_branch(base: Any) -> str | None:

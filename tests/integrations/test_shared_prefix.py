@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sdpo_kernels.integrations import attention_by_sequence, packed_attention, varlen_attention
+from sdpo_kernels.integrations import attention_by_sequence, branched_flex, packed_attention, varlen_attention
 from sdpo_kernels.integrations.attention_by_sequence import PACKED
 from sdpo_kernels.integrations.causal_lm import attach_fused_head, disable_dropout
 from sdpo_kernels.integrations.packed_attention import use_packed_attention, use_shared_prefixes
@@ -91,16 +91,8 @@ def test_every_layout_holds_what_the_sequences_are(drawn: list[Any]) -> None:
 
 
 def seen(row: SharedRow, place: int) -> list[int]:
-    """The tokens that the place attends to, in order of position: what its piece says, in plain loops."""
-    begin = trunk = 0
-    for piece in pieces(torch.from_numpy(row.position_ids)[None]):
-        if not piece.shared:
-            trunk = begin
-        if place < begin + piece.length:
-            rows = [*range(trunk, trunk + piece.shared), *range(begin, place + 1)]
-            return row.input_ids[rows].tolist()
-        begin += piece.length
-    raise AssertionError(place)
+    """The tokens that the place attends to, in order of position."""
+    return row.input_ids[rows_seen(pieces(torch.from_numpy(row.position_ids)[None]), place)].tolist()
 
 
 # prompts of 6, 1 and 3 tokens, longer than the window of the sliding families (4) and shorter
@@ -295,6 +287,52 @@ def test_one_call_for_all_pieces(family: str, monkeypatch) -> None:
     torch.testing.assert_close(packed_logps(model), packed, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_flex_attention_sees_what_the_pieces_see(window: int | None, monkeypatch) -> None:
+    """The mask against plain loops, and values and gradients of FlexAttention without compilation."""
+    found = [Piece(5, 0), Piece(3, 2), Piece(1, 4), Piece(2, 0), Piece(4, 1)]
+    firsts = [piece.shared for piece in found]
+    positions = torch.cat([torch.arange(p.length) + first for p, first in zip(found, firsts, strict=True)])
+    assert pieces(positions[None]) == found
+
+    borders = branched_flex.borders_of(found, torch.device("cpu"))
+    assert borders.position.tolist() == positions.tolist()
+    sees = branched_flex.visible(borders, window)
+    rows = torch.arange(len(positions))
+    mask = sees(None, None, rows[:, None], rows[None, :].expand(len(rows), -1))
+    for place in range(len(rows)):
+        expected = rows_seen(found, place)
+        if window is not None:
+            expected = [row for row in expected if positions[place] - positions[row] < window]
+        assert mask[place].nonzero().squeeze(1).tolist() == expected
+
+    monkeypatch.setattr(branched_flex, "_compiled", lambda: torch.nn.attention.flex_attention.flex_attention)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, heads, len(rows), 16) for heads in (4, 2, 2)]
+    q, k, v = (torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes)
+    out = branched_flex.attend(q, k, v, found, window, None, 2.0)
+    own, _ = attention_by_sequence.packed_attention(
+        torch.nn.Identity(), q, k, v, None, sliding_window=window, softcap=2.0, position_ids=positions[None]
+    )
+    torch.testing.assert_close(out, own, rtol=1e-5, atol=1e-5)
+    direction = torch.randn(out.shape, generator=generator)
+    got, expected_gradients = (torch.autograd.grad((one * direction).sum(), (q, k, v)) for one in (out, own))
+    for one, other in zip(got, expected_gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def rows_seen(found: list[Piece], place: int) -> list[int]:
+    """The rows that a row attends to, in plain loops."""
+    begin = trunk = 0
+    for piece in found:
+        if not piece.shared:
+            trunk = begin
+        if place < begin + piece.length:
+            return [*range(trunk, trunk + piece.shared), *range(begin, place + 1)]
+        begin += piece.length
+    raise AssertionError(place)
+
+
 def test_flash_attention_serves_half_precision_on_cuda_alone() -> None:
     query = torch.empty(1, 2, 3, 8, dtype=torch.bfloat16)
     assert not varlen_attention.serves(query, query, 0.0, special=False)
@@ -308,6 +346,11 @@ def test_flash_attention_serves_half_precision_on_cuda_alone() -> None:
     assert not varlen_attention.serves(like, like, 0.0, special=True)
     like.dtype = torch.float32
     assert not varlen_attention.serves(like, like, 0.0, special=False)
+
+    # FlexAttention serves a softcap, in any precision
+    assert branched_flex.serves(like, 0.0, softcap=2.0, sinks=None)
+    assert not branched_flex.serves(like, 0.0, softcap=None, sinks=None)
+    assert not branched_flex.serves(query, 0.0, softcap=2.0, sinks=None)
 
 
 def test_a_source_of_another_length_is_refused() -> None:
