@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import gzip
 import importlib
 import itertools
@@ -174,9 +175,10 @@ def driver_round(
     # JSON is YAML
     (folder / "run.yaml").write_text(json.dumps(settings))
     (folder / "run").mkdir()
-    prepared = prepare(load_config(folder / "run.yaml"))
+    now = datetime.datetime(2026, 1, 1)  # what chat templates read
+    prepared = prepare(load_config(folder / "run.yaml"), now)
     reporter = Reporter(quiet=True)
-    run = open_run(prepared.config, prepared.tokenizer, prepared.stages, None, folder / "run", reporter)
+    run = open_run(prepared.config, prepared.tokenizer, prepared.stages, None, folder / "run", reporter, now)
     stage = Stage(run, 1, prepared.stages[0])
     stage.work.mkdir()
 

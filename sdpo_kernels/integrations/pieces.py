@@ -1,6 +1,9 @@
 """The pieces of a packed row, read from its position ids: sequences, and branches that continue a part of one.
 
 pieces(torch.tensor([[0, 1, 2, 3, 2, 3, 0, 1]]))   # a sequence of 4, a branch off its first 2, a sequence of 2
+
+A run of positions that goes on where the one before it ends is one piece with it. For the only branch of a sequence
+that is right: it continues all of it. A second branch must not begin where the first one ends.
 """
 
 from __future__ import annotations
