@@ -104,7 +104,7 @@ PAIRS = [
 
 
 def shared_logps(model: Any, pairs: list[Any] = PAIRS) -> Tensor:
-    row = SharedRow(*(torch.from_numpy(part) for part in shared_row(pairs)))
+    row = SharedRow(*(torch.from_numpy(part).to(model.device) for part in shared_row(pairs)))
     out = model(
         input_ids=row.input_ids[None], position_ids=row.position_ids[None], logp_targets=row.targets,
         logp_source=row.source,
@@ -155,8 +155,9 @@ def gradients_of(model: Any) -> Tensor:
 def packed_logps(model: Any) -> Tensor:
     """The unshared layout: all sequences end to end."""
     sequences = [(one[side], one[side + 1]) for side in (0, 2) for one in PAIRS]
-    ids_, targets = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*sequences, strict=True))
-    positions = torch.cat([torch.arange(len(s)) for s, _ in sequences])
+    joined = (np.concatenate(parts) for parts in zip(*sequences, strict=True))
+    ids_, targets = (torch.from_numpy(part).to(model.device) for part in joined)
+    positions = torch.cat([torch.arange(len(s)) for s, _ in sequences]).to(model.device)
     out = model(input_ids=ids_[None], position_ids=positions[None], logp_targets=targets[None])
     return out.logps[targets != NOT]
 
