@@ -194,10 +194,8 @@ def scaling_section(report: Report) -> list[str]:
 
 
 def step_section(report: Report) -> list[str]:
-    """Time, speed and memory of the driver and of TRL."""
+    """Time, speed and memory of the driver, with and without shared prompts, and of TRL."""
     lines, skipped = [], {}
-
-    # the ratio is in the row of the driver's side
     for result in report["results"]:
         for side, found in result["sides"].items():
             if "skipped" in found:
@@ -206,10 +204,11 @@ def step_section(report: Report) -> list[str]:
             spread = f"{1e3 * found['min_s']:.1f} … {1e3 * found['max_s']:.1f}"
             speed = found["tokens_a_second"]
             cells = [f"{1e3 * found['median_s']:.1f}", spread, "–" if speed is None else f"{speed:.0f}"]
-            ratio = f"{result['trl_over_ours']:.2f}" if side == "ours" and "trl_over_ours" in result else ""
-            lines.append([result["task"], side, *cells, mebibytes(found["peak_extra_bytes"]), ratio])
+            through, ratio = found.get("through_the_model"), result.get(f"{side}_over_ours")
+            cells += ["–" if through is None else f"{through:.0f}", mebibytes(found["peak_extra_bytes"])]
+            lines.append([result["task"], side, *cells, "" if ratio is None else f"{ratio:.2f}"])
 
-    headings = ["task", "side", "median ms", "min … max", "tokens/s", "extra MiB", "TRL ÷ ours (time)"]
+    headings = ["task", "side", "median ms", "min … max", "tokens/s", "through the model", "extra MiB", "÷ ours (time)"]
     return [markdown(headings, lines), *not_run(skipped)]
 
 

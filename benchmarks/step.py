@@ -2,10 +2,12 @@
 
     python -m benchmarks.step [--tasks grammar …] [--threads 1] [--json PATH]     # TRL from `make bench-env`
 
-Tasks: stories260K (260,032 parameters, fp32) on slices of the three compact stages, and `llama10m`, a Llama with ten
-million random parameters and GPT-2's vocabulary of 50,257 on conversations of the full pack. Batches have 4 pairs, the
-reference's log-probs are computed beforehand, and TRL's gradient checkpointing is off. Each round of a side is a fresh
-process, and the sides take turns. Step time is the time between the ends of two optimiser steps, so it includes
+Tasks: stories260K (260,032 parameters, fp32) on slices of the three compact stages; `llama10m`, a Llama with ten
+million random parameters and GPT-2's vocabulary of 50,257 on conversations of the full pack; and `full1` to `full3`,
+another of eight layers of width 512, whose body costs more than its head, on all three full stages. Batches have 4
+pairs, the reference's log-probs are computed beforehand, and TRL's gradient checkpointing is off. `unshared` is the
+driver with `prefix_sharing: off`; "through the model" are the tokens a step that go through it. Each round of a side is
+a fresh process, and the sides take turns. Step time is the time between the ends of two optimiser steps, so it includes
 collation, logging and Trainer's own work; the first step of a round is left out. Tokens are those of both sequences of
 a pair, with prompts. Memory is the process's peak minus its memory after the libraries were loaded: model, reference
 scoring, optimiser and training.
@@ -14,6 +16,8 @@ scoring, optimiser and training.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import datetime
 import gzip
 import importlib
 import itertools
@@ -36,6 +40,7 @@ from benchmarks.problem import DATA
 BATCH, LEARNING_RATE = 4, 1e-5
 LIBRARIES = {
     "ours": ["transformers", "sdpo_kernels.stepwise.stage", "sdpo_kernels.stepwise.run"],
+    "unshared": ["transformers", "sdpo_kernels.stepwise.stage", "sdpo_kernels.stepwise.run"],
     "trl": ["transformers", "datasets", "trl.trainer.dpo_trainer"],
 }
 TEMPLATE = (
@@ -51,7 +56,7 @@ class Task:
     data: str  # under DATA
     pairs: int
     max_length: int
-    model: str = "models/stories260K"  # under DATA, or "llama10m"
+    model: str = "models/stories260K"  # under DATA, or a name of RANDOM
 
 
 TASKS = {
@@ -59,12 +64,21 @@ TASKS = {
     "commonsense": Task("compact/stage2_commonsense.jsonl", 48, 512),
     "reasoning": Task("compact/stage3_reasoning.jsonl", 48, 512),
     "llama10m": Task("full/stage2_ultrafeedback.jsonl.gz", 24, 1024, "llama10m"),
+    "full1": Task("full/stage1_orca_gsm8k.jsonl.gz", 24, 1024, "llama512"),
+    "full2": Task("full/stage2_ultrafeedback.jsonl.gz", 24, 1024, "llama512"),
+    "full3": Task("full/stage3_human_chat.jsonl.gz", 24, 1024, "llama512"),
+}
+
+# models with random weights, which time does not depend on
+RANDOM = {
+    "llama10m": {"hidden_size": 160, "intermediate_size": 432, "num_hidden_layers": 6, "num_attention_heads": 5},
+    "llama512": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8},
 }
 
 
 def model_folder(task: Task, folder: Path) -> Path:
-    """The folder of the task's model and tokenizer: in the pack, or the ten-million Llama, written to `folder`."""
-    if task.model != "llama10m":
+    """The folder of the task's model and tokenizer: in the pack, or a random Llama, written to `folder`."""
+    if task.model not in RANDOM:
         return DATA / task.model
 
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -73,12 +87,8 @@ def model_folder(task: Task, folder: Path) -> Path:
     tokenizer.chat_template = TEMPLATE
 
     config = LlamaConfig(
+        **RANDOM[task.model],
         vocab_size=len(tokenizer),
-        hidden_size=160,
-        intermediate_size=432,
-        num_hidden_layers=6,
-        num_attention_heads=5,
-        num_key_value_heads=5,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
@@ -86,7 +96,6 @@ def model_folder(task: Task, folder: Path) -> Path:
         pad_token_id=tokenizer.pad_token_id,
     )
 
-    # random weights: time does not depend on them
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -108,6 +117,7 @@ class Round:
 
     times: list[float]  # of each step except the first
     tokens_a_step: float | None = None  # counted by the driver; TRL has the same tokens
+    through_the_model: float | None = None  # tokens a step, those of shared prompts once
 
 
 def step_seconds(ends: list[float]) -> list[float]:
@@ -129,7 +139,9 @@ def clock(trainer: Any) -> list[float]:
     return ends
 
 
-def driver_round(task: Task, rows: list[dict[str, Any]], model: Path, folder: Path) -> Round:
+def driver_round(
+    task: Task, rows: list[dict[str, Any]], model: Path, folder: Path, prefix_sharing: str = "auto"
+) -> Round:
     """Train one round with the driver's StageTrainer.
 
     1. Write data and run file, as a user would.
@@ -137,6 +149,7 @@ def driver_round(task: Task, rows: list[dict[str, Any]], model: Path, folder: Pa
     3. Train, with a clock on the optimiser steps.
     """
     from sdpo_kernels.stepwise.common.progress import Reporter
+    from sdpo_kernels.stepwise.data.batches import shared_tokens
     from sdpo_kernels.stepwise.prepare import prepare
     from sdpo_kernels.stepwise.settings.run_file import load_config
     from sdpo_kernels.stepwise.stage import prepare_trainer
@@ -148,6 +161,7 @@ def driver_round(task: Task, rows: list[dict[str, Any]], model: Path, folder: Pa
         "model": str(model),
         "output_dir": str(folder / "run"),
         "max_length": task.max_length,
+        "prefix_sharing": prefix_sharing,
         "stages": [{"name": "slice", "data": str(data)}],
         "trainer": {
             "learning_rate": LEARNING_RATE,
@@ -161,9 +175,10 @@ def driver_round(task: Task, rows: list[dict[str, Any]], model: Path, folder: Pa
     # JSON is YAML
     (folder / "run.yaml").write_text(json.dumps(settings))
     (folder / "run").mkdir()
-    prepared = prepare(load_config(folder / "run.yaml"))
+    now = datetime.datetime(2026, 1, 1)  # what chat templates read
+    prepared = prepare(load_config(folder / "run.yaml"), now)
     reporter = Reporter(quiet=True)
-    run = open_run(prepared.config, prepared.tokenizer, prepared.stages, None, folder / "run", reporter)
+    run = open_run(prepared.config, prepared.tokenizer, prepared.stages, None, folder / "run", reporter, now)
     stage = Stage(run, 1, prepared.stages[0])
     stage.work.mkdir()
 
@@ -171,8 +186,16 @@ def driver_round(task: Task, rows: list[dict[str, Any]], model: Path, folder: Pa
     ends = clock(trainer)
     trainer.train()
 
+    # the last token of each sequence predicts nothing
     tokens = prepared.stages[0].tokens
-    return Round(step_seconds(ends), len(tokens.ids) / len(tokens) * BATCH)
+    total = len(tokens.ids) / len(tokens) * BATCH
+    saved = shared_tokens(tokens) / len(tokens) * BATCH if prefix_sharing == "auto" else 0.0
+    return Round(step_seconds(ends), total, total - 2 * BATCH - saved)
+
+
+def unshared_round(task: Task, rows: list[dict[str, Any]], model: Path, folder: Path) -> Round:
+    """Train one round with the driver, each answer's prompt through the model."""
+    return driver_round(task, rows, model, folder, prefix_sharing="off")
 
 
 def trl_round(task: Task, rows: list[dict[str, Any]], model: Path, folder: Path) -> Round:
@@ -211,7 +234,11 @@ def trl_round(task: Task, rows: list[dict[str, Any]], model: Path, folder: Path)
     return Round(step_seconds(ends))
 
 
-SIDES: dict[str, Callable[[Task, list[dict[str, Any]], Path, Path], Round]] = {"ours": driver_round, "trl": trl_round}
+SIDES: dict[str, Callable[[Task, list[dict[str, Any]], Path, Path], Round]] = {
+    "ours": driver_round,
+    "unshared": unshared_round,
+    "trl": trl_round,
+}
 
 
 def measure_side(options: argparse.Namespace) -> dict[str, Any]:
@@ -238,7 +265,8 @@ def measure_side(options: argparse.Namespace) -> dict[str, Any]:
             lambda: rounds.append(side(task, rows, model, Path(folder))), torch.device("cpu")
         )
 
-    return {"times_s": rounds[0].times, "tokens_a_step": rounds[0].tokens_a_step, "peak_extra_bytes": memory}
+    found = dataclasses.asdict(rounds[0])
+    return {"times_s": found.pop("times"), **found, "peak_extra_bytes": memory}
 
 
 def measure_task(options: argparse.Namespace, task: str) -> dict[str, Any]:
@@ -258,8 +286,10 @@ def measure_task(options: argparse.Namespace, task: str) -> dict[str, Any]:
 
     result: dict[str, Any] = {"task": task, "pairs": options.pairs or TASKS[task].pairs, "tokens_a_step": tokens}
     result |= {"max_length": TASKS[task].max_length, "sides": sides}
-    if all("median_s" in found for found in sides.values()):
-        result["trl_over_ours"] = sides["trl"]["median_s"] / sides["ours"]["median_s"]
+    ours = sides["ours"].get("median_s")
+    for side in ("unshared", "trl"):
+        if ours is not None and "median_s" in sides[side]:
+            result[f"{side}_over_ours"] = sides[side]["median_s"] / ours
 
     return result
 
@@ -269,6 +299,7 @@ def summary(answers: list[dict[str, Any]], tokens: float | None) -> dict[str, An
     found = measure.summary(answers)
     if "times_s" in found:
         found["tokens_a_second"] = None if tokens is None else tokens / statistics.mean(found["times_s"])
+        found["through_the_model"] = answers[-1]["through_the_model"]
     return found
 
 
@@ -282,12 +313,20 @@ def show(report: dict[str, Any]) -> str:
                 continue
             memory, speed = found["peak_extra_bytes"], found["tokens_a_second"]
             times = [f"{1e3 * found[key]:.1f}" for key in ("median_s", "min_s", "max_s")]
-            cells = ["" if speed is None else f"{speed:.0f}", "" if memory is None else f"{memory / 2**20:.0f}"]
+            through = found.get("through_the_model")
+            cells = [
+                "" if through is None else f"{through:.0f}",
+                "" if speed is None else f"{speed:.0f}",
+                "" if memory is None else f"{memory / 2**20:.0f}",
+            ]
             lines.append([f"{result['task']} {side}", *times, *cells])
-        if "trl_over_ours" in result:
-            lines.append([f"{result['task']} TRL/ours", f"{result['trl_over_ours']:.2f}", "", "", "", ""])
+        for side in ("unshared", "trl"):
+            if f"{side}_over_ours" in result:
+                ratio = f"{result[f'{side}_over_ours']:.2f}"
+                lines.append([f"{result['task']} {side}/ours", ratio, *[""] * 5])
 
-    table = measure.table(["", "median ms", "min ms", "max ms", "tokens/s", "extra MiB"], lines)
+    headings = ["", "median ms", "min ms", "max ms", "through the model", "tokens/s", "extra MiB"]
+    table = measure.table(headings, lines)
     return "\n".join([measure.heading(report), "", table, *(f"{s}: not measured, {w}" for s, w in skipped.items())])
 
 

@@ -31,6 +31,12 @@ class ScoredRows(NamedTuple):
         counts = segment_sum(torch.ones_like(segment), segment, _number_of_sequences(labels, cu_seqlens))
         return cls(index, segment, counts)
 
+    @classmethod
+    def every(cls, count: int, device: torch.device) -> ScoredRows:
+        """All `count` rows, as one sequence. Does not synchronise."""
+        counts = torch.full((1,), count, device=device)
+        return cls(torch.arange(count, device=device), torch.zeros(count, dtype=torch.int64, device=device), counts)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> ScoredRows:
         """The same rows on another device."""
         return ScoredRows(*(t.to(device, non_blocking=non_blocking) for t in self))

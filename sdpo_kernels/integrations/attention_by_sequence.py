@@ -1,20 +1,23 @@
 """Attention over packed sequences, end to end in one row, without a mask: `attn_implementation="sdpo_packed"`.
 
 Importing this file registers the attention and its mask function with transformers; `packed_attention.py` switches
-models to it. A sequence begins where `position_ids` [1, N] restart. Every sequence gets a scaled-dot-product attention
-of its own: no padding is computed, there is no [N, N] mask, and the scores of a sequence do not depend on what it is
-packed with. Anything else (padded batches, generation with a cache) gets the usual mask and attention.
+models to it. `position_ids` [1, N] alone say what belongs together: a piece that begins at 0 is a sequence, and a piece
+that begins at s > 0 is a branch, which continues the first s positions of the last sequence (its trunk). Every piece
+gets a scaled-dot-product attention of its own: no padding is computed, there is no [N, N] mask, and the scores of a
+sequence do not depend on what it is packed with. Anything else (padded batches, generation with a cache) gets the usual
+mask and attention.
 
 For each layer:
     1. a mask, a cache or a bidirectional layer: ordinary attention
-    2. else split the row into its sequences, attend within each, and concatenate the results
-    3. within a sequence: torch's fused attention, or blocks of queries where those are faster or the fused one cannot
-       do it (softcap, sinks)
+    2. else split the row into its pieces, attend within each, and concatenate the results; the keys of a branch are
+       those of its trunk's first positions, then its own
+    3. within a piece: torch's fused attention, or blocks of queries where those are faster or the fused one cannot
+       do it (softcap, sinks). On CUDA one call serves all pieces: FlashAttention (`varlen_attention.py`), or
+       FlexAttention with a softcap (`branched_flex.py`)
 """
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
@@ -23,12 +26,20 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from sdpo_kernels.integrations import branched_flex, varlen_attention
+from sdpo_kernels.integrations.pieces import Piece, pieces
+
 BLOCK = 64  # queries per block in _attend_in_blocks
 
 # In bfloat16 on CPU, blocks of float32 products beat torch's fused attention: forward + backward of stories260K under
 # autocast 30 -> 22, 118 -> 65 and 186 -> 152 ms at mean lengths 35, 124 and 256. In float32 the fused kernel wins.
 # Blocks keep their probabilities for the backward, so above this length the fused kernel's lower memory matters more.
 BLOCKS_UP_TO = 512
+
+# Queries of a branch at a time in torch's fused attention: each gets only the keys it can see. Forward and backward in
+# float32 relative to a square call whose other rows are thrown away, trunk and branch of 430 and 110: 0.25 (one masked
+# call: 1.14), 200 and 200: 0.53, 150 and 700: 0.92.
+BRANCH_QUERIES = 256
 
 PACKED = "sdpo_packed"  # models that switch SDPA off (Gemma 2) refuse a name that contains "sdpa"
 
@@ -56,7 +67,7 @@ def packed_attention(
         attention_mask: None, or [B, 1, N, M] bool (True: attend) if `packed_mask` found that one is needed.
         sliding_window: a position attends to the last `sliding_window` positions, including itself.
         softcap: scores become softcap·tanh(score/softcap). s_aux: [heads], one more score per row, without a value.
-        position_ids: [1, N] or [B, N]; a sequence begins where a position is not the previous one plus 1.
+        position_ids: [1, N] or [B, N]; a piece begins where a position is not the previous one plus 1 (see above).
 
     Returns:
         [B, N, heads, D] and None.
@@ -70,12 +81,21 @@ def packed_attention(
     if attention_mask is not None or not causal or query.shape[2] != key.shape[2]:
         return _attend_masked(query, key, value, attention_mask, **options).transpose(1, 2).contiguous(), None
 
+    found = _pieces(position_ids, query)
+    if varlen_attention.serves(query, value, dropout, special=_is_special(softcap, s_aux)):
+        return varlen_attention.attend(query, key, value, found, sliding_window, scaling), None
+    if softcap is not None and branched_flex.serves(query, dropout, softcap=softcap, sinks=s_aux):
+        return branched_flex.attend(query, key, value, found, sliding_window, scaling, softcap), None
+
     # split and cat: with slices, the backward would build a gradient of the whole row for every sequence
-    lengths = _lengths(position_ids, query)
-    parts = [
-        _attend_causal(q, k, v, sliding_window, **options)
-        for q, k, v in zip(*(t.split(lengths, 2) for t in (query, key, value)), strict=True)
-    ]
+    lengths = [piece.length for piece in found]
+    parts, trunk = [], (key, value)
+    for piece, q, k, v in zip(found, *(t.split(lengths, 2) for t in (query, key, value)), strict=True):
+        if piece.shared:
+            k, v = (torch.cat([whole[:, :, : piece.shared], own], 2) for whole, own in zip(trunk, (k, v), strict=True))
+        else:
+            trunk = (k, v)
+        parts.append(_attend_causal(q, k, v, sliding_window, **options))
     out = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
     return out.transpose(1, 2).contiguous(), None
 
@@ -100,30 +120,30 @@ AttentionInterface.register(PACKED, packed_attention)
 AttentionMaskInterface.register(PACKED, packed_mask)
 
 
-def _lengths(position_ids: Tensor | None, query: Tensor) -> list[int]:
-    """Lengths of the sequences in the row. Every layer computes them again: caching them showed no gain."""
+def _pieces(position_ids: Tensor | None, query: Tensor) -> list[Piece]:
+    """The pieces of the row, read once for all layers: on CUDA that waits for the device."""
     if position_ids is None:
         raise ValueError(f"position_ids: did not reach the attention layer, {PACKED} attention needs them")
-    lengths = sequence_lengths(position_ids)
-    if query.shape[0] > 1 and len(lengths) > 1:
+
+    # kept on the tensor itself, which every layer gets; an inference tensor does not say whether it was changed since
+    version = None if position_ids.is_inference() else position_ids._version
+    kept: tuple[int, list[Piece]] | None = getattr(position_ids, "_sdpo_pieces", None)
+    if kept is not None and kept[0] == version:
+        found = kept[1]
+    else:
+        found = pieces(position_ids)
+        if version is not None:
+            position_ids._sdpo_pieces = (version, found)  # type: ignore[attr-defined]
+    if query.shape[0] > 1 and len(found) > 1:
         raise ValueError(f"input_ids: was of {query.shape[0]} rows with restarting position_ids, must be one row")
-    return lengths
-
-
-def sequence_lengths(position_ids: Tensor) -> list[int]:
-    """Lengths of the sequences of a packed row; position_ids [1, N] (or [B, N]) restart where a sequence begins."""
-    if position_ids.dim() != 2:
-        raise ValueError(f"position_ids: was of shape {list(position_ids.shape)}, must be [1, N]")
-    starts = (position_ids.diff(dim=1) != 1).any(0).nonzero().squeeze(1) + 1
-    edges = [0, *starts.tolist(), position_ids.shape[1]]
-    return [end - begin for begin, end in itertools.pairwise(edges)]
+    return found
 
 
 def _attend_causal(
     q: Tensor, k: Tensor, v: Tensor, window: int | None, *, dropout: float, scaling: float | None, **special: Any
 ) -> Tensor:
-    """[1, heads, L, D] of one sequence."""
-    length = q.shape[2]
+    """[1, heads, L, D] of one piece: its L queries are the last of the M positions that the keys are of."""
+    length, lead = k.shape[2], k.shape[2] - q.shape[2]
     if window is not None and window >= length:
         window = None
     half = q.dtype.itemsize == 2 or torch.is_autocast_enabled(q.device.type)
@@ -131,20 +151,28 @@ def _attend_causal(
     if blocks_pay or _is_special(**special):
         return _attend_in_blocks(q, k, v, window, dropout=dropout, scaling=scaling, **special)
 
-    # torch's fused kernels take a causal flag, or a mask, but know no window
-    mask = None
-    if window is not None:
-        position = torch.arange(length, device=q.device)
-        distance = position[:, None] - position  # [L, L] of this sequence only
-        mask = (distance >= 0) & (distance < window)
-    return F.scaled_dot_product_attention(
-        q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    # torch's fused kernels take a causal flag, or a mask, but know no window, and no branch
+    grouped = q.shape[1] != k.shape[1]
+    if window is None and not lead:
+        return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, scale=scaling, enable_gqa=grouped)
+    out, begin = [], lead
+    for part in q.split(BRANCH_QUERIES if lead else length, 2):
+        end = begin + part.shape[2]
+        start = 0 if window is None else max(0, begin - window + 1)
+        distance = torch.arange(begin, end, device=q.device)[:, None] - torch.arange(start, end, device=q.device)
+        mask = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        out.append(
+            F.scaled_dot_product_attention(
+                part, k[:, :, start:end], v[:, :, start:end], mask, dropout, scale=scaling, enable_gqa=grouped
+            )
+        )
+        begin = end
+    return out[0] if len(out) == 1 else torch.cat(out, 2)
 
 
 def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int | None, **options: Any) -> Tensor:
     """Causal attention [1, heads, L, D], 64 queries at a time, each block with only the keys that it can see."""
-    out, begin = [], 0
+    out, begin = [], k.shape[2] - q.shape[2]
     for block in q.split(BLOCK, 2):
         end = begin + block.shape[2]
         start = 0 if window is None else max(0, begin - window + 1)

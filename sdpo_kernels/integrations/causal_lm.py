@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.utils import ModelOutput
 
+from sdpo_kernels.integrations.dropout import disable_dropout
 from sdpo_kernels.integrations.lm_head import LMHead, find_head, hidden_of, unwrap
 from sdpo_kernels.integrations.router_loss import find_router_loss
 from sdpo_kernels.logps import LinearLogps, check_stash_bytes, linear_logps
@@ -47,7 +47,6 @@ __all__ = [
 Model = TypeVar("Model", bound=nn.Module)
 
 CHECK_TOKENS = 128  # check_head uses this many tokens: it computes all their logits
-RANDOM_RATE = re.compile("drop|jitter")  # jitter: the noise of some mixture-of-experts routers
 
 
 @dataclass
@@ -80,7 +79,9 @@ def attach_fused_head(model: Model, *, backend: str = "auto", stash_bytes: int |
 
         logp_targets: int64 of input_ids' shape; `logp_targets[i, t]` is the token that position t predicts (already
             shifted), -100 = not scored
-        logp_rows: `ScoredRows` of the flattened batch, or None
+        logp_source: int64 [M], or None: the places in the flattened batch that predict `logp_targets`, which is [M]
+            then, as are the results; in any order, and a place once for each of its targets
+        logp_rows: `ScoredRows` of the flattened batch (with logp_source, of the M), or None
         logp_outputs: names of `linear_logps`'s further outputs, to be returned with `logps`
 
     and returns `LogpsOutput(logps=[N] fp32)`; the key/value cache is off. If the config of a mixture of experts sets
@@ -158,18 +159,23 @@ def _make_forward() -> Callable[..., Any]:
         self: nn.Module,
         *args: Any,
         logp_targets: Tensor | None = None,
+        logp_source: Tensor | None = None,
         logp_rows: ScoredRows | None = None,
         logp_outputs: Sequence[str] = (),
         **kwargs: Any,
     ) -> Any:
         if logp_targets is not None:
-            found, aux_loss = _fused_logps(self, args, kwargs, logp_targets, logp_rows, logp_outputs)
+            found, aux_loss = _fused_logps(self, args, kwargs, logp_targets, logp_source, logp_rows, logp_outputs)
             extras = {name: getattr(found, name) for name in logp_outputs}
             return LogpsOutput(logps=found.logps, **extras, aux_loss=aux_loss)
 
         # without targets it is the model's own forward; a forgotten target must not pass unnoticed
-        for name, given in {"logp_rows": logp_rows is not None, "logp_outputs": bool(logp_outputs)}.items():
-            if given:
+        for name, given in {
+            "logp_source": logp_source,
+            "logp_rows": logp_rows,
+            "logp_outputs": logp_outputs or None,
+        }.items():
+            if given is not None:
                 raise ValueError(f"{name}: was given without logp_targets, must be given with them")
         previous = _attached(self).previous
         return previous(*args, **kwargs) if previous is not None else type(self).forward(self, *args, **kwargs)
@@ -185,7 +191,7 @@ def _extended_signature(forward: Callable[..., Any]) -> inspect.Signature:
     if not parameters or parameters[0].name != "self":  # an instance's own forward is bound; ours is not yet
         parameters.insert(0, inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD))
 
-    defaults: dict[str, Any] = {"logp_targets": None, "logp_rows": None, "logp_outputs": ()}
+    defaults: dict[str, Any] = {"logp_targets": None, "logp_source": None, "logp_rows": None, "logp_outputs": ()}
     new = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=value) for n, value in defaults.items()]
     last = parameters[-1].kind == inspect.Parameter.VAR_KEYWORD
     return signature.replace(parameters=[*parameters[:-1], *new, parameters[-1]] if last else [*parameters, *new])
@@ -196,6 +202,7 @@ def _fused_logps(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     targets: Tensor,
+    source: Tensor | None,
     rows: ScoredRows | None,
     outputs: Sequence[str],
 ) -> tuple[LinearLogps, Tensor | None]:
@@ -210,8 +217,8 @@ def _fused_logps(
     head = find_head(base)
     out = head.body(**inputs)
     hidden = hidden_of(out)  # [B, T, H]
-    if hidden.shape[:-1] != targets.shape:
-        wanted, was = list(hidden.shape[:-1]), list(targets.shape)
+    wanted, was = list(hidden.shape[:-1] if source is None else source.shape), list(targets.shape)
+    if was != wanted:
         raise ValueError(f"logp_targets: was of shape {was}, must be {wanted}, one target for each hidden state")
 
     aux_loss = None
@@ -219,6 +226,8 @@ def _fused_logps(
         aux_loss = balance(out.router_logits, inputs.get("attention_mask"))
 
     flat, on_device = hidden.flatten(0, -2), targets.reshape(-1).to(hidden.device)
+    if source is not None:
+        flat = flat.index_select(0, source.to(hidden.device))
     if head.is_cut:  # sharded by FSDP2, as a group of its own
         from sdpo_kernels.integrations.sharded_head import sharded_head_logps
 
@@ -253,42 +262,6 @@ def _body_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any
     if args:
         inputs["input_ids"] = args[0]
     return inputs | {"use_cache": False}
-
-
-def disable_dropout(model: nn.Module) -> int:
-    """Set every random rate of `model` to 0 and return how many were above 0 before.
-
-    These are dropout modules, float attributes that modules read at run time (Llama's `attention_dropout`, router
-    jitter), and the same in the config and its sub-configs, because some attention layers read their config. A config
-    saved afterwards contains the zeros.
-    """
-    changed = 0
-    configs: dict[int, Any] = {}
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-            module.p = 0.0
-            changed += 1
-        changed += _zero_rates(vars(module))
-        _collect_configs(getattr(module, "config", None), configs)
-    return changed + sum(_zero_rates(vars(config)) for config in configs.values())
-
-
-def _zero_rates(attributes: dict[str, Any]) -> int:
-    names = [
-        name
-        for name, value in attributes.items()
-        if isinstance(value, float) and value > 0 and RANDOM_RATE.search(name.lower())
-    ]
-    attributes.update(dict.fromkeys(names, 0.0))
-    return len(names)
-
-
-def _collect_configs(config: Any, found: dict[int, Any]) -> None:
-    if config is None or not hasattr(config, "sub_configs") or id(config) in found:
-        return
-    found[id(config)] = config
-    for name in config.sub_configs:
-        _collect_configs(getattr(config, name, None), found)
 
 
 @contextmanager

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from sdpo_kernels.dpo_output import DPOOutput, pair_output
 from sdpo_kernels.integrations.causal_lm import evaluating, is_attached, unwrap
+from sdpo_kernels.integrations.packed_attention import shares_prefixes
 from sdpo_kernels.integrations.positions import padded_positions
 from sdpo_kernels.integrations.router_loss import router_coefficient
+from sdpo_kernels.integrations.shared_prefix import share_prefixes
 from sdpo_kernels.losses import LossSum, LossType, loss_sum
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows, sequence_logps
 from sdpo_kernels.token_weights import agreement_weights, length_weights
@@ -41,6 +43,7 @@ def score_pairs(
     *,
     without_adapter: bool = False,
     ld_alpha: float | None = None,
+    prefix_sharing: bool = False,
 ) -> Tensor:
     """Summed log-probs [2B] float32 of the scored tokens, without gradient, in evaluation mode.
 
@@ -51,6 +54,8 @@ def score_pairs(
         attention_mask: [2B, T], 0 for padding, on either side; None: no padding.
         without_adapter: score a PEFT model with its adapter off: the reference of a LoRA run.
         ld_alpha: the weight of tokens beyond the pair's shorter answer, for the reference of the loss ld_dpo.
+        prefix_sharing: what both answers of a pair begin with goes through the model once; `use_packed_attention` and
+            then `use_shared_prefixes` must have returned None for the model. The values differ by rounding only.
 
     Raises:
         ValueError: naming the argument, what it was and what it should be.
@@ -59,7 +64,7 @@ def score_pairs(
         raise ValueError(f"model: was a {type(model).__name__} with without_adapter, must be a PEFT model")
     base = model.disable_adapter() if without_adapter else nullcontext()  # type: ignore[operator]
     with evaluating(model), base:
-        return _score(model, input_ids, labels, attention_mask, None, ld_alpha).sums
+        return _score(model, input_ids, labels, attention_mask, None, ld_alpha, prefix_sharing).sums
 
 
 def dpo_step(
@@ -71,6 +76,7 @@ def dpo_step(
     ref_logps: Tensor | None = None,
     beta: float = 0.1,
     loss_type: LossType = "sigmoid",
+    prefix_sharing: bool = False,
     **loss_options: Any,
 ) -> DPOStepOutput:
     """The loss of B pairs, which carries the gradient into `model`, and their metrics (see `DPOOutput`).
@@ -79,7 +85,8 @@ def dpo_step(
     the router's auxiliary loss, which is `aux_loss` of the result.
 
     Args as `score_pairs`, and
-        ref_logps: [2B] of the reference; optional for losses that read none (simpo, cpo, orpo, sft).
+        ref_logps: [2B] of the reference, scored with the same `prefix_sharing`; optional for losses that read none
+            (simpo, cpo, orpo, sft).
         beta, loss_type and its options: as in `fused_linear_dpo`.
     """
     wanted = loss_sum(loss_type, loss_options)
@@ -89,7 +96,7 @@ def dpo_step(
     if not isinstance(ref_logps, Tensor | None):
         raise ValueError(f"ref_logps: was a {type(ref_logps).__name__}, must be a tensor [2B]")
 
-    scored = _score(model, input_ids, labels, attention_mask, wanted, wanted.ld_alpha)
+    scored = _score(model, input_ids, labels, attention_mask, wanted, wanted.ld_alpha, prefix_sharing)
     ref_logps = torch.zeros_like(scored.sums) if ref_logps is None else ref_logps
     out = pair_output(
         scored.sums, ref_logps, scored.rows.counts, pair_weights=scored.pair_weights, loss_type=wanted, beta=beta
@@ -119,10 +126,13 @@ def _score(
     attention_mask: Tensor | None,
     wanted: LossSum | None,
     ld_alpha: float | None,
+    prefix_sharing: bool,
 ) -> _Scored:
-    _check(model, input_ids, labels, attention_mask)
+    _check(model, input_ids, labels, attention_mask, prefix_sharing)
     end = labels.new_full((len(labels), 1), IGNORE_INDEX)
     targets = torch.cat([labels[:, 1:], end], 1)  # position t predicts token t + 1
+    if attention_mask is not None:
+        targets = targets.masked_fill(attention_mask == 0, IGNORE_INDEX)  # padding predicts nothing
     rows = ScoredRows.from_labels(targets)
     if bool((rows.counts == 0).any()):
         sequence = int((rows.counts == 0).nonzero()[0])
@@ -130,22 +140,35 @@ def _score(
 
     # one forward for both halves of the batch
     weighs_pairs = wanted is not None and wanted.weighs_pairs
-    extras: dict[str, Any] = {"logp_outputs": ("log_sum_sq_probs",)} if weighs_pairs else {}
-    positions = padded_positions(model, attention_mask)
-    if positions is not None:
-        extras["position_ids"] = positions
-    out = model(
-        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logp_targets=targets, logp_rows=rows,
-        **extras,
-    )  # fmt: skip
+    outputs = ("log_sum_sq_probs",) if weighs_pairs else ()
+    inputs: dict[str, Any]
+    if prefix_sharing:
+        inputs, expand, rows = share_prefixes(input_ids, labels, attention_mask)
+    else:
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "logp_targets": targets, "logp_rows": rows}
+        positions = padded_positions(model, attention_mask)
+        if positions is not None:
+            inputs["position_ids"] = positions
+    out = model(**inputs, use_cache=False, logp_outputs=outputs)
 
+    # each scored token of each sequence, whatever it shared
+    found = {name: getattr(out, name) for name in ("logps", *outputs)}
+    if prefix_sharing:
+        found = {name: values.index_select(0, expand) for name, values in found.items()}
     token_weights = None if ld_alpha is None else length_weights(rows, ld_alpha)
-    sums = sequence_logps(out.logps, rows, token_weights)
-    pair_weights = agreement_weights(out.logps, out.log_sum_sq_probs, rows) if weighs_pairs else None
+    sums = sequence_logps(found["logps"], rows, token_weights)
+    pair_weights = agreement_weights(**found, rows=rows) if weighs_pairs else None
     return _Scored(sums, rows, pair_weights, out.aux_loss)
 
 
-def _check(model: nn.Module, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None) -> None:
+def _check(
+    model: nn.Module, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None, prefix_sharing: bool
+) -> None:
+    if prefix_sharing and not shares_prefixes(model):
+        raise ValueError(
+            f"prefix_sharing: was True for a {type(unwrap(model)).__name__} that is not ready for it; call "
+            "use_packed_attention(model), then use_shared_prefixes(model): both must return None"
+        )
     if not is_attached(model):
         raise ValueError(f"model: was a {type(unwrap(model)).__name__} without a fused head; call attach_fused_head")
     for name, value in (("input_ids", input_ids), ("labels", labels)):

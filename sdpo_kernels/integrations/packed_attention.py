@@ -2,13 +2,15 @@
 
     reason = use_packed_attention(model)     # None: packed rows are safe now
     model(input_ids=ids, position_ids=positions)   # [1, N]; positions restart at 0 with each sequence; no mask
+    reason = use_shared_prefixes(model)      # None: so are rows in which two answers share their prompt
 
     1. reject models with layers that are known to carry state over a sequence's end (recurrent, convolutional, linear
        attention): they would do so without any error
     2. switch to our own attention (attention_by_sequence.py) and probe it with two short sequences in one row
     3. on CUDA try FlashAttention and FlexAttention, which support restarting positions too, in the same way
 
-An attention is used only if its probe passes.
+An attention is used only if its probe passes. Rows with shared prompts (`shared_prefix.py`) need more: transformers'
+own FlashAttention and FlexAttention read their positions wrongly, without an error, so a probe of its own decides.
 """
 
 from __future__ import annotations
@@ -25,10 +27,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_flash_attn_2_available
 
+from sdpo_kernels.integrations import branched_flex, varlen_attention
 from sdpo_kernels.integrations.attention_by_sequence import PACKED, packed_attention, packed_mask
 from sdpo_kernels.integrations.causal_lm import evaluating
 from sdpo_kernels.integrations.lm_head import LMHead, find_head, unwrap
 from sdpo_kernels.integrations.positions import first_position
+from sdpo_kernels.integrations.router_loss import find_router_loss
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +42,7 @@ STATEFUL_CLASS = re.compile(
     re.IGNORECASE,
 )
 PROBE_LENGTHS = (7, 6)
+MARK = "_sdpo_shares_prefixes"  # on a model that takes branches
 
 
 def use_packed_attention(model: nn.Module, *, only: str | None = None) -> str | None:
@@ -82,6 +87,84 @@ def use_packed_attention(model: nn.Module, *, only: str | None = None) -> str | 
             return None
         logger.warning("keeping %s attention, %s", PACKED, slower)
         base.set_attn_implementation(PACKED)
+    return None
+
+
+def use_shared_prefixes(model: nn.Module, *, only: str | None = None) -> str | None:
+    """Switch `model` to an attention that takes branches, too, after `use_packed_attention` has returned None.
+
+    Call it under the same circumstances. On CUDA the switch is made only if one call (FlashAttention, or FlexAttention
+    with a softcap) serves all branches: otherwise prompts that are not computed twice would cost more than they save.
+
+    Args:
+        model, only: as in `use_packed_attention`.
+
+    Returns:
+        None if rows of `shared_row` are right now; else why they are not, and the model is unchanged.
+    """
+    base: Any = unwrap(model)
+    kind, before = type(base).__name__, base.config._attn_implementation
+    base.__dict__.pop(MARK, None)
+    if find_router_loss(base) is not None:
+        return f"{kind} has an auxiliary loss of its router, which counts every token once"
+    if only not in (None, PACKED):
+        return f"{only} attention, which was asked for, takes no branches"
+
+    parameter = next(base.parameters())
+    if before != PACKED and not _one_call_serves(base, parameter):
+        return f"no attention on {parameter.device.type} serves branches of a {kind} in one call"
+
+    base.set_attn_implementation(PACKED)
+    try:
+        with evaluating(base):
+            reason = _probe_branch(base)
+    except (ValueError, RuntimeError, TypeError) as error:
+        reason = f"{kind} fails on a row with a branch: {error}"
+    if reason is not None:
+        base.set_attn_implementation(before)
+        return reason
+    setattr(base, MARK, True)
+    return None
+
+
+def shares_prefixes(model: nn.Module) -> bool:
+    """Whether `use_shared_prefixes` has switched `model`, and nothing has switched its attention since."""
+    base: Any = unwrap(model)
+    return MARK in base.__dict__ and base.config._attn_implementation == PACKED
+
+
+def _one_call_serves(base: Any, parameter: Tensor) -> bool:
+    """Whether every layer's attention is one call on this device. Written without access to CUDA."""
+    text = base.config.get_text_config()
+    softcap = getattr(text, "attn_logit_softcapping", None)
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else parameter.dtype
+    like = torch.empty((1, 1, 1, width), dtype=dtype, device=parameter.device)
+    if any(hasattr(module, "sinks") for module in base.modules()):
+        return False
+    if softcap is not None:
+        return branched_flex.serves(like, 0.0, softcap=softcap, sinks=None)
+    return varlen_attention.serves(like, like, 0.0, special=False)
+
+
+def _probe_branch(base: Any) -> str | None:
+    """What goes wrong with a branch under the current attention, or None."""
+    kind, head = type(base).__name__, find_head(base)
+    whole, own = _probe_sequences(base)
+    shared = len(whole) // 2
+    trunk, rest = whole.split([shared, len(whole) - shared])
+
+    alone = _hidden(head, [torch.cat([trunk, own])])[shared:]
+    row = _hidden(head, [whole, own], [0, shared])
+    other = _hidden(head, [torch.cat([trunk, rest.roll(1).flip(0)]), own], [0, shared])
+    eps = torch.finfo(_compute_dtype(row)).eps
+
+    leak = _relative(other[len(whole) :], row[len(whole) :])
+    if not leak <= eps**0.5 / 8:
+        return f"another first answer changes the second one's hidden states in {kind} by {leak:.1e} (relative)"
+    change = _relative(row[len(whole) :], alone)
+    if not change <= eps**0.5:
+        return f"{kind} scores a branch differently: its hidden states change by {change:.1e} (relative)"
     return None
 
 
@@ -171,9 +254,12 @@ def _relative(a: Tensor, b: Tensor) -> float:
     return float(difference.max() / b.float().norm(dim=1).square().mean().sqrt())
 
 
-def _hidden(head: LMHead, sequences: list[Tensor]) -> Tensor:
-    """Hidden states [N, H] of the sequences, end to end in one row."""
-    positions = torch.cat([torch.arange(len(ids), device=ids.device) for ids in sequences])
+def _hidden(head: LMHead, sequences: list[Tensor], firsts: list[int] | None = None) -> Tensor:
+    """Hidden states [N, H] of the sequences, end to end in one row; `firsts` are their first positions, if not 0."""
+    begins = firsts or [0] * len(sequences)
+    positions = torch.cat(
+        [torch.arange(n, n + len(ids), device=ids.device) for n, ids in zip(begins, sequences, strict=True)]
+    )
     row = torch.cat(sequences)
     return head.hidden(input_ids=row[None], position_ids=positions[None], use_cache=False)[0]
 

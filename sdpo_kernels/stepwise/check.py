@@ -12,6 +12,7 @@ from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.files import read_json
 from sdpo_kernels.stepwise.common.progress import Reporter
 from sdpo_kernels.stepwise.common.units import counted, write_part
+from sdpo_kernels.stepwise.data.batches import shared_tokens
 from sdpo_kernels.stepwise.data.order import scored_counts
 from sdpo_kernels.stepwise.data.schedule import Schedule
 from sdpo_kernels.stepwise.data.template_clock import reads_clock
@@ -66,6 +67,7 @@ def check_run(config: RunConfig, reporter: Reporter) -> None:
     if expo := config.expo:
         reporter.say(f"post       expo from {expo.start}, {expo.alpha_text}, into {config.output_dir}/{FOLDER}")
     _say_reference(prepared, reporter)
+    reporter.say(f"prompts    {_sharing(prepared)}")
     if reads_clock(prepared.tokenizer):
         reporter.say(f"clock      the chat template reads the date: {now.isoformat()} throughout the run")
     prepared.say_notes(reporter)
@@ -94,6 +96,22 @@ def _say_reference(prepared: Prepared, reporter: Reporter) -> None:
         reporter.say(f"           moves every {period} steps: {', '.join(f'{n} {k} times' for n, k in moves.items())}")
         if moves and not any(moves.values()):
             reporter.warn(f"ema.sync_steps: {period} is more than the steps of any stage: the reference never moves")
+
+
+def _sharing(prepared: Prepared) -> str:
+    """Whether prompts go through the model once for both answers, and what that saves."""
+    config = prepared.config
+    if config.batching == "padded" or config.prefix_sharing == "off":
+        setting = "batching: padded" if config.batching == "padded" else "prefix_sharing: off"
+        return f"go through the model twice, once for each answer ({setting})"
+    known = [stage.tokens for stage in prepared.stages if stage.prompts is None]
+    saved, total = sum(map(shared_tokens, known)), sum(len(tokens.ids) for tokens in known)
+    if not saved:
+        return "go through the model once, where both answers begin with the same tokens (prefix_sharing: auto)"
+    return (
+        f"go through the model once for both answers, if its attention allows: {write_part(total - saved, total)} "
+        "tokens (prefix_sharing: auto)"
+    )
 
 
 def _schedules(prepared: Prepared) -> dict[str, Schedule]:

@@ -153,7 +153,7 @@ def test_the_signature_names_the_new_keywords() -> None:
     """Trainer drops columns that are not in this signature, and generate() checks its arguments with it."""
     plain = list(inspect.signature(tiny_model("llama").forward).parameters)
     names = list(inspect.signature(still("llama").forward).parameters)
-    assert names == [*plain[:-1], "logp_targets", "logp_rows", "logp_outputs", plain[-1]]
+    assert names == [*plain[:-1], "logp_targets", "logp_source", "logp_rows", "logp_outputs", plain[-1]]
     assert names[0] == "input_ids"
 
 

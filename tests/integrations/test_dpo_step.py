@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from sdpo_kernels.integrations.causal_lm import attach_fused_head, disable_dropout
 from sdpo_kernels.integrations.dpo_step import dpo_step, score_pairs
+from sdpo_kernels.integrations.packed_attention import use_packed_attention, use_shared_prefixes
 from tests.integrations.tiny_models import CONFIGS, VOCAB, tiny_model
 
 
@@ -111,3 +112,83 @@ def test_training_mode_is_restored():
     model = attach_fused_head(tiny_model("llama")).train()
     score_pairs(model, *batch())
     assert model.training
+
+
+def pairs_with_prompts(left: bool = False):
+    """Three pairs whose answers begin alike: prompts of 5, 2 and 0 tokens, and one first answer token in common."""
+    generator = torch.Generator().manual_seed(3)
+    sequences, labels = [[], []], [[], []]
+    for prompt, lengths in ((5, (3, 6)), (2, (4, 2)), (0, (5, 5))):
+        shared = torch.randint(3, VOCAB, (prompt + 1,), generator=generator)
+        for side, length in enumerate(lengths):
+            ids = torch.cat([shared, torch.randint(3, VOCAB, (length,), generator=generator)])
+            sequences[side].append(ids)
+            labels[side].append(ids.clone().index_fill_(0, torch.arange(prompt), -100))
+    longest = max(len(ids) for ids in sequences[0] + sequences[1])
+
+    def padded(rows, value):
+        sides = [(longest - len(row), 0) if left else (0, longest - len(row)) for row in rows]
+        return torch.stack([F.pad(row, side, value=value) for row, side in zip(rows, sides, strict=True)])
+
+    ids, labels = sequences[0] + sequences[1], labels[0] + labels[1]
+    return padded(ids, 0), padded(labels, -100), padded([torch.ones_like(row) for row in ids], 0)
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize(
+    ("loss", "options"), [("sigmoid", {}), ("wpo", {}), ("ld_dpo", {"ld_alpha": 0.3}), ("cpo", {"cpo_alpha": 0.5})]
+)
+def test_a_shared_prompt_changes_nothing_but_rounding(loss, options, left):
+    batch = pairs_with_prompts(left)
+    alpha = options.get("ld_alpha")
+    results = []
+    for sharing in (False, True):
+        model = attach_fused_head(tiny_model("llama"))
+        assert use_packed_attention(model) is None
+        assert use_shared_prefixes(model) is None
+        ref = score_pairs(model, *batch, ld_alpha=alpha, prefix_sharing=sharing)
+        ref = ref + torch.linspace(-1, 1, len(ref))
+        out = dpo_step(model, *batch, ref_logps=ref, beta=0.5, loss_type=loss, prefix_sharing=sharing, **options)
+        out.loss.backward()
+        results.append((ref, out, [parameter.grad for parameter in model.parameters()]))
+
+    (ref, out, gradients), (shared_ref, shared_out, shared_gradients) = results
+    torch.testing.assert_close(shared_ref, ref, rtol=1e-6, atol=1e-6)
+    for one, other in zip(shared_out, out, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    for one, other in zip(shared_gradients, gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+
+
+def test_the_first_token_of_a_sequence_is_not_scored_from_padding():
+    """Without a prompt it has a label, and nothing before it but padding."""
+    model = attach_fused_head(tiny_model("llama"))
+    right, left = (score_pairs(model, *pairs_with_prompts(side)) for side in (False, True))
+    torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+
+
+def test_the_prompt_goes_through_the_model_once():
+    ids, labels, mask = pairs_with_prompts()
+    model = attach_fused_head(tiny_model("llama"))
+    assert use_packed_attention(model) is None
+    assert use_shared_prefixes(model) is None
+    seen = []
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    score_pairs(model, ids, labels, mask, prefix_sharing=True)
+    # both sequences without their last tokens, less what is shared: 6, 3 and 1
+    assert seen == [(1, int(mask.sum()) - 6 - 6 - 3 - 1)]
+
+
+def test_sharing_needs_a_model_that_is_ready_for_it():
+    batch = pairs_with_prompts()
+    model = attach_fused_head(tiny_model("llama"))
+    with pytest.raises(ValueError, match=r"prefix_sharing: was True for a LlamaForCausalLM that is not ready for it"):
+        score_pairs(model, *batch, prefix_sharing=True)
+    assert use_packed_attention(model) is None
+    assert use_shared_prefixes(model) is None
+    score_pairs(model, *batch, prefix_sharing=True)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="call use_packed_attention"):
+        dpo_step(model, *batch, loss_type="simpo", prefix_sharing=True)

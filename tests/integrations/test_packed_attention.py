@@ -11,9 +11,10 @@ import transformers as tf
 from torch import Tensor
 
 from sdpo_kernels.integrations import attention_by_sequence, packed_attention
-from sdpo_kernels.integrations.attention_by_sequence import PACKED, sequence_lengths
+from sdpo_kernels.integrations.attention_by_sequence import PACKED
 from sdpo_kernels.integrations.causal_lm import attach_fused_head, disable_dropout
 from sdpo_kernels.integrations.packed_attention import use_packed_attention
+from sdpo_kernels.integrations.pieces import Piece, pieces
 from tests.integrations.tiny_models import FAMILIES, own_logps, packed, padded, sequences, shifted, tiny_model
 
 LENGTHS = (9, 5, 12, 7)  # the window of the sliding families is 4
@@ -132,6 +133,49 @@ def test_attention_of_one_sequence(length: int, window: int | None, softcap: flo
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(("shared", "own"), [(1, 1), (3, 7), (64, 65), (70, 300), (130, 257)])
+@pytest.mark.parametrize("window", [None, 5, 70])
+def test_attention_of_a_branch(shared: int, own: int, window: int | None, softcap: float | None, half: bool) -> None:
+    """A branch gets what the whole sequence gets: output, and gradients of trunk and branch, against the same alone."""
+    generator = torch.Generator().manual_seed(shared)
+    beside = 4  # the trunk's own continuation, and a neighbour behind the branch
+    dtype = torch.bfloat16 if half else torch.float32
+
+    def draw(rows: int) -> list[Tensor]:
+        shapes = [(1, 4, rows, 8), (1, 2, rows, 8), (1, 2, rows, 6)]
+        return [torch.randn(s, generator=generator).to(dtype) for s in shapes]
+
+    def attend(tensors: list[Tensor], positions: Tensor) -> Tensor:
+        return attention_by_sequence.packed_attention(
+            torch.nn.Identity(), *tensors, None, sliding_window=window, softcap=softcap, position_ids=positions[None]
+        )[0]
+
+    parts = [draw(shared), draw(beside), draw(own), draw(beside)]
+    direction = torch.randn(1, own, 4, 6, generator=generator).to(dtype)
+
+    # the sequence alone: trunk and branch
+    alone = [torch.cat([a, b], 2).requires_grad_() for a, b in zip(parts[0], parts[2], strict=True)]
+    expected = attend(alone, torch.arange(shared + own))[:, shared:]
+    wanted = torch.autograd.grad((expected * direction).sum(), alone)
+
+    row = [torch.cat(tensors, 2).requires_grad_() for tensors in zip(*parts, strict=True)]
+    lengths = [shared + beside, own, beside]
+    firsts = [0, shared, 0]
+    positions = torch.cat([torch.arange(n) + first for n, first in zip(lengths, firsts, strict=True)])
+    found = attend(row, positions)[:, shared + beside :][:, :own]
+    got = torch.autograd.grad((found * direction).sum(), row)
+
+    rtol = 2e-2 if half else 1e-5
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol)
+    for gradient, own_gradient in zip(got, wanted, strict=True):
+        trunk, other, branch, neighbour = gradient.split([shared, beside, own, beside], 2)
+        torch.testing.assert_close(torch.cat([trunk, branch], 2), own_gradient, rtol=rtol, atol=4 * rtol)
+        assert not other.any()
+        assert not neighbour.any()
+
+
 def test_bf16_in_blocks_is_nearer_to_float32_than_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, 150, 8, generator=generator).bfloat16() for heads in (4, 2, 2))
@@ -193,12 +237,20 @@ def test_a_packed_row_has_no_mask_and_a_cache_does_not_leak(monkeypatch: pytest.
     assert torch.equal(without, with_ones)
 
 
-def test_sequence_lengths() -> None:
-    assert sequence_lengths(torch.tensor([[0, 1, 2, 0, 0, 1]])) == [3, 1, 2]
-    assert sequence_lengths(torch.tensor([[0]])) == [1]
-    assert sequence_lengths(torch.tensor([[0, 1, 2], [0, 1, 2]])) == [3]
-    with pytest.raises(ValueError, match="position_ids"):
-        sequence_lengths(torch.zeros(3, 1, 4, dtype=torch.long))
+def test_pieces_of_a_row() -> None:
+    assert pieces(torch.tensor([[0, 1, 2, 0, 0, 1]])) == [Piece(3, 0), Piece(1, 0), Piece(2, 0)]
+    assert pieces(torch.tensor([[0]])) == [Piece(1, 0)]
+    assert pieces(torch.tensor([[0, 1, 2], [0, 1, 2]])) == [Piece(3, 0)]
+    assert pieces(torch.tensor([[3, 4]])) == [Piece(2, 0)]
+
+    # branches: two of one sequence, and one that continues all of another
+    branched = torch.tensor([[0, 1, 2, 1, 2, 3, 2, 0, 1, 0, 1, 2, 1]])
+    assert pieces(branched) == [Piece(3, 0), Piece(3, 1), Piece(1, 2), Piece(2, 0), Piece(3, 0), Piece(1, 1)]
+
+    with pytest.raises(ValueError, match="position_ids: was of shape"):
+        pieces(torch.zeros(3, 1, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match="position_ids: was 3 at row 2, after a sequence of 2 positions"):
+        pieces(torch.tensor([[0, 1, 3, 4]]))
 
 
 def test_two_packed_rows_are_an_error() -> None:
@@ -256,7 +308,7 @@ def test_the_probe_alone_sees_the_leak(name: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_probe_sees_an_attention_over_the_whole_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_by_sequence, "_lengths", lambda position_ids, query: [query.shape[2]])
+    monkeypatch.setattr(attention_by_sequence, "_pieces", lambda position_ids, query: [Piece(query.shape[2], 0)])
     reason = use_packed_attention(tiny_model("llama"))
     assert reason is not None
     assert "leak into each other" in reason

@@ -44,8 +44,28 @@ def test_prints_what_a_run_would_do_and_writes_nothing(tmp_path, model):
         "order      given: the order of the file",
         "reference  previous; policy starts from previous; loss sigmoid",
         f"output     {tmp_path}/run (new)",
+        "prompts    go through the model once for both answers, if its attention allows: ",
     ):
         assert line in text.replace("\n", " ") or line in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        # with their end tokens 4 + 4, of which two are shared, and 3 + 3, of which one is
+        ({}, "once for both answers, if its attention allows: 11 of 14 tokens (prefix_sharing: auto)"),
+        ({"prefix_sharing": "off"}, "twice, once for each answer (prefix_sharing: off)"),
+        ({"batching": "padded"}, "twice, once for each answer (batching: padded)"),
+    ],
+)
+def test_what_shared_prompts_save(tmp_path, model, settings, text):
+    rows = [
+        {"prompt": "word1 word2", "chosen": " good1", "rejected": " bad1"},
+        {"prompt": "word1", "chosen": " good1", "rejected": " good2"},
+    ]
+    data = runs.write_rows(tmp_path / "d.jsonl", rows)
+    config = runs.configured(tmp_path, model, (), stages=[{"name": "s1", "data": str(data)}], **settings)
+    assert f"prompts    go through the model {text}" in " ".join(checked(config).split("\n"))
 
 
 def test_the_steps_it_prints_are_the_steps_trained(tmp_path, model):

@@ -1,9 +1,10 @@
-"""Batches of preference pairs: packed end to end without padding, or padded for models that need it.
+"""Batches of preference pairs: packed end to end without padding, with or without shared prompts, or padded.
 
-Both collators return the same keys, which `Batch` reads. A sequence of T tokens gives T - 1 rows: its last token
+All collators return the same keys, which `Batch` reads. A sequence of T tokens gives T - 1 rows: its last token
 predicts nothing, so it is not part of the input. All chosen sequences come first, then the rejected ones in the same
-order. In a padded batch, sequences of similar length go through the model together, in groups, which avoids most of the
-padding.
+order. A row with shared prompts holds each pair's common first tokens once (`integrations/shared_prefix.py`); what it
+scores is put into that same order afterwards, so that nothing else sees the difference. In a padded batch, sequences of
+similar length go through the model together, in groups, which avoids most of the padding.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from sdpo_kernels.integrations.shared_prefix import common_prefix, shared_row
 from sdpo_kernels.losses import LossSum
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows, sequence_logps
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs, TokenizedSequence
@@ -65,18 +67,21 @@ class Batch:
     groups: list[dict[str, Tensor]]  # arguments of the model, which is called once per group
     pairs: int  # B, or 0 for a filler
     unscored: list[int]  # those of pair_index whose reference was not scored
+    expand: Tensor | None = None  # with shared prompts: which of the model's results each row is
+    shared: int = 0  # tokens that would go through the model once more if prompts were not shared
 
     @classmethod
     def of(cls, inputs: dict[str, Any]) -> Batch:
         """Read a collator's output, after Trainer has moved it to the device."""
         rows = ScoredRows(inputs["rows_index"], inputs["rows_segment"], inputs["rows_counts"])
-        names = ("groups", "pairs", "unscored")
-        return cls(inputs["pair_index"], inputs["ref_logps"], rows, *(inputs[name] for name in names))
+        names = ("pair_index", "ref_logps", "groups", "pairs", "unscored")
+        shared = {name: inputs[name] for name in ("expand", "shared") if name in inputs}
+        return cls(rows=rows, **{name: inputs[name] for name in names}, **shared)
 
     @property
     def n_rows(self) -> int:
-        """Rows that go through the model, padding included."""
-        return sum(group["input_ids"].numel() for group in self.groups)
+        """Rows of both answers of all pairs, padding included. Shared prompts count twice: speeds stay comparable."""
+        return sum(group["input_ids"].numel() for group in self.groups) + self.shared
 
     def logps(self, model: torch.nn.Module, ld_alpha: float | None = None) -> Tensor:
         """Summed log-probs [2B] under `model`, which must have its fused head attached.
@@ -102,12 +107,19 @@ class Batch:
 
     def _outputs(self, model: torch.nn.Module, *extras: str) -> dict[str, Tensor]:
         """Log-probs and `extras` [N] of the rows of all groups, concatenated; `aux_loss` if the model computes it."""
-        rows = self.rows if len(self.groups) == 1 else None  # with several groups, the head finds the rows of each
         options: dict[str, Any] = {"logp_outputs": extras} if extras else {}
+
+        # with several groups, the head finds the rows of each
+        rows = self.rows if len(self.groups) == 1 else None
+        if self.expand is not None:
+            targets = self.groups[0]["logp_targets"]
+            rows = ScoredRows.every(len(targets), targets.device)
 
         # each group is a forward of its own; the caller sees one concatenated result, as with a packed batch
         parts = [model(**group, logp_rows=rows, use_cache=False, **options) for group in self.groups]
         found = {name: torch.cat([part[name] for part in parts]) for name in ("logps", *extras)}
+        if self.expand is not None:
+            found = {name: values.index_select(0, self.expand) for name, values in found.items()}
         if parts[0].aux_loss is not None:
             found["aux_loss"] = self._mean_aux_loss([part.aux_loss for part in parts])
         return found
@@ -133,7 +145,34 @@ def collate_packed(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     group = {"input_ids": ids[None], "position_ids": positions[None], "logp_targets": targets[None]}
     segment = np.repeat(np.arange(len(sequences)), lengths)
-    return _batch(examples, [group], segment)
+    return _batch(examples, [group], *_scored([group], segment))
+
+
+def collate_shared(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Each pair as [common first tokens, rest of chosen, rest of rejected], all in one row [1, N]."""
+    pairs = [(example["chosen"], example["rejected"]) for example in examples]
+    row = shared_row([(c.ids[:-1], _targets(c), r.ids[:-1], _targets(r)) for c, r in pairs])
+    group = {
+        "input_ids": row.input_ids[None],
+        "position_ids": row.position_ids[None],
+        "logp_targets": row.targets,
+        "logp_source": row.source,
+    }
+    batch = _batch(examples, [group], np.arange(len(row.segment)), row.segment)
+    tokens = sum(len(c.ids) + len(r.ids) - 2 for c, r in pairs)
+    return batch | {"expand": _tensor(row.expand), "shared": tokens - len(row.input_ids)}
+
+
+def shared_tokens(tokens: TokenizedPairs) -> int:
+    """How many tokens of the pairs go through the model once instead of twice if prompts are shared."""
+    return sum(
+        common_prefix(tokens[i].chosen.ids[:-1], tokens[i].rejected.ids[:-1])  # the last token predicts nothing
+        for i in range(len(tokens))
+    )
+
+
+# those that make one row of everything, whatever the lengths
+PACKED_COLLATORS = (collate_packed, collate_shared)
 
 
 def make_collate_padded(pad_token_id: int) -> Collator:
@@ -150,7 +189,7 @@ def make_collate_padded(pad_token_id: int) -> Collator:
             groups.append(_pad([sequences[i] for i in members], pad_token_id))
             segments.append(np.repeat(members, groups[-1]["input_ids"].shape[1]))
 
-        return _batch(examples, groups, np.concatenate(segments))
+        return _batch(examples, groups, *_scored(groups, np.concatenate(segments)))
 
     return collate
 
@@ -179,12 +218,16 @@ def _targets(sequence: TokenizedSequence) -> np.ndarray:
     return targets
 
 
-def _batch(
-    examples: Sequence[dict[str, Any]], groups: list[dict[str, np.ndarray]], segment: np.ndarray
-) -> dict[str, Any]:
-    """A collator's output for `groups`; `segment` is the sequence of each row of all groups, concatenated."""
-    # only rows with a target reach the head
+def _scored(groups: list[dict[str, np.ndarray]], segment: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that have a target, of the rows of all groups, concatenated, and the sequence of each."""
     index = np.flatnonzero(np.concatenate([group["logp_targets"].ravel() for group in groups]) != IGNORE_INDEX)
+    return index, segment[index]
+
+
+def _batch(
+    examples: Sequence[dict[str, Any]], groups: list[dict[str, np.ndarray]], index: np.ndarray, segment: np.ndarray
+) -> dict[str, Any]:
+    """A collator's output for `groups`; `index` are the scored rows, `segment` the sequence of each."""
     refs = torch.stack([example["ref_logps"] for example in examples])  # [B, 2]
 
     # a filler has a negative index; accelerate takes the batch size from the first tensor, so pair_index comes first
@@ -196,8 +239,8 @@ def _batch(
         "unscored": pair_index[refs.isnan().any(1)].tolist(),  # found here: later it would wait for the device
         "ref_logps": refs.T.reshape(-1),
         "rows_index": _tensor(index),
-        "rows_segment": _tensor(segment[index]),
-        "rows_counts": _tensor(np.bincount(segment[index], minlength=2 * len(examples))),
+        "rows_segment": _tensor(segment),
+        "rows_counts": _tensor(np.bincount(segment, minlength=2 * len(examples))),
         "groups": [{name: _tensor(array) for name, array in group.items()} for group in groups],
     }
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, 
 from transformers.pytorch_utils import Conv1D
 
 from sdpo_kernels.integrations.causal_lm import attach_fused_head, disable_dropout
-from sdpo_kernels.integrations.packed_attention import use_packed_attention
+from sdpo_kernels.integrations.packed_attention import use_packed_attention, use_shared_prefixes
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.model_names import load_failure
 from sdpo_kernels.stepwise.models.precision import Precision
@@ -36,7 +36,8 @@ class Loaded:
 
     model: nn.Module
     packed: bool  # False: padded batches
-    by_sequence: bool  # a sequence's score is the same to the bit whatever else is in the batch
+    by_sequence: bool  # a pair's score is the same to the bit whatever else is in the batch
+    shared: bool = False  # packed, and what both answers of a pair begin with goes through the model once
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
@@ -58,7 +59,8 @@ def load_model(path: str, config: RunConfig, precision: Precision) -> Loaded:
     3. Switch dropout off and attach the fused head.
     4. Unless batches are padded, choose an attention that keeps packed pairs apart, and test it in the precision of
        scoring and training. A model that has none gets padded batches, with a warning.
-    5. Put the adapter on.
+    5. See whether that attention lets two answers share their prompt.
+    6. Put the adapter on.
 
     UserError if the model cannot be loaded or has no head the package can use. On several ranks each loads it whole.
     """
@@ -79,9 +81,17 @@ def load_model(path: str, config: RunConfig, precision: Precision) -> Loaded:
             logger.warning("batches are padded, in groups of similar length, instead of packed: %s", reason)
             packed = False
 
+    shared = packed and config.prefix_sharing == "auto"
+    if shared:
+        with precision.computing(model):
+            reason = use_shared_prefixes(model, only=config.attn_implementation)
+        if reason is not None:
+            logger.warning("prompts go through the model twice, once for each answer: %s", reason)
+            shared = False
+
     # only the package's own attention computes each sequence by itself
     by_sequence = packed and model.config._attn_implementation == "sdpo_packed"
-    return Loaded(model if adapter is None else _with_adapter(model, adapter), packed, by_sequence)
+    return Loaded(model if adapter is None else _with_adapter(model, adapter), packed, by_sequence, shared)
 
 
 def load_generator(path: str, config: RunConfig, device: torch.device) -> Any:

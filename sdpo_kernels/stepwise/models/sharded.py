@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from sdpo_kernels.integrations.lm_head import find_head
 from sdpo_kernels.stepwise.common import ranks
-from sdpo_kernels.stepwise.data.batches import collate_packed
+from sdpo_kernels.stepwise.data.batches import PACKED_COLLATORS
 from sdpo_kernels.stepwise.models.precision import Precision, asks_for_fsdp
 
 
@@ -58,7 +58,7 @@ def check_way(trainer: Any) -> None:
         raise ValueError("fsdp_config.version: was 1, must be 2")
 
     # each forward gathers shards from all ranks: one more on one rank would wait for ever
-    if trainer.is_fsdp_enabled and trainer.data_collator is not collate_packed:
+    if trainer.is_fsdp_enabled and trainer.data_collator not in PACKED_COLLATORS:
         raise ValueError(
             "fsdp: needs batching: packed; with padded batches ranks run unequal numbers of forward passes"
         )

@@ -53,6 +53,7 @@ _WHY = {
     "trainer": "the steps that are done depend on it",
     "attn_implementation": "the rounding depends on it",
     "batching": "the rounding depends on it",
+    "prefix_sharing": "the rounding depends on it",
     "template_time": "the tokens may depend on it",
 }
 _WHY_ELSE = "the weights so far depend on it"

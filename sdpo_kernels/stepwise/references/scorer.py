@@ -22,7 +22,14 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from sdpo_kernels.integrations.causal_lm import unwrap
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.progress import Reporter
-from sdpo_kernels.stepwise.data.batches import Batch, Collator, PairDataset, collate_packed, make_collate_padded
+from sdpo_kernels.stepwise.data.batches import (
+    Batch,
+    Collator,
+    PairDataset,
+    collate_packed,
+    collate_shared,
+    make_collate_padded,
+)
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
 from sdpo_kernels.stepwise.models.load import Loaded, load_model, weights_hash
 from sdpo_kernels.stepwise.models.precision import Precision
@@ -63,7 +70,9 @@ class Scorer:
             return loaded, weights_hash(loaded.model)
 
     def collator(self, loaded: Loaded) -> Collator:
-        """The collator for the model's batches: packed or padded."""
+        """The collator for the model's batches: packed, with shared prompts or not, or padded."""
+        if loaded.shared:
+            return collate_shared
         return collate_packed if loaded.packed else make_collate_padded(self.pad_token_id)
 
     def score(self, loaded: Loaded, tokens: TokenizedPairs, label: str) -> Tensor:
@@ -113,6 +122,9 @@ class Scorer:
         only_some: dict[str, Any] = {"rounded_weights": True} if self.precision.whole else {}
         if config.loss_sum.ld_alpha is not None:
             only_some["ld_alpha"] = config.loss_sum.ld_alpha
+
+        if loaded.shared:
+            only_some["prefix_sharing"] = True  # scores differ in their last digits
 
         key = cache_key(
             model_hash,

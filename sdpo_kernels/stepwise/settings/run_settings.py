@@ -144,6 +144,8 @@ class RunConfig(Section):
             that of the run's first start.
         batching: 'packed' concatenates sequences without padding; 'padded' is for models that cannot keep packed
             sequences apart.
+        prefix_sharing: 'auto' lets the tokens that both answers of a pair begin with, such as the prompt, go through
+            the model once, if its attention allows; 'off' never does. Needs packed batches.
         attn_implementation: The attention that transformers uses, such as 'flash_attention_2' or 'sdpa'. By default
             the fastest one that keeps packed sequences apart; one that does not gets padded batches.
         trust_remote_code: Whether code that comes with the model may run.
@@ -177,6 +179,7 @@ class RunConfig(Section):
     samples: Annotated[Integer, Field(ge=0, le=20)] = 0
     template_time: Time | None = None
     batching: Literal["packed", "padded"] = "packed"
+    prefix_sharing: Literal["auto", "off"] = "auto"
     attn_implementation: Text | None = None
     trust_remote_code: bool = False
     trainer: Options = Field(default_factory=dict, validate_default=True)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sdpo_kernels.dpo_output import pair_output
 from sdpo_kernels.integrations.causal_lm import attach_fused_head
 from sdpo_kernels.integrations.packed_attention import use_packed_attention
-from sdpo_kernels.stepwise.data.batches import Batch, PairDataset, collate_packed, make_collate_padded
+from sdpo_kernels.stepwise.data.batches import Batch, PairDataset, collate_packed, collate_shared, make_collate_padded
 from sdpo_kernels.stepwise.data.pairs import Pair
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPair, TokenizedPairs, TokenizedSequence, tokenize_pairs
 from tests.integrations.tiny_models import VOCAB, tiny_model
@@ -48,6 +48,24 @@ def test_packed_by_hand():
     assert batch["rows_segment"].tolist() == [0, 0, 1, 2, 3, 3]
     assert batch["rows_counts"].tolist() == [2, 1, 1, 2]
     assert Batch.of(batch).n_rows == 8
+
+
+def test_shared_by_hand():
+    batch = collate_shared(TWO)
+    assert next(iter(batch)) == "pair_index"
+    assert batch["ref_logps"].tolist() == [-1.0, -3.0, -2.0, -4.0]
+
+    # 5 6 of the first pair and 4 of the second go through the model once; 5 6 | 7 and nothing more, 4 | nothing and 6
+    (row,) = batch["groups"]
+    assert row["input_ids"].tolist() == [[5, 6, 7, 4, 6]]
+    assert row["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert row["logp_source"].tolist() == [1, 2, 1, 3, 3, 4]
+    assert row["logp_targets"].tolist() == [7, 8, 9, 5, 6, 7]
+    assert batch["expand"].tolist() == [0, 1, 3, 2, 4, 5]
+    assert batch["rows_index"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert batch["rows_segment"].tolist() == [0, 0, 1, 2, 3, 3]
+    assert batch["rows_counts"].tolist() == [2, 1, 1, 2]
+    assert Batch.of(batch).n_rows == 8  # as without sharing
 
 
 THREE = [*TWO, example(4, sequence([7, 8, 9, 10, 11], 3), sequence([7, 8, 9, 12, 13, 14], 3), (-5.0, -6.0))]
@@ -146,10 +164,11 @@ LENGTHS = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(1
 
 
 @given(LENGTHS, st.integers(0, 99))
-def test_packed_and_padded_give_the_same_loss_and_gradients(llama, lengths, seed):
+def test_packed_shared_and_padded_give_the_same_loss_and_gradients(llama, lengths, seed):
     examples = random_examples(lengths, seed)
     results = []
-    for model, collate in zip(llama, (collate_packed, make_collate_padded(0)), strict=True):
+    ways = zip((llama[0], llama[0], llama[1]), (collate_packed, collate_shared, make_collate_padded(0)), strict=True)
+    for model, collate in ways:
         model.zero_grad()
         batch = Batch.of(collate(examples))
         sums = batch.logps(model)
@@ -157,14 +176,15 @@ def test_packed_and_padded_give_the_same_loss_and_gradients(llama, lengths, seed
         out.loss.backward()
         results.append((sums.detach(), out.loss.detach(), [p.grad.clone() for p in model.parameters()]))
 
-    (sums, loss, grads), (sums_padded, loss_padded, grads_padded) = results
+    sums_padded, loss_padded, grads_padded = results.pop()
     eps = torch.finfo(torch.float32).eps
-    assert torch.allclose(sums, sums_padded, rtol=32 * eps, atol=32 * eps)
-    assert abs(loss - loss_padded) <= 32 * eps * max(1.0, float(loss))
     # tiny gradients are differences of large ones: those of q and k are 0 if a token attends to itself alone
     largest = max(float(b.abs().max()) for b in grads_padded)
-    for a, b in zip(grads, grads_padded, strict=True):
-        assert float((a - b).abs().max()) <= 128 * eps * max(largest / 50, float(b.abs().max()))
+    for sums, loss, grads in results:
+        assert torch.allclose(sums, sums_padded, rtol=32 * eps, atol=32 * eps)
+        assert abs(loss - loss_padded) <= 32 * eps * max(1.0, float(loss))
+        for a, b in zip(grads, grads_padded, strict=True):
+            assert float((a - b).abs().max()) <= 128 * eps * max(largest / 50, float(b.abs().max()))
 
 
 def test_packed_sequences_score_the_same_as_alone(llama):

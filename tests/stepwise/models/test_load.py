@@ -2,11 +2,12 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Lfm2Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Lfm2Config, LlamaModel, MixtralConfig
 
 from sdpo_kernels.stepwise.check import check_run
 from sdpo_kernels.stepwise.common.errors import UserError
@@ -30,6 +31,7 @@ def test_a_loaded_model_is_ready_to_train(tmp_path):
     loaded = load(runs.configured(tmp_path, folder))
     assert loaded.packed
     assert loaded.by_sequence
+    assert loaded.shared
     assert loaded.model.config._attn_implementation == "sdpo_packed"
     assert loaded.model.model.layers[0].self_attn.attention_dropout == 0.0
     ids = torch.tensor([[5, 6, 7]])
@@ -41,6 +43,28 @@ def test_padded_batches_if_asked_for(tmp_path, model):
     loaded = load(runs.configured(tmp_path, model, batching="padded"))
     assert not loaded.packed
     assert not loaded.by_sequence
+    assert not loaded.shared
+
+
+def test_prompts_are_not_shared_if_that_is_off_or_cannot_be(tmp_path, model, caplog):
+    loaded = load(runs.configured(tmp_path, model, prefix_sharing="off"))
+    assert loaded.packed
+    assert not loaded.shared
+    assert not caplog.messages
+
+    # the auxiliary loss of a router is an average over tokens
+    folder = tmp_path / "moe"
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "output_router_logits": True}
+    config = MixtralConfig(
+        vocab_size=len(runs.VOCABULARY), hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, pad_token_id=0, **experts,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    runs.make_tokenizer().save_pretrained(folder)
+    loaded = load(runs.configured(tmp_path, folder))
+    assert loaded.packed
+    assert not loaded.shared
+    assert "prompts go through the model twice, once for each answer: MixtralForCausalLM" in caplog.text
 
 
 def test_a_model_that_mixes_packed_sequences_gets_padded_batches_with_a_warning(tmp_path, caplog):
@@ -205,6 +229,38 @@ def test_an_attention_that_is_not_there_is_an_error(tmp_path, model):
     config = runs.configured(tmp_path, model, attn_implementation="flash_atention")
     with pytest.raises(UserError, match=r"model: .*model cannot be loaded: .*flash_atention"):
         check_run(config, Reporter(quiet=True))
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora": {"r": 2}}, {"loss": "wpo"}, {"reference": "ema"}], ids=str)
+def test_a_run_without_shared_prompts_trains_the_same(tmp_path, model, settings):
+    """Up to rounding; of every batch fewer tokens go through the model."""
+    weights, tokens = [], []
+    for sharing in ("auto", "off"):
+        folder = tmp_path / sharing
+        folder.mkdir()
+        with counted_tokens() as seen:
+            runs.train(runs.configured(folder, model, (8,), prefix_sharing=sharing, **settings))
+        weights.append(load_file(folder / "run" / "stage-1-s1" / "model.safetensors"))
+        tokens.append(sum(seen))
+    assert tokens[0] < 0.8 * tokens[1]
+    for key, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][key], tensor, rtol=1e-4, atol=1e-4)
+
+
+@contextmanager
+def counted_tokens():
+    """The tokens of every call of a body that trains."""
+    seen = []
+    forward = LlamaModel.forward
+
+    def counting(self, *args, **kwargs):
+        if self.training:
+            seen.append(kwargs["input_ids"].numel())
+        return forward(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LlamaModel, "forward", counting)
+        yield seen
 
 
 @pytest.mark.parametrize("batching", ["packed", "padded"])

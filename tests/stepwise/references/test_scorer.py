@@ -44,6 +44,7 @@ def test_the_key_depends_on_everything_a_score_depends_on(tmp_path, model, monke
         "max_length": (model, {"max_length": 100}, None),
         "truncation": (model, {"truncation": "keep_end"}, None),
         "padded": (model, {"batching": "padded"}, None),
+        "unshared": (model, {"prefix_sharing": "off"}, None),
         "bf16": (model, {"trainer": {"bf16": True}}, None),
         "dtype": (model, {"dtype": "bfloat16", "lora": {}}, None),
         "tokens": (model, {}, -1),
@@ -55,6 +56,14 @@ def test_the_key_depends_on_everything_a_score_depends_on(tmp_path, model, monke
         scorer.cached(loaded, weights_hash(loaded.model), tokens, "x", tmp_path / f"{name}.safetensors")
     assert keys["one"] == keys["same"]
     assert len(set(keys.values())) == len(keys) - 1, keys
+
+
+def test_shared_prompts_change_scores_by_rounding_only(tmp_path, model):
+    found = []
+    for sharing in ("auto", "off"):
+        scorer, tokens = scorer_of(runs.configured(tmp_path, model, prefix_sharing=sharing))
+        found.append(scorer.score(scorer.load(str(model)), tokens, "x"))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("batching", ["packed", "padded"])
