@@ -53,7 +53,8 @@ def test_the_page_shows_every_report_and_its_origin(made):
     assert "- `cce`: CUDA alone" in text
     assert "| `ours` | 1.0e-05 | 2.0e-03 | 3.0e-03 | 0.0e+00 | 2.0e-03 | 3.0e-03 |" in text
     assert "| vocab 200 | 5 | 500.0 / 3 | – |" in text
-    assert "| grammar | ours | 500.0 | 250.0 … 1000.0 | 1234 | 1 | 1.50 |" in text
+    assert "| grammar | ours | 500.0 | 250.0 … 1000.0 | 1234 | – | 1 |  |" in text
+    assert "| grammar | trl | 500.0 | 250.0 … 1000.0 | 1234 | – | 1 | 1.50 |" in text
     assert "seed by seed: +25.0, -12.5." in text
     assert "Not measured yet: `python -m benchmarks.floor`." in text
 
