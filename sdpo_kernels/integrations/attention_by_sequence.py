@@ -12,8 +12,8 @@ For each layer:
     2. else split the row into its pieces, attend within each, and concatenate the results; the keys of a branch are
        those of its trunk's first positions, then its own
     3. within a piece: torch's fused attention, or blocks of queries where those are faster or the fused one cannot
-       do it (softcap, sinks). On CUDA one call serves all pieces: FlashAttention (`varlen_attention.py`), or
-       FlexAttention with a softcap (`branched_flex.py`)
+       do it (softcap, sinks). On CUDA one call serves all pieces of a row with branches: FlashAttention
+       (`varlen_attention.py`), or FlexAttention with a softcap (`branched_flex.py`)
 """
 
 from __future__ import annotations
@@ -82,9 +82,10 @@ def packed_attention(
         return _attend_masked(query, key, value, attention_mask, **options).transpose(1, 2).contiguous(), None
 
     found = _pieces(position_ids, query)
-    if varlen_attention.serves(query, value, dropout, special=_is_special(softcap, s_aux)):
+    branches = any(piece.shared for piece in found)
+    if branches and varlen_attention.serves(query, value, dropout, special=_is_special(softcap, s_aux)):
         return varlen_attention.attend(query, key, value, found, sliding_window, scaling), None
-    if softcap is not None and branched_flex.serves(query, dropout, softcap=softcap, sinks=s_aux):
+    if branches and softcap is not None and branched_flex.serves(query, dropout, softcap=softcap, sinks=s_aux):
         return branched_flex.attend(query, key, value, found, sliding_window, scaling, softcap), None
 
     # split and cat: with slices, the backward would build a gradient of the whole row for every sequence

@@ -61,11 +61,14 @@ def _compiled() -> Any:
 
 
 @lru_cache(8)
+@torch.inference_mode(False)  # kept for later calls, which may need gradients
 def mask_of(pieces: tuple[Piece, ...], window: int | None, device: torch.device) -> BlockMask:
     """The mask of a row; the layers of a forward ask for the same few."""
     borders = borders_of(pieces, device)
     rows = len(borders.begin)
-    return create_block_mask(visible(borders, window), None, None, rows, rows, device=device)
+    # compiled, it never holds a value for each query and key
+    create = torch.compile(create_block_mask, dynamic=True) if device.type == "cuda" else create_block_mask
+    return create(visible(borders, window), None, None, rows, rows, device=device)
 
 
 def visible(borders: Borders, window: int | None) -> Callable[..., Tensor]:

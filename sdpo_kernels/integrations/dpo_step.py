@@ -55,7 +55,8 @@ def score_pairs(
         without_adapter: score a PEFT model with its adapter off: the reference of a LoRA run.
         ld_alpha: the weight of tokens beyond the pair's shorter answer, for the reference of the loss ld_dpo.
         prefix_sharing: what both answers of a pair begin with goes through the model once; `use_packed_attention` and
-            then `use_shared_prefixes` must have returned None for the model. The values differ by rounding only.
+            then `use_shared_prefixes` must have returned None for the model. The values differ by rounding only,
+            without dropout; with it both answers get the same masks in their prompt.
 
     Raises:
         ValueError: naming the argument, what it was and what it should be.
@@ -132,7 +133,9 @@ def _score(
     end = labels.new_full((len(labels), 1), IGNORE_INDEX)
     targets = torch.cat([labels[:, 1:], end], 1)  # position t predicts token t + 1
     if attention_mask is not None:
-        targets = targets.masked_fill(attention_mask == 0, IGNORE_INDEX)  # padding predicts nothing
+        # padding predicts nothing, and is not predicted
+        padding = attention_mask == 0
+        targets = targets.masked_fill(padding | padding.roll(-1, 1), IGNORE_INDEX)
     rows = ScoredRows.from_labels(targets)
     if bool((rows.counts == 0).any()):
         sequence = int((rows.counts == 0).nonzero()[0])

@@ -118,7 +118,7 @@ def use_shared_prefixes(model: nn.Module, *, only: str | None = None) -> str | N
     try:
         with evaluating(base):
             reason = _probe_branch(base)
-    except (ValueError, RuntimeError, TypeError) as error:
+    except (ValueError, RuntimeError, TypeError, IndexError) as error:
         reason = f"{kind} fails on a row with a branch: {error}"
     if reason is not None:
         base.set_attn_implementation(before)
@@ -138,8 +138,7 @@ def _one_call_serves(base: Any, parameter: Tensor) -> bool:
     text = base.config.get_text_config()
     softcap = getattr(text, "attn_logit_softcapping", None)
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else parameter.dtype
-    like = torch.empty((1, 1, 1, width), dtype=dtype, device=parameter.device)
+    like = torch.empty((1, 1, 1, width), dtype=parameter.dtype, device=parameter.device)
     if any(hasattr(module, "sinks") for module in base.modules()):
         return False
     if softcap is not None:
@@ -148,21 +147,28 @@ def _one_call_serves(base: Any, parameter: Tensor) -> bool:
 
 
 def _probe_branch(base: Any) -> str | None:
-    """What goes wrong with a branch under the current attention, or None."""
+    """What goes wrong with a branch between other sequences and branches, under the current attention, or None."""
     kind, head = type(base).__name__, find_head(base)
     whole, own = _probe_sequences(base)
     shared = len(whole) // 2
     trunk, rest = whole.split([shared, len(whole) - shared])
 
+    # a pair before it, whose trunk is another, and a sequence after it; the probed branch's own rows
+    before, after = [own, whole[2:], whole], [own, whole[:3]]
+    firsts = [0, 2, 0, shared, 0]
+    begin = sum(len(ids) for ids in before)
+    mine = slice(begin, begin + len(own))
+
     alone = _hidden(head, [torch.cat([trunk, own])])[shared:]
-    row = _hidden(head, [whole, own], [0, shared])
-    other = _hidden(head, [torch.cat([trunk, rest.roll(1).flip(0)]), own], [0, shared])
+    row = _hidden(head, [*before, *after], firsts)[mine]
+    moved = [own.flip(0), whole[2:].flip(0), torch.cat([trunk, rest.roll(1).flip(0)])]
+    other = _hidden(head, [*moved, *after], firsts)[mine]
     eps = torch.finfo(_compute_dtype(row)).eps
 
-    leak = _relative(other[len(whole) :], row[len(whole) :])
+    leak = _relative(other, row)
     if not leak <= eps**0.5 / 8:
         return f"another first answer changes the second one's hidden states in {kind} by {leak:.1e} (relative)"
-    change = _relative(row[len(whole) :], alone)
+    change = _relative(row, alone)
     if not change <= eps**0.5:
         return f"{kind} scores a branch differently: its hidden states change by {change:.1e} (relative)"
     return None

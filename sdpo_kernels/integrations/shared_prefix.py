@@ -95,11 +95,20 @@ class SharedBatch(NamedTuple):
 
 
 def share_prefixes(input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None) -> SharedBatch:
-    """The row of a batch [2B, T], chosen half first, padded on either side; waits for the device to read its ids."""
+    """The row of a batch [2B, T], chosen half first, padded on either side; waits for the device to read its ids.
+
+    Raises:
+        ValueError: padding between the tokens of a sequence.
+    """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     held = [t.cpu().numpy() for t in (input_ids, labels, mask.bool())]
     sequences = []
-    for ids, targets, is_token in zip(*held, strict=True):
+    for number, (ids, targets, is_token) in enumerate(zip(*held, strict=True)):
+        if np.count_nonzero(np.diff(is_token)) > 2 or (is_token[0] and is_token[-1] and not is_token.all()):
+            raise ValueError(
+                f"attention_mask: sequence {number} had padding between its tokens, must have it at an end"
+            )
+
         # the last token predicts nothing
         sequences.append((ids[is_token][:-1], targets[is_token][1:]))
     half = len(sequences) // 2

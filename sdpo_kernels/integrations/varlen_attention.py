@@ -32,15 +32,30 @@ class Layout(NamedTuple):
 
 
 def serves(query: Tensor, value: Tensor, dropout: float, *, special: bool) -> bool:
-    """Whether FlashAttention computes it: CUDA, half precision, no dropout, softcap or sinks, heads of one width."""
+    """Whether FlashAttention computes it: CUDA from Ampere on, half precision (its own or autocast's), no dropout,
+    softcap or sinks, heads of one width that 8 divides."""
+    width = query.shape[3]
     return (
         query.is_cuda
         and not special
         and not dropout
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and query.shape[3] == value.shape[3] <= LARGEST_WIDTH
+        and dtype_of(query) in (torch.float16, torch.bfloat16)
+        and width == value.shape[3] <= LARGEST_WIDTH
+        and width % 8 == 0
+        and _is_recent(query.device)
         and _kernel() is not None
     )
+
+
+def dtype_of(query: Tensor) -> torch.dtype:
+    """The dtype it is computed in: under autocast rotary embeddings leave float32 queries beside bfloat16 values."""
+    kind = query.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+
+
+@lru_cache
+def _is_recent(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @lru_cache(1)
@@ -59,7 +74,8 @@ def attend(
 ) -> Tensor:
     """[1, N, heads, D] of query [1, heads, N, D]; key, value: [1, kv_heads, N, D]."""
     layout = layout_of(tuple(pieces), query.device)
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [N, heads, D]
+    dtype = dtype_of(query)
+    q, k, v = (t[0].transpose(0, 1).to(dtype) for t in (query, key, value))  # [N, heads, D]
     if layout.keys is not None:
         k, v = k.index_select(0, layout.keys), v.index_select(0, layout.keys)
 
@@ -69,10 +85,11 @@ def attend(
         q.contiguous(), k.contiguous(), v.contiguous(), layout.cu_seq_q, layout.cu_seq_k, layout.max_q, layout.max_k,
         scale=scaling, window_size=(before, 0), enable_gqa=q.shape[1] != k.shape[1],
     )  # fmt: skip
-    return out[None]
+    return out[None].to(value.dtype)
 
 
 @lru_cache(4)
+@torch.inference_mode(False)  # kept for later calls, which may need gradients
 def layout_of(pieces: tuple[Piece, ...], device: torch.device) -> Layout:
     """The layout of a row; the layers of a forward ask for the same one."""
     rows: list[np.ndarray] = []

@@ -249,7 +249,7 @@ def test_without_a_stash_memory_is_small_and_flat_in_the_vocabulary():
         )  # fmt: skip
         found.append(int(done.stdout))
     assert max(found) < 160e6
-    assert found[1] < 1.1 * found[0] + 16e6  # allocators vary by that much from run to run
+    assert found[1] < 1.1 * found[0] + 32e6  # allocators vary by half of that; logits would take 1e9
 
 
 # --- the pair epilogue ------------------------------------------------------------------------------------------

@@ -167,6 +167,23 @@ def test_the_first_token_of_a_sequence_is_not_scored_from_padding():
     torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("sharing", [False, True])
+def test_labels_on_padding_are_not_scored(sharing):
+    """As with `labels = input_ids.clone()`: the same as with −100 there."""
+    model = attach_fused_head(tiny_model("llama"))
+    assert use_packed_attention(model) is None
+    assert use_shared_prefixes(model) is None
+    ids, _, mask = pairs_with_prompts()
+    found = score_pairs(model, ids, ids, mask, prefix_sharing=sharing)
+    wanted = score_pairs(model, ids, ids.masked_fill(mask == 0, -100), mask)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+
+    mask[0, 2] = 0
+    if sharing:
+        with pytest.raises(ValueError, match="attention_mask: sequence 0 had padding between its tokens"):
+            score_pairs(model, ids, ids, mask, prefix_sharing=True)
+
+
 def test_the_prompt_goes_through_the_model_once():
     ids, labels, mask = pairs_with_prompts()
     model = attach_fused_head(tiny_model("llama"))

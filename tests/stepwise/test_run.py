@@ -210,6 +210,16 @@ def test_a_run_of_an_earlier_version_without_these_counts_goes_on(tmp_path, mode
     assert runs.train(config) == manifest
 
 
+@pytest.mark.parametrize("sharing", ["auto", "off"])
+def test_a_run_of_an_earlier_version_goes_on_with_shared_prompts_or_without(tmp_path, model, sharing):
+    runs.train(runs.configured(tmp_path, model, prefix_sharing="off"))
+    path = tmp_path / "run" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["config"]["prefix_sharing"]
+    path.write_text(json.dumps(manifest))
+    assert runs.train(runs.configured(tmp_path, model, prefix_sharing=sharing))["stages"] == manifest["stages"]
+
+
 def test_evaluations_during_training(tmp_path, model, evaluation):
     """They have TRL's names and are against each stage's reference, so all rewards are 0 before the first step."""
     trainer = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}

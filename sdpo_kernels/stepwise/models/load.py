@@ -89,8 +89,9 @@ def load_model(path: str, config: RunConfig, precision: Precision) -> Loaded:
             logger.warning("prompts go through the model twice, once for each answer: %s", reason)
             shared = False
 
-    # only the package's own attention computes each sequence by itself
-    by_sequence = packed and model.config._attn_implementation == "sdpo_packed"
+    # only the package's own attention computes each sequence by itself, and on CUDA not even that: kernels and products
+    # are chosen by the size of the batch
+    by_sequence = packed and model.config._attn_implementation == "sdpo_packed" and model.device.type == "cpu"
     return Loaded(model if adapter is None else _with_adapter(model, adapter), packed, by_sequence, shared)
 
 

@@ -80,6 +80,8 @@ def refused_settings(data: Record, header: Record) -> list[str]:
     if not started:
         return []
     old, new = with_new_defaults(data.get("config", {})), header["config"]
+    if "prefix_sharing" in new and "prefix_sharing" not in data.get("config", {}):
+        old = old | {"prefix_sharing": new["prefix_sharing"]}  # an earlier version's run goes on either way
 
     # the stages of tiers are not in the file, and those of ranked orders are in another order
     names = [stage["name"] for stage in new["stages"]]
