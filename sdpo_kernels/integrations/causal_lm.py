@@ -82,6 +82,7 @@ def attach_fused_head(model: Model, *, backend: str = "auto", stash_bytes: int |
             shifted), -100 = not scored
         logp_rows: `ScoredRows` of the flattened batch, or None
         logp_outputs: names of `linear_logps`'s further outputs, to be returned with `logps`
+        logp_temperature: divides the logits, 1 by default
 
     and returns `LogpsOutput(logps=[N] fp32)`; the key/value cache is off. If the config of a mixture of experts sets
     `output_router_logits`, the output has `aux_loss` too, as the model's own has. Nothing is added to the model's
@@ -160,15 +161,22 @@ def _make_forward() -> Callable[..., Any]:
         logp_targets: Tensor | None = None,
         logp_rows: ScoredRows | None = None,
         logp_outputs: Sequence[str] = (),
+        logp_temperature: float = 1.0,
         **kwargs: Any,
     ) -> Any:
         if logp_targets is not None:
-            found, aux_loss = _fused_logps(self, args, kwargs, logp_targets, logp_rows, logp_outputs)
+            scoring = {"rows": logp_rows, "outputs": logp_outputs, "temperature": logp_temperature}
+            found, aux_loss = _fused_logps(self, args, kwargs, logp_targets, scoring)
             extras = {name: getattr(found, name) for name in logp_outputs}
             return LogpsOutput(logps=found.logps, **extras, aux_loss=aux_loss)
 
         # without targets it is the model's own forward; a forgotten target must not pass unnoticed
-        for name, given in {"logp_rows": logp_rows is not None, "logp_outputs": bool(logp_outputs)}.items():
+        wrong = {
+            "logp_rows": logp_rows is not None,
+            "logp_outputs": bool(logp_outputs),
+            "logp_temperature": logp_temperature != 1.0,
+        }
+        for name, given in wrong.items():
             if given:
                 raise ValueError(f"{name}: was given without logp_targets, must be given with them")
         previous = _attached(self).previous
@@ -185,7 +193,7 @@ def _extended_signature(forward: Callable[..., Any]) -> inspect.Signature:
     if not parameters or parameters[0].name != "self":  # an instance's own forward is bound; ours is not yet
         parameters.insert(0, inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD))
 
-    defaults: dict[str, Any] = {"logp_targets": None, "logp_rows": None, "logp_outputs": ()}
+    defaults: dict[str, Any] = {"logp_targets": None, "logp_rows": None, "logp_outputs": (), "logp_temperature": 1.0}
     new = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=value) for n, value in defaults.items()]
     last = parameters[-1].kind == inspect.Parameter.VAR_KEYWORD
     return signature.replace(parameters=[*parameters[:-1], *new, parameters[-1]] if last else [*parameters, *new])
@@ -196,10 +204,12 @@ def _fused_logps(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     targets: Tensor,
-    rows: ScoredRows | None,
-    outputs: Sequence[str],
+    scoring: dict[str, Any],
 ) -> tuple[LinearLogps, Tensor | None]:
-    """Body, then the fused head: log-probs [N] fp32, and the router's auxiliary loss if there is one."""
+    """Body, then the fused head: log-probs [N] fp32, and the router's auxiliary loss if there is one.
+
+    `scoring`: which rows, further outputs and temperature, as options of `linear_logps`.
+    """
     fused = _attached(base)
     inputs = _body_inputs(args, kwargs)
     balance = find_router_loss(base, inputs.pop("output_router_logits", None))
@@ -222,7 +232,7 @@ def _fused_logps(
     if head.is_cut:  # sharded by FSDP2, as a group of its own
         from sdpo_kernels.integrations.sharded_head import sharded_head_logps
 
-        return sharded_head_logps(head, flat, on_device, outputs=outputs, rows=rows), aux_loss
+        return sharded_head_logps(head, flat, on_device, **scoring), aux_loss
 
     # with LoRA on the head, its features are additional columns
     rows_in, weight, bias = head.operands(flat)
@@ -233,8 +243,7 @@ def _fused_logps(
         bias=bias,
         logit_scale=head.logit_scale,
         softcap=head.softcap,
-        rows=rows,
-        outputs=outputs,
+        **scoring,
         backend=fused.backend,
         stash_bytes=fused.stash_bytes,
     )
