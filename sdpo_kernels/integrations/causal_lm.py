@@ -171,13 +171,9 @@ def _make_forward() -> Callable[..., Any]:
             return LogpsOutput(logps=found.logps, **extras, aux_loss=aux_loss)
 
         # without targets it is the model's own forward; a forgotten target must not pass unnoticed
-        wrong = {
-            "logp_rows": logp_rows is not None,
-            "logp_outputs": bool(logp_outputs),
-            "logp_temperature": logp_temperature != 1.0,
-        }
-        for name, given in wrong.items():
-            if given:
+        given = (logp_rows is not None, bool(logp_outputs), logp_temperature != 1.0)
+        for name, wrong in zip(("logp_rows", "logp_outputs", "logp_temperature"), given, strict=True):
+            if wrong:
                 raise ValueError(f"{name}: was given without logp_targets, must be given with them")
         previous = _attached(self).previous
         return previous(*args, **kwargs) if previous is not None else type(self).forward(self, *args, **kwargs)
