@@ -27,7 +27,7 @@ from transformers.utils import ModelOutput
 
 from sdpo_kernels.integrations.dropout import disable_dropout
 from sdpo_kernels.integrations.lm_head import LMHead, find_head, hidden_of, unwrap
-from sdpo_kernels.integrations.router_loss import find_router_loss
+from sdpo_kernels.integrations.router_loss import find_router_loss, recorded_router_logits
 from sdpo_kernels.logps import LinearLogps, check_stash_bytes, linear_logps
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
 
@@ -93,7 +93,8 @@ def attach_fused_head(model: Model, *, backend: str = "auto", stash_bytes: int |
 
     Raises:
         ValueError: no head was found, or ZeRO-3 has partitioned it; the model already has a fused head; the auxiliary
-            loss that its config switches on cannot be computed; or a negative stash_bytes.
+            loss that its config switches on cannot be computed (some bodies show it only when `forward` is called); or
+            a negative stash_bytes.
     """
     base = unwrap(model)
     find_head(base)
@@ -232,8 +233,8 @@ def _fused_logps(
         raise ValueError(f"logp_targets: was of shape {was}, must be {wanted}, one target for each hidden state")
 
     aux_loss = None
-    if balance is not None and out.router_logits:
-        aux_loss = balance(out.router_logits, inputs.get("attention_mask"))
+    if balance is not None and (router_logits := recorded_router_logits(base, out)):
+        aux_loss = balance(router_logits, inputs.get("attention_mask"))
 
     flat, on_device = hidden.flatten(0, -2), targets.reshape(-1).to(hidden.device)
     if source is not None:
