@@ -195,7 +195,8 @@ def test_the_head_command_measures_and_writes_its_report(tmp_path, capsys):
         "pairs": 1, "length": 16, "hidden": 32, "vocab": 200, "scored": 0.4, "rows": 12,
         "dtype": "bf16", "device": "cpu",
     }  # fmt: skip
-    assert report["versions"]["torch"] == torch.__version__
+    # a wheel from the registry is called 2.11.0 and calls itself 2.11.0+cu130 once imported
+    assert report["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert report["machine"]["threads"] == 1
     floor, ours = report["results"]
     assert (floor["case"], ours["case"]) == ("gemms", "ours")

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from transformers.utils import ModelOutput
 
 from sdpo_kernels.integrations.dropout import disable_dropout
 from sdpo_kernels.integrations.lm_head import LMHead, find_head, hidden_of, unwrap
-from sdpo_kernels.integrations.router_loss import find_router_loss
+from sdpo_kernels.integrations.router_loss import find_router_loss, recorded_router_logits
 from sdpo_kernels.logps import LinearLogps, check_stash_bytes, linear_logps
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
 
@@ -83,6 +83,7 @@ def attach_fused_head(model: Model, *, backend: str = "auto", stash_bytes: int |
             then, as are the results; in any order, and a place once for each of its targets
         logp_rows: `ScoredRows` of the flattened batch (with logp_source, of the M), or None
         logp_outputs: names of `linear_logps`'s further outputs, to be returned with `logps`
+        logp_temperature: divides the logits, 1 by default
 
     and returns `LogpsOutput(logps=[N] fp32)`; the key/value cache is off. If the config of a mixture of experts sets
     `output_router_logits`, the output has `aux_loss` too, as the model's own has. Nothing is added to the model's
@@ -92,7 +93,8 @@ def attach_fused_head(model: Model, *, backend: str = "auto", stash_bytes: int |
 
     Raises:
         ValueError: no head was found, or ZeRO-3 has partitioned it; the model already has a fused head; the auxiliary
-            loss that its config switches on cannot be computed; or a negative stash_bytes.
+            loss that its config switches on cannot be computed (some bodies show it only when `forward` is called); or
+            a negative stash_bytes.
     """
     base = unwrap(model)
     find_head(base)
@@ -162,20 +164,23 @@ def _make_forward() -> Callable[..., Any]:
         logp_source: Tensor | None = None,
         logp_rows: ScoredRows | None = None,
         logp_outputs: Sequence[str] = (),
+        logp_temperature: float = 1.0,
         **kwargs: Any,
     ) -> Any:
         if logp_targets is not None:
-            found, aux_loss = _fused_logps(self, args, kwargs, logp_targets, logp_source, logp_rows, logp_outputs)
+            scoring = _Scoring(logp_targets, logp_source, logp_rows, logp_outputs, logp_temperature)
+            found, aux_loss = _fused_logps(self, args, kwargs, scoring)
             extras = {name: getattr(found, name) for name in logp_outputs}
             return LogpsOutput(logps=found.logps, **extras, aux_loss=aux_loss)
 
         # without targets it is the model's own forward; a forgotten target must not pass unnoticed
         for name, given in {
-            "logp_source": logp_source,
-            "logp_rows": logp_rows,
-            "logp_outputs": logp_outputs or None,
+            "logp_source": logp_source is not None,
+            "logp_rows": logp_rows is not None,
+            "logp_outputs": bool(logp_outputs),
+            "logp_temperature": logp_temperature != 1.0,
         }.items():
-            if given is not None:
+            if given:
                 raise ValueError(f"{name}: was given without logp_targets, must be given with them")
         previous = _attached(self).previous
         return previous(*args, **kwargs) if previous is not None else type(self).forward(self, *args, **kwargs)
@@ -191,20 +196,25 @@ def _extended_signature(forward: Callable[..., Any]) -> inspect.Signature:
     if not parameters or parameters[0].name != "self":  # an instance's own forward is bound; ours is not yet
         parameters.insert(0, inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD))
 
-    defaults: dict[str, Any] = {"logp_targets": None, "logp_source": None, "logp_rows": None, "logp_outputs": ()}
+    defaults: dict[str, Any] = {"logp_targets": None, "logp_source": None, "logp_rows": None}
+    defaults |= {"logp_outputs": (), "logp_temperature": 1.0}
     new = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=value) for n, value in defaults.items()]
     last = parameters[-1].kind == inspect.Parameter.VAR_KEYWORD
     return signature.replace(parameters=[*parameters[:-1], *new, parameters[-1]] if last else [*parameters, *new])
 
 
+class _Scoring(NamedTuple):
+    """What `forward` is asked to score: its own keywords, without their prefix."""
+
+    targets: Tensor
+    source: Tensor | None
+    rows: ScoredRows | None
+    outputs: Sequence[str]
+    temperature: float
+
+
 def _fused_logps(
-    base: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    targets: Tensor,
-    source: Tensor | None,
-    rows: ScoredRows | None,
-    outputs: Sequence[str],
+    base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], scoring: _Scoring
 ) -> tuple[LinearLogps, Tensor | None]:
     """Body, then the fused head: log-probs [N] fp32, and the router's auxiliary loss if there is one."""
     fused = _attached(base)
@@ -217,21 +227,27 @@ def _fused_logps(
     head = find_head(base)
     out = head.body(**inputs)
     hidden = hidden_of(out)  # [B, T, H]
+    source, targets = scoring.source, scoring.targets
     wanted, was = list(hidden.shape[:-1] if source is None else source.shape), list(targets.shape)
     if was != wanted:
         raise ValueError(f"logp_targets: was of shape {was}, must be {wanted}, one target for each hidden state")
 
     aux_loss = None
-    if balance is not None and out.router_logits:
-        aux_loss = balance(out.router_logits, inputs.get("attention_mask"))
+    if balance is not None and (router_logits := recorded_router_logits(base, out)):
+        aux_loss = balance(router_logits, inputs.get("attention_mask"))
 
     flat, on_device = hidden.flatten(0, -2), targets.reshape(-1).to(hidden.device)
     if source is not None:
         flat = flat.index_select(0, source.to(hidden.device))
+    options: dict[str, Any] = {
+        "rows": scoring.rows,
+        "outputs": scoring.outputs,
+        "temperature": scoring.temperature,
+    }
     if head.is_cut:  # sharded by FSDP2, as a group of its own
         from sdpo_kernels.integrations.sharded_head import sharded_head_logps
 
-        return sharded_head_logps(head, flat, on_device, outputs=outputs, rows=rows), aux_loss
+        return sharded_head_logps(head, flat, on_device, **options), aux_loss
 
     # with LoRA on the head, its features are additional columns
     rows_in, weight, bias = head.operands(flat)
@@ -242,8 +258,7 @@ def _fused_logps(
         bias=bias,
         logit_scale=head.logit_scale,
         softcap=head.softcap,
-        rows=rows,
-        outputs=outputs,
+        **options,
         backend=fused.backend,
         stash_bytes=fused.stash_bytes,
     )

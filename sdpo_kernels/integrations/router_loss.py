@@ -13,6 +13,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 from torch import Tensor, nn
@@ -61,6 +62,22 @@ def find_router_loss(model: nn.Module, wanted: bool | None = None) -> RouterLoss
             "router takes other arguments than those known here"
         )
     return RouterLoss(function, n_experts, n_chosen, router_coefficient(base))
+
+
+def recorded_router_logits(model: nn.Module, out: Any) -> tuple[Tensor, ...]:
+    """The router logits of each layer in `out`, the body's output; empty if no layer has a router.
+
+    Raises:
+        ValueError: the body returned none, as all of GraniteMoe's with transformers 5.17: the loss would silently lack
+            what the config asks for.
+    """
+    found = getattr(out, "router_logits", None)
+    if found is None:
+        raise ValueError(
+            f"config.output_router_logits: was true, must be false for a {type(model).__name__} of transformers "
+            f"{version('transformers')}, which returns no router logits; other versions of transformers may return them"
+        )
+    return found
 
 
 def router_coefficient(model: nn.Module) -> float:

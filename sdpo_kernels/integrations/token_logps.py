@@ -30,7 +30,13 @@ class TokenLogps(NamedTuple):
 
 
 def token_logps(
-    model: nn.Module, labels: Tensor, *, shifted: bool = False, outputs: Sequence[str] = (), **inputs: Any
+    model: nn.Module,
+    labels: Tensor,
+    *,
+    shifted: bool = False,
+    outputs: Sequence[str] = (),
+    temperature: float = 1.0,
+    **inputs: Any,
 ) -> TokenLogps:
     """Log-probs of the labelled tokens, by the fused head: only scored rows reach it, and no logits exist.
 
@@ -43,6 +49,7 @@ def token_logps(
         shifted: False: `labels[:, t]` is the token at position t, as transformers has them. True: it is the token
             that position t predicts. Either way the results are at the position that predicts.
         outputs: further results a token: names from entropy, log_sum_sq_probs, mean_logits, is_top1.
+        temperature: divides the logits, so that `logps` and `outputs` are those of the scaled distribution.
         inputs: the model's own arguments: input_ids or inputs_embeds, attention_mask, position_ids, …
 
     Raises:
@@ -59,8 +66,9 @@ def token_logps(
 
     given = {name: value for name, value in inputs.items() if name not in ("use_cache", "return_dict")}
     out = model(
-        **given, use_cache=False, logp_targets=targets, logp_rows=ScoredRows.from_labels(targets), logp_outputs=outputs
-    )
+        **given, use_cache=False, logp_targets=targets, logp_rows=ScoredRows.from_labels(targets),
+        logp_outputs=outputs, logp_temperature=temperature,
+    )  # fmt: skip
 
     extras = {name: getattr(out, name).view(targets.shape) for name in outputs}
     if out.aux_loss is not None:

@@ -153,7 +153,8 @@ def test_the_signature_names_the_new_keywords() -> None:
     """Trainer drops columns that are not in this signature, and generate() checks its arguments with it."""
     plain = list(inspect.signature(tiny_model("llama").forward).parameters)
     names = list(inspect.signature(still("llama").forward).parameters)
-    assert names == [*plain[:-1], "logp_targets", "logp_source", "logp_rows", "logp_outputs", plain[-1]]
+    new = ["logp_targets", "logp_source", "logp_rows", "logp_outputs", "logp_temperature"]
+    assert names == [*plain[:-1], *new, plain[-1]]
     assert names[0] == "input_ids"
 
 
@@ -162,6 +163,8 @@ def test_wrong_calls_are_refused() -> None:
     rows = ScoredRows.from_labels(TARGETS)
     with pytest.raises(ValueError, match="logp_outputs: was given without logp_targets"):
         model(**INPUTS, logp_outputs=("entropy",))
+    with pytest.raises(ValueError, match="logp_temperature: was given without logp_targets"):
+        model(**INPUTS, logp_temperature=0.5)
     with pytest.raises(ValueError, match="logp_rows: was given without logp_targets"):
         model(**INPUTS, logp_rows=rows)
     with pytest.raises(ValueError, match="labels: was given with logp_targets"):

@@ -18,7 +18,9 @@ from sdpo_kernels.integrations.router_loss import find_router_loss, router_coeff
 from tests.integrations.test_dpo_step import batch
 from tests.integrations.tiny_models import CONFIGS, packed, padded, sequences, tiny_model
 
-MIXTURES = ["mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "olmoe"]
+RELEASE = tuple(int(part) for part in tf.__version__.split(".")[:2])
+NOT_RECORDED = pytest.mark.skipif(RELEASE < (5, 18), reason="GraniteMoe returns no router logits in transformers 5.17")
+MIXTURES = ["mixtral", "qwen3_moe", "gpt_oss", pytest.param("granitemoe", marks=NOT_RECORDED), "olmoe"]
 
 
 def mixture(family, **overrides):
@@ -92,6 +94,24 @@ def test_without_the_switch_there_is_none(family):
     assert model(**inputs, output_router_logits=True).aux_loss > 1  # as in the model's own forward
     assert attach_fused_head(mixture(family))(**inputs, output_router_logits=False).aux_loss is None
     assert dpo_step(model, *batch(), ref_logps=torch.zeros(4)).aux_loss is None
+
+
+def test_a_body_that_returns_no_router_logits_is_refused():
+    """As GraniteMoe's of transformers 5.17, whose own loss then lacks the term without a word."""
+    model = attach_fused_head(mixture("granitemoe"))
+    model.model.register_forward_hook(lambda _body, _args, out: out.__setitem__("router_logits", None))
+    inputs = packed(sequences(9))
+    wanted = (
+        rf"config\.output_router_logits: was true, must be false for a GraniteMoeForCausalLM of .* {tf.__version__}"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        model(**inputs)
+    assert model(**inputs, output_router_logits=False).aux_loss is None
+
+
+def test_layers_without_a_router_have_no_auxiliary_loss():
+    model = attach_fused_head(mixture("qwen3_moe", mlp_only_layers=[0, 1]))
+    assert model(**packed(sequences(9))).aux_loss is None
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])

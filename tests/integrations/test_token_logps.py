@@ -74,6 +74,30 @@ def test_extras_are_at_the_position_that_predicts_and_zero_elsewhere():
         torch.testing.assert_close(found.double(), wanted[name].masked_fill(~scored, 0.0), rtol=1e-5, atol=1e-5)
 
 
+def test_the_temperature_divides_the_logits_of_log_probs_and_extras():
+    twin = tiny_model("gemma2")  # with a softcap, which comes before the temperature
+    model = attach_fused_head(copy.deepcopy(twin))
+    ids, labels, mask = batch()
+    _, targets, logits = own_logps(twin, ids, labels, mask)
+    own = (logits / 0.7).log_softmax(-1)
+    wanted = own.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    entropy = -(own.exp() * own).sum(-1)
+
+    found, scored, extras = token_logps(
+        model, labels, outputs=("entropy",), temperature=0.7, input_ids=ids, attention_mask=mask
+    )
+    torch.testing.assert_close(found.double(), wanted.masked_fill(~scored, 0.0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(extras["entropy"].double(), entropy.masked_fill(~scored, 0.0), rtol=1e-5, atol=1e-5)
+
+    found.sum().backward()
+    wanted.masked_fill(~scored, 0.0).sum().backward()
+    got, own_gradient = model.lm_head.weight.grad, twin.lm_head.weight.grad
+    torch.testing.assert_close(got, own_gradient, rtol=2e-3, atol=2e-5 * float(own_gradient.abs().max()))
+
+    with pytest.raises(ValueError, match="temperature: was 0"):
+        token_logps(model, labels, temperature=0.0, input_ids=ids, attention_mask=mask)
+
+
 def test_the_routers_auxiliary_loss_is_an_extra_with_the_models_own_value():
     twin = tiny_model("mixtral", output_router_logits=True)
     model = attach_fused_head(copy.deepcopy(twin))

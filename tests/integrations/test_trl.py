@@ -1,18 +1,16 @@
-"""The patch against TRL itself: its function with every argument, and its trainers step by step."""
+"""The patch against the function of TRL 1.15 and later, with every argument. Its trainers: test_trl_trainers.py."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
-from sdpo_kernels.integrations.trl import EXTRAS, FusedHead, patch
+from sdpo_kernels.backends.base import EXTRAS
+from sdpo_kernels.integrations.trl import FusedHead, patch
 from tests.reference import extras_of, logits_of, target_logps
-from tests.stepwise.runs import make_model, make_rows, make_tokenizer
 
 seam = pytest.importorskip("trl.kernels.chunked_logprob", reason="TRL is not importable (make bench-env installs it)")
 
@@ -178,117 +176,3 @@ def test_torch_compile_uses_ours():
         off.append((answer.double() - right).abs().max().item())
     assert off[0] < 1e-5
     assert off[1] > 1e-3  # TRL's own
-
-
-def rows_for(trainer):
-    rows = make_rows(12, seed=1)
-    if trainer == "SFT":
-        return [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
-    if trainer == "KTO":
-        answers = [row["chosen"] if i % 2 else row["rejected"] for i, row in enumerate(rows)]
-        labels = [bool(i % 2) for i in range(len(rows))]
-        return [
-            {"prompt": r["prompt"], "completion": a, "label": y} for r, a, y in zip(rows, answers, labels, strict=True)
-        ]
-    return rows if trainer == "DPO" else [{"prompt": row["prompt"]} for row in rows]
-
-
-def lengths(completions, **_):
-    """A reward: the longer the better."""
-    return [float(len(completion)) for completion in completions]
-
-
-def train(trainer, folder: Path, patched, **options):
-    """Three steps of TRL's own trainer; log, gradients of every step, final weights."""
-    import trl
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
-
-    set_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(make_model(folder / "model"), dtype=torch.float32)
-    online = trainer in ("GRPO", "RLOO")
-    settings = {
-        "per_device_train_batch_size": 4, "learning_rate": 1e-2, "max_steps": 3, "logging_steps": 1, "use_cpu": True,
-        "bf16": False, "report_to": "none", "disable_tqdm": True, "save_strategy": "no",
-        "gradient_checkpointing": False,
-    }  # fmt: skip
-    settings |= {"num_generations": 2, "max_completion_length": 6, "beta": 0.04} if online else {}
-    gradients = []
-
-    class Recorder(TrainerCallback):
-        def on_pre_optimizer_step(self, *args, model: nn.Module, **kwargs):
-            gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-
-    with patch() if patched else contextlib.nullcontext():
-        made = getattr(trl, f"{trainer}Trainer")(
-            model=model, args=getattr(trl, f"{trainer}Config")(output_dir=str(folder), **settings | options),
-            train_dataset=Dataset.from_list(rows_for(trainer)),
-            processing_class=make_tokenizer(**{"padding_side": "left"} if online else {}),
-            callbacks=[Recorder()], **{"reward_funcs": lengths} if online else {},
-        )  # fmt: skip
-        made.train()
-    return made.state.log_history, gradients, dict(model.named_parameters())
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """How often our function was called."""
-    counted = []
-    apply = FusedHead.apply
-
-    def counting(self, *args, **options):
-        counted.append(args)
-        return apply(self, *args, **options)
-
-    monkeypatch.setattr(FusedHead, "apply", counting)
-    return counted
-
-
-@pytest.mark.parametrize(
-    ("trainer", "options"),
-    [
-        ("DPO", {}),
-        ("DPO", {"use_weighting": True, "precompute_ref_log_probs": True}),
-        ("DPO", {"loss_type": ["ipo"], "gradient_accumulation_steps": 2}),
-        ("SFT", {}),
-        ("KTO", {}),
-        ("GRPO", {"temperature": 0.8, "entropy_coef": 0.01}),
-        ("GRPO", {"cast_lm_head_to_fp32": True}),
-        ("RLOO", {}),
-    ],
-    ids=str,
-)
-def test_trls_trainers_step_for_step(trainer, options, tmp_path, calls):
-    theirs = train(trainer, tmp_path / "theirs", False, **options)
-    assert not calls
-    mine = train(trainer, tmp_path / "mine", True, **options)
-    assert len(calls) >= 3
-    assert len(mine[0]) == len(theirs[0]) == 4  # three steps and the summary
-    for step, (logged, right) in enumerate(zip(mine[0], theirs[0], strict=True)):
-        assert logged.keys() == right.keys()
-        for name, value in right.items():
-            if not any(word in name for word in ("runtime", "per_second", "step_time")):
-                assert logged[name] == pytest.approx(value, rel=2e-5, abs=2e-6), (step, name)
-    for step, (grads, right) in enumerate(zip(mine[1], theirs[1], strict=True)):
-        assert grads.keys() == right.keys()
-        for name, grad in right.items():
-            assert (grads[name] - grad).abs().max() <= 2e-5 * max(1.0, grad.abs().max().item()), (step, name)
-    for name, weight in theirs[2].items():
-        assert (mine[2][name] - weight).abs().max() < 1e-5, name
-
-
-def test_a_batch_without_a_scored_token_does_not_stop_training(tmp_path):
-    from transformers import AutoModelForCausalLM
-    from trl.trainer.utils import add_fused_lm_head
-
-    def run(patched):
-        model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "model"))
-        add_fused_lm_head(model, outputs=NAMES)
-        ids = torch.arange(4, 12).reshape(2, 4)
-        with patch() if patched else contextlib.nullcontext():
-            out = model(input_ids=ids, labels=torch.full_like(ids, -100), fused_lm_head=True)
-            out.loss.backward()
-        assert out.loss == 0
-        return model.lm_head.weight.grad
-
-    assert torch.equal(run(True), run(False))

@@ -25,6 +25,11 @@ _COMMON: dict[str, Any] = {
 }
 _HALF: dict[str, Any] = {"head_dim": 8}
 _SLIDE: dict[str, Any] = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+# Gemma 3 turns by its own angles in each type of layer; transformers 5.17 takes them in no other form
+_TWO_ROPES: dict[str, Any] = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+}
 _EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "router_jitter_noise": 0.0}
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -32,7 +37,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", _COMMON | {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 4}),
     "qwen3": ("Qwen3", _COMMON | _HALF),
     "gemma2": ("Gemma2", _COMMON | _HALF | _SLIDE | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
-    "gemma3": ("Gemma3Text", _COMMON | _HALF | _SLIDE | {"final_logit_softcapping": 3.0}),
+    "gemma3": (
+        "Gemma3Text",
+        _COMMON | _HALF | _SLIDE | {"final_logit_softcapping": 3.0, "rope_parameters": _TWO_ROPES},
+    ),
     "mistral": ("Mistral", _COMMON | {"sliding_window": 4}),
     "gpt2": (
         "GPT2",

@@ -39,6 +39,9 @@ def main(monkeypatch, capsys):
 
 def test_train_from_the_command_line(main, tmp_path, model):
     """In a real process: nothing on stderr, plain lines on stdout."""
+    pytest.importorskip(
+        "datasets", reason="datasets is not installed, and the command asks for the whole extra `train`"
+    )
     path = runs.write_settings(tmp_path, model)
     settings = ("beta=0.3", "stages.0.epochs=2")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -57,6 +57,11 @@ def training_arguments(config: RunConfig, stage: StageConfig, work: Path, tensor
     if args.n_gpu > 1:
         args._n_gpu = 1
 
+    # several ranks on the CPU have the devices cpu:0 and cpu:1, but torch.load knows only cpu: with transformers 5.17
+    # they could not resume
+    if args.device.type == "cpu":
+        args._setup_devices = torch.device("cpu")
+
     # DDP broadcasts buffers once per forward; with different numbers of groups per batch, ranks would deadlock
     if args.ddp_broadcast_buffers is None:
         args.ddp_broadcast_buffers = False

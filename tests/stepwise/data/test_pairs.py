@@ -4,7 +4,6 @@ import gzip
 import json
 from pathlib import Path
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -358,11 +357,16 @@ def test_a_wrong_score_is_a_bad_row(extra, problem):
     assert refusal(write_lines({**PLAIN, **extra}), score_column="s").startswith(f"d.jsonl:1: {problem}")
 
 
+@pytest.fixture
+def datasets():
+    return pytest.importorskip("datasets", reason="datasets is not installed: it loads from the Hub")
+
+
 @pytest.mark.parametrize(
     ("source", "name", "split"),
     [("org/name", "org/name", "train"), ("org/name:test", "org/name", "test"), ("o/n:train[:2]", "o/n", "train[:2]")],
 )
-def test_a_hub_dataset(monkeypatch, source, name, split):
+def test_a_hub_dataset(monkeypatch, datasets, source, name, split):
     asked = []
 
     def load_dataset(path, split):
@@ -375,7 +379,7 @@ def test_a_hub_dataset(monkeypatch, source, name, split):
     assert pair == Pair([USER], [BLUE], [RED], f"{source}:row 1")
 
 
-def test_a_hub_dataset_that_cannot_be_loaded(monkeypatch):
+def test_a_hub_dataset_that_cannot_be_loaded(monkeypatch, datasets):
     def load_dataset(path, split):
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'org/name' doesn't exist on the Hub\nor is private")
 
@@ -477,6 +481,7 @@ def test_parquet_gives_the_pairs_that_json_lines_give(writer, tmp_path):
     if writer == "pyarrow":
         pq.write_table(pa.Table.from_pylist(rows), "d.parquet")
     else:
+        datasets = pytest.importorskip("datasets", reason="datasets is not installed: it writes this file")
         stored = datasets.Dataset.from_list(rows)
         if writer == "datasets from JSON":
             stored = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "c"))

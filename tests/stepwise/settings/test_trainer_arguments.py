@@ -53,6 +53,20 @@ def test_several_ranks_without_an_accelerator_use_the_cpu(tmp_path, model, monke
         assert calls[-1].get("use_cpu") == wanted
 
 
+def test_the_device_of_a_rank_on_the_cpu_has_no_number(tmp_path, model, monkeypatch):
+    """accelerate numbers it by the rank, and torch.load cannot load an optimizer's state to cpu:1."""
+
+    def numbered(**given):
+        args = _build(given)
+        args._setup_devices = torch.device("cpu", 1)
+        return args
+
+    monkeypatch.setattr(arguments_module, "TrainingArguments", numbered)
+    device = arguments(tmp_path, model).device
+    torch.save(torch.ones(1), tmp_path / "state")
+    assert (device.type, torch.load(tmp_path / "state", map_location=device).item()) == ("cpu", 1)
+
+
 def _build(given: dict) -> TrainingArguments:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORLD_SIZE", "1")

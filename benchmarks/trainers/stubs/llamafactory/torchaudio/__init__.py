@@ -1,0 +1,1 @@
+"""A stub: LLaMA-Factory imports torchaudio at its top and uses it for audio only."""

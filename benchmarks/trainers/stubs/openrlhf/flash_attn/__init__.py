@@ -1,0 +1,1 @@
+"""Only what OpenRLHF imports at its top, for packed samples: flash-attn itself needs CUDA."""
