@@ -24,7 +24,12 @@ ARM_RUN ?= qemu-aarch64
 OLD_TORCH ?= 2.10.0 2.11.0
 OLD_TRITON ?= 3.6.0 3.7.1
 
-.PHONY: help demo picture screenshots test lint bench bench-env trainers sanitize clang arm old-torch old-triton wheel clean
+PYTHON_OLDEST ?= python3.12
+OLDEST := build/oldest
+TESTS ?= tests
+
+.PHONY: help demo picture screenshots test lint bench bench-env trainers sanitize clang arm old-torch old-triton oldest \
+	wheel clean
 
 demo: $(VENV)/.installed  ## train and compare SFT, DPO and stepwise DPO
 	$(BIN)/python -m examples.demo.run --output $(DEMO_OUTPUT)
@@ -91,6 +96,16 @@ old-triton: $(VENV)/.installed  ## compile the Triton kernels with older version
 		PYTHONPATH=$$folder:. TRITON_CACHE_DIR=$$folder/cache $(BIN)/python -m pytest -q -p no:cacheprovider \
 			tests/backends/test_triton_compiles.py || exit 1; \
 	done
+
+# the library is the one of .venv, which serves every torch. A folder of tests: make oldest TESTS=tests/backends
+oldest: $(VENV)/.installed $(OLDEST)/.installed  ## run the tests with the oldest packages, those of tests/oldest.txt
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n 2 --dist loadgroup -p no:cacheprovider $(TESTS)
+
+# downloads torch's wheel of 530 MB, without its CUDA packages
+$(OLDEST)/.installed: tests/oldest.txt tests/oldest.py pyproject.toml
+	test -x $(OLDEST)/bin/python || $(PYTHON_OLDEST) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m tests.oldest
+	touch $@
 
 # rewritten only when it changes: a different TORCH reinstalls, the same one does not
 $(CONSTRAINTS): FORCE

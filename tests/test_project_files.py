@@ -96,6 +96,19 @@ def test_constraints_pin_each_package_once_for_each_python(python):
         assert SpecifierSet(wanted.get(pin.name, "")).contains(exact.version), pin
 
 
+def test_the_oldest_stack_is_one_that_is_promised():
+    """Of transformers it is the very oldest; what make oldest installs is read from both files."""
+    lines = (ROOT / "tests/oldest.txt").read_text(encoding="utf-8").splitlines()
+    pins = {pin.name: pin.specifier for line in lines if not line.startswith("#") for pin in [Requirement(line)]}
+    assert pins.keys() == {"torch", "triton", "transformers", "numpy"}
+    (training,) = re.findall(r'^train = \[\n    "transformers>=([\d.]+)"', PYPROJECT, re.M)
+    assert str(pins["transformers"]) == f"=={training}.0"
+    (torch,) = re.findall(r'"torch(>=[\d.]+)"', PYPROJECT)
+    assert SpecifierSet(torch).contains(str(pins["torch"]).removeprefix("=="))
+    (python,) = re.findall(r"^PYTHON_OLDEST \?= python([\d.]+)$", MAKEFILE, re.M)
+    assert python in PYTHONS
+
+
 # ---- Python 3.10 ----
 
 

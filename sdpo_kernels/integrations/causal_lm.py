@@ -93,8 +93,7 @@ def attach_fused_head(model: Model, *, backend: str = "auto", stash_bytes: int |
 
     Raises:
         ValueError: no head was found, or ZeRO-3 has partitioned it; the model already has a fused head; the auxiliary
-            loss that its config switches on cannot be computed (some bodies show it only when `forward` is called); or
-            a negative stash_bytes.
+            loss that its config switches on cannot be computed; or a negative stash_bytes.
     """
     base = unwrap(model)
     find_head(base)

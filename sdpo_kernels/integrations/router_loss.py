@@ -43,7 +43,7 @@ def find_router_loss(model: nn.Module, wanted: bool | None = None) -> RouterLoss
     """The auxiliary loss of `model`; None if it has none, or if `wanted` (None: its config) switches it off.
 
     Raises:
-        ValueError: it is switched on, and the model's own loss cannot be called.
+        ValueError: it is switched on, and the model's own loss cannot be called or is not given the router logits.
     """
     base = unwrap(model)
     text: Any = base.config.get_text_config()  # type: ignore[union-attr, operator]
@@ -61,6 +61,11 @@ def find_router_loss(model: nn.Module, wanted: bool | None = None) -> RouterLoss
             f"config.output_router_logits: was true, must be false for a {kind.__name__}, whose auxiliary loss of the "
             "router takes other arguments than those known here"
         )
+
+    # what each transformers model of `base` records of its layers; older code has no such list and appends to a tuple
+    recorded = [names for module in base.modules() if (names := getattr(module, "_can_record_outputs", None))]
+    if recorded and not any("router_logits" in names for names in recorded):
+        raise _not_returned(base)
     return RouterLoss(function, n_experts, n_chosen, router_coefficient(base))
 
 
@@ -68,16 +73,20 @@ def recorded_router_logits(model: nn.Module, out: Any) -> tuple[Tensor, ...]:
     """The router logits of each layer in `out`, the body's output; empty if no layer has a router.
 
     Raises:
-        ValueError: the body returned none, as all of GraniteMoe's with transformers 5.17: the loss would silently lack
-            what the config asks for.
+        ValueError: the body returned none, so the loss would silently lack what the config asks for.
     """
     found = getattr(out, "router_logits", None)
     if found is None:
-        raise ValueError(
-            f"config.output_router_logits: was true, must be false for a {type(model).__name__} of transformers "
-            f"{version('transformers')}, which returns no router logits; other versions of transformers may return them"
-        )
+        raise _not_returned(unwrap(model))
     return found
+
+
+def _not_returned(base: nn.Module) -> ValueError:
+    """GraniteMoe's models and DBRX of transformers 5.17 compute router logits and return none of them."""
+    return ValueError(
+        f"config.output_router_logits: was true, must be false for a {type(base).__name__} of transformers "
+        f"{version('transformers')}, which returns no router logits; other versions of transformers may return them"
+    )
 
 
 def router_coefficient(model: nn.Module) -> float:
