@@ -2,15 +2,19 @@
 
     python -m benchmarks.trainers llamafactory
 
-After the timed run the adapter's way also checks CASES, two steps each: losses and logged metrics must be stock's.
+After the timed run the adapter's way also checks CASES, three steps each, whose losses and logged figures must be
+stock's, and its command in two processes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +59,7 @@ def main() -> None:
     if adapted:
         for case in CASES:
             check(case, options)
+        check_command(options, recorder.losses)
     recorder.write(options, ["llamafactory", "transformers", "trl"], replaced)
 
 
@@ -175,6 +180,33 @@ def check(case: str, options: argparse.Namespace) -> None:
         print(f"{case}: {len(pairs)} figures, the largest deviation {deviation:.1e} ({name})", flush=True)
         if not deviation < largest:
             raise RuntimeError(f"{case}: {name} differs by {deviation:.1e}, must be below {largest:.0e}")
+
+
+def check_command(options: argparse.Namespace, losses: list[float]) -> None:
+    """Two steps by the adapter's command, which starts two processes by torchrun: the losses of one process."""
+    run_file = options.output / "run.yaml"
+    half = {"per_device_train_batch_size": PAIRS_A_STEP // 2, "max_steps": 2}
+    run_file.write_text(json.dumps(settings(options) | half), encoding="utf-8")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        [sys.executable, "-m", "sdpo_kernels.integrations.llamafactory", "train", str(run_file)],
+        env=os.environ | {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "PATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    print(done.stdout, flush=True)
+    done.check_returncode()
+
+    # the command's own process, and those of torchrun
+    patched = done.stdout.count("scores tokens without logits")
+    state = json.loads((options.output / "trained/trainer_state.json").read_text(encoding="utf-8"))
+    found = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    deviation = max(abs(a - b) for a, b in zip(found, losses[:2], strict=True))
+    print(f"the command: the largest deviation {deviation:.1e} (loss)", flush=True)
+    if patched != 3 or "keeps its own way" in done.stdout or not deviation < LARGEST_DEVIATION:
+        raise RuntimeError(f"the command: {patched} processes patched, must be 3; losses {found}, must be {losses[:2]}")
 
 
 if __name__ == "__main__":

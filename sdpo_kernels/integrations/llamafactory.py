@@ -130,8 +130,8 @@ def _attaching(original: Method, attach: Callable[[Any], Any]) -> Method:
                 if each is not None and not is_attached(each):
                     attached.append(attach(each))
         except ValueError as error:
-            self.kept_logits = str(error)
-            _warn_once(self.kept_logits)
+            self._sdpo_reason = str(error)
+            _warn_once(self._sdpo_reason)
             for each in attached:
                 detach_fused_head(each)
         original(self, model, ref_model, *args, **kwargs)
@@ -204,7 +204,7 @@ def _keeps_logits(trainer: Any, model: Any, batch: Any, known: set[str]) -> bool
     other = sorted(set(batch) - known)
     if not is_attached(model):
         hidden = f"model: was a {type(model).__name__} without a fused head: made before patch(), or wrapped by FSDP1"
-        _warn_once(getattr(trainer, "kept_logits", hidden))
+        _warn_once(getattr(trainer, "_sdpo_reason", hidden))
     elif other:
         _warn_once(f"batch: had {', '.join(other)}, must have text only")
     else:
