@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.trainers.openrlhf_checks import check_actor
 from benchmarks.trainers.problem import PAIRS_A_STEP
 from benchmarks.trainers.recorder import Recorder, parse_options
 
@@ -43,6 +44,8 @@ def main() -> None:
     expected = 2 * options.steps if options.way == "stock" else 0
     if len(heads) != expected:
         raise RuntimeError(f"lm_head was called {len(heads)} times, must be {expected}")
+    if options.way == "adapter":
+        check_actor(options.output / "tiny")
     recorder.write(options, ["openrlhf", "deepspeed", "transformers"], replaced)
 
 
@@ -64,10 +67,13 @@ def arguments(problem: Path, output: Path, steps: int) -> list[str]:
 
 def run_on_the_cpu(extensions: Path) -> None:
     """What a launcher sets, for one process, and a CPU in the place of CUDA."""
+    # a killed run leaves its lock, for which the next one would wait for ever
+    for lock in extensions.glob("*/lock"):
+        lock.unlink()
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29577",
+        "MASTER_PORT": "0",
         "TORCH_EXTENSIONS_DIR": str(extensions.resolve()),
     }
     # one function for each: torch.compile refuses two names of one

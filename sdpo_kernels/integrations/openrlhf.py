@@ -213,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # DeepSpeed's launcher puts --local_rank=0 before the command
     command = next((word for word in arguments if not word.startswith("-")), None)
     if command not in COMMANDS:
-        raise SystemExit(f"sdpo_kernels.integrations.openrlhf: was {command}, must be {' or '.join(COMMANDS)}")
+        raise SystemExit(f"command: was {command!r}, must be {' or '.join(COMMANDS)}")
     arguments.remove(command)
 
     if os.environ.get("RANK", "0") == "0":
