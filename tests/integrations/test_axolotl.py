@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from enum import Enum
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -81,6 +82,11 @@ def test_axolotl_finds_the_plugins_own_keys(plugin):
     keys = getattr(sys.modules[module], name)
     assert keys().model_dump() == {"fused_head_backend": "auto", "fused_head_stash_bytes": "auto"}
     assert keys(fused_head_stash_bytes=0).fused_head_stash_bytes == 0
+
+
+def test_the_page_has_the_plugins_name(plugin):
+    page = (Path(__file__).resolve().parents[2] / "docs/integrations.md").read_text(encoding="utf-8")
+    assert f"plugins: [{type(plugin).__module__}.{type(plugin).__name__}]" in page
 
 
 def test_trl_is_patched_for_both_models_and_restored(plugin, trl):
