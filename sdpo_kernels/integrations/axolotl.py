@@ -63,15 +63,18 @@ class FusedHeadPlugin(BasePlugin):
         """
         _check(cfg)
         fused_trl.patch(backend=cfg.fused_head_backend, stash_bytes=cfg.fused_head_stash_bytes)
-        logger.info("TRL %s scores tokens without logits (sdpo_kernels)", versions.text(versions.installed()))
 
     def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
         """The training arguments with which TRL 1.14's trainers reach the head; none from 1.15 on."""
-        if versions.seam_of(versions.installed()).logits_path is None:
+        version = versions.installed()
+        scores = f"TRL {versions.text(version)} scores tokens without logits (sdpo_kernels)"
+        if versions.seam_of(version).logits_path is None:
+            logger.info(scores)
             return None
         if _option(cfg):
+            logger.info(scores)
             return {"use_liger_kernel": True}
-        logger.info("use_liger_kernel is set for TRL's way through the head, without Liger's layers in the model")
+        logger.info("%s: use_liger_kernel is set, without Liger's layers in the model", scores)
         return {"use_liger_kernel": True, "liger_kernel_config": fused_trl.LIGER_LAYERS_OFF}
 
     def post_train_unload(self, cfg: Any) -> None:

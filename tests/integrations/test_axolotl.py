@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from enum import Enum
 from pathlib import Path
@@ -118,9 +119,13 @@ HEAD_ALONE = {"use_liger_kernel": True, "liger_kernel_config": LIGER_LAYERS_OFF}
     ],
     ids=["dpo", "ipo", "kto", "grpo", "gdpo", "with Liger's layers", "grpo with Liger's layers"],
 )
-def test_trainers_of_trl_1_14_are_led_to_the_head(plugin, trl, cfg, arguments):
+def test_trainers_of_trl_1_14_are_led_to_the_head(plugin, trl, cfg, arguments, caplog):
     plugin.pre_model_load(cfg)
-    assert plugin.get_training_args(cfg) == arguments
+    with caplog.at_level(logging.INFO, logger="axolotl"):
+        assert plugin.get_training_args(cfg) == arguments
+    (message,) = caplog.messages
+    assert message.startswith("TRL 1.14 scores tokens without logits")
+    assert ("use_liger_kernel is set" in message) == (arguments is HEAD_ALONE)
     plugin.post_train_unload(cfg)
 
 
