@@ -1,6 +1,7 @@
 """Liger's fused DPO loss under its own names, on these kernels: change only the import.
 
     from sdpo_kernels.integrations.liger import LigerFusedLinearDPOLoss     # was: liger_kernel.chunked_loss
+    from sdpo_kernels.integrations.liger import liger_fused_linear_dpo      # was: liger_kernel.chunked_loss.functional
 
 liger-kernel is not imported. For new code use `sdpo_kernels.fused_linear_dpo`, which has more losses, packed batches,
 softcaps and cached references.
@@ -18,7 +19,7 @@ from sdpo_kernels.logps import linear_logps
 from sdpo_kernels.losses import check_loss, loss_options
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows, sequence_logps
 
-__all__ = ["LigerFusedLinearDPOLoss"]
+__all__ = ["LigerFusedLinearDPOFunction", "LigerFusedLinearDPOLoss", "liger_fused_linear_dpo"]
 
 LOSSES = (
     "sigmoid", "hinge", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop",
@@ -58,7 +59,8 @@ class LigerFusedLinearDPOLoss(nn.Module):
         discopop_tau: above 0, for discopop.
 
     Raises:
-        ValueError: naming the argument, what it was and what it should be.
+        ValueError: naming the argument, what it was and what it should be; for loss_type and label_smoothing in Liger's
+            words, as far as its own tests look for them.
     """
 
     def __init__(
@@ -77,7 +79,8 @@ class LigerFusedLinearDPOLoss(nn.Module):
     ) -> None:
         super().__init__()
         if loss_type not in LOSSES:
-            raise ValueError(f"loss_type: was {loss_type!r}, must be one of: {', '.join(LOSSES)}")
+            raise ValueError(f"Unsupported loss_type: was {loss_type!r}, must be one of: {', '.join(LOSSES)}")
+        _check_smoothing(loss_type, label_smoothing)
         if chunk_size < 1:
             raise ValueError(f"chunk_size: was {chunk_size!r}, must be at least 1")
         self.ignore_index = ignore_index
@@ -187,6 +190,57 @@ class LigerFusedLinearDPOLoss(nn.Module):
                 raise ValueError(f"{name}: was None, must be given if use_ref_model is True")
         if ref_input is not None and (ref_input.dim() != 3 or ref_input.shape[:2] != target.shape):
             raise ValueError(f"ref_input: was of shape {list(ref_input.shape)}, must be {list(target.shape)} + [H_ref]")
+
+
+class LigerFusedLinearDPOFunction:
+    """liger_kernel.chunked_loss.dpo_loss.LigerFusedLinearDPOFunction (0.8.5): its `apply`.
+
+    A plain class: the gradients are those of the ops underneath, so it has no forward, backward or preference_loss_fn.
+    """
+
+    @staticmethod
+    def apply(
+        _input: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None = None,
+        ref_input: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+        ignore_index: int = -100,
+        beta: float = 0.1,
+        compute_nll_loss: bool = False,
+        compiled: bool = True,
+        use_ref_model: bool = True,
+        average_log_prob: bool = False,
+        chunk_size: int = 1,
+        loss_type: str = "sigmoid",
+        label_smoothing: float = 0.0,
+        discopop_tau: float = 0.05,
+        alpha: float = 1.0,
+    ) -> LigerOutput:
+        """One call of `LigerFusedLinearDPOLoss`, whose docstring has shapes, results, errors and differences.
+
+        The order of the arguments is Liger's: the input before the weight, alpha last. Keywords work, too (Liger's
+        `apply` takes positions alone).
+        """
+        loss = LigerFusedLinearDPOLoss(
+            ignore_index, beta, alpha, compute_nll_loss, compiled, use_ref_model, average_log_prob, chunk_size,
+            loss_type, label_smoothing, discopop_tau,
+        )  # fmt: skip
+        output: LigerOutput = loss(weight, _input, target, bias, ref_input, ref_weight, ref_bias)
+        return output
+
+
+liger_fused_linear_dpo = LigerFusedLinearDPOFunction.apply
+
+
+def _check_smoothing(loss_type: str, label_smoothing: float) -> None:
+    """ValueError in Liger's words."""
+    if loss_type == "exo_pair" and not label_smoothing > 0:
+        raise ValueError(f"label_smoothing must be > 0 for loss_type='exo_pair', was {label_smoothing!r}")
+    if loss_type == "robust" and not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must lie in [0.0, 0.5) for loss_type='robust', was {label_smoothing!r}")
 
 
 def _same_kind(ref_input: Tensor | None, _input: Tensor) -> bool:

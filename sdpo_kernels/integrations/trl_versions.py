@@ -7,8 +7,8 @@ Written from TRL's source:
 | 1.15, 1.16 | `trl.kernels.chunked_logprob.ChunkedLogProbFunction` | DPO, KTO, SFT, GRPO, RLOO, AsyncGRPO |
 | 1.14 | `trl.trainer.utils._ChunkedLogProbFunction` | with `use_liger_kernel=True`: DPO, KTO, GRPO; AsyncGRPO |
 | 1.13 | the same class | AsyncGRPO only |
-| 1.2 to 1.12 | a class of that name, without bias | AsyncGRPO only |
-| before 1.2 | none | |
+| 1.1 to 1.12 | a class of that name, without bias | AsyncGRPO only |
+| before 1.1 | none | |
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""LigerFusedLinearDPOLoss against Liger's own class where it is right, and against float64 where it is wrong."""
+"""Liger's DPO loss, as class and function: equal to its own where that is right, to float64 where it is wrong."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sdpo_kernels.integrations.liger import LOSSES, LigerFusedLinearDPOLoss
+from sdpo_kernels.integrations.liger import (
+    LOSSES,
+    LigerFusedLinearDPOFunction,
+    LigerFusedLinearDPOLoss,
+    liger_fused_linear_dpo,
+)
 
 PAIRS, LENGTH, WIDTH, VOCAB = 3, 7, 16, 97
 NAMES = ("loss", "chosen_logps", "rejected_logps", "chosen_logits_mean", "rejected_logits_mean", "nll_loss",
@@ -64,6 +69,67 @@ def test_constructor_and_call_are_ligers(liger):
     for method in ("__init__", "forward"):
         ours, theirs = (inspect.signature(getattr(c, method)).parameters for c in (LigerFusedLinearDPOLoss, liger))
         assert [(p.name, p.default) for p in ours.values()] == [(p.name, p.default) for p in theirs.values()]
+
+
+def test_the_function_is_ligers(liger):
+    theirs = pytest.importorskip("liger_kernel.chunked_loss.functional")
+    _ctx, *expected = inspect.signature(theirs.LigerFusedLinearDPOFunction.forward).parameters.values()
+    ours = inspect.signature(LigerFusedLinearDPOFunction.apply).parameters.values()
+    assert [(p.name, p.default) for p in ours] == [(p.name, p.default) for p in expected]
+
+    batch = make_batch()
+    arguments = [batch[name] for name in ("_input", "lin_weight", "target", "bias", *REFERENCE)]
+    arguments += [-100, 0.2, True, False, True, True, 1, "robust", 0.1, 0.05, 0.7]
+    (mine, further), (right, others) = (f(*arguments) for f in (liger_fused_linear_dpo, theirs.liger_fused_linear_dpo))
+    for value, exact in zip((mine, *further), (right, *others), strict=True):
+        assert (value - exact).abs().max() < 1e-5
+
+
+# in the order of the function's arguments, each another number than its default
+FUNCTION_OPTIONS = {
+    "ignore_index": -7, "beta": 0.2, "compute_nll_loss": True, "compiled": False, "use_ref_model": True,
+    "average_log_prob": True, "chunk_size": 2, "loss_type": "robust", "label_smoothing": 0.1, "discopop_tau": 0.05,
+    "alpha": 0.7,
+}  # fmt: skip
+
+
+def test_the_functions_positions_are_the_classs_names():
+    batch = make_batch()
+    batch["target"] = batch["target"].masked_fill(batch["target"] == -100, -7)
+    expected = found(LigerFusedLinearDPOLoss(**FUNCTION_OPTIONS), batch)
+
+    def function(lin_weight, _input, **others):
+        return liger_fused_linear_dpo(_input, lin_weight, *others.values(), *FUNCTION_OPTIONS.values())
+
+    ordered = {name: batch[name] for name in ("lin_weight", "_input", "target", "bias", *REFERENCE)}
+    assert_near(found(function, ordered), expected, tolerance=1e-12)
+    assert liger_fused_linear_dpo is LigerFusedLinearDPOFunction.apply
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"loss_type": "invalid_loss_type"}, "Unsupported loss_type"),
+        (
+            {"loss_type": "exo_pair", "label_smoothing": 0.0},
+            r"label_smoothing must be > 0 for loss_type='exo_pair', was 0\.0",
+        ),
+        (
+            {"loss_type": "robust", "label_smoothing": 0.5},
+            r"label_smoothing must lie in \[0\.0, 0\.5\) for loss_type='robust', was 0\.5",
+        ),
+        (
+            {"loss_type": "robust", "label_smoothing": -0.1},
+            r"label_smoothing must lie in \[0\.0, 0\.5\) for loss_type='robust', was -0\.1",
+        ),
+    ],
+)
+def test_errors_in_ligers_words(options, text):
+    with pytest.raises(ValueError, match=text):
+        LigerFusedLinearDPOLoss(**options)
+    batch = make_batch()
+    with pytest.raises(ValueError, match=text):
+        liger_fused_linear_dpo(batch["_input"], batch["lin_weight"], batch["target"], use_ref_model=False, **options)
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
@@ -175,10 +241,9 @@ def test_logit_means_are_over_all_positions():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"loss_type": "ipo"}, "loss_type: was 'ipo'"),
+        ({"loss_type": "ipo"}, "Unsupported loss_type: was 'ipo'"),
         ({"chunk_size": 0}, "chunk_size: was 0"),
         ({"beta": 0.0}, "beta: was 0"),
-        ({"loss_type": "exo_pair"}, "label_smoothing: was 0"),
         ({"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing: the loss 'hinge' does not use it"),
         ({"discopop_tau": 0.1}, "discopop_tau: the loss 'sigmoid' does not use it"),
         ({"label_smoothing": 0.5}, "label_smoothing: was 0.5"),
