@@ -27,6 +27,7 @@ HEAD = LORA | {"lora_target": "q_proj,v_proj,lm_head"}
 CASES: dict[str, dict[str, Any]] = {
     "hinge": {"pref_loss": "hinge"},
     "ipo": {"pref_loss": "ipo"},
+    "kto_pair": {"pref_loss": "kto_pair"},
     "orpo": {"pref_loss": "orpo"},
     "simpo": {"pref_loss": "simpo"},
     "ftx and bco": {"pref_ftx": 0.5, "pref_bco_weight": 0.5},
