@@ -1,4 +1,4 @@
-"""What the adapter serves besides plain DPO, in ms-swift's own pipeline: losses and metrics against the stock trainer's.
+"""What the adapter serves besides plain DPO, in ms-swift's own pipeline: every logged number against stock's.
 
 Run at the end of `benchmarks.trainers.swift --way adapter`; a mode that differs, or makes logits, is an error.
 """

@@ -144,9 +144,7 @@ class _StandIn:
         # KTO calls the model for two sets of sequences in one batch
         prefixes = [prefix for prefix in PREFIXES if self._batch.get(f"{prefix}input_ids") is input_ids]
         if not prefixes:
-            raise RuntimeError(
-                "ms-swift: called the model with input_ids that are not the batch's, must be the batch's"
-            )
+            raise RuntimeError("ms-swift: called its model with other input_ids, must be those of the batch")
         labels = self._batch[f"{prefixes[0]}labels"]
 
         # packed sequences follow each other in one row, and nothing predicts the first token of any
