@@ -22,7 +22,8 @@ def logits_logps(
 
     Args:
         logits: [..., V] float32, bfloat16, float16 or float64.
-        targets: [...] int64 in [0, V); −100 gives log-prob 0 and no gradient.
+        targets: [...] int64 in [0, V); −100 gives log-prob 0 and no gradient. Pass a model's whole logits [B, T, V]
+            and targets shifted and padded with −100: a slice of logits, such as `logits[:, :-1]`, is copied.
         temperature: above 0.
         inplace_backward: write the gradient over the logits, which destroys them but saves a second [..., V] tensor.
             For logits that nothing else reads after the backward; they must be contiguous and not a leaf.
