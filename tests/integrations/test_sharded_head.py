@@ -80,7 +80,7 @@ def one_process(rank: int, folder: Path) -> None:
     torch.save(results, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
-    # now and then torch's threads abort an interpreter that shuts down (seen once in CI); an exception above still fails
+    # torch's threads may abort an interpreter that shuts down (seen once in CI); an exception above still fails
     os._exit(0)
 
 

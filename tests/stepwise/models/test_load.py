@@ -2,12 +2,11 @@
 
 import json
 import shutil
-from contextlib import contextmanager
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Lfm2Config, LlamaModel, MixtralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Lfm2Config, MixtralConfig
 
 from sdpo_kernels.stepwise.check import check_run
 from sdpo_kernels.stepwise.common.errors import UserError
@@ -229,38 +228,6 @@ def test_an_attention_that_is_not_there_is_an_error(tmp_path, model):
     config = runs.configured(tmp_path, model, attn_implementation="flash_atention")
     with pytest.raises(UserError, match=r"model: .*model cannot be loaded: .*flash_atention"):
         check_run(config, Reporter(quiet=True))
-
-
-@pytest.mark.parametrize("settings", [{}, {"lora": {"r": 2}}, {"loss": "wpo"}, {"reference": "ema"}], ids=str)
-def test_a_run_without_shared_prompts_trains_the_same(tmp_path, model, settings):
-    """Up to rounding; of every batch fewer tokens go through the model."""
-    weights, tokens = [], []
-    for sharing in ("auto", "off"):
-        folder = tmp_path / sharing
-        folder.mkdir()
-        with counted_tokens() as seen:
-            runs.train(runs.configured(folder, model, (8,), prefix_sharing=sharing, **settings))
-        weights.append(load_file(folder / "run" / "stage-1-s1" / "model.safetensors"))
-        tokens.append(sum(seen))
-    assert tokens[0] < 0.8 * tokens[1]
-    for key, tensor in weights[0].items():
-        torch.testing.assert_close(weights[1][key], tensor, rtol=1e-4, atol=1e-4)
-
-
-@contextmanager
-def counted_tokens():
-    """The tokens of every call of a body that trains."""
-    seen = []
-    forward = LlamaModel.forward
-
-    def counting(self, *args, **kwargs):
-        if self.training:
-            seen.append(kwargs["input_ids"].numel())
-        return forward(self, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LlamaModel, "forward", counting)
-        yield seen
 
 
 @pytest.mark.parametrize("batching", ["packed", "padded"])
