@@ -34,10 +34,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from sdpo_kernels.backends import get_backend
 from sdpo_kernels.integrations.causal_lm import attach_fused_head, detach_fused_head, is_attached, unwrap
-from sdpo_kernels.integrations.method_patch import MethodPatch
+from sdpo_kernels.integrations.method_patch import MethodPatch, undo
 from sdpo_kernels.integrations.token_logps import TokenLogps, token_logps
 from sdpo_kernels.logps import check_stash_bytes
 
@@ -58,8 +59,6 @@ ELSEWHERE = {
     "USE_V1": "LLaMA-Factory's v1 has no DPO trainer",
 }
 
-_active: MethodPatch | None = None
-
 
 def patch(*, backend: str = "auto", stash_bytes: int | str = "auto") -> MethodPatch:
     """Let the DPO and KTO trainers that are made from now on score tokens without logits.
@@ -76,7 +75,6 @@ def patch(*, backend: str = "auto", stash_bytes: int | str = "auto") -> MethodPa
             Nothing stays replaced. Other versions than 0.9.5 with the same arguments are patched, with a warning.
         ValueError: an unknown backend, or stash_bytes that is neither "auto" nor at least 0.
     """
-    global _active
     if backend != "auto":
         get_backend(backend)
     check_stash_bytes(stash_bytes)
@@ -84,7 +82,6 @@ def patch(*, backend: str = "auto", stash_bytes: int | str = "auto") -> MethodPa
         if os.environ.get(name, "0").lower() in ("true", "y", "1"):
             raise RuntimeError(f"{name}: was {os.environ[name]}, must be 0: {why}")
 
-    unpatch()
     adapter = MethodPatch("llamafactory", TRIED)
     dpo, kto = _trainer("dpo", "CustomDPOTrainer"), _trainer("kto", "CustomKTOTrainer")
     attaching = partial(_attaching, attach=partial(attach_fused_head, backend=backend, stash_bytes=stash_bytes))
@@ -97,17 +94,13 @@ def patch(*, backend: str = "auto", stash_bytes: int | str = "auto") -> MethodPa
         original: Any = getattr(trainer, name, None)  # None is refused by replace()
         adapter.replace(trainer, name, parameters, ours(original))
 
-    adapter.log()
-    _active = adapter
+    adapter.activate()
     return adapter
 
 
 def unpatch() -> None:
     """Restore the trainers' own methods; does nothing if they are not replaced."""
-    global _active
-    if _active is not None:
-        _active.undo()
-        _active = None
+    undo("llamafactory")
 
 
 def _trainer(stage: str, name: str) -> Any:
@@ -126,9 +119,14 @@ def _attaching(original: Method, attach: Callable[[Any], Any]) -> Method:
         try:
             if getattr(kwargs.get("args"), "use_liger_kernel", False):
                 raise ValueError("use_liger_kernel: was true, must be false (enable_liger_kernel may be true)")
+            if is_deepspeed_zero3_enabled():  # it partitions the head later, so find_head may see it whole
+                raise ValueError("DeepSpeed: was ZeRO-3, which partitions the head, must be ZeRO-2 or less")
             for each in (model, ref_model):
-                if each is not None and not is_attached(each):
-                    attached.append(attach(each))
+                if each is None:
+                    continue
+                if is_attached(each):  # by an earlier trainer, perhaps with other settings
+                    detach_fused_head(each)
+                attached.append(attach(each))
         except ValueError as error:
             self._sdpo_reason = str(error)
             _warn_once(self._sdpo_reason)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier")  # Cohere; Falcon-H1
-DIVISORS = ("logits_scaling",)  # Granite
+DIVISORS = ("logits_scaling",)  # Granite; MiniCPM3
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma; RecurrentGemma; xLSTM
 
 
@@ -166,6 +166,16 @@ def _check_weight(head: LMHead) -> None:
         raise ValueError(
             f"model: its head was a {kind} {was}, must be one linear layer with a floating-point [V, H] weight"
         )
+    if not _is_linear(head._base()):
+        raise ValueError(
+            f"model: its head was a {type(head._base()).__name__}, which computes logits in its own way, must be an "
+            "nn.Linear"
+        )
+
+
+def _is_linear(base: nn.Module) -> bool:
+    """Whether it computes nn.Linear's forward: Baichuan's head, for one, normalizes its weight first."""
+    return isinstance(base, nn.Linear) and type(base).forward is nn.Linear.forward
 
 
 def _why_empty(weight: Tensor) -> str:
@@ -189,6 +199,11 @@ def _transform(config: Any) -> tuple[float, float | None]:
         scale *= _number(text, name, 1.0)
     for name in DIVISORS:
         scale /= _number(text, name, 1.0)
+
+    # MiniCPM's own code divides the hidden states; transformers' MiniCPM3 has logits_scaling for it
+    if getattr(text, "dim_model_base", None) and not hasattr(text, "logits_scaling"):
+        scale *= _number(text, "dim_model_base", 1.0) / text.hidden_size
+
     softcaps = [_number(text, name, 0.0) for name in SOFTCAPS]
     softcap = max(softcaps)
     return scale, softcap if softcap > 0 else None

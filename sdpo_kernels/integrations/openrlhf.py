@@ -39,8 +39,8 @@ import torch
 from torch import Tensor
 
 from sdpo_kernels.backends import get_backend
-from sdpo_kernels.integrations.causal_lm import LogpsOutput, attach_fused_head, is_attached
-from sdpo_kernels.integrations.method_patch import MethodPatch
+from sdpo_kernels.integrations.causal_lm import LogpsOutput, attach_fused_head, detach_fused_head, is_attached
+from sdpo_kernels.integrations.method_patch import MethodPatch, undo
 from sdpo_kernels.integrations.token_logps import token_logps
 from sdpo_kernels.logps import check_stash_bytes
 from sdpo_kernels.rows import IGNORE_INDEX
@@ -61,8 +61,6 @@ FORWARD = (
 CONCATENATED = ("self", "model", "chosen_ids", "c_mask", "reject_ids", "r_mask", "prompt_id_lens")
 COMMANDS = ("train_dpo", "train_sft")
 
-_patch: MethodPatch | None = None
-
 
 def patch(*, backend: str = "auto", stash_bytes: int | str = "auto") -> MethodPatch:
     """Let OpenRLHF's actors score tokens with the fused head, until `unpatch()` or the end of a `with` block.
@@ -78,11 +76,9 @@ def patch(*, backend: str = "auto", stash_bytes: int | str = "auto") -> MethodPa
         RuntimeError: a version whose methods take other parameters than those of 0.11.2; nothing is replaced then.
         ValueError: an unknown backend, or stash_bytes that is neither "auto" nor at least 0.
     """
-    global _patch
     if backend != "auto":
         get_backend(backend)
     check_stash_bytes(stash_bytes)
-    unpatch()
 
     new = MethodPatch("openrlhf", TRIED)
     actor = importlib.import_module("openrlhf.models.actor").Actor
@@ -91,17 +87,13 @@ def patch(*, backend: str = "auto", stash_bytes: int | str = "auto") -> MethodPa
     new.replace(actor, "__init__", INIT, _attaching(actor.__init__, backend, stash_bytes))
     new.replace(actor, "forward", FORWARD, forward)
     new.replace(trainer, "concatenated_forward", CONCATENATED, _concatenated(trainer.concatenated_forward, forward))
-    new.log()
-    _patch = new
+    new.activate()
     return new
 
 
 def unpatch() -> None:
     """Put OpenRLHF's own methods back; does nothing if they are not replaced."""
-    global _patch
-    if _patch is not None:
-        _patch.undo()
-        _patch = None
+    undo("openrlhf")
 
 
 def _attaching(own: Callable[..., None], backend: str, stash_bytes: int | str) -> Callable[..., None]:
@@ -111,8 +103,10 @@ def _attaching(own: Callable[..., None], backend: str, stash_bytes: int | str) -
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         own(self, *args, **kwargs)
         reason = _unserved(self, signature.bind(self, *args, **kwargs).arguments)
-        if reason is None and not is_attached(self.model):
+        if reason is None:
             try:
+                if is_attached(self.model):  # by an earlier actor, perhaps with other settings
+                    detach_fused_head(self.model)
                 attach_fused_head(self.model, backend=backend, stash_bytes=stash_bytes)
             except ValueError as error:
                 reason = str(error)
@@ -180,14 +174,20 @@ def _forward(own: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _scored(attention_mask: Tensor, action_mask: Tensor | None, prompt_id_lens: Sequence[int] | None) -> Tensor:
-    """[B, T] bool: position t predicts a token that the caller wants: an action, an answer's, or any but padding."""
+    """[B, T] bool: position t predicts a token that the caller wants.
+
+    That is an action, an answer's token, or (SFT) any but padding after padding: OpenRLHF's loss mask of several turns
+    can end one token late, on the first token of the padding.
+    """
     scored = torch.zeros_like(attention_mask, dtype=torch.bool)
     if action_mask is not None:  # [B, A], of the last A tokens
         scored[:, -1 - action_mask.shape[1] : -1] = action_mask.bool()
         return scored
 
     scored[:, :-1] = attention_mask[:, 1:].bool()
-    if prompt_id_lens is not None:
+    if prompt_id_lens is None:
+        scored[:, :-1] |= attention_mask[:, :-1].bool()
+    else:
         lengths = torch.as_tensor(prompt_id_lens, device=scored.device)
         scored &= torch.arange(1, scored.shape[1] + 1, device=scored.device) >= lengths[:, None]
     return scored

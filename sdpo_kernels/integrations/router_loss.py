@@ -50,16 +50,17 @@ def find_router_loss(model: nn.Module, wanted: bool | None = None) -> RouterLoss
     if not (getattr(text, "output_router_logits", False) if wanted is None else wanted):
         return None
 
-    kind = type(base)
-    function = getattr(sys.modules[kind.__module__], "load_balancing_loss_func", None)
+    # FSDP2 makes the model's class a subclass of its own module
+    kinds = [kind for kind in type(base).__mro__ if hasattr(sys.modules[kind.__module__], "load_balancing_loss_func")]
+    function = sys.modules[kinds[0].__module__].load_balancing_loss_func if kinds else None
     if function is None:
         return None  # some models return router logits and have no auxiliary loss
 
     n_experts, n_chosen = _first(base, text, EXPERTS), _first(base, text, CHOSEN)
     if list(inspect.signature(function).parameters) != PARAMETERS or n_experts is None or n_chosen is None:
         raise ValueError(
-            f"config.output_router_logits: was true, must be false for a {kind.__name__}, whose auxiliary loss of the "
-            "router takes other arguments than those known here"
+            f"config.output_router_logits: was true, must be false for a {type(base).__name__}, whose auxiliary "
+            "loss of the router takes other arguments than those known here"
         )
 
     # what each transformers model of `base` records of its layers; older code has no such list and appends to a tuple

@@ -45,7 +45,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from sdpo_kernels.backends import get_backend
 from sdpo_kernels.integrations.causal_lm import attach_fused_head, detach_fused_head, is_attached
 from sdpo_kernels.integrations.lm_head import find_head, unwrap
-from sdpo_kernels.integrations.method_patch import MethodPatch
+from sdpo_kernels.integrations.method_patch import MethodPatch, undo
 from sdpo_kernels.integrations.router_loss import find_router_loss
 from sdpo_kernels.integrations.token_logps import token_logps
 from sdpo_kernels.logps import check_stash_bytes
@@ -61,8 +61,6 @@ AVERAGED = ("ipo", "simpo")  # CPO's losses of the mean log-prob instead of the 
 INIT = ("self", "model", "ref_model", "_args", "kwargs")
 LOGPS = ("self", "logits", "labels", "label_pad_token_id", "reduction")
 FORWARD = ("self", "model", "batch")
-
-_patched: list[MethodPatch] = []  # at most one
 
 
 def patch(*, backend: str = "auto", stash_bytes: int | str = "auto") -> MethodPatch:
@@ -83,7 +81,6 @@ def patch(*, backend: str = "auto", stash_bytes: int | str = "auto") -> MethodPa
     if backend != "auto":
         get_backend(backend)
     check_stash_bytes(stash_bytes)
-    unpatch()
     adapter = MethodPatch("ms-swift", TRIED)
     mixin, dpo = _class("rlhf_mixin", "RLHFTrainerMixin"), _class("dpo_trainer", "DPOTrainer")
     kto, cpo = _class("kto_trainer", "KTOTrainer"), _class("cpo_trainer", "CPOTrainer")
@@ -98,8 +95,7 @@ def patch(*, backend: str = "auto", stash_bytes: int | str = "auto") -> MethodPa
     wrap(kto, "forward", FORWARD, _on_stand_in)
     wrap(cpo, "concatenated_forward", FORWARD, _pairs)
     wrap(orpo, "concatenated_forward", FORWARD, _pairs)
-    adapter.log()
-    _patched.append(adapter)
+    adapter.activate()
     return adapter
 
 
@@ -108,8 +104,7 @@ def unpatch() -> None:
 
     Models of trainers created in the meantime keep their fused head, which does nothing without `logp_targets`.
     """
-    while _patched:
-        _patched.pop().undo()
+    undo("ms-swift")
 
 
 def _class(module: str, name: str) -> Any:

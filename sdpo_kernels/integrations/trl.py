@@ -31,7 +31,7 @@ from typing import Any
 from sdpo_kernels.backends import get_backend
 from sdpo_kernels.integrations import trl_versions as versions
 from sdpo_kernels.integrations.trl_head import FusedHead, FusedHeadWithEntropy, Head
-from sdpo_kernels.integrations.trl_versions import LIGER_LAYERS_OFF, OF_1_14
+from sdpo_kernels.integrations.trl_versions import LIGER_LAYERS_OFF, OF_1_14, Seam
 from sdpo_kernels.logps import check_stash_bytes
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ class LogitsPath:
 class Patch:
     """Returned by `patch`. As a context manager it restores what `patch` found."""
 
+    seam: Seam
     ours: Head
     found: type | Head
 
@@ -64,7 +65,7 @@ class Patch:
         return self.ours
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        _swap(self.ours, self.found)
+        _swap(self.seam.current(), self.found)  # not `ours`, if another patch() in the block has replaced it
         _watch_logits()
 
 
@@ -104,7 +105,7 @@ def patch(*, backend: str = "auto", stash_bytes: int | str = "auto") -> Patch:
     if found is original:
         condition = f"; {ONLY_WITH}" if seam.logits_path else ""
         _log_once(f"trl {name}: replaced {seam.name} by linear_logps in {', '.join(replaced)}{condition}")
-    return Patch(ours, found)
+    return Patch(seam, ours, found)
 
 
 def unpatch() -> None:

@@ -310,6 +310,16 @@ def test_transformers_own_liger_option_is_left_to_it(caplog):
     assert caplog.text.count("use_liger_kernel: was true, must be false") == 1
 
 
+def test_zero3_is_left_to_the_trainer_before_it_partitions_the_head(monkeypatch, caplog):
+    monkeypatch.setattr(fused, "is_deepspeed_zero3_enabled", lambda: True)
+    model, _ = twins()
+    with fused.patch():
+        trainer = make(model)
+        assert trainer.concatenated_forward(model, pairs())["chosen_logits"].shape[-1] == VOCAB
+    assert trainer.were_attached == [False]
+    assert caplog.text.count("DeepSpeed: was ZeRO-3, which partitions the head, must be ZeRO-2 or less") == 1
+
+
 class FullyShardedDataParallel(nn.Module):
     """As FSDP1's: it hides the attributes of the model inside."""
 
@@ -357,17 +367,19 @@ def test_replaced_methods_are_named_and_restored(caplog):
     assert untouched()
     assert trainer.concatenated_forward(model, pairs())["chosen_logits"].shape[-1] == VOCAB
     fused.unpatch()
-    adapter.undo()
+    assert untouched()
+    with adapter:
+        pass
     assert untouched()
 
 
 def test_a_second_patch_has_its_own_settings():
-    first = fused.patch(stash_bytes=7)
-    fused.patch(backend="eager", stash_bytes=0)
+    """For a model that an earlier trainer had, too."""
     model, _ = twins()
-    make(model)
+    for settings in ({"stash_bytes": 7}, {"backend": "eager", "stash_bytes": 0}):
+        fused.patch(**settings)
+        make(model)
     assert (unwrap(model)._sdpo_fused.backend, unwrap(model)._sdpo_fused.stash_bytes) == ("eager", 0)
-    first.undo()  # it has nothing left to restore
     assert not untouched()
     fused.unpatch()
     assert untouched()

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from sdpo_kernels.integrations.method_patch import MethodPatch
+from sdpo_kernels.integrations.method_patch import MethodPatch, undo
 
 
 class Base:
@@ -34,14 +34,37 @@ def test_methods_are_replaced_and_restored(caplog):
         patch.replace(Trainer, "score", ("self", "batch"), ours)
         assert Trainer().score(1) == "ours"
         assert Base().score(1) == "own"
-        patch.log()
+        patch.activate()
     assert caplog.messages == [
         f"pytest {pytest.__version__}: scores tokens without logits in Trainer.step, Trainer.score"
     ]
     assert Trainer.step is step
     assert "score" not in vars(Trainer)
     assert Trainer().score(1) == "own"
-    patch.undo()
+    undo("pytest")
+    assert Trainer.step is step
+
+
+def replaced_by(answer: str) -> MethodPatch:
+    patch = MethodPatch("pytest", tried=(pytest.__version__,))
+    patch.replace(Trainer, "step", ("self", "batch", "scale"), lambda self, *args: answer)
+    patch.activate()
+    return patch
+
+
+def test_a_block_restores_what_it_found():
+    """The outer block's methods after an inner block, and the library's own after the outer one."""
+    step = Trainer.step
+    with replaced_by("outer"):
+        with replaced_by("inner"):
+            assert Trainer().step(1) == "inner"
+        assert Trainer().step(1) == "outer"
+        replaced_by("a second patch, without a block of its own")
+    assert Trainer.step is step
+
+    with replaced_by("outer"), replaced_by("inner"):
+        undo("pytest")
+        assert Trainer.step is step
     assert Trainer.step is step
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as tf
 from peft import LoraConfig, get_peft_model
+from torch.distributed.fsdp import FSDPModule
 
 from sdpo_kernels.dpo_output import DPOOutput
 from sdpo_kernels.integrations import causal_lm
@@ -69,6 +70,17 @@ def test_the_value_and_gradient_of_the_models_own_forward(family):
         for name, router in routers(model).items():
             assert router.grad.abs().max() > 0
             torch.testing.assert_close(router.grad, theirs[name].grad)
+
+
+def test_a_model_that_fsdp2_has_sharded():
+    """`fully_shard` makes the model's class a subclass of one of its own, in another module."""
+    model = mixture(MIXTURES[0])
+    own = type(model)
+    model.__class__ = type(f"FSDP{own.__name__}", (FSDPModule, own), {"__module__": FSDPModule.__module__})
+    attach_fused_head(model)
+    inputs, targets = padded(sequences(12, 7))
+    assert float(model(**inputs, logp_targets=targets).aux_loss) > 1
+    assert find_router_loss(model).function.__module__ == own.__module__
 
 
 @pytest.mark.parametrize("family", MIXTURES)

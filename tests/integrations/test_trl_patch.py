@@ -73,6 +73,15 @@ def test_nested_blocks_restore_what_they_found(trl):
     assert untouched(trl)
 
 
+def test_a_block_restores_what_it_found_whatever_was_patched_in_it(trl):
+    with patch() as outer:
+        with patch():
+            patch(stash_bytes=0)
+        assert all(held is outer for held in trl.bound())
+        patch(stash_bytes=0)
+    assert untouched(trl)
+
+
 def test_unpatch_inside_a_block(trl):
     with patch(), patch():
         unpatch()
