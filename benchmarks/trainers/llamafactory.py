@@ -149,7 +149,7 @@ def train(
         return results[0]
 
     shutil.rmtree(options.output / "trained", ignore_errors=True)
-    replaced = [f"{owner.__name__}.{name}" for owner, name, _ in fused.patch()._replaced] if adapted else []
+    replaced = fused.patch().names if adapted else []
     Trainer.train = watched
     try:
         run_exp(settings(options) | changes)

@@ -82,8 +82,12 @@ class MethodPatch:
     def activate(self) -> None:
         """To be called when every method is replaced; says which ones (level INFO)."""
         _active[self.package] = self
-        names = ", ".join(f"{each.owner.__name__}.{each.name}" for each in self._replaced)
-        logger.info("%s %s: scores tokens without logits in %s", self.package, self.version, names)
+        logger.info("%s %s: scores tokens without logits in %s", self.package, self.version, ", ".join(self.names))
+
+    @property
+    def names(self) -> list[str]:
+        """The replaced methods, as `class.method`."""
+        return [f"{each.owner.__name__}.{each.name}" for each in self._replaced]
 
     def _restore(self) -> None:
         for owner, name, own, _ in reversed(self._replaced):
