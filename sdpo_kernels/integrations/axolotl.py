@@ -74,7 +74,9 @@ class FusedHeadPlugin(BasePlugin):
         if _option(cfg):
             logger.info(scores)
             return {"use_liger_kernel": True}
-        logger.info("%s: use_liger_kernel is set, without Liger's layers in the model", scores)
+        logger.info(
+            "%s; it has set use_liger_kernel, which TRL needs, and keeps Liger's layers out of the model", scores
+        )
         return {"use_liger_kernel": True, "liger_kernel_config": fused_trl.LIGER_LAYERS_OFF}
 
     def post_train_unload(self, cfg: Any) -> None:

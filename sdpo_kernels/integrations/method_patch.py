@@ -38,22 +38,23 @@ class MethodPatch:
     What it found are the library's own methods, or those of an earlier patch, which a new one puts back first.
     """
 
-    def __init__(self, package: str, tried: Sequence[str]) -> None:
+    def __init__(self, package: str, tried: Sequence[str], log: logging.Logger = logger) -> None:
         """
         Args:
             package: the distribution's name on PyPI.
             tried: the versions that the adapter has been run with; any other is patched with a warning in the log.
+            log: where both are said; the library's own logger where it shows INFO of no other.
 
         Raises:
             ImportError: the package is not installed.
         """
-        self.package, self._replaced = package, list[Replaced]()
+        self.package, self._log, self._replaced = package, log, list[Replaced]()
         try:
             self.version = metadata.version(package)
         except metadata.PackageNotFoundError as error:
             raise ImportError(f"{package}: is not installed, must be {' or '.join(tried)}") from error
         if self.version not in tried:
-            logger.warning(
+            log.warning(
                 "%s %s is untested with sdpo_kernels (tried: %s); only signatures were compared",
                 package, self.version, ", ".join(tried),
             )  # fmt: skip
@@ -82,7 +83,9 @@ class MethodPatch:
     def activate(self) -> None:
         """To be called when every method is replaced; says which ones (level INFO)."""
         _active[self.package] = self
-        logger.info("%s %s: scores tokens without logits in %s", self.package, self.version, ", ".join(self.names))
+        self._log.info(
+            "%s %s: replaced %s, to score tokens without logits", self.package, self.version, ", ".join(self.names)
+        )
 
     @property
     def names(self) -> list[str]:

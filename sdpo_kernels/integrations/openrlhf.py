@@ -60,6 +60,10 @@ FORWARD = (
 )  # fmt: skip
 CONCATENATED = ("self", "model", "chosen_ids", "c_mask", "reject_ids", "r_mask", "prompt_id_lens")
 COMMANDS = ("train_dpo", "train_sft")
+USAGE = (
+    "usage: python -m sdpo_kernels.integrations.openrlhf train_dpo <arguments of openrlhf.cli.train_dpo>. PPO runs in "
+    "Ray's workers: docs/integrations.md has its hook"
+)
 
 
 def patch(*, backend: str = "auto", stash_bytes: int | str = "auto") -> MethodPatch:
@@ -213,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # DeepSpeed's launcher puts --local_rank=0 before the command
     command = next((word for word in arguments if not word.startswith("-")), None)
     if command not in COMMANDS:
-        raise SystemExit(f"command: was {command!r}, must be {' or '.join(COMMANDS)}")
+        raise SystemExit(f"command: was {command!r}, must be {' or '.join(COMMANDS)}; {USAGE}")
     arguments.remove(command)
 
     if os.environ.get("RANK", "0") == "0":

@@ -81,7 +81,7 @@ def patch(*, backend: str = "auto", stash_bytes: int | str = "auto") -> MethodPa
     if backend != "auto":
         get_backend(backend)
     check_stash_bytes(stash_bytes)
-    adapter = MethodPatch("ms-swift", TRIED)
+    adapter = MethodPatch("ms-swift", TRIED, logging.getLogger("swift"))
     mixin, dpo = _class("rlhf_mixin", "RLHFTrainerMixin"), _class("dpo_trainer", "DPOTrainer")
     kto, cpo = _class("kto_trainer", "KTOTrainer"), _class("cpo_trainer", "CPOTrainer")
     orpo = _class("orpo_trainer", "ORPOTrainer")

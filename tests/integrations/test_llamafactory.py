@@ -355,8 +355,9 @@ def test_replaced_methods_are_named_and_restored(caplog):
     with caplog.at_level(logging.INFO):
         adapter = fused.patch()
     assert caplog.messages == [
-        "llamafactory 0.9.5: scores tokens without logits in CustomDPOTrainer.__init__, "
-        "CustomDPOTrainer.concatenated_forward, CustomKTOTrainer.__init__, CustomKTOTrainer.forward"
+        "llamafactory 0.9.5: replaced CustomDPOTrainer.__init__, "
+        "CustomDPOTrainer.concatenated_forward, CustomKTOTrainer.__init__, CustomKTOTrainer.forward, "
+        "to score tokens without logits"
     ]
     assert not any(vars(cls)[name] is method for (cls, name), method in OWN.items())
 

@@ -36,7 +36,7 @@ def test_methods_are_replaced_and_restored(caplog):
         assert Base().score(1) == "own"
         patch.activate()
     assert caplog.messages == [
-        f"pytest {pytest.__version__}: scores tokens without logits in Trainer.step, Trainer.score"
+        f"pytest {pytest.__version__}: replaced Trainer.step, Trainer.score, to score tokens without logits"
     ]
     assert Trainer.step is step
     assert "score" not in vars(Trainer)

@@ -326,8 +326,8 @@ def test_plain_calls(caplog):
     with caplog.at_level(logging.INFO):
         openrlhf.patch(backend="eager", stash_bytes=0)
     assert caplog.messages == [
-        "openrlhf 0.11.2: scores tokens without logits in Actor.__init__, Actor.forward, "
-        "DPOTrainer.concatenated_forward"
+        "openrlhf 0.11.2: replaced Actor.__init__, Actor.forward, "
+        "DPOTrainer.concatenated_forward, to score tokens without logits"
     ]
     first = actor()
 

@@ -344,10 +344,10 @@ def test_settings_reach_the_head_and_a_second_patch_replaces_them(caplog):
     create(DPOTrainer, model, other)
     assert {(each._sdpo_fused.backend, each._sdpo_fused.stash_bytes) for each in (model, other)} == {("auto", "auto")}
     assert caplog.messages == [
-        "ms-swift 4.6.0: scores tokens without logits in RLHFTrainerMixin.__init__, "
+        "ms-swift 4.6.0: replaced RLHFTrainerMixin.__init__, "
         "RLHFTrainerMixin.get_per_token_logps, DPOTrainer.concatenated_forward, KTOTrainer.forward, "
         "CPOTrainer.concatenated_forward, "
-        "ORPOTrainer.concatenated_forward"
+        "ORPOTrainer.concatenated_forward, to score tokens without logits"
     ]
     swift.unpatch()
     swift.unpatch()
