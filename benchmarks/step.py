@@ -30,14 +30,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from benchmarks import measure
 from benchmarks.problem import DATA
 
+if TYPE_CHECKING:
+    from sdpo_kernels.stepwise.prepare import Prepared
+
 BATCH, LEARNING_RATE = 4, 1e-5
+NOW = datetime.datetime(2026, 1, 1)  # what chat templates read
 LIBRARIES = {
     "ours": ["transformers", "sdpo_kernels.stepwise.stage", "sdpo_kernels.stepwise.run"],
     "unshared": ["transformers", "sdpo_kernels.stepwise.stage", "sdpo_kernels.stepwise.run"],
@@ -144,16 +148,37 @@ def driver_round(
 ) -> Round:
     """Train one round with the driver's StageTrainer.
 
-    1. Write data and run file, as a user would.
-    2. Prepare the run and its stage, which scores the reference.
-    3. Train, with a clock on the optimiser steps.
+    1. Prepare the run, its data and its stage, which scores the reference.
+    2. Train, with a clock on the optimiser steps.
     """
     from sdpo_kernels.stepwise.common.progress import Reporter
     from sdpo_kernels.stepwise.data.batches import shared_tokens
-    from sdpo_kernels.stepwise.prepare import prepare
-    from sdpo_kernels.stepwise.settings.run_file import load_config
     from sdpo_kernels.stepwise.stage import prepare_trainer
     from sdpo_kernels.stepwise.state import Stage, open_run
+
+    prepared = prepare_run(task, rows, model, folder, prefix_sharing)
+    reporter = Reporter(quiet=True)
+    run = open_run(prepared.config, prepared.tokenizer, prepared.stages, None, folder / "run", reporter, NOW)
+    stage = Stage(run, 1, prepared.stages[0])
+    stage.work.mkdir()
+
+    trainer, _ = prepare_trainer(stage)
+    ends = clock(trainer)
+    trainer.train()
+
+    # the last token of each sequence predicts nothing
+    tokens = prepared.stages[0].tokens
+    total = len(tokens.ids) / len(tokens) * BATCH
+    saved = shared_tokens(tokens) / len(tokens) * BATCH if prefix_sharing == "auto" else 0.0
+    return Round(step_seconds(ends), total, total - 2 * BATCH - saved)
+
+
+def prepare_run(
+    task: Task, rows: list[dict[str, Any]], model: Path, folder: Path, prefix_sharing: str = "auto"
+) -> Prepared:
+    """The driver's prepared run of one stage: data and run file are written to `folder`, as a user would."""
+    from sdpo_kernels.stepwise.prepare import prepare
+    from sdpo_kernels.stepwise.settings.run_file import load_config
 
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -175,22 +200,7 @@ def driver_round(
     # JSON is YAML
     (folder / "run.yaml").write_text(json.dumps(settings))
     (folder / "run").mkdir()
-    now = datetime.datetime(2026, 1, 1)  # what chat templates read
-    prepared = prepare(load_config(folder / "run.yaml"), now)
-    reporter = Reporter(quiet=True)
-    run = open_run(prepared.config, prepared.tokenizer, prepared.stages, None, folder / "run", reporter, now)
-    stage = Stage(run, 1, prepared.stages[0])
-    stage.work.mkdir()
-
-    trainer, _ = prepare_trainer(stage)
-    ends = clock(trainer)
-    trainer.train()
-
-    # the last token of each sequence predicts nothing
-    tokens = prepared.stages[0].tokens
-    total = len(tokens.ids) / len(tokens) * BATCH
-    saved = shared_tokens(tokens) / len(tokens) * BATCH if prefix_sharing == "auto" else 0.0
-    return Round(step_seconds(ends), total, total - 2 * BATCH - saved)
+    return prepare(load_config(folder / "run.yaml"), NOW)
 
 
 def unshared_round(task: Task, rows: list[dict[str, Any]], model: Path, folder: Path) -> Round:

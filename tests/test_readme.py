@@ -126,6 +126,17 @@ def test_step_benchmark_runs(data_dir, tmp_path):
     assert sides["ours"]["through_the_model"] < sides["unshared"]["through_the_model"]
 
 
+def test_body_benchmark_runs(data_dir, tmp_path):
+    options = ["--tasks", "grammar", "--pairs", "6", "--rounds", "1", "--json", str(tmp_path / "body.json")]
+    done = subprocess.run([sys.executable, "-m", "benchmarks.body", *options], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "tokens ÷" in done.stdout
+    (result,) = json.loads((tmp_path / "body.json").read_text())["results"]
+    assert 0 < result["shared"]["tokens"] < result["unshared"]["tokens"]
+    saved = 1 - result["shared"]["seconds"] / result["unshared"]["seconds"]
+    assert result["saved"] == pytest.approx(saved / (1 - result["shared"]["tokens"] / result["unshared"]["tokens"]))
+
+
 @pytest.mark.parametrize("name", [*RunConfig.model_fields, *DEFAULT_TRAINER])
 def test_settings_page_names_every_key(name):
     assert f"`{name}" in (ROOT / "docs/settings.md").read_text(encoding="utf-8")
