@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier")  # Cohere; Falcon-H1
-DIVISORS = ("logits_scaling",)  # Granite; MiniCPM3
+DIVISORS = ("logits_scaling",)  # Granite
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma; RecurrentGemma; xLSTM
 
 
