@@ -40,7 +40,7 @@ TARGETS = {
     "python -m benchmarks.floor": ["-m", "benchmarks.floor", "--quick", "--rounds", "1"],
 }
 # run, shortened, by tests/test_benchmarks.py, tests/test_benchmark_page.py or below
-BENCHMARKS = {f"python -m benchmarks.{name}" for name in ("accuracy", "scaling", "step", "stages", "page")}
+BENCHMARKS = {f"python -m benchmarks.{name}" for name in ("accuracy", "scaling", "step", "body", "stages", "page")}
 
 
 def test_every_command_is_known():
