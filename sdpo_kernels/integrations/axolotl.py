@@ -74,9 +74,7 @@ class FusedHeadPlugin(BasePlugin):
         if _option(cfg):
             logger.info(scores)
             return {"use_liger_kernel": True}
-        logger.info(
-            "%s; it has set use_liger_kernel, which TRL needs, and keeps Liger's layers out of the model", scores
-        )
+        logger.info("%s; the plugin has set use_liger_kernel, which TRL needs, without Liger's layers", scores)
         return {"use_liger_kernel": True, "liger_kernel_config": fused_trl.LIGER_LAYERS_OFF}
 
     def post_train_unload(self, cfg: Any) -> None:

@@ -125,7 +125,7 @@ def test_trainers_of_trl_1_14_are_led_to_the_head(plugin, trl, cfg, arguments, c
         assert plugin.get_training_args(cfg) == arguments
     (message,) = caplog.messages
     assert message.startswith("TRL 1.14 scores tokens without logits")
-    assert ("it has set use_liger_kernel" in message) == (arguments is HEAD_ALONE)
+    assert ("the plugin has set use_liger_kernel" in message) == (arguments is HEAD_ALONE)
     plugin.post_train_unload(cfg)
 
 
