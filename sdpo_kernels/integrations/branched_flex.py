@@ -57,7 +57,8 @@ def attend(
 @lru_cache(1)
 def _compiled() -> Any:
     """Without compilation all scores of a row would be in memory."""
-    return torch.compile(flex_attention, dynamic=True)
+    # with lengths that vary, softcap and scaling would be symbols, too, read back from the device at each call
+    return torch._dynamo.config.patch(specialize_float=True)(torch.compile(flex_attention, dynamic=True))
 
 
 @lru_cache(8)

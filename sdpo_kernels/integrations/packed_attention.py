@@ -112,7 +112,8 @@ def use_shared_prefixes(model: nn.Module, *, only: str | None = None) -> str | N
 
     parameter = next(base.parameters())
     if before != PACKED and not _one_call_serves(base, parameter):
-        return f"no attention on {parameter.device.type} serves branches of a {kind} in one call"
+        reason = f"no attention on {parameter.device.type} serves branches of a {kind} in one call"
+        return reason if varlen_attention.is_there() else f"{reason}; torch 2.13 has one for most models"
 
     base.set_attn_implementation(PACKED)
     try:
@@ -128,9 +129,10 @@ def use_shared_prefixes(model: nn.Module, *, only: str | None = None) -> str | N
 
 
 def shares_prefixes(model: nn.Module) -> bool:
-    """Whether `use_shared_prefixes` has switched `model`, and nothing has switched its attention since."""
+    """Whether `use_shared_prefixes` has switched `model`, and nothing has ruled branches out since."""
     base: Any = unwrap(model)
-    return MARK in base.__dict__ and base.config._attn_implementation == PACKED
+    switched = MARK in base.__dict__ and base.config._attn_implementation == PACKED
+    return switched and find_router_loss(base) is None
 
 
 def _one_call_serves(base: Any, parameter: Tensor) -> bool:

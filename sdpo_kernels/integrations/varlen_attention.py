@@ -43,8 +43,13 @@ def serves(query: Tensor, value: Tensor, dropout: float, *, special: bool) -> bo
         and width == value.shape[3] <= LARGEST_WIDTH
         and width % 8 == 0
         and _is_recent(query.device)
-        and _kernel() is not None
+        and is_there()
     )
+
+
+def is_there() -> bool:
+    """Whether this torch has it: since 2.13 with windows and grouped heads."""
+    return _kernel() is not None
 
 
 def dtype_of(query: Tensor) -> torch.dtype:

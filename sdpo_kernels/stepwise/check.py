@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from sdpo_kernels.integrations.attention_by_sequence import PACKED
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.files import read_json
 from sdpo_kernels.stepwise.common.progress import Reporter
@@ -100,18 +101,32 @@ def _say_reference(prepared: Prepared, reporter: Reporter) -> None:
 
 def _sharing(prepared: Prepared) -> str:
     """Whether prompts go through the model once for both answers, and what that saves."""
-    config = prepared.config
-    if config.batching == "padded" or config.prefix_sharing == "off":
-        setting = "batching: padded" if config.batching == "padded" else "prefix_sharing: off"
-        return f"go through the model twice, once for each answer ({setting})"
+    reason = _against_sharing(prepared)
+    if reason is not None:
+        return f"go through the model twice, once for each answer ({reason})"
     known = [stage.tokens for stage in prepared.stages if stage.prompts is None]
-    saved, total = sum(map(shared_tokens, known)), sum(len(tokens.ids) for tokens in known)
+    saved = sum(map(shared_tokens, known))
+    total = sum(len(tokens.ids) - 2 * len(tokens) for tokens in known)  # a sequence's last token predicts nothing
     if not saved:
         return "go through the model once, where both answers begin with the same tokens (prefix_sharing: auto)"
     return (
         f"go through the model once for both answers, if its attention allows: {write_part(total - saved, total)} "
         "tokens (prefix_sharing: auto)"
     )
+
+
+def _against_sharing(prepared: Prepared) -> str | None:
+    """The setting that rules shared prompts out, or None; whether the attention allows them is seen in training."""
+    config = prepared.config
+    if config.batching == "padded":
+        return "batching: padded"
+    if config.prefix_sharing == "off":
+        return "prefix_sharing: off"
+    if config.attn_implementation not in (None, PACKED):
+        return f"attn_implementation: {config.attn_implementation}"
+    if getattr(prepared.model_config.get_text_config(), "output_router_logits", False):
+        return "the loss of the model's router counts every token once"
+    return None
 
 
 def _schedules(prepared: Prepared) -> dict[str, Schedule]:

@@ -21,8 +21,12 @@ def test_packed_attention_on_a_device(dtype):
     assert check_head(model, torch.arange(3, 40, device=DEVICE)) < 1
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("llama", torch.bfloat16), ("gemma2", torch.bfloat16)])
-def test_shared_prompts_on_a_device(family, dtype):
+# every head with keys of its own; two that share keys, and windows; a softcap, too
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    ("family", "settings"), [("llama", {"num_key_value_heads": 4}), ("mistral", {}), ("gemma2", {})]
+)
+def test_shared_prompts_on_a_device(family, settings, autocast):
     """FlashAttention serves branches, and FlexAttention with a softcap: the values and gradients of two sequences."""
     pytest.importorskip("transformers")
     from sdpo_kernels.integrations.attention_by_sequence import PACKED
@@ -31,13 +35,15 @@ def test_shared_prompts_on_a_device(family, dtype):
     from tests.integrations.test_shared_prefix import packed_logps, shared_logps
     from tests.integrations.tiny_models import tiny_model
 
-    model = attach_fused_head(tiny_model(family).to(DEVICE, dtype)).eval()
-    assert use_packed_attention(model) is None
-    reason = use_shared_prefixes(model)
-    assert reason is None, reason
-    assert model.config._attn_implementation == PACKED
+    dtype = torch.float32 if autocast else torch.bfloat16
+    model = attach_fused_head(tiny_model(family, head_dim=64, **settings).to(DEVICE, dtype)).eval()
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        assert use_packed_attention(model) is None
+        reason = use_shared_prefixes(model)
+        assert reason is None, reason
+        assert model.config._attn_implementation == PACKED
+        logps, unshared = shared_logps(model), packed_logps(model)
 
-    logps, unshared = shared_logps(model), packed_logps(model)
     torch.testing.assert_close(logps, unshared, rtol=2e-2, atol=2e-2)
     weights = torch.linspace(-1, 1, len(logps), device=DEVICE)
     gradients = [

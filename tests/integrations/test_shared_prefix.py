@@ -15,7 +15,7 @@ from torch import Tensor
 from sdpo_kernels.integrations import attention_by_sequence, branched_flex, packed_attention, varlen_attention
 from sdpo_kernels.integrations.attention_by_sequence import PACKED
 from sdpo_kernels.integrations.causal_lm import attach_fused_head, disable_dropout
-from sdpo_kernels.integrations.packed_attention import use_packed_attention, use_shared_prefixes
+from sdpo_kernels.integrations.packed_attention import shares_prefixes, use_packed_attention, use_shared_prefixes
 from sdpo_kernels.integrations.pieces import Piece, pieces
 from sdpo_kernels.integrations.shared_prefix import SharedRow, common_prefix, shared_row
 from tests.integrations.test_packed_attention import gradients, ready
@@ -145,7 +145,7 @@ def test_values_and_gradients_are_as_near_to_float64_as_unshared(family: str) ->
 
     error = float((gradients(model, logps) - exact).norm())
     unshared_error = float((gradients(unshared, own) - exact).norm())
-    assert error <= 1.25 * unshared_error + 1e-6 * float(exact.norm())
+    assert error <= 1.25 * unshared_error
 
 
 def gradients_of(model: Any) -> Tensor:
@@ -214,7 +214,11 @@ def test_what_cannot_share_is_refused_with_its_reason(monkeypatch) -> None:
     experts = attach_fused_head(tiny_model("mixtral", output_router_logits=True))
     assert use_packed_attention(experts) is None
     assert "auxiliary loss of its router" in str(use_shared_prefixes(experts))
-    assert use_shared_prefixes(ready("mixtral")) is None
+    model = ready("mixtral")
+    assert use_shared_prefixes(model) is None
+    assert shares_prefixes(model)
+    model.config.output_router_logits = True  # afterwards
+    assert not shares_prefixes(model)
 
     model = ready("llama")
     assert "flex_attention attention, which was asked for" in str(use_shared_prefixes(model, only="flex_attention"))
@@ -222,7 +226,11 @@ def test_what_cannot_share_is_refused_with_its_reason(monkeypatch) -> None:
 
     # as on CUDA where a faster attention was found and nothing serves branches in one call
     model.set_attn_implementation("sdpa")
-    assert "serves branches of a LlamaForCausalLM in one call" in str(use_shared_prefixes(model))
+    reason = "no attention on cpu serves branches of a LlamaForCausalLM in one call"
+    monkeypatch.setattr(varlen_attention, "_kernel", lambda: print)
+    assert use_shared_prefixes(model) == reason
+    monkeypatch.setattr(varlen_attention, "_kernel", lambda: None)  # of an older torch
+    assert use_shared_prefixes(model) == f"{reason}; torch 2.13 has one for most models"
     assert model.config._attn_implementation == "sdpa"
     monkeypatch.setattr(packed_attention, "_one_call_serves", lambda base, parameter: True)
     assert use_shared_prefixes(model) is None
@@ -319,6 +327,60 @@ def test_flex_attention_sees_what_the_pieces_see(window: int | None, monkeypatch
         torch.nn.Identity(), q, k, v, None, sliding_window=window, softcap=2.0, position_ids=positions[None]
     )
     torch.testing.assert_close(out, own, rtol=1e-5, atol=1e-5)
+
+
+def flex_row() -> tuple[list[Piece], list[Tensor]]:
+    """A row of more than one block of FlexAttention, with branches, and its queries, keys and values."""
+    found = [Piece(70, 0), Piece(33, 20), Piece(11, 40), Piece(20, 0), Piece(40, 10)]
+    generator = torch.Generator().manual_seed(0)
+    rows = sum(piece.length for piece in found)
+    return found, [torch.randn(1, heads, rows, 16, generator=generator) for heads in (4, 2, 2)]
+
+
+@pytest.mark.parametrize("window", [None, 30])
+def test_flex_attention_compiles_with_its_mask(window: int | None, monkeypatch) -> None:
+    """By inductor for the CPU, which needs fixed lengths: its template fails on others."""
+    found, qkv = flex_row()
+    expected = branched_flex_eager(found, qkv, window, monkeypatch)
+    compiled = torch.compile(torch.nn.attention.flex_attention.flex_attention, dynamic=False)
+    monkeypatch.setattr(branched_flex, "_compiled", lambda: compiled)
+    with torch.no_grad():
+        out = branched_flex.attend(*qkv, found, window, 0.3, 2.0)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+    # as on CUDA, where the mask is made block by block in a compiled kernel
+    sees = branched_flex.visible(branched_flex.borders_of(found, torch.device("cpu")), window)
+    rows = qkv[0].shape[2]
+    create = torch.nn.attention.flex_attention.create_block_mask
+    mask = torch.compile(create, dynamic=True)(sees, None, None, rows, rows, device="cpu")
+    assert torch.equal(mask.to_dense(), create(sees, None, None, rows, rows, device="cpu").to_dense())
+
+
+def branched_flex_eager(found: list[Piece], qkv: list[Tensor], window: int | None, monkeypatch) -> Tensor:
+    monkeypatch.setattr(branched_flex, "_compiled", lambda: torch.nn.attention.flex_attention.flex_attention)
+    return branched_flex.attend(*qkv, found, window, 0.3, 2.0)
+
+
+def test_flex_attentions_graph_has_lengths_as_symbols_and_no_number_from_the_device(monkeypatch) -> None:
+    """One graph for all lengths; softcap and scaling are constants in it, not read back at each call."""
+    graphs = []
+
+    def noting(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph.code + "".join(str(part.code) for part in graph.children()))
+        return graph.forward
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: compile_(f, dynamic=dynamic, backend=noting))
+    branched_flex._compiled.cache_clear()
+    found, qkv = flex_row()
+    with torch.no_grad():
+        branched_flex.attend(*qkv, found, None, 0.3, 2.0)
+        shorter = [t[:, :, :134].contiguous() for t in qkv]
+        branched_flex.attend(*shorter, found[:4], None, 0.3, 2.0)
+    branched_flex._compiled.cache_clear()
+    assert len(graphs) == 1
+    assert "0.3" in graphs[0]
+    assert ".item()" not in graphs[0]
 
 
 def rows_seen(found: list[Piece], place: int) -> list[int]:

@@ -1,7 +1,9 @@
 """`sdpo check`: prints what a run would do, raises the errors training would raise, trains and writes nothing."""
 
 import io
+import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -52,8 +54,9 @@ def test_prints_what_a_run_would_do_and_writes_nothing(tmp_path, model):
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        # with their end tokens 4 + 4, of which two are shared, and 3 + 3, of which one is
-        ({}, "once for both answers, if its attention allows: 11 of 14 tokens (prefix_sharing: auto)"),
+        # without their last tokens 3 + 3, of which two are shared, and 2 + 2, of which one is
+        ({}, "once for both answers, if its attention allows: 7 of 10 tokens (prefix_sharing: auto)"),
+        ({"attn_implementation": "sdpa"}, "twice, once for each answer (attn_implementation: sdpa)"),
         ({"prefix_sharing": "off"}, "twice, once for each answer (prefix_sharing: off)"),
         ({"batching": "padded"}, "twice, once for each answer (batching: padded)"),
     ],
@@ -66,6 +69,14 @@ def test_what_shared_prompts_save(tmp_path, model, settings, text):
     data = runs.write_rows(tmp_path / "d.jsonl", rows)
     config = runs.configured(tmp_path, model, (), stages=[{"name": "s1", "data": str(data)}], **settings)
     assert f"prompts    go through the model {text}" in " ".join(checked(config).split("\n"))
+
+
+def test_a_routers_loss_rules_out_shared_prompts(tmp_path, model):
+    folder = shutil.copytree(model, tmp_path / "m")
+    settings = json.loads((folder / "config.json").read_text()) | {"output_router_logits": True}
+    (folder / "config.json").write_text(json.dumps(settings))
+    text = " ".join(checked(runs.configured(tmp_path, folder)).split("\n"))
+    assert "twice, once for each answer (the loss of the model's router counts every token once)" in text
 
 
 def test_the_steps_it_prints_are_the_steps_trained(tmp_path, model):
