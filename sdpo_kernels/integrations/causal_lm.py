@@ -314,16 +314,11 @@ def check_head(model: nn.Module, input_ids: Tensor) -> float:
     positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
     targets = torch.cat([ids[:, 1:], ids.new_full((1, 1), IGNORE_INDEX)], 1)
 
-    # the hook notes the dtype that the model's own head computes in, which sets the tolerance
     dtypes: list[torch.dtype] = []
-    hook = head.module.register_forward_hook(lambda _module, _args, out: dtypes.append(out.dtype))
-    try:
-        with evaluating(model):
-            fused = model(input_ids=ids, position_ids=positions, logp_targets=targets)
-            own_out = model(input_ids=ids, position_ids=positions, use_cache=False)
-            missed = _unreached(head)
-    finally:
-        hook.remove()
+    with evaluating(model):
+        fused = model(input_ids=ids, position_ids=positions, logp_targets=targets)
+        own_out = _own_forward(model, head, dtypes, input_ids=ids, position_ids=positions)
+        missed = _missed(head)
 
     # the last position predicts nothing
     logits = own_out.logits[0].float()
@@ -343,6 +338,30 @@ def check_head(model: nn.Module, input_ids: Tensor) -> float:
             f"model: no gradient of the fused head reaches its trainable {', '.join(missed)}; was the adapter ignored?"
         )
     return deviation
+
+
+def _own_forward(model: nn.Module, head: LMHead, dtypes: list[torch.dtype], **inputs: Tensor) -> Any:
+    """The model's own output. `dtypes` gets the dtype that its head computes in, which sets the tolerance."""
+    from sdpo_kernels.integrations.cut_weights import head_in_pieces
+
+    with head_in_pieces(unwrap(model), head) as module:
+        hook = module.register_forward_hook(lambda _module, _args, out: dtypes.append(out.dtype))
+        try:
+            return model(**inputs, use_cache=False)
+        finally:
+            hook.remove()
+
+
+def _missed(head: LMHead) -> list[str]:
+    """`_unreached`; a cut head without an adapter gets its gradients in `sharded_linear_logps`, without operands."""
+    if not head.is_cut:
+        return _unreached(head)
+    if isinstance(head.module, nn.Linear):
+        return []
+    from sdpo_kernels.integrations.cut_weights import gathered
+
+    with gathered(head.module):
+        return _unreached(head)
 
 
 def _check_aux_loss(fused: Tensor | None, own: Tensor | None) -> None:

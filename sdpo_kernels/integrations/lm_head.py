@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier")  # Cohere; Falcon-H1
 DIVISORS = ("logits_scaling",)  # Granite
+THROUGH_ROOT = "_sdpo_through_root"  # on a body that must be called in a forward of the model (cut_weights.py)
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma; RecurrentGemma; xLSTM
 
 
@@ -41,7 +42,7 @@ class LMHead:
 
     def hidden(self, **inputs: Any) -> Tensor:
         """Hidden states [B, T, H] of the body, after its last norm."""
-        return hidden_of(self.body(**inputs))
+        return hidden_of(getattr(self.body, THROUGH_ROOT, self.body)(**inputs))
 
     def weight(self) -> Tensor:
         """[V, H]; with LoRA on the head, base weight + deltas in the wider of their dtypes; differentiable."""

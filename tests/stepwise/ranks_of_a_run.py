@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from sdpo_kernels.integrations.lm_head import find_head
 from sdpo_kernels.stepwise import run as run_module
 from sdpo_kernels.stepwise.models.load import weights_hash
-from sdpo_kernels.stepwise.models.sharded import is_sharded
+from sdpo_kernels.integrations.cut_weights import is_cut
 from sdpo_kernels.stepwise.training import publish
 from tests.stepwise.runs import Child
 
@@ -170,7 +170,7 @@ def fsdp_on_cpu(rank: int, killed_at: int = 0, head_is_cut: bool = True) -> None
     gathered = publish.gathered
 
     def of_shards(trainer: Any) -> Any:
-        assert is_sharded(trainer.model)
+        assert is_cut(trainer.model)
         head = find_head(trainer.model).module
         if head_is_cut:
             (held,) = fully_shard.state(head)._fsdp_param_group.fsdp_params

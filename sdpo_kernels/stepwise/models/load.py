@@ -6,6 +6,7 @@ import gc
 import hashlib
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,11 @@ class Loaded:
     packed: bool  # False: padded batches
     by_sequence: bool  # a pair's score is the same to the bit whatever else is in the batch
     shared: bool = False  # packed, and what both answers of a pair begin with goes through the model once
+    hashed: Callable[[], str] | None = None  # `weights_hash` of a cut model
+
+    def hash(self) -> str:
+        """The hash of its weights as they were loaded."""
+        return weights_hash(self.model) if self.hashed is None else self.hashed()
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
@@ -65,7 +71,16 @@ def load_model(path: str, config: RunConfig, precision: Precision) -> Loaded:
     UserError if the model cannot be loaded or has no head the package can use. On several ranks each loads it whole.
     """
     model, adapter = _pretrained(path, config, precision.device)
+    ready_head(model, path)
+    loaded = Loaded(model, packed=False, by_sequence=False)
+    choose_attention(loaded, config, precision)
+    if adapter is not None:
+        loaded.model = with_adapter(model, adapter)
+    return loaded
 
+
+def ready_head(model: Any, path: str) -> None:
+    """Switch dropout off and attach the fused head; UserError if the model has none that can be used."""
     # Dropout off, so that the policy in training mode gives the log-probs its reference was scored with.
     disable_dropout(model)
     try:
@@ -73,48 +88,53 @@ def load_model(path: str, config: RunConfig, precision: Precision) -> Loaded:
     except ValueError as error:
         raise UserError(f"model: {path} cannot be trained: {error}") from error
 
-    packed = config.batching == "packed"
-    if packed:
+
+def choose_attention(loaded: Loaded, config: RunConfig, precision: Precision) -> None:
+    """Choose how the model's pairs are batched, by what its attention can do. Of a cut model every rank calls it."""
+    model: Any = loaded.model
+    if config.batching == "packed":
         with precision.computing(model):
             reason = use_packed_attention(model, only=config.attn_implementation)
         if reason is not None:
             logger.warning("batches are padded, in groups of similar length, instead of packed: %s", reason)
-            packed = False
+        loaded.packed = reason is None
 
-    shared = packed and config.prefix_sharing == "auto"
-    if shared:
+    if loaded.packed and config.prefix_sharing == "auto":
         with precision.computing(model):
             reason = use_shared_prefixes(model, only=config.attn_implementation)
         if reason is not None:
             logger.warning("prompts go through the model twice, once for each answer: %s", reason)
-            shared = False
+        loaded.shared = reason is None
 
     # only the package's own attention computes each sequence by itself, and on CUDA not even that: kernels and products
     # are chosen by the size of the batch
-    by_sequence = packed and model.config._attn_implementation == "sdpo_packed" and model.device.type == "cpu"
-    return Loaded(model if adapter is None else _with_adapter(model, adapter), packed, by_sequence, shared)
+    own = model.config._attn_implementation == "sdpo_packed"
+    loaded.by_sequence = loaded.packed and own and model.device.type == "cpu"
 
 
 def load_generator(path: str, config: RunConfig, device: torch.device) -> Any:
     """The model in `path` for `generate`: with its own head, attention and cache, in eval mode."""
     model, adapter = _pretrained(path, config, device)
     model.config.use_cache = True
-    return (model if adapter is None else _with_adapter(model, adapter)).eval()
+    return (model if adapter is None else with_adapter(model, adapter)).eval()
 
 
 def _pretrained(path: str, config: RunConfig, device: torch.device) -> tuple[Any, Path | None]:
     """The bare model and the folder of the adapter that belongs on it, if any."""
     release_memory()
 
-    # The merged weights of a stage are not used: rounded to a bfloat16 base, what the stage has learned at a small
-    # learning rate would be lost.
-    adapter: Path | None = Path(path) / ADAPTER
-    if config.lora is None or path == config.model or not (Path(path) / ADAPTER).is_dir():
-        adapter = None
-
+    adapter = adapter_of(path, config)
     model = pretrained(path, config, path if adapter is None else config.model)
     keep_generation_config(model)
     return model.to(device), adapter
+
+
+def adapter_of(path: str, config: RunConfig) -> Path | None:
+    """The folder of the adapter that the model in `path` is the run's base with; None if it has weights of its own."""
+    # The merged weights of a stage are not used: rounded to a bfloat16 base, what the stage has learned at a small
+    # learning rate would be lost.
+    folder = Path(path) / ADAPTER
+    return None if config.lora is None or path == config.model or not folder.is_dir() else folder
 
 
 def pretrained(path: str, config: RunConfig, source: str | None = None, **options: Any) -> Any:
@@ -124,19 +144,36 @@ def pretrained(path: str, config: RunConfig, source: str | None = None, **option
     give those random values.
     """
     source = source or path
-    options = {"dtype": getattr(torch, config.dtype), "trust_remote_code": config.trust_remote_code} | options
-    if config.attn_implementation is not None:
-        options["attn_implementation"] = config.attn_implementation
+    options = loading_options(config) | options
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, use_safetensors=True, output_loading_info=True, **options
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, OSError) and not os.path.isdir(source):
-            raise UserError(f"model: {load_failure(source, 'model', error)}") from error
-        raise UserError(f"model: {path} cannot be loaded: {load_error(error, source)}") from error
+    except LOADING_ERRORS as error:
+        raise failed(path, source, error) from error
+    return checked(path, source, *loaded)
 
-    model, found = loaded
+
+LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+
+
+def loading_options(config: RunConfig) -> dict[str, Any]:
+    """How transformers loads the run's models."""
+    options = {"dtype": getattr(torch, config.dtype), "trust_remote_code": config.trust_remote_code}
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    return options
+
+
+def failed(path: str, source: str, error: BaseException) -> UserError:
+    """What the user is told about one of LOADING_ERRORS."""
+    if isinstance(error, OSError) and not os.path.isdir(source):
+        return UserError(f"model: {load_failure(source, 'model', error)}")
+    return UserError(f"model: {path} cannot be loaded: {load_error(error, source)}")
+
+
+def checked(path: str, source: str, model: Any, found: dict[str, Any]) -> Any:
+    """The model that transformers has loaded, with what it `found`; UserError if weights are missing."""
     missing = sorted(found["missing_keys"])
     if missing:
         raise UserError(
@@ -164,7 +201,8 @@ def _architectures(source: str) -> str:
     return ", ".join(found.get("architectures") or [str(found.get("model_type"))])
 
 
-def _with_adapter(model: nn.Module, adapter: Path) -> nn.Module:
+def with_adapter(model: nn.Module, adapter: Path) -> nn.Module:
+    """The model with the adapter in a folder on it, ready to be trained further."""
     from peft import PeftModel
 
     try:

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
+from sdpo_kernels.integrations.cut_weights import is_cut
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -35,13 +37,18 @@ class Precision:
 
     @contextmanager
     def computing(self, model: nn.Module) -> Iterator[None]:
-        """Run an unsharded model in this precision; its own weights are back after the block."""
+        """Run a model in this precision; its own weights are back after the block."""
         if not self.whole:
             with self.autocast():
                 yield
             return
 
-        # FSDP2 rounds weights as it gathers them; a model that is not sharded is rounded here, and restored
+        # FSDP2 rounds weights as it gathers them
+        if is_cut(model):
+            yield
+            return
+
+        # a model that is not cut yet is rounded here, and restored
         kept = [(weight, weight.data) for weight in model.parameters() if weight.is_floating_point()]
         try:
             for weight, data in kept:

@@ -9,24 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch import Tensor
+from torch.distributed.fsdp import CPUOffloadPolicy
 
-from sdpo_kernels.integrations.lm_head import find_head
+from sdpo_kernels.integrations.cut_weights import is_cut, own
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.data.batches import PACKED_COLLATORS
-from sdpo_kernels.stepwise.models.precision import Precision, asks_for_fsdp
-
-
-def own(weight: Tensor) -> Tensor:
-    """The part of a weight that this rank holds."""
-    return weight.to_local() if isinstance(weight, DTensor) else weight
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether each rank holds only shards of the model."""
-    return any(isinstance(weight, DTensor) for weight in model.parameters())
+from sdpo_kernels.stepwise.models.cut import fsdp_policy, shard_head
+from sdpo_kernels.stepwise.models.precision import asks_for_fsdp
 
 
 def not_finite(model: Any) -> list[str]:
@@ -36,7 +26,7 @@ def not_finite(model: Any) -> list[str]:
 
 def require_same(model: Any) -> None:
     """RuntimeError if ranks that each hold the whole model no longer have the same weights."""
-    if ranks.world_size() == 1 or is_sharded(model):
+    if ranks.world_size() == 1 or is_cut(model):
         return
     sums = [float(weight.detach().double().sum()) for weight in model.parameters() if weight.requires_grad]
     if any(others != sums for others in ranks.exchange(sums)):
@@ -70,38 +60,20 @@ def check_way(trainer: Any) -> None:
 
 
 def prepare_fsdp(trainer: Any) -> None:
-    """Configure FSDP2: round weights and nothing else, as `Precision` does, and never gather the head."""
+    """Configure FSDP2 as `cut` does, if the model is not cut yet, and let every rank save its own shards."""
     if not trainer.is_fsdp_enabled:
         return
 
-    # accelerate's own policy would also round the model's output, the log-probs, and sum gradients in bfloat16
-    policy = MixedPrecisionPolicy(Precision.of(trainer.args).dtype, torch.float32, cast_forward_inputs=False)
-    trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
-    _shard_head(trainer)
-
-
-def _shard_head(trainer: Any) -> None:
-    """Shard the head as an FSDP group of its own. The fused head never runs its forward, so it is never gathered.
-
-    This comes before accelerate shards the rest: it would put the head and the last norm into one group, and gather
-    both for the norm. Left to accelerate are
-
-    1. tied heads, which the embedding gathers at each step anyway, and heads with a LoRA of their own;
-    2. setups this does not cover: CPU offloading, loading on one rank, ignored modules, device meshes, torch.compile.
-    """
-    plugin, model = trainer.accelerator.state.fsdp_plugin, trainer.model
-    module = find_head(model).module
-    if not isinstance(module, nn.Linear) or module.weight is getattr(model.get_input_embeddings(), "weight", None):
+    plugin = trainer.accelerator.state.fsdp_plugin
+    plugin.state_dict_config = plugin.optim_state_dict_config = None  # those of the default, whole state dicts
+    plugin.set_state_dict_type("SHARDED_STATE_DICT")
+    if is_cut(trainer.model):
+        # done already: accelerate would look for the layers under the names that they had before
+        plugin.activation_checkpointing, plugin.auto_wrap_policy = False, None
         return
 
-    if isinstance(plugin.cpu_offload, CPUOffloadPolicy) or plugin.cpu_ram_efficient_loading or plugin.ignored_modules:
-        return
-    if trainer.accelerator.torch_device_mesh is not None or trainer.args.torch_compile:
-        return
-
-    if trainer.accelerator.mixed_precision != "no" and module.weight.requires_grad:
-        module.float()  # as accelerate does with every trained weight; once the head is sharded it no longer can
-
-    # Not the policy of the other groups: with a reduce_dtype, gradient accumulation would look for gradients of
-    # gathered weights, and the head has none.
-    fully_shard(module, mp_policy=MixedPrecisionPolicy())
+    plugin.mixed_precision_policy = fsdp_policy(trainer.args)
+    whole = isinstance(plugin.cpu_offload, CPUOffloadPolicy) or plugin.cpu_ram_efficient_loading
+    if not (whole or plugin.ignored_modules or trainer.accelerator.torch_device_mesh is not None):
+        upcast = trainer.accelerator.mixed_precision != "no"
+        shard_head(trainer.model, upcast=upcast, compiled=trainer.args.torch_compile)

@@ -65,11 +65,19 @@ class Weights:
 
     def tensor(self, name: str) -> Tensor:
         """The tensor `name`, on the CPU."""
+        return self._file(name).get_tensor(name)
+
+    def rows(self, name: str, first: int, stop: int) -> Tensor:
+        """Rows [first, stop) of the tensor `name`, on the CPU; no others are read."""
+        return self._file(name).get_slice(name)[first:stop]
+
+    def _file(self, name: str) -> Any:
+        """The open file that has the tensor `name`."""
         file = self._file_of[name]
         if self._open[0] != file:
             self._open = ("", None)  # close the file before opening the next
             self._open = (file, _opened(self.folder / file))
-        return self._open[1].get_tensor(name)
+        return self._open[1]
 
     def ties_head(self) -> bool:
         """Whether the output head is the input embedding, by config.json; transformers' default is yes."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from sdpo_kernels.integrations.causal_lm import unwrap
+from sdpo_kernels.integrations.cut_weights import is_cut, reshard
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.progress import Reporter
 from sdpo_kernels.stepwise.data.batches import (
@@ -31,7 +32,8 @@ from sdpo_kernels.stepwise.data.batches import (
     make_collate_padded,
 )
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
-from sdpo_kernels.stepwise.models.load import Loaded, load_model, weights_hash
+from sdpo_kernels.stepwise.models.cut import Cut, load_for
+from sdpo_kernels.stepwise.models.load import Loaded
 from sdpo_kernels.stepwise.models.precision import Precision
 from sdpo_kernels.stepwise.references.cache import cache_key, cached_scores
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
@@ -46,12 +48,13 @@ class Scorer:
     batch_size: int  # pairs
     pad_token_id: int
     reporter: Reporter
+    cut: Cut | None = None  # how FSDP2 cuts the models it loads; None: they are whole
 
     @classmethod
     def of(cls, config: RunConfig, args: TrainingArguments, pad_token_id: int, reporter: Reporter) -> Scorer:
         """A scorer for a stage with these arguments."""
         batch_size = args.per_device_eval_batch_size
-        return cls(config, Precision.of(args), batch_size, pad_token_id, reporter)
+        return cls(config, Precision.of(args), batch_size, pad_token_id, reporter, Cut.of(args))
 
     @property
     def device(self) -> torch.device:
@@ -59,15 +62,15 @@ class Scorer:
         return self.precision.device
 
     def load(self, path: str) -> Loaded:
-        """The model in `path`, ready to score or to train."""
+        """The model in `path`, ready to score."""
         with self.reporter.waiting(f"loading the model {path}"):
-            return load_model(path, self.config, self.precision)
+            return load_for(path, self.config, self.precision, self.cut)
 
-    def load_with_hash(self, path: str) -> tuple[Loaded, str]:
-        """The model in `path`, and the hash of its weights."""
+    def load_with_hash(self, path: str, *, trains: bool = False) -> tuple[Loaded, str]:
+        """The model in `path`, and the hash of its weights; with `trains` it is ready to train, too."""
         with self.reporter.waiting(f"loading the model {path}"):
-            loaded = load_model(path, self.config, self.precision)
-            return loaded, weights_hash(loaded.model)
+            loaded = load_for(path, self.config, self.precision, self.cut, trains=trains)
+            return loaded, loaded.hash()
 
     def collator(self, loaded: Loaded) -> Collator:
         """The collator for the model's batches: packed, with shared prompts or not, or padded."""
@@ -87,17 +90,24 @@ class Scorer:
         model.eval()
 
         with self.reporter.task(label, len(tokens)) as task:
-            for start in range(ranks.rank() * size, len(tokens), ranks.world_size() * size):
-                stop = min(start + size, len(tokens))
-                inputs = collate([data[i] for i in range(start, stop)])
+            for turn in range(0, len(tokens), ranks.world_size() * size):
+                start = turn + ranks.rank() * size
+                # each forward of a cut model needs all ranks, so one that has no batch left takes another's
+                if start >= len(tokens) and not is_cut(model):
+                    break
+                first = start if start < len(tokens) else turn
+                stop = min(first + size, len(tokens))
+                inputs = collate([data[i] for i in range(first, stop)])
                 inputs = send_to_device(inputs, self.device)
                 with torch.no_grad(), self.precision.computing(model):
                     sums = Batch.of(inputs).logps(model, self.config.loss_sum.ld_alpha)
-                own.append((start, sums.float().view(2, -1).T.cpu()))
+                if first == start:
+                    own.append((start, sums.float().view(2, -1).T.cpu()))
 
                 # the last pair is reported below, once the other ranks have finished theirs
                 if stop < len(tokens):
                     task.update(stop)
+            reshard(model)
 
             scores = merged([part for parts in ranks.exchange(own) for part in parts], len(tokens))
             task.update(len(tokens))

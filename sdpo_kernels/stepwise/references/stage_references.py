@@ -131,7 +131,7 @@ class StageReferences:
 
     def _load(self, path: str) -> tuple[Loaded, str]:
         """The model in `path` and the hash of its weights; UserError if they have changed during the run."""
-        loaded, digest = self.scorer.load_with_hash(path)
+        loaded, digest = self.scorer.load_with_hash(path, trains=path == self.policy)
         self.check_weights(path, digest)
         return loaded, digest
 

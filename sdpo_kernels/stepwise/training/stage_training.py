@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from sdpo_kernels.integrations.causal_lm import check_head
+from sdpo_kernels.integrations.cut_weights import reshard
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import Interrupted, UserError
 from sdpo_kernels.stepwise.data.batches import PairDataset
@@ -41,6 +42,7 @@ def make_trainer(stage: Stage, start: StageStart) -> StageTrainer:
     """
     config, loaded = stage.run.config, start.loaded
     _check_head(stage, loaded)
+    reshard(loaded.model)  # training and checkpoints need the shards
 
     try:
         trainer = StageTrainer(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer
 
 from sdpo_kernels.dpo_output import DPOOutput, pair_output
+from sdpo_kernels.integrations.cut_weights import is_cut
 from sdpo_kernels.integrations.router_loss import router_coefficient
 from sdpo_kernels.losses import LossSum, PairLogps
 from sdpo_kernels.stepwise.common import ranks
@@ -66,10 +67,27 @@ class StageTrainer(AtomicCheckpoints, Trainer):
 
         self._metrics: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._all_finite: Tensor | None = None
+        self._trained: list[list[Tensor]] = []  # a cut model's weights, by the optimizer's groups
         self.rows_seen = 0
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         return share_batches(super()._get_dataloader(*args, **kwargs))
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's optimizer; what it trains is noted for `create_scheduler`."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        self._trained = [list(group["params"]) for group in optimizer.param_groups] if is_cut(self.model) else []
+        return optimizer
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's scheduler, which it makes once accelerate has prepared the optimizer.
+
+        accelerate finds the optimizer's weights again by their addresses, and a shard without rows has none.
+        """
+        if self._trained and self.optimizer is not None:
+            for group, weights in zip(self.optimizer.param_groups, self._trained, strict=True):
+                group["params"] = weights
+        return super().create_scheduler(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.schedule.sampler() or super()._get_train_sampler(train_dataset)
