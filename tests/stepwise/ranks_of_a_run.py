@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard
 from transformers.utils.logging import disable_progress_bar
 
+from sdpo_kernels.integrations.cut_weights import is_cut
 from sdpo_kernels.integrations.lm_head import find_head
 from sdpo_kernels.stepwise import run as run_module
 from sdpo_kernels.stepwise.models.load import weights_hash
-from sdpo_kernels.integrations.cut_weights import is_cut
 from sdpo_kernels.stepwise.training import publish
 from tests.stepwise.runs import Child
 
@@ -126,16 +126,16 @@ def note_pairs(rank: int, folder: Path, killed_at: int) -> None:
 
 
 def saves_wrongly(rank: int, sharded: bool) -> None:
-    """What is saved is not what was trained: a weight of the folder is doubled, or the gathered shards are."""
+    """What is saved is not what was trained: a weight of the folder is doubled, or the shards that are sent are."""
     if sharded:
         fsdp_on_cpu(rank, 0)
-        genuine_gathered = publish.gathered
+        genuine_weights = publish.weights_of
 
-        def gathered(trainer: Any) -> Any:
-            weights = genuine_gathered(trainer)
+        def weights_of(model: Any) -> Any:
+            weights = genuine_weights(model)
             return {name: weight * (2 if "down_proj" in name else 1) for name, weight in weights.items()}
 
-        publish.gathered = gathered
+        publish.weights_of = weights_of
         return
 
     genuine = publish._write

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -137,10 +139,13 @@ def load_cut(path: str, config: RunConfig, precision: Precision, cut: Cut, *, tr
 
     loaded = Loaded(stored.model, packed=False, by_sequence=False)
     new = adapter is None and config.lora is not None and trains
-    if adapter is not None:
-        loaded.model = with_adapter(stored.model, adapter)
-    elif new and config.lora is not None:
-        add_adapter(loaded, config.lora)
+    with _stand_ins(stored.model):
+        if adapter is not None:
+            loaded.model = with_adapter(stored.model, adapter)
+        elif new and config.lora is not None:
+            add_adapter(loaded, config.lora)
+    if new:
+        _forget_copies(loaded.model)
     if not trains:
         loaded.model.requires_grad_(False)  # or mixed precision would keep float32 copies
 
@@ -156,9 +161,39 @@ def load_cut(path: str, config: RunConfig, precision: Precision, cut: Cut, *, tr
     return loaded
 
 
+@contextmanager
+def _stand_ins(model: nn.Module) -> Iterator[None]:
+    """Within the block a model on the meta device seems to be on the CPU: PEFT makes an adapter where its base is.
+
+    Each weight is one number, seen in the weight's shape.
+    """
+    before = [(m, name, w) for m in model.modules() for name, w in m._parameters.items() if w is not None]
+    made = {id(w): nn.Parameter(torch.zeros(1, dtype=w.dtype).expand(w.shape)) for _, _, w in before}
+    for module, name, weight in before:
+        module._parameters[name] = made[id(weight)]
+    try:
+        yield
+    finally:
+        for module, name, weight in before:
+            module._parameters[name] = weight.requires_grad_(made[id(weight)].requires_grad)
+
+
+def _forget_copies(model: nn.Module) -> None:
+    """Put PEFT's copies of whole modules (`modules_to_save`) on the meta device: they start with the base's weights."""
+    for name, module in model.named_modules():
+        if ".modules_to_save." in f"{name}.":
+            for key, weight in module._parameters.items():
+                if weight is not None:
+                    meta = torch.empty_like(weight, device="meta")
+                    module._parameters[key] = nn.Parameter(meta, requires_grad=weight.requires_grad)
+
+
 def load_for(path: str, config: RunConfig, precision: Precision, cut: Cut | None, *, trains: bool = False) -> Loaded:
     """The model in `path`, cut if `cut` says how and other ranks take part, else whole."""
-    if cut is None or ranks.world_size() == 1:
+    needs_base = config.lora is not None and config.lora.more.get(
+        "use_dora"
+    )  # its start is made from the base's weights
+    if cut is None or ranks.world_size() == 1 or needs_base:
         return load_model(path, config, precision)
     return load_cut(path, config, precision, cut, trains=trains)
 
@@ -234,4 +269,3 @@ def _hash(model: nn.Module, dtypes: dict[str, torch.dtype], new_adapter: set[str
                 flat = piece.to(dtype).cpu().contiguous().reshape(-1)
                 digest.update(flat.view(torch.uint8).numpy())
     return str(ranks.exchange(digest.hexdigest())[0])
-

@@ -16,6 +16,7 @@ from sdpo_kernels.integrations.cut_weights import is_cut, own
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.data.batches import PACKED_COLLATORS
 from sdpo_kernels.stepwise.models.cut import fsdp_policy, shard_head
+from sdpo_kernels.stepwise.models.cut_saving import whole_trained
 from sdpo_kernels.stepwise.models.precision import asks_for_fsdp
 
 
@@ -34,10 +35,24 @@ def require_same(model: Any) -> None:
 
 
 def gathered(trainer: Any) -> dict[str, Tensor] | None:
-    """The whole weights of a sharded model, in CPU memory on rank 0 (empty elsewhere); None if it is not sharded."""
+    """The weights that are saved whole, in CPU memory on rank 0 (empty elsewhere); None: those of the model itself.
+
+    Of a cut model these are an adapter's; other weights are written in pieces (`in_pieces`). Weights that transformers
+    converts, as it does with the experts of a mixture, have to be converted back as a whole.
+    """
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         return None
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if in_pieces(model):
+        return {}
+    if is_cut(model) and hasattr(model, "peft_config"):
+        return whole_trained(model)
     return trainer.accelerator.get_state_dict(trainer.model_wrapped)
+
+
+def in_pieces(model: Any) -> bool:
+    """Whether a model's weights are written a piece at a time."""
+    return is_cut(model) and not hasattr(model, "peft_config") and not getattr(model, "_weight_conversions", None)
 
 
 def check_way(trainer: Any) -> None:

@@ -11,6 +11,7 @@ of a mixture, which are separate in the files: of those the whole weight is read
 from __future__ import annotations
 
 import copy
+import math
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from transformers.core_model_loading import (
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.model_names import load_failure
 from sdpo_kernels.stepwise.models.load import LOADING_ERRORS, checked, failed, loading_options
-from sdpo_kernels.stepwise.models.weights import Weights
+from sdpo_kernels.stepwise.models.weights import PIECE, Weights
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 
 _FILES = ("model.safetensors", "model-*.safetensors", "*.json")
@@ -58,7 +59,7 @@ class Stored:
             name: torch.empty(shape, dtype=_DTYPES.get(weights.dtypes[name], torch.float32), device="meta")
             for name, shape in shapes
         }
-        model = _on_meta(path, config, source, state)
+        model = _on_meta(path, config, source, state, weights)
         fill_buffers(model)
         named = model.state_dict()
         return cls(model, weights, _keys(model, list(state), named), {n: t.dtype for n, t in named.items()})
@@ -95,16 +96,17 @@ class Stored:
         return value[0] if isinstance(value, list) else value
 
 
-def _on_meta(path: str, config: RunConfig, source: str, state: dict[str, Tensor]) -> Any:
+def _on_meta(path: str, config: RunConfig, source: str, state: dict[str, Tensor], weights: Weights) -> Any:
     """The model as transformers would load it with the weights `state`, on the meta device."""
     options = loading_options(config)
     trusted = {"trust_remote_code": options.pop("trust_remote_code")}
     try:
         model_config = AutoConfig.from_pretrained(source, **trusted)
         with torch.device("meta"):
-            kind: Any = type(AutoModelForCausalLM.from_config(model_config, **trusted))
+            kind: Any = AutoModelForCausalLM.from_config(model_config, **trusted)
+        _drop_copies(kind, state, weights)
         options |= {"device_map": "meta", "state_dict": state, "output_loading_info": True}
-        model = checked(path, source, *kind.from_pretrained(None, config=model_config, **options))
+        model = checked(path, source, *type(kind).from_pretrained(None, config=model_config, **options))
     except LOADING_ERRORS as error:
         raise failed(path, source, error) from error
 
@@ -112,6 +114,22 @@ def _on_meta(path: str, config: RunConfig, source: str, state: dict[str, Tensor]
     with suppress(OSError, ValueError):  # a model without one has the default
         model.generation_config = GenerationConfig.from_pretrained(source)
     return model
+
+
+def _drop_copies(model: Any, state: dict[str, Tensor], weights: Weights) -> None:
+    """Remove tied weights that the files have twice; transformers ties them only if both are equal."""
+    for copied, name in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if copied in state and name in state and _equal(weights, copied, name):
+            del state[copied]
+
+
+def _equal(weights: Weights, a: str, b: str) -> bool:
+    shape = weights.shapes[a]
+    if shape != weights.shapes[b]:
+        return False
+    step = max(1, PIECE // max(1, math.prod(shape[1:])))
+    starts = range(0, shape[0], step)
+    return all(weights.rows(a, i, i + step).equal(weights.rows(b, i, i + step)) for i in starts)
 
 
 def fill_buffers(model: Any) -> None:

@@ -61,12 +61,15 @@ def score_trained(stage: Stage, trainer: StageTrainer) -> TrainedScores:
 
 
 def check_saved(stage: Stage, folder: Path, trained: TrainedScores) -> None:
-    """Load the saved model in `folder` on rank 0 and compare its scores with the trained model's.
+    """Load the saved model in `folder`, on rank 0 or cut on all ranks, and compare its scores with the trained model's.
 
     UserError if they differ or it cannot be loaded: nothing may be published then. It says where the trained weights
     are.
     """
-    ranks.on_first(lambda: _check(stage, folder, trained))
+    if stage.scorer.cut is None:
+        ranks.on_first(lambda: _check(stage, folder, trained))
+    else:
+        _check(stage, folder, trained)
 
 
 def _check(stage: Stage, folder: Path, trained: TrainedScores) -> None:

@@ -17,10 +17,11 @@ from torch import Tensor
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.files import empty_folder, publish_folder, read_json, remove_folder, replace_file
+from sdpo_kernels.stepwise.models.cut_saving import save_pieces, weights_of
 from sdpo_kernels.stepwise.models.load import ADAPTER
 from sdpo_kernels.stepwise.models.merge import merge_adapter
 from sdpo_kernels.stepwise.models.saving import copy_beside
-from sdpo_kernels.stepwise.models.sharded import gathered, require_same
+from sdpo_kernels.stepwise.models.sharded import gathered, in_pieces, require_same
 from sdpo_kernels.stepwise.record.changes import planned
 from sdpo_kernels.stepwise.record.manifest import Record
 from sdpo_kernels.stepwise.record.model_cards import model_card
@@ -55,7 +56,7 @@ def save(stage: Stage, trainer: StageTrainer, ref_logps: Tensor) -> Path:
     """Save everything in a finished stage but its model card and its record, into a hidden folder; return that folder.
 
     UserError if the last step made a weight NaN or infinite, or if something cannot be saved: the last checkpoint has
-    the trained weights then. On several ranks, sharded weights are gathered on rank 0, and only rank 0 writes.
+    the trained weights then. On several ranks only rank 0 writes; shards are sent to it a piece at a time.
     """
     trainer.require_finite_weights()
     require_same(trainer.model)
@@ -65,7 +66,12 @@ def save(stage: Stage, trainer: StageTrainer, ref_logps: Tensor) -> Path:
         with _nothing_lost(stage, trainer.last_checkpoint()):
             return _write(stage, trainer, weights, ref_logps)
 
-    return ranks.on_first(write)
+    staging = ranks.on_first(write)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if in_pieces(model):
+        with _nothing_lost(stage, trainer.last_checkpoint()):
+            save_pieces(weights_of(model), staging)
+    return staging
 
 
 def publish(stage: Stage, staging: Path, record: Record, checkpoint: Path) -> None:
