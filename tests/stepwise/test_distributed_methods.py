@@ -105,23 +105,30 @@ FSDP2: dict[str, tuple[int, dict[str, Any]]] = {  # ranks, settings
     "tied": (2, {}),
     "extras": (2, {"loss": "wpo"}),
     "three": (3, {}),  # V = 44 splits into 15, 15 and 14 rows
+    "padded": (2, {"batching": "padded", "sizes": (11, 5), "batch": 6}),  # the last steps' 3 and 2 pairs are 2 groups and 1
+    "ema": (2, {"reference": "ema", "ema": {"decay": 0.5, "sync_steps": 1}}),
 }
 
 
 @pytest.mark.parametrize("kind", FSDP2)
 def test_fsdp2(tmp_path, model, kind):
-    """Besides the plain run in test_distributed: adapters, a tied head, a loss with extra outputs, uneven shards."""
+    """Besides the plain run in test_distributed: adapters, a tied head, a loss with extra outputs, uneven shards, ranks
+    with different numbers of padded groups, a reference that moves."""
     count, settings = FSDP2[kind]
     if kind == "tied":
         model = runs.make_model(tmp_path / "tied", tie_word_embeddings=True)
-    settings = settings | {"sizes": (2 * count + 1, 4)}
-    whole = trained(tmp_path, model, 1, 2 * count, **settings)
+    settings = {"sizes": (2 * count + 1, 4)} | settings
+    batch = settings.pop("batch", 2 * count)
+    whole = trained(tmp_path, model, 1, batch, **settings)
     settings |= {
         "trainer": settings.get("trainer", {}) | {"fsdp": True},
         "fault": faults.fsdp_on_cpu,
         "options": [0, kind != "tied"],
     }
-    assert deviation(whole, trained(tmp_path, model, count, 2 * count, **settings)) < NEAR
+    sharded = trained(tmp_path, model, count, batch, **settings)
+    assert deviation(whole, sharded) < NEAR
+    if kind == "ema":
+        assert deviation(whole, sharded, "stage-*/ema.safetensors") < NEAR
 
 
 @pytest.mark.parametrize("more", [{}, {"dtype": "bfloat16", "lora": {"r": 2}}], ids=["float32", "bfloat16 base"])
@@ -135,13 +142,15 @@ def test_fsdp2_in_mixed_precision_starts_from_its_references(tmp_path, model, mo
         assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
 
 
-def test_an_fsdp2_run_resumes_on_another_number_of_ranks(tmp_path, model):
-    settings = {"sizes": (13, 6), "trainer": {"save_steps": 2}}
-    whole = trained(tmp_path, model, 1, 6, **settings)
+def test_an_fsdp2_run_resumes_on_another_number_of_ranks(tmp_path):
+    """With a reference that moves. Of weights with 4 rows two of three ranks have 2, and the third has none."""
+    model = runs.make_model(tmp_path / "narrow", hidden_size=4, num_attention_heads=2)
+    more: dict[str, Any] = {"reference": "ema", "ema": {"decay": 0.5, "sync_steps": 1}}
+    whole = trained(tmp_path, model, 1, 6, sizes=(13, 6), trainer={"save_steps": 2}, **more)
     run = tmp_path / "run"
     for count, (killed_at, codes) in ((2, (3, [-9, -9])), (3, (0, [0, 0, 0]))):
         trainer = {"per_device_train_batch_size": 6 // count, "save_steps": 2, "adam_epsilon": EPSILON, "fsdp": True}
-        yaml = runs.write_settings(tmp_path, model, sizes=(13, 6), trainer=trainer)
+        yaml = runs.write_settings(tmp_path, model, sizes=(13, 6), trainer=trainer, **more)
         options = [f"output_dir={run}", "--quiet"]
         ranks = Ranks(
             tmp_path, "train", yaml, *options, count=count, fault=faults.fsdp_on_cpu, options=[killed_at, True]

@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from sdpo_kernels.integrations.cut_weights import is_cut
 from sdpo_kernels.integrations.shared_prefix import common_prefix, shared_row
 from sdpo_kernels.losses import LossSum
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows, sequence_logps
+from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs, TokenizedSequence
 from sdpo_kernels.token_weights import agreement_weights, length_weights
 
@@ -115,14 +117,27 @@ class Batch:
             targets = self.groups[0]["logp_targets"]
             rows = ScoredRows.every(len(targets), targets.device)
 
+        missing = self._missing_groups(model)  # before any forward, while all ranks are at the same place
+
         # each group is a forward of its own; the caller sees one concatenated result, as with a packed batch
         parts = [model(**group, logp_rows=rows, use_cache=False, **options) for group in self.groups]
         found = {name: torch.cat([part[name] for part in parts]) for name in ("logps", *extras)}
+
+        # each forward and backward of a cut model needs all ranks: the first group goes through it again, for nothing
+        for _ in range(missing):
+            filler = model(**self.groups[0], logp_rows=rows, use_cache=False, **options)
+            found["logps"] = found["logps"] + 0 * filler["logps"].sum()
         if self.expand is not None:
             found = {name: values.index_select(0, self.expand) for name, values in found.items()}
         if parts[0].aux_loss is not None:
             found["aux_loss"] = self._mean_aux_loss([part.aux_loss for part in parts])
         return found
+
+    def _missing_groups(self, model: torch.nn.Module) -> int:
+        """How many groups more another rank has, if the model is cut; packed batches have one everywhere."""
+        if "attention_mask" not in self.groups[0] or ranks.world_size() == 1 or not is_cut(model):
+            return 0
+        return ranks.largest(len(self.groups)) - len(self.groups)
 
     def _mean_aux_loss(self, losses: list[Tensor]) -> Tensor:
         """The mean over the groups, each with the weight of its tokens without padding."""
@@ -169,10 +184,6 @@ def shared_tokens(tokens: TokenizedPairs) -> int:
         common_prefix(tokens[i].chosen.ids[:-1], tokens[i].rejected.ids[:-1])  # the last token predicts nothing
         for i in range(len(tokens))
     )
-
-
-# those that make one row of everything, whatever the lengths
-PACKED_COLLATORS = (collate_packed, collate_shared)
 
 
 def make_collate_padded(pad_token_id: int) -> Collator:

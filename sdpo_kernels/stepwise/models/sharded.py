@@ -14,7 +14,6 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 
 from sdpo_kernels.integrations.cut_weights import is_cut, own
 from sdpo_kernels.stepwise.common import ranks
-from sdpo_kernels.stepwise.data.batches import PACKED_COLLATORS
 from sdpo_kernels.stepwise.models.cut import fsdp_policy, shard_head
 from sdpo_kernels.stepwise.models.cut_saving import whole_trained
 from sdpo_kernels.stepwise.models.precision import asks_for_fsdp
@@ -62,16 +61,17 @@ def check_way(trainer: Any) -> None:
     if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise ValueError("fsdp_config.version: was 1, must be 2")
 
-    # each forward gathers shards from all ranks: one more on one rank would wait for ever
-    if trainer.is_fsdp_enabled and trainer.data_collator not in PACKED_COLLATORS:
-        raise ValueError(
-            "fsdp: needs batching: packed; with padded batches ranks run unequal numbers of forward passes"
-        )
-
     if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
         raise ValueError("deepspeed: ZeRO-3 shards the model before its references can be scored; use fsdp or ZeRO-2")
-    if trainer.following is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        raise ValueError("fsdp or deepspeed: reference: ema averages whole weights; use it with plain DDP")
+    if trainer.following is None:
+        return
+    if trainer.is_deepspeed_enabled:
+        raise ValueError("deepspeed: reference: ema averages weights that DeepSpeed keeps; use it with DDP or FSDP2")
+    if trainer.is_fsdp_enabled and not is_cut(trainer.model):
+        raise ValueError(
+            "fsdp: reference: ema needs a model that is cut when it is loaded, which offload_params, "
+            "cpu_ram_efficient_loading, ignored_modules, a device mesh and lora.use_dora prevent"
+        )
 
 
 def prepare_fsdp(trainer: Any) -> None:

@@ -10,8 +10,9 @@
 3. Every `sync_steps` steps the reference becomes the average (or the policy, with `mode: policy`).
 
 There is still one model. To score the reference, its weights take the policy's place for one forward pass without
-gradient: storages are exchanged, so the policy's weights come back untouched. The extra memory is one copy of the
-trained weights (the average) and, once the reference has moved, a second one.
+gradient: they are exchanged, so the policy's weights come back untouched. The extra memory is one copy of the trained
+weights (the average) and, once the reference has moved, a second one. Of a model that FSDP2 has cut each rank keeps,
+averages and exchanges its own shards, and saves them with the checkpoint.
 """
 
 from __future__ import annotations
@@ -22,16 +23,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as checkpoints
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sdpo_kernels.integrations.cut_weights import is_cut, own, reshard
+from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.data.batches import Batch
+from sdpo_kernels.stepwise.models.cut_saving import write_pieces
 from sdpo_kernels.stepwise.settings.reference import EmaSettings
 
 EMA_FILE = "ema.safetensors"  # in a stage's folder: the averaged weights of what was trained
+EMA_SHARDS = "ema_state"  # the same of a cut model: a folder of torch.distributed.checkpoint
 EMA_STATE = "ema_state.safetensors"  # in a checkpoint: the average and, once it has moved, the reference
 
 Weights = dict[str, Tensor]
@@ -68,8 +74,10 @@ class EmaReference(TrainerCallback):
 
     def after_step(self, step: int) -> None:
         """Update after optimiser step `step` (from 1): average ← decay · average + (1 − decay) · policy, then sync."""
+        reshard(self.model)
         policy = trained(self.model)
-        self._update_average([self.average[name] for name in policy], list(policy.values()), step)
+        # shards are averaged where they are
+        self._update_average([own(self.average[name]) for name in policy], [own(w) for w in policy.values()], step)
 
         # a copy, because the average (or the policy) moves on
         period = self.settings.period
@@ -84,13 +92,22 @@ class EmaReference(TrainerCallback):
         self.after_step(state.global_step)
 
     def save(self, checkpoint: Path) -> None:
-        """Write the state into a checkpoint."""
+        """Write the state into a checkpoint; every rank calls it."""
+        if is_cut(self.model):
+            parts = {"average": self.average} | ({} if self.reference is None else {"reference": self.reference})
+            checkpoints.save(parts, storage_writer=checkpoints.FileSystemWriter(checkpoint / EMA_SHARDS))
+            return
+        if not ranks.is_first():
+            return
         state = {f"average.{name}": weight for name, weight in self.average.items()}
         state |= {f"reference.{name}": weight for name, weight in (self.reference or {}).items()}
         _write(state, checkpoint / EMA_STATE)
 
     def load(self, checkpoint: Path) -> None:
-        """Restore the state in a checkpoint."""
+        """Restore the state in a checkpoint; every rank calls it."""
+        if is_cut(self.model):
+            self._load_shards(checkpoint / EMA_SHARDS)
+            return
         state = load_file(checkpoint / EMA_STATE)
         device = next(iter(self.average.values())).device
         parts: dict[str, Weights] = {"average": {}, "reference": {}}
@@ -101,9 +118,20 @@ class EmaReference(TrainerCallback):
         # a checkpoint saved before the first sync has no reference of its own
         self.average, self.reference = parts["average"], parts["reference"] or None
 
+    def _load_shards(self, folder: Path) -> None:
+        reader = checkpoints.FileSystemReader(folder)
+        moved = any(name.startswith("reference.") for name in reader.read_metadata().state_dict_metadata)
+        self.reference = _copies(self.average) if moved else None
+        checkpoints.load({"average": self.average}, storage_reader=reader)
+        if self.reference is not None:
+            checkpoints.load({"reference": self.reference}, storage_reader=reader)
+
     def save_average(self, folder: Path) -> None:
-        """Write the averaged weights into a stage's folder."""
-        _write(self.average, folder / EMA_FILE)
+        """Write the averaged weights into a stage's folder; every rank calls it."""
+        if is_cut(self.model):
+            write_pieces(self.average, folder / EMA_FILE)
+        elif ranks.is_first():
+            _write(self.average, folder / EMA_FILE)
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -115,21 +143,42 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 def swapped(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """`model` with `weights` in place of its own of the same names; its own are back, untouched, after the block.
 
-    Storages are exchanged; nothing is copied. Also restored if the block raises.
+    Storages are exchanged; nothing is copied, except for a cut model's shards, one at a time: FSDP2 gathers from where
+    they are. Also restored if the block raises.
     """
-    own = trained(model)
-    kept = {name: own[name].data for name in weights}
+    if is_cut(model):
+        _exchange(model, weights)
+        try:
+            yield
+        finally:
+            _exchange(model, weights)
+        return
+
+    current = trained(model)
+    kept = {name: current[name].data for name in weights}
 
     # autocast caches its casts by parameter, not by storage: they would be those of the other weights
     torch.clear_autocast_cache()
     try:
         for name, weight in weights.items():
-            own[name].data = weight
+            current[name].data = weight
         yield
     finally:
         for name, weight in kept.items():
-            own[name].data = weight
+            current[name].data = weight
         torch.clear_autocast_cache()
+
+
+def _exchange(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Exchange the values of a cut model's shards with those of `weights`."""
+    reshard(model)  # or gathered weights would stay those of before
+    current = trained(model)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            ours, theirs = own(current[name]), own(weight)
+            kept = ours.clone()
+            ours.copy_(theirs)
+            theirs.copy_(kept)
 
 
 def load_ema_into(model: nn.Module, stage_folder: Path) -> None:
@@ -144,14 +193,14 @@ def load_ema_into(model: nn.Module, stage_folder: Path) -> None:
     if not path.exists():
         raise UserError(f"{path} is missing: only stages with reference: ema write one")
 
-    stored, own = load_file(path), dict(model.named_parameters())
-    wrong = [name for name, weight in stored.items() if name not in own or own[name].shape != weight.shape]
+    stored, current = load_file(path), dict(model.named_parameters())
+    wrong = [name for name, weight in stored.items() if name not in current or current[name].shape != weight.shape]
     if wrong:
         raise UserError(f"{path}: {wrong[0]} is missing in the model or has another shape; load the stage's own model")
 
     with torch.no_grad():
         for name, weight in stored.items():
-            own[name].copy_(weight)
+            current[name].copy_(weight)
 
 
 def _copies(weights: Mapping[str, Tensor]) -> Weights:

@@ -68,9 +68,11 @@ def save(stage: Stage, trainer: StageTrainer, ref_logps: Tensor) -> Path:
 
     staging = ranks.on_first(write)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if in_pieces(model):
-        with _nothing_lost(stage, trainer.last_checkpoint()):
+    with _nothing_lost(stage, trainer.last_checkpoint()):
+        if in_pieces(model):
             save_pieces(weights_of(model), staging)
+        if trainer.following is not None:
+            trainer.following.save_average(staging)
     return staging
 
 
@@ -133,8 +135,6 @@ def _write(stage: Stage, trainer: StageTrainer, weights: dict[str, Tensor] | Non
     if stage.data.config.source is not None:
         shutil.copyfile(stage.work / PAIRS_FILE, staging / PAIRS_FILE)
         shutil.copytree(stage.work / SOURCE_FOLDER, staging / SOURCE_FOLDER)
-    if trainer.following is not None:
-        trainer.following.save_average(staging)
 
     # without a reference the file has zeros, which is what the loss used
     if stage.run.config.reference == "none":

@@ -282,9 +282,8 @@ class StageTrainer(AtomicCheckpoints, Trainer):
     def write_extra(self, checkpoint: Path) -> None:
         """Save what makes a resumed run equal to one never stopped: metrics since the last log, a moving reference."""
         pending = self._collected("train")
-        if not ranks.is_first():
-            return
-        save_file(pending, checkpoint / PENDING)
+        if ranks.is_first():
+            save_file(pending, checkpoint / PENDING)
         if self.following is not None:
             self.following.save(checkpoint)
 
