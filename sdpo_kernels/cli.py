@@ -59,9 +59,11 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     reporter, given = _reporter(), _settings(overrides)
     with reporter.waiting(_LOADING):
         from sdpo_kernels.stepwise.check import check_run
+        from sdpo_kernels.stepwise.common import ranks
         from sdpo_kernels.stepwise.settings.run_file import load_config
 
-    check_run(load_config(config, given), reporter)
+    settings = load_config(config, given)
+    ranks.once(lambda: check_run(settings, reporter))
 
 
 @app.command(context_settings=_TAKES_OVERRIDES)
@@ -77,19 +79,23 @@ def score(
     """Print accuracies and margins on preference data, for the run's initial and finished models or --model."""
     given = _settings(overrides)
     with _reporter(quiet=json_output).waiting(_LOADING):
+        from sdpo_kernels.stepwise.common import ranks
         from sdpo_kernels.stepwise.score import score_run
         from sdpo_kernels.stepwise.settings.run_file import load_config
 
-    score_run(load_config(config, given), model or [], data or [], as_json=json_output)
+    settings = load_config(config, given)
+    ranks.once(lambda: score_run(settings, model or [], data or [], as_json=json_output))
 
 
 @app.command()
 def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The output_dir of a run.")]) -> None:
     """Write a run's report.html and pictures again."""
+    from sdpo_kernels.stepwise.common import ranks
     from sdpo_kernels.stepwise.report.run_report import write_report
 
-    for path in write_report(run_dir):
-        typer.echo(path)
+    for path in ranks.once(lambda: write_report(run_dir)):
+        if _is_first():
+            typer.echo(path)
 
 
 @app.command()
@@ -117,20 +123,23 @@ def expo(
     """Extrapolate beyond ALIGNED to the model θ1 + α(θ1 − θ0) (ExPO), without training."""
     reporter = _reporter(quiet)
     with reporter.waiting(_LOADING):
+        from sdpo_kernels.stepwise.common import ranks
         from sdpo_kernels.stepwise.post.command import expo_command
 
-    expo_command(
-        start,
-        aligned,
-        output,
-        alpha=alpha,
-        alphas=search,
-        data=data or [],
-        metric=metric,
-        config=config,
-        score_command=score_command,
-        timeout=timeout,
-        reporter=reporter,
+    ranks.once(
+        lambda: expo_command(
+            start,
+            aligned,
+            output,
+            alpha=alpha,
+            alphas=search,
+            data=data or [],
+            metric=metric,
+            config=config,
+            score_command=score_command,
+            timeout=timeout,
+            reporter=reporter,
+        )
     )
 
 

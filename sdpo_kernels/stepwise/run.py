@@ -31,6 +31,7 @@ from sdpo_kernels.stepwise.record.manifest import Record
 from sdpo_kernels.stepwise.record.template_time import template_time
 from sdpo_kernels.stepwise.references.scorer import Scorer, pad_token_id
 from sdpo_kernels.stepwise.report.run_report import stage_table, write_report
+from sdpo_kernels.stepwise.settings.mistakes import show
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
 from sdpo_kernels.stepwise.stage import train_stage
@@ -61,7 +62,20 @@ def run(config: RunConfig, reporter: Reporter | None = None) -> Record:
     folder = Path(config.output_dir)
     # TrainingArguments initializes torch.distributed, with the backend and timeout in the settings
     with ranks.joined(lambda: training_arguments(config, config.stages[0], folder, folder).device):
+        _require_same_settings(config)
         return _run(config, folder, (reporter or Reporter()) if ranks.is_first() else Mute())
+
+
+def _require_same_settings(config: RunConfig) -> None:
+    """UserError, on all ranks, if one was started with other settings than rank 0: they would train apart."""
+    first, *others = ranks.exchange(config.model_dump(mode="json"))
+    for rank, other in enumerate(others, 1):
+        for key in first:
+            if other[key] != first[key]:
+                raise UserError(
+                    f"{key}: was {show(other[key])} on rank {rank} and {show(first[key])} on rank 0; start all ranks "
+                    "with the same command"
+                )
 
 
 def _run(config: RunConfig, folder: Path, reporter: Reporter) -> Record:

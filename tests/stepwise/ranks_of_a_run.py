@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from sdpo_kernels.integrations.cut_weights import is_cut
 from sdpo_kernels.integrations.lm_head import find_head
 from sdpo_kernels.stepwise import run as run_module
+from sdpo_kernels.stepwise.common import ranks as ranks_module
 from sdpo_kernels.stepwise.models.load import weights_hash
 from sdpo_kernels.stepwise.training import publish
 from tests.stepwise.runs import Child
@@ -148,6 +150,32 @@ def saves_wrongly(rank: int, sharded: bool) -> None:
         return staging
 
     publish._write = write
+
+
+def other_beta_in(rank: int, victim: int) -> None:
+    """One rank is started with other settings."""
+    if rank == victim:
+        sys.argv.append("beta=0.2")
+
+
+def die_scoring(rank: int, victim: int) -> None:
+    """kill -9 one rank before its second batch of the references of a cut model."""
+    fsdp_on_cpu(rank)
+    from sdpo_kernels.stepwise.data.batches import Batch
+
+    genuine, calls = Batch.logps, iter(range(1000))
+
+    def logps(self: Batch, *args: Any) -> Any:
+        if rank == victim and next(calls) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return genuine(self, *args)
+
+    Batch.logps = logps
+
+
+def no_grace(rank: int) -> None:
+    """Ranks do not wait for a launcher to end them."""
+    ranks_module.GRACE = 0.0
 
 
 def stale_in(rank: int, victim: int) -> None:

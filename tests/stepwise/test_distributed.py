@@ -253,6 +253,39 @@ def test_fsdp2_trains_the_same_as_one_process(whole, tmp_path, model):
     assert manifest["stages"][0]["resumed_at_step"] == 2
 
 
+def test_ranks_with_other_settings_are_an_error(whole, tmp_path):
+    ranks = two(whole[2], tmp_path / "run", faults.other_beta_in, [1])
+    assert ranks.wait()[0] == 2, ranks.text
+    assert ranks.text.count("error:") == 1
+    assert "beta: was 0.2 on rank 1 and 0.1 on rank 0" in ranks.texts[0]
+
+
+def test_a_rank_that_dies_while_references_are_scored_ends_the_other(whole, tmp_path):
+    """Each forward of a cut model needs all ranks."""
+    ranks = two_with(whole[2], tmp_path / "run", "trainer.fsdp=true", fault=faults.die_scoring, options=[1])
+    assert ranks.wait()[1] == -9, ranks.text
+    assert ranks.texts[0].count("another process of this run has ended") == 1
+    assert "Traceback" not in ranks.text
+
+
+@pytest.mark.parametrize("command", ["check", "score", "report"])
+def test_a_command_of_one_process_is_done_once(whole, command):
+    """The other rank waits, prints nothing and ends with the same code."""
+    folder, one, _, expected = whole
+    arguments = {"check": [one], "score": [one, f"output_dir={expected}", "--json"], "report": [expected]}[command]
+    alone, ranks = (Ranks(folder, command, *arguments, count=count, fault=faults.no_grace) for count in (1, 2))
+    assert [child.wait() for child in [*alone.children, *ranks.children]] == [0, 0, 0], ranks.text
+    assert ranks.texts == [*alone.texts, ""]
+
+
+def test_a_command_that_fails_says_so_once(whole):
+    folder, one, _, expected = whole
+    ranks = Ranks(folder, "check", one, f"output_dir={expected}", "beta=0.2", fault=faults.no_grace)
+    assert [child.wait() for child in ranks.children] == [2, 2], ranks.text
+    assert ranks.texts[0].count("error:") == ranks.texts[0].count("beta: 0.1 -> 0.2") == 1
+    assert ranks.texts[1] == ""
+
+
 def test_fsdp_that_would_be_plain_ddp_is_an_error(whole, tmp_path):
     ranks = two_with(whole[2], tmp_path / "run", "trainer.fsdp=true")
     assert ranks.wait()[0] == 2, ranks.text

@@ -105,7 +105,8 @@ FSDP2: dict[str, tuple[int, dict[str, Any]]] = {  # ranks, settings
     "tied": (2, {}),
     "extras": (2, {"loss": "wpo"}),
     "three": (3, {}),  # V = 44 splits into 15, 15 and 14 rows
-    "padded": (2, {"batching": "padded", "sizes": (11, 5), "batch": 6}),  # the last steps' 3 and 2 pairs are 2 groups and 1
+    # the last step's 3 and 2 pairs are 2 groups and 1
+    "padded": (2, {"batching": "padded", "sizes": (11, 5), "batch": 6}),
     "ema": (2, {"reference": "ema", "ema": {"decay": 0.5, "sync_steps": 1}}),
 }
 

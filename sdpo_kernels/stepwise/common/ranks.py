@@ -196,6 +196,14 @@ def on_first(make: Callable[[], T]) -> T:
     return _raise_or_values(_gather(answer))[0]
 
 
+def once(work: Callable[[], T]) -> T:
+    """Run a whole command on rank 0 of a launcher's processes; the others wait, and all end alike."""
+    if launched() == 1:
+        return work()
+    with joined(lambda: dist.init_process_group("gloo")):
+        return on_first(work)
+
+
 def total(number: int) -> int:
     """The sum of `number` over all ranks; cheap enough to call at every step, unlike `exchange`."""
     if world_size() == 1:
