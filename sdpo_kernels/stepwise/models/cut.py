@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -48,7 +46,7 @@ from sdpo_kernels.stepwise.models.load import (
 )
 from sdpo_kernels.stepwise.models.precision import Precision, asks_for_fsdp
 from sdpo_kernels.stepwise.models.saving import keep_generation_config
-from sdpo_kernels.stepwise.models.stored import Stored
+from sdpo_kernels.stepwise.models.stored import Stored, stand_ins
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 
 
@@ -139,7 +137,7 @@ def load_cut(path: str, config: RunConfig, precision: Precision, cut: Cut, *, tr
 
     loaded = Loaded(stored.model, packed=False, by_sequence=False)
     new = adapter is None and config.lora is not None and trains
-    with _stand_ins(stored.model):
+    with stand_ins(stored.model):
         if adapter is not None:
             loaded.model = with_adapter(stored.model, adapter)
         elif new and config.lora is not None:
@@ -159,23 +157,6 @@ def load_cut(path: str, config: RunConfig, precision: Precision, cut: Cut, *, tr
     reshard(root)
     loaded.hashed = partial(_hash, root, stored.dtypes, own_names if new else None)
     return loaded
-
-
-@contextmanager
-def _stand_ins(model: nn.Module) -> Iterator[None]:
-    """Within the block a model on the meta device seems to be on the CPU: PEFT makes an adapter where its base is.
-
-    Each weight is one number, seen in the weight's shape.
-    """
-    before = [(m, name, w) for m in model.modules() for name, w in m._parameters.items() if w is not None]
-    made = {id(w): nn.Parameter(torch.zeros(1, dtype=w.dtype).expand(w.shape)) for _, _, w in before}
-    for module, name, weight in before:
-        module._parameters[name] = made[id(weight)]
-    try:
-        yield
-    finally:
-        for module, name, weight in before:
-            module._parameters[name] = weight.requires_grad_(made[id(weight)].requires_grad)
 
 
 def _forget_copies(model: nn.Module) -> None:
@@ -266,6 +247,6 @@ def _hash(model: nn.Module, dtypes: dict[str, torch.dtype], new_adapter: set[str
         digest.update(f"{name} {dtype} {tuple(weight.shape)};".encode())
         for piece in pieces(weight):
             if ranks.is_first():
-                flat = piece.to(dtype).cpu().contiguous().reshape(-1)
-                digest.update(flat.view(torch.uint8).numpy())
+                flat: Any = piece.to(dtype).cpu().contiguous().reshape(-1).view(torch.uint8)
+                digest.update(flat.numpy())
     return str(ranks.exchange(digest.hexdigest())[0])

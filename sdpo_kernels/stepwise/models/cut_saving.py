@@ -8,7 +8,7 @@ The files are named, split and indexed as those of `save_pretrained`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -50,16 +50,25 @@ def whole_trained(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def save_pieces(weights: Mapping[str, Tensor], folder: Path, largest: int = LARGEST_FILE) -> None:
+Parts = Callable[[str, Tensor], Iterable[Tensor]]  # a weight's values in order, as `pieces` gives them
+
+
+def _shards(name: str, weight: Tensor) -> Iterable[Tensor]:
+    return pieces(weight)
+
+
+def save_pieces(
+    weights: Mapping[str, Tensor], folder: Path, largest: int = LARGEST_FILE, parts_of: Parts = _shards
+) -> None:
     """Write a model's weights into `folder`, in one file or in several with an index. Collective.
 
-    UserError on all ranks if rank 0 cannot write.
+    `weights` may be without values if `parts_of` has them. UserError on all ranks if rank 0 cannot write.
     """
     parts = _split(weights, largest)
     places: dict[str, str] = {}
     for number, names in enumerate(parts, 1):
         file = SINGLE if len(parts) == 1 else f"model-{number:05}-of-{len(parts):05}.safetensors"
-        write_pieces({name: weights[name] for name in names}, folder / file)
+        write_pieces({name: weights[name] for name in names}, folder / file, parts_of)
         places |= dict.fromkeys(names, file)
     if len(parts) == 1 or not ranks.is_first():
         return
@@ -73,7 +82,7 @@ def save_pieces(weights: Mapping[str, Tensor], folder: Path, largest: int = LARG
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def write_pieces(weights: Mapping[str, Tensor], path: Path) -> None:
+def write_pieces(weights: Mapping[str, Tensor], path: Path, parts_of: Parts = _shards) -> None:
     """Write `weights` into one safetensors file. Collective; UserError on all ranks if rank 0 cannot write."""
     # by the size of their elements, so that each tensor's place is a multiple of it
     ordered = sorted(weights.items(), key=lambda item: (-item[1].element_size(), item[0]))
@@ -87,12 +96,13 @@ def write_pieces(weights: Mapping[str, Tensor], path: Path) -> None:
         error = failure
 
     # whatever happens to rank 0's disk, the others wait for it at each piece
-    for _, weight in ordered:
-        for piece in pieces(weight):
+    for name, weight in ordered:
+        for piece in parts_of(name, weight):
             if stream is None or error is not None:
                 continue
             try:
-                stream.write(memoryview(piece.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+                flat: Any = piece.cpu().contiguous().reshape(-1).view(torch.uint8)
+                stream.write(memoryview(flat.numpy()))
             except OSError as failure:
                 error = failure
     ranks.agree(lambda: _close(stream, error, path))

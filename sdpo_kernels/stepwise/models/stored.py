@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import copy
 import math
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.core_model_loading import (
     WeightConverter,
@@ -88,7 +89,7 @@ class Stored:
         """A weight that transformers puts together from one or several in the files."""
         pattern = self.keys[name][0][1]
         entries = [c for c in self.model._weight_conversions if isinstance(c, WeightConverter)]
-        converter = copy.deepcopy(next(entry for entry in entries if pattern in entry.source_patterns))
+        converter: Any = copy.deepcopy(next(entry for entry in entries if pattern in entry.source_patterns))
         for key, source in self.keys[name]:
             converter.add_tensor(name, key, source, self.weights.tensor(key))
         made = converter.convert(name, model=self.model, config=self.model.config)
@@ -144,6 +145,25 @@ def fill_buffers(model: Any) -> None:
         if absent:
             module._is_hf_initialized = False  # what transformers goes by
     model.initialize_weights()
+
+
+@contextmanager
+def stand_ins(model: Any) -> Iterator[None]:
+    """Within the block a model on the meta device seems to be on the CPU: PEFT makes an adapter where its base is.
+
+    Each weight is one number, seen in the weight's shape.
+    """
+    before: list[tuple[Any, str, Any]] = [
+        (m, name, w) for m in model.modules() for name, w in m._parameters.items() if w is not None
+    ]
+    made = {id(w): nn.Parameter(torch.zeros(1, dtype=w.dtype).expand(w.shape)) for _, _, w in before}
+    for module, name, weight in before:
+        module._parameters[name] = made[id(weight)]
+    try:
+        yield
+    finally:
+        for module, name, weight in before:
+            module._parameters[name] = weight.requires_grad_(made[id(weight)].requires_grad)
 
 
 def _keys(model: Any, names: list[str], state: dict[str, Tensor]) -> dict[str, list[tuple[str, str | None]]]:

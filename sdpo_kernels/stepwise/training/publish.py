@@ -14,12 +14,13 @@ from typing import Any
 
 from torch import Tensor
 
+from sdpo_kernels.integrations.cut_weights import is_cut
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.files import empty_folder, publish_folder, read_json, remove_folder, replace_file
 from sdpo_kernels.stepwise.models.cut_saving import save_pieces, weights_of
 from sdpo_kernels.stepwise.models.load import ADAPTER
-from sdpo_kernels.stepwise.models.merge import merge_adapter
+from sdpo_kernels.stepwise.models.merge import merge_adapter, merge_in_pieces
 from sdpo_kernels.stepwise.models.saving import copy_beside
 from sdpo_kernels.stepwise.models.sharded import gathered, in_pieces, require_same
 from sdpo_kernels.stepwise.record.changes import planned
@@ -125,10 +126,12 @@ def _write(stage: Stage, trainer: StageTrainer, weights: dict[str, Tensor] | Non
     if stage.run.config.lora is not None:
         # the embedding is the base's: PEFT would add a copy of it if it or the head has an adapter
         model.save_pretrained(staging / ADAPTER, state_dict=weights, save_embedding_layers=False)
-        model, weights = merge_adapter(staging / ADAPTER, stage.run.config), None
+        if not (is_cut(model) and merge_in_pieces(staging / ADAPTER, stage.run.config, staging)):
+            merged: Any = merge_adapter(staging / ADAPTER, stage.run.config)
+            merged.save_pretrained(staging)
     else:
         model.config.use_cache = stage.use_cache  # Trainer switched it off; generation needs it
-    model.save_pretrained(staging, state_dict=weights)
+        model.save_pretrained(staging, state_dict=weights)
     stage.run.tokenizer.save_pretrained(staging)
     copy_beside(stage.run.config.model, staging, code=stage.run.config.trust_remote_code)
 

@@ -76,7 +76,8 @@ class StageTrainer(AtomicCheckpoints, Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's optimizer; what it trains is noted for `create_scheduler`."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        self._trained = [list(group["params"]) for group in optimizer.param_groups] if is_cut(self.model) else []
+        optimized: Any = self.model
+        self._trained = [list(group["params"]) for group in optimizer.param_groups] if is_cut(optimized) else []
         return optimizer
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:

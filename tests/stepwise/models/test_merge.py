@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from sdpo_kernels.stepwise.models.merge import is_tied, merge_adapter
+from sdpo_kernels.stepwise.models.merge import is_tied, merge_adapter, merge_in_pieces
 from tests.stepwise import runs
 
 IDS = torch.tensor([[1, 5, 9, 4, 7, 3, 8, 6, 2]])
@@ -46,6 +46,17 @@ def test_the_published_weights_score_as_those_that_were_trained(tmp_path, tied, 
     merged.save_pretrained(tmp_path / "published")
     published = AutoModelForCausalLM.from_pretrained(tmp_path / "published", dtype=torch.float32)
     assert logp(published) == pytest.approx(wanted, rel=1e-5)
+
+    # a cut run merges one weight at a time: the same bits, and the same configs
+    pieces = tmp_path / "pieces"
+    pieces.mkdir()
+    trained.save_pretrained(tmp_path / "alone", save_embedding_layers=False)
+    assert merge_in_pieces(tmp_path / "alone", config, pieces)
+    again = AutoModelForCausalLM.from_pretrained(pieces, dtype=torch.float32)
+    assert all(weight.equal(published.state_dict()[name]) for name, weight in again.state_dict().items())
+    for name in ("config.json", "generation_config.json"):
+        assert (pieces / name).read_text() == (tmp_path / "published" / name).read_text()
+    assert is_tied(again) == is_tied(published)
 
     touches_ends = bool({"embed_tokens", "lm_head"} & set(targets))
     assert is_tied(published) == (tied and not touches_ends)
