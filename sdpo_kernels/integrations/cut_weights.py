@@ -28,8 +28,8 @@ PIECE = 1 << 22  # elements that are sent, read or written at a time
 
 
 def is_cut(model: nn.Module) -> bool:
-    """Whether each rank holds only shards of the model."""
-    return any(isinstance(weight, DTensor) for weight in model.parameters())
+    """Whether FSDP2 has cut the model, so that each rank holds only shards of it."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def own(weight: Tensor) -> Tensor:

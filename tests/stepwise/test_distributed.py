@@ -292,6 +292,13 @@ def test_fsdp_that_would_be_plain_ddp_is_an_error(whole, tmp_path):
     assert "fsdp: needs several GPUs" in ranks.texts[0]
 
 
+def test_fsdp_with_whole_checkpoints_is_an_error(whole, tmp_path):
+    options = ["trainer.fsdp=true", "trainer.fsdp_config={state_dict_type: FULL_STATE_DICT}"]
+    ranks = two_with(whole[2], tmp_path / "run", *options, fault=faults.fsdp_on_cpu)
+    assert ranks.wait()[0] == 2, ranks.text
+    assert "fsdp_config.state_dict_type: was FULL_STATE_DICT, must be SHARDED_STATE_DICT" in ranks.texts[0]
+
+
 def test_a_stage_published_just_before_a_crash_is_recorded_on_every_rank(tmp_path, model):
     """The next stage reads the earlier one's steps from the manifest that each rank has in memory."""
     yaml, run = yaml_of(tmp_path, model, 2), tmp_path / "run"

@@ -143,10 +143,11 @@ def test_fsdp2_in_mixed_precision_starts_from_its_references(tmp_path, model, mo
         assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
 
 
-def test_an_fsdp2_run_resumes_on_another_number_of_ranks(tmp_path):
+@pytest.mark.parametrize("more", [{}, {"lora": {"r": 2}}], ids=["full", "lora"])
+def test_an_fsdp2_run_resumes_on_another_number_of_ranks(tmp_path, more):
     """With a reference that moves. Of weights with 4 rows two of three ranks have 2, and the third has none."""
     model = runs.make_model(tmp_path / "narrow", hidden_size=4, num_attention_heads=2)
-    more: dict[str, Any] = {"reference": "ema", "ema": {"decay": 0.5, "sync_steps": 1}}
+    more = more | {"reference": "ema", "ema": {"decay": 0.5, "sync_steps": 1}}
     whole = trained(tmp_path, model, 1, 6, sizes=(13, 6), trainer={"save_steps": 2}, **more)
     run = tmp_path / "run"
     for count, (killed_at, codes) in ((2, (3, [-9, -9])), (3, (0, [0, 0, 0]))):

@@ -60,6 +60,12 @@ def check_way(trainer: Any) -> None:
         raise ValueError("fsdp: needs several GPUs; without them accelerate silently trains plain DDP")
     if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise ValueError("fsdp_config.version: was 1, must be 2")
+    kind = (trainer.args.fsdp_config or {}).get("state_dict_type", "SHARDED_STATE_DICT")
+    if trainer.is_fsdp_enabled and kind != "SHARDED_STATE_DICT":
+        raise ValueError(
+            f"fsdp_config.state_dict_type: was {kind}, must be SHARDED_STATE_DICT or left out: each rank saves its own "
+            "shards"
+        )
 
     if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
         raise ValueError("deepspeed: ZeRO-3 shards the model before its references can be scored; use fsdp or ZeRO-2")
