@@ -155,7 +155,7 @@ def load_cut(path: str, config: RunConfig, precision: Precision, cut: Cut, *, tr
     call_body_through(root)
     choose_attention(loaded, config, precision)
     reshard(root)
-    loaded.hashed = partial(_hash, root, stored.dtypes, own_names if new else None)
+    loaded.hashed = partial(_hash, root, stored.dtypes, own_names, new=new)
     return loaded
 
 
@@ -171,9 +171,8 @@ def _forget_copies(model: nn.Module) -> None:
 
 def load_for(path: str, config: RunConfig, precision: Precision, cut: Cut | None, *, trains: bool = False) -> Loaded:
     """The model in `path`, cut if `cut` says how and other ranks take part, else whole."""
-    needs_base = config.lora is not None and config.lora.more.get(
-        "use_dora"
-    )  # its start is made from the base's weights
+    # DoRA's start is computed from the base's weights
+    needs_base = config.lora is not None and config.lora.more.get("use_dora")
     if cut is None or ranks.world_size() == 1 or needs_base:
         return load_model(path, config, precision)
     return load_cut(path, config, precision, cut, trains=trains)
@@ -234,16 +233,17 @@ def _fill_one(weight: Tensor, stored: Stored, name: str) -> None:
         local[begin - first : end - first].copy_(stored.rows(name, begin, end))
 
 
-def _hash(model: nn.Module, dtypes: dict[str, torch.dtype], new_adapter: set[str] | None) -> str:
-    """`weights_hash` of the model as `load_model` would load it, without a new adapter. Collective."""
+def _hash(model: nn.Module, dtypes: dict[str, torch.dtype], adapter: set[str], *, new: bool) -> str:
+    """`weights_hash` of the model as `load_model` would load it, without the adapter if it is new. Collective."""
     reshard(model)
     named = {plain_name(name): value for name, value in model.state_dict().items()}
-    if new_adapter is not None:
-        named = {bare_name(name): value for name, value in named.items() if name not in new_adapter}
+    if new:
+        named = {bare_name(name): value for name, value in named.items() if name not in adapter}
 
+    # mixed precision keeps float32 copies of trained weights
     digest = hashlib.sha256()
     for name, weight in sorted(named.items()):
-        dtype = dtypes.get(bare_name(name), weight.dtype)
+        dtype = weight.dtype if name in adapter else dtypes.get(bare_name(name), weight.dtype)
         digest.update(f"{name} {dtype} {tuple(weight.shape)};".encode())
         for piece in pieces(weight):
             if ranks.is_first():

@@ -21,8 +21,8 @@ from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.progress import Mute
 from sdpo_kernels.stepwise.data.batches import Batch, PairDataset
 from sdpo_kernels.stepwise.models.cut import Cut, load_for
-from sdpo_kernels.stepwise.models.cut_saving import save_pieces, weights_of
-from sdpo_kernels.stepwise.models.load import Loaded, load_model
+from sdpo_kernels.stepwise.models.cut_saving import save_pieces, weights_of, whole_trained
+from sdpo_kernels.stepwise.models.load import Loaded, add_adapter, load_model
 from sdpo_kernels.stepwise.models.precision import Precision
 from sdpo_kernels.stepwise.models.stored import Stored
 from sdpo_kernels.stepwise.prepare import prepare
@@ -175,6 +175,33 @@ def test_pieces_are_saved_as_files_that_transformers_loads(loaded, family):
     assert all(whole[name].equal(again[name]) for name in whole)
     on_disk = [name for path in saved.glob("*.safetensors") for name in load_file(path)]
     assert len(on_disk) == len(set(on_disk)) == len({w.data_ptr() for w in whole.values()})
+
+
+LORA = {"lora": {"r": 2, "modules_to_save": ["lm_head"], "target_modules": ["q_proj", "down_proj"]}}
+
+
+def load_with_adapter(rank: int, folder: Path) -> None:
+    config = load_config(folder / "run.yaml")
+    args = TrainingArguments(output_dir=str(folder), fsdp=True, use_cpu=True)
+    torch.manual_seed(3)
+    loaded = load_for(config.model, config, Precision.of(args), Cut.of(args), trains=True)
+    torch.save((loaded.hash(), whole_trained(loaded.model)), folder / f"{rank}.pt")
+
+
+def test_a_new_adapter_on_a_cut_model_is_that_of_a_whole_one(tmp_path, model):
+    """The same random start, copies of whole modules with the base's weights, and the base's hash."""
+    config = runs.configured(tmp_path, model, (5,), trainer={"fsdp": True}, **LORA)
+    torch.manual_seed(3)
+    whole = load_model(str(model), config, Precision(torch.device("cpu")))
+    digest = whole.hash()
+    add_adapter(whole, config.lora)
+    expected = {name: weight for name, weight in whole.model.named_parameters() if weight.requires_grad}
+    on_two_ranks(load_with_adapter, tmp_path)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert first[0] == second[0] == digest
+    assert first[1].keys() == expected.keys()
+    assert all(first[1][name].equal(weight) for name, weight in expected.items())
+    assert not second[1]  # only rank 0 has them whole
 
 
 def measure(rank: int, folder: Path, model: Path) -> None:
