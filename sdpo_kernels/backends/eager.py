@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from sdpo_kernels.backends import eager_logits, precision
-from sdpo_kernels.backends.base import Gradients, HeadCall, HeadForward, Keep, Needs, Request, Saved
+from sdpo_kernels.backends.base import Gradients, HeadCall, HeadForward, Keep, Needs, Request, Saved, SliceForward
 from sdpo_kernels.backends.chunk_math import RunningSums, dlogits
 from sdpo_kernels.head import product_dtype
 
@@ -65,9 +65,29 @@ class EagerBackend:
     def forward(self, call: HeadCall, keep: Keep) -> HeadForward:
         """See `base.Backend.forward`."""
         with precision.full(call.hidden.device):
-            return self._forward(call, keep)
+            sums, kept = self._forward(call, keep)
+        return sums.finish(call.weight.shape[0], kept)
 
-    def _forward(self, call: HeadCall, keep: Keep) -> HeadForward:
+    def supports_slices(self, request: Request) -> str | None:
+        """Whatever linear_logps accepts."""
+        return None
+
+    def target_logits(self, call: HeadCall) -> Tensor:
+        """See `base.Backend.target_logits`."""
+        x, w = (t.to(call.dtype).double() for t in (call.hidden, _of_targets(call.weight, call)))
+        a = (x * w).sum(1)
+        if call.bias is not None:
+            a += _of_targets(call.bias, call).double()
+        return call.head.logits_(a).masked_fill(call.targets < 0, 0.0)
+
+    def slice_forward(self, call: HeadCall, target_logits: Tensor, keep: Keep) -> SliceForward:
+        """See `base.Backend.slice_forward`; with a running maximum, the targets' logits are not needed."""
+        with precision.full(call.hidden.device):
+            sums, kept = self._forward(call, keep)
+        return sums.of_slice(kept)
+
+    def _forward(self, call: HeadCall, keep: Keep) -> tuple[RunningSums, Tensor | None]:
+        """The sums over all columns, and what is kept."""
         x = _operand(call.hidden, call)
         sums = RunningSums(x.shape[0], x.device, product_dtype(call.dtype), call.outputs)
 
@@ -94,14 +114,13 @@ class EagerBackend:
 
         if direction is not None:
             self._add_target_(direction, call, sums.z_target)
-        keeps_nothing = keep == Keep.nothing()
-        return sums.finish(call.weight.shape[0], None if keeps_nothing else kept)
+        return sums, None if keep == Keep.nothing() else kept
 
     def _add_target_(self, direction: Tensor, call: HeadCall, z_target: Tensor) -> None:
         """Add the targets' rows of W, times their slopes, to `direction` [N, H]."""
         ones = torch.ones_like(direction[:, 0])
         slope = call.head.times_slope_(ones, z_target.to(direction.dtype, copy=True))
-        w_target = call.weight.index_select(0, call.targets).to(call.dtype)
+        w_target = _of_targets(call.weight, call).to(call.dtype)
         direction.addcmul_(slope.unsqueeze(1), w_target.to(direction.dtype))
 
     def backward(
@@ -156,7 +175,7 @@ class EagerBackend:
                 dx += precision.matmul(grad, w)
 
         if dx is not None and of_target is not None:
-            dx.addcmul_(of_target.unsqueeze(1), _operand(call.weight.index_select(0, call.targets), call).to(dx.dtype))
+            dx.addcmul_(of_target.unsqueeze(1), _operand(_of_targets(call.weight, call), call).to(dx.dtype))
         return Gradients(None if dx is None else dx.to(call.hidden.dtype), dw, db)
 
 
@@ -168,6 +187,11 @@ def vocabulary_chunks(call: HeadCall, border: int = 0) -> Iterator[tuple[int, in
     for first, last in ((0, border), (border, n_columns)):
         for start in range(first, last, step):
             yield start, min(start + step, last)
+
+
+def _of_targets(head: Tensor, call: HeadCall) -> Tensor:
+    """The targets' rows of a weight or bias; any row where the target is in another slice."""
+    return head.index_select(0, call.targets.clamp(min=0))
 
 
 def _take_targets_(grad: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
