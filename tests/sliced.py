@@ -1,6 +1,6 @@
 """`linear_logps` with its vocabulary cut into slices, all in this process: what ranks of a group do, without a group.
 
-    found = case.ours(Sliced([0, 64, 128]))     # three slices; the last one ends at V
+found = case.ours(Sliced([0, 64, 128]))     # three slices; the last one ends at V
 """
 
 from __future__ import annotations
@@ -49,7 +49,17 @@ class _Sliced(torch.autograd.Function):
             mine = torch.where((mine >= 0) & (mine < stop - start), mine, -1)
             own_bias = None if bias is None else bias[start:stop]
             calls.append(
-                HeadCall(hidden[index], weight[start:stop], own_bias, mine, head, hidden.dtype, outputs, len(index))
+                HeadCall(
+                    hidden[index],
+                    weight[start:stop],
+                    own_bias,
+                    mine,
+                    head,
+                    hidden.dtype,
+                    outputs,
+                    len(index),
+                    is_slice=True,
+                )
             )
 
         z = sum(backend.target_logits(call) for call in calls)

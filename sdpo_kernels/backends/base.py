@@ -74,6 +74,12 @@ class HeadCall:
     outputs: tuple[str, ...]
     kept_rows: int  # rows of what a forward keeps: N, or more if the fake kernel could not know N; the rest is 0
     ref_hidden: Tensor | None = None  # [N, H] of a reference with this very head: only its log-probs are wanted
+    is_slice: bool = False  # the head is a part of the vocabulary's columns
+
+    @property
+    def known_targets(self) -> Tensor:
+        """[N] rows of the weight: the targets, or any row where the target is in another slice."""
+        return self.targets.clamp(min=0) if self.is_slice else self.targets
 
 
 class HeadForward(NamedTuple):

@@ -74,10 +74,10 @@ class EagerBackend:
 
     def target_logits(self, call: HeadCall) -> Tensor:
         """See `base.Backend.target_logits`."""
-        x, w = (t.to(call.dtype).double() for t in (call.hidden, _of_targets(call.weight, call)))
+        x, w = (t.to(call.dtype).double() for t in (call.hidden, call.weight.index_select(0, call.known_targets)))
         a = (x * w).sum(1)
         if call.bias is not None:
-            a += _of_targets(call.bias, call).double()
+            a += call.bias.index_select(0, call.known_targets).double()
         return call.head.logits_(a).masked_fill(call.targets < 0, 0.0)
 
     def slice_forward(self, call: HeadCall, target_logits: Tensor, keep: Keep) -> SliceForward:
@@ -120,7 +120,7 @@ class EagerBackend:
         """Add the targets' rows of W, times their slopes, to `direction` [N, H]."""
         ones = torch.ones_like(direction[:, 0])
         slope = call.head.times_slope_(ones, z_target.to(direction.dtype, copy=True))
-        w_target = _of_targets(call.weight, call).to(call.dtype)
+        w_target = call.weight.index_select(0, call.targets).to(call.dtype)
         direction.addcmul_(slope.unsqueeze(1), w_target.to(direction.dtype))
 
     def backward(
@@ -175,7 +175,9 @@ class EagerBackend:
                 dx += precision.matmul(grad, w)
 
         if dx is not None and of_target is not None:
-            dx.addcmul_(of_target.unsqueeze(1), _operand(_of_targets(call.weight, call), call).to(dx.dtype))
+            dx.addcmul_(
+                of_target.unsqueeze(1), _operand(call.weight.index_select(0, call.known_targets), call).to(dx.dtype)
+            )
         return Gradients(None if dx is None else dx.to(call.hidden.dtype), dw, db)
 
 
@@ -187,11 +189,6 @@ def vocabulary_chunks(call: HeadCall, border: int = 0) -> Iterator[tuple[int, in
     for first, last in ((0, border), (border, n_columns)):
         for start in range(first, last, step):
             yield start, min(start + step, last)
-
-
-def _of_targets(head: Tensor, call: HeadCall) -> Tensor:
-    """The targets' rows of a weight or bias; any row where the target is in another slice."""
-    return head.index_select(0, call.targets.clamp(min=0))
 
 
 def _take_targets_(grad: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""From the slices of a vocabulary to the results of all of it: whoever has a part of the columns answers a few sums a row.
+"""From the slices of a vocabulary to the results of all of it: each slice answers a few sums for each row.
 
     1. target_logits: the slice that has a row's target computes its logit, and all slices learn it
     2. slice_forward: each slice's 2**-58 · Σ exp(z − k) without the target's column (2⁻⁵⁸), and what the extras need
@@ -56,7 +56,9 @@ def merge(
     answers: dict[str, Tensor] = {}
     if "entropy" in outputs:
         moved = [(one - where_some).clamp(min=-1e30) for one in rests]
-        terms = [share * (_given(part.mean_log_prob) + by) for share, part, by in zip(shares, parts, moved, strict=True)]
+        terms = [
+            share * (_given(part.mean_log_prob) + by) for share, part, by in zip(shares, parts, moved, strict=True)
+        ]
         answers["entropy"] = entropy_of(logps, _sum(terms)).to(dtype)
     if "log_sum_sq_probs" in outputs:
         squares = [share.square() * _given(part.sum_sq_probs) for share, part in zip(shares, parts, strict=True)]

@@ -96,10 +96,9 @@ def test_rows_out_of_range_and_infinite_logits(each_backend):
 
 
 def _alone(case: Case, row: int, starts: list[int]) -> torch.Tensor:
-    one = Case(
-        case.hidden[row : row + 1, row : row + 1], case.weight[:, row : row + 1].contiguous(), case.targets[row : row + 1],
-        settings=case.settings, trains=(),
-    )  # fmt: skip
+    this = slice(row, row + 1)
+    weight = case.weight[:, this].contiguous()
+    one = Case(case.hidden[this, this], weight, case.targets[this], settings=case.settings, trains=())
     return one.ours(Sliced(starts))["logps"][0]
 
 
