@@ -33,7 +33,7 @@ from sdpo_kernels.backends.chunk_math import RunningSums, dlogits
 from sdpo_kernels.head import Head, product_dtype
 from sdpo_kernels.integrations.lm_head import LMHead
 from sdpo_kernels.logps import LinearLogps, check_outputs
-from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
+from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows, check_targets
 
 
 def sharded_linear_logps(
@@ -81,7 +81,7 @@ def sharded_linear_logps(
     n_columns = sum(shard_rows)
     index = (targets != IGNORE_INDEX).nonzero().squeeze(1) if rows is None else rows.index
     scored = targets[index]
-    _check_targets(scored, n_columns)
+    check_targets(scored, n_columns)
 
     names = tuple(name for name in EXTRAS if name in outputs)
     head, plan = Head(logit_scale, softcap, temperature), _plan(shard_rows, chunk_columns)
@@ -157,15 +157,6 @@ def _check_rows(shard_rows: Sequence[int], weight: Tensor, group: dist.ProcessGr
             f"shard_rows: was {list(shard_rows)}, must be a number of rows for each of {count} ranks, "
             f"{weight.shape[0]} for this one ({rank})"
         )
-
-
-def _check_targets(scored: Tensor, n_columns: int) -> None:
-    right = (scored >= 0) & (scored < n_columns)
-    if scored.is_cuda:
-        torch._assert_async(right.all(), f"targets: must be in [0, {n_columns}) or {IGNORE_INDEX}")
-    elif not bool(right.all()):
-        wrong = scored[~right][0].item()
-        raise ValueError(f"targets: was {wrong}, must be in [0, {n_columns}) or {IGNORE_INDEX} (not scored)")
 
 
 def _dtype(hidden: Tensor) -> torch.dtype:
