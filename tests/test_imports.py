@@ -45,6 +45,7 @@ LAYERS = [
 ROOM_OF = {
     "logps_op": "logps",
     "vocab_parallel": "logps",
+    "sharded": "logps",
     "epilogue_op": "logps",
     "dpo_checks": "dpo",
     "dpo_output": "dpo",
