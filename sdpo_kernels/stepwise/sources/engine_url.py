@@ -86,6 +86,7 @@ class UrlEngine:
                 except queue.Empty:
                     return
                 except Exception as error:  # goes to the thread that waits
+                    stop.set()
                     found.put(error)
 
         # daemons: Ctrl-C must not wait for a server that thinks

@@ -42,8 +42,8 @@ class Refused(UserError):
 class Server:
     """The server that the settings name. UserError if the variable of `api_key_env` is not set."""
 
-    def __init__(self, settings: GenerationSettings, tries: int = TRIES, longest: float = math.inf) -> None:
-        self.url, self.timeout, self.tries = settings.url, min(settings.timeout, longest), tries
+    def __init__(self, settings: GenerationSettings, tries: int | None = None, longest: float = math.inf) -> None:
+        self.url, self.timeout, self.tries = settings.url, min(settings.timeout, longest), tries or TRIES
         self.name = f"the server {self.url}"
         self.key: str | None = None
         if settings.api_key_env is not None:
