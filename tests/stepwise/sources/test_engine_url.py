@@ -171,7 +171,7 @@ def test_a_server_with_chat_completions_gets_messages(tmp_path, model, stronger)
     assert texts == [text for text, reason in answers if reason == "stop"] != []
 
     settings = GenerationSettings(url=tiny.url, api="chat")
-    with pytest.raises(UserError, match="generation.api: was 'chat', but p:1 is plain text, must be messages"):
+    with pytest.raises(UserError, match=r"generation\.api: was 'chat', but p:1 is plain text, must be messages"):
         check_url(settings, PROMPTS)
 
 
@@ -237,6 +237,7 @@ def test_a_started_stage_keeps_its_model_and_may_change_its_address(tmp_path, mo
         run(url_config(tmp_path, model, tiny.url, model="other"), QUIET)
 
 
+@pytest.mark.xdist_group("distributed")
 def test_rank_0_alone_asks(tmp_path, model):
     with TinyServer(model) as tiny:
         url_config(tmp_path, model, tiny.url, settings={"trainer": {"per_device_train_batch_size": 1}})
@@ -262,8 +263,8 @@ def refusing(status: int, message: str, **headers: str):
         (lambda handler, body: handler.reply(200, {"choices": [{"index": 0}]}), "gave no answer as /completions"),
         (lambda handler, body: handler.reply(200, {"choices": [{"text": 3}]}), "gave no answer as /completions"),
         (
-            lambda handler, body: handler.reply(307, "", Location="http://127.0.0.1:9/v1/completions"),
-            r"answered 307 .*is moved to http://127.0.0.1:9/v1/completions: set generation.url",
+            lambda handler, body: handler.reply(302, "", Location="http://127.0.0.1:9/v1/completions"),
+            r"answered 302 .*is moved to http://127.0.0.1:9/v1/completions: set generation.url",
         ),
     ],
 )  # fmt: skip
@@ -280,8 +281,11 @@ def test_an_answer_that_cannot_be_used_ends_the_run_at_once(tmp_path, model, fau
 
 
 def test_a_model_that_the_server_does_not_have(tmp_path, model):
-    with TinyServer(model) as tiny, pytest.raises(
-        UserError, match=r"answered 404 Not Found: .*The model `huge` does not exist.*check generation.model"
+    with (
+        TinyServer(model) as tiny,
+        pytest.raises(
+            UserError, match=r"answered 404 Not Found: .*The model `huge` does not exist.*check generation.model"
+        ),
     ):
         generation.sample(asked(tmp_path, model, tiny.url, generation={"model": "huge"}), 3)
 

@@ -1,4 +1,4 @@
-"""Answers by vLLM in a process of its own, with a stub that has its signatures: what it is asked, resuming, failures."""
+"""Answers by vLLM in a process of its own, with a stub that has its signatures: what it is asked, and failures."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_every_stage_samples_from_its_policy_and_the_process_has_ended_before_it
     ]
     assert "note       stage s1: answers are sampled from the policy by vLLM, in a process of its own" in spoken.text
     assert "stage 1 of 2 s1: samples  30/30  took " in spoken.text
-    assert not [path for path in (tmp_path / "run").rglob("vllm")]  # the worker's folder goes with the stage's
+    assert not list((tmp_path / "run").rglob("vllm"))  # the worker's folder goes with the stage's
 
     # what the stub "samples" for a prompt and a seed, without the answers that did not end
     lines = [json.loads(line) for line in (first / "source/samples.jsonl").read_text().splitlines()]
@@ -175,6 +175,7 @@ def test_segments_are_rewritten_by_vllm(tmp_path, model, stub):
     assert len(pairs_of(tmp_path / "run/stage-1-s1")) == 12
 
 
+@pytest.mark.xdist_group("distributed")
 def test_rank_0_alone_starts_it_and_without_the_launchers_variables(tmp_path, model, stub):
     vllm_config(tmp_path, model, settings={"trainer": {"per_device_train_batch_size": 1}})
     ranks = Ranks(tmp_path, "train", tmp_path / "run.yaml", "--quiet", fault=_environment, options=(variables(),))
@@ -290,7 +291,7 @@ def test_without_vllm_nothing_is_trained(tmp_path, model, monkeypatch):
     for starts in (run, check_run):
         with pytest.raises(UserError, match=re.escape(f"{text}{sys.executable}; install it there, or in an")):
             starts(vllm_config(tmp_path, model), QUIET)
-    with pytest.raises(UserError, match="generation.python: /nonexistent/python cannot be started: No such file"):
+    with pytest.raises(UserError, match=r"generation\.python: /nonexistent/python cannot be started: No such file"):
         run(vllm_config(tmp_path, model, generation={"python": "/nonexistent/python"}), QUIET)
     assert not (tmp_path / "run").exists()
 

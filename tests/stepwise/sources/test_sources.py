@@ -231,7 +231,9 @@ def test_only_the_segment_is_regenerated(tmp_path, model):
 def test_the_previous_stages_ema_model_generates_segments(tmp_path, model, monkeypatch):
     loaded = []
     real = engine_transformers.load_ema_into
-    monkeypatch.setattr(engine_transformers, "load_ema_into", lambda m, folder: (loaded.append(folder.name), real(m, folder)))
+    monkeypatch.setattr(
+        engine_transformers, "load_ema_into", lambda m, folder: (loaded.append(folder.name), real(m, folder))
+    )
     settings = {"segment_tokens": 2, "samples": 1, "pairs": 6, "max_new_tokens": 5}
     run(source_config(tmp_path, model, "self_augmented", settings={"reference": "ema"}, **settings), QUIET)
     assert loaded == ["stage-1-s1"]

@@ -79,7 +79,8 @@ class LLM:
             os.kill(os.getpid(), signal.SIGKILL)
         if does == "hang":
             time.sleep(600)
-        return [self._answered(p["prompt_token_ids"], params) for p, params in zip(prompts, sampling_params)]
+        pairs = zip(prompts, sampling_params, strict=True)
+        return [self._answered(prompt["prompt_token_ids"], params) for prompt, params in pairs]
 
     def _answered(self, ids, params):
         assert len(ids) + params.max_tokens <= self.longest
