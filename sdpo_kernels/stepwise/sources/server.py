@@ -23,7 +23,7 @@ from sdpo_kernels.stepwise.settings.generation import GenerationSettings
 
 TRIES = 6
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds; the wait doubles from try to try
-_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)  # statuses of a server that may answer later
+_AGAIN = (408, 409, 425, 429, *range(500, 600))  # statuses of a server that may answer later
 _SHOWN = 300  # letters of a server's message
 
 

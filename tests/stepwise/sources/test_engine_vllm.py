@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -143,6 +144,23 @@ def test_each_prompt_is_asked_once_with_the_settings_of_sampling_and_a_seed_of_i
     seeds = [first["seed"] + number for number in range(3)]
     words = [[VOCABULARY[id] for id in sampled(prompts[0], seed, 0.7)] for seed in seeds]
     assert drawn[0] == [" " + " ".join(text) for text, seed in zip(words, seeds, strict=True) if seed % 2 == 0]
+
+
+def test_it_stops_at_the_models_own_end_tokens_and_at_the_one_that_training_appends(tmp_path, model, stub):
+    own = tmp_path / "own"
+    shutil.copytree(model, own)
+    for name, ends in (("generation_config.json", [4, 5]), ("config.json", 6)):
+        settings = json.loads((own / name).read_text()) | {"eos_token_id": ends}
+        (own / name).write_text(json.dumps(settings))
+    engine = engine_vllm.VllmEngine(vllm_context(tmp_path, own), 3)
+    assert engine.ends == [END, 4, 5]
+
+    # vLLM's token ids have the end token; if they did not, the reason would say that there was one
+    answers = [[[7, 8, END], "stop"], [[7, 8], "stop"], [[7, 4, 9], "stop"], [[7, 8], "length"]]
+    assert engine._rows([answers]) == [[7, 8, END], [7, 8, END], [7, 4], [7, 8]]
+
+    (own / "generation_config.json").unlink()
+    assert engine_vllm.VllmEngine(vllm_context(tmp_path, own), 3).ends == [END, 6]
 
 
 def test_weights_are_computed_with_in_the_precision_of_training(tmp_path, model, stub):
