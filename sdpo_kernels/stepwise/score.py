@@ -84,7 +84,7 @@ def _scorer_of(path: str, scorer: Scorer) -> Scorer:
     own = Path(path).resolve().parent == Path(scorer.config.output_dir).resolve()
     if own or scorer.config.lora is None:
         return scorer
-    return dataclasses.replace(scorer, config=scorer.config.model_copy(update={"lora": None}))
+    return dataclasses.replace(scorer, config=scorer.config.of_full_weights)
 
 
 def _finished(config: RunConfig) -> list[str]:

@@ -23,6 +23,7 @@ from sdpo_kernels.stepwise.settings.columns import ColumnSettings, DataEntry
 from sdpo_kernels.stepwise.settings.lora import LoraSettings
 from sdpo_kernels.stepwise.settings.mistakes import error_lines
 from sdpo_kernels.stepwise.settings.post import ExpoSettings, PostSettings
+from sdpo_kernels.stepwise.settings.quantization import QuantizationSettings
 from sdpo_kernels.stepwise.settings.reference import EmaSettings, MultiSettings
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig, StageConfig
 from sdpo_kernels.stepwise.settings.source import SOURCES, RankedSource
@@ -34,6 +35,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "": RunConfig,
     "stages": StageConfig,
     "lora": LoraSettings,
+    "quantization": QuantizationSettings,
     "multi": MultiSettings,
     "ema": EmaSettings,
     "columns": ColumnSettings,
