@@ -23,12 +23,11 @@ from sdpo_kernels.stepwise.common.model_names import load_failure
 from sdpo_kernels.stepwise.models.precision import Precision
 from sdpo_kernels.stepwise.models.quantized import compute_alike, loading_options
 from sdpo_kernels.stepwise.models.saving import is_tied, keep_generation_config, say_untied, says_tied
+from sdpo_kernels.stepwise.models.weights import ADAPTER
 from sdpo_kernels.stepwise.settings.lora import LoraSettings
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 
 logger = logging.getLogger(__name__)
-
-ADAPTER = "adapter"  # in a stage's folder: the LoRA adapter as trained, next to the merged weights
 
 
 @dataclass
