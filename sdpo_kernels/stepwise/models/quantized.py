@@ -28,8 +28,12 @@ _CLASSES = ("Linear4bit", "Linear8bitLt")  # of bitsandbytes.nn, which is not im
 
 
 def check_quantization(config: RunConfig, model_config: Any) -> None:
-    """UserError if bitsandbytes is missing, or if the model's files are quantised already."""
-    if getattr(model_config, "quantization_config", None) is not None:
+    """UserError if bitsandbytes is missing, or if the model's files are quantised already.
+
+    Other formats than bitsandbytes' own are left to transformers if the run asks for no quantization.
+    """
+    stored = getattr(model_config, "quantization_config", None) or {}
+    if stored and (config.quantization is not None or stored.get("quant_method") == "bitsandbytes"):
         raise UserError(
             f"model: {config.model} is stored quantised (quantization_config in its config.json); give the model it "
             "was made from: the setting quantization quantises that as it is loaded"
@@ -71,11 +75,21 @@ def compute_alike(model: nn.Module) -> None:
 
     There bitsandbytes computes otherwise in eval mode: activations are quantised too (8 bits), or weights rearranged
     for a kernel without a backward (4 bits, AVX-512-BF16). The policy would not be its own reference, or not train.
+
+    UserError for a layer whose weights bitsandbytes gets wrong on the CPU.
     """
-    for _, layer in quantized_layers(model):
-        if layer.weight.device.type == "cpu":
-            layer.training = True
-            layer.train = MethodType(_stay, layer)
+    for name, layer in quantized_layers(model):
+        if layer.weight.device.type != "cpu":
+            continue
+
+        # its CPU kernel starts a block of 64 weights at every row, its quantiser does not (seen in 0.49 and 0.50)
+        if hasattr(layer.weight, "quant_state") and layer.in_features % layer.weight.blocksize:
+            raise UserError(
+                f"quantization: 4 bits on a CPU need layers whose width is a multiple of {layer.weight.blocksize}, "
+                f"because bitsandbytes dequantises others wrongly there; {name} has {layer.in_features}; use bits: 8"
+            )
+        layer.training = True
+        layer.train = MethodType(_stay, layer)
 
 
 def _stay(self: nn.Module, mode: bool = True) -> nn.Module:
