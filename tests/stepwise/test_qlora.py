@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from sdpo_kernels.stepwise.check import check_run
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.models.load import load_model, weights_hash
 from sdpo_kernels.stepwise.models.precision import Precision
+from sdpo_kernels.stepwise.post.expo import extrapolate
 from sdpo_kernels.stepwise.score import score_run
 from sdpo_kernels.stepwise.settings.run_file import load_config
 from sdpo_kernels.stepwise.training import publish
@@ -74,7 +75,7 @@ def logp(model: Any, stage: Path) -> float:
 
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_stages_publish_their_adapter_and_merged_weights_agree_with_it(tmp_path, wide, kind):
-    """Stages start at ln 2. Who loads the results with transformers and PEFT alone gets the model that was evaluated."""
+    """Stages start at ln 2. Loaded by transformers and PEFT alone, both results are the model that was trained."""
     found = {}
     for way in ("auto", "merged"):
         (tmp_path / way).mkdir()
@@ -126,13 +127,16 @@ def test_with_other_precisions_and_batches(tmp_path, wide, more):
     assert [stage["first_loss"] for stage in manifest["stages"]] == pytest.approx([math.log(2)] * 2, abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    "lora",
-    [{"use_dora": True}, {"use_rslora": True, "rank_pattern": {"q_proj": 8}}, {"target_modules": ["q_proj", "lm_head"]}],
-    ids=str,
-)
+ADAPTERS = [
+    {"use_dora": True},
+    {"use_rslora": True, "rank_pattern": {"q_proj": 8}},
+    {"target_modules": ["q_proj", "lm_head"]},
+]
+
+
+@pytest.mark.parametrize("lora", ADAPTERS, ids=lambda lora: next(iter(lora)))
 def test_with_other_adapters(tmp_path, wide, lora):
-    settings = settings_of(tmp_path, lora={"r": 4, "publish": "merged", **lora}, quantization=QUANTIZED["8 bits"])
+    settings = settings_of(tmp_path, lora={"r": 4, "publish": "merged", **lora})
     manifest = runs.train(runs.configured(tmp_path, wide, **settings))
     assert [stage["state"] for stage in manifest["stages"]] == ["done", "done"]
 
@@ -199,14 +203,14 @@ def test_what_may_change_when_a_run_goes_on(tmp_path, wide):
             runs.train(load_config(yaml))
 
     for change, line in {
-        "quantization.type=fp4": "quantization.type: nf4 -> fp4 (the adapter was trained on a base that is quantised",
-        "quantization.double=false": "quantization.double: true -> false (the adapter was trained on a base that is",
-        "quantization={bits: 8}": "quantization.bits: 4 -> 8 (the adapter was trained on a base that is quantised in",
-        "quantization=null": "quantization: absent -> null (the adapter was trained on a base that is quantised in this",
+        "quantization.type=fp4": "quantization.type: nf4 -> fp4",
+        "quantization.double=false": "quantization.double: true -> false",
+        "quantization={bits: 8}": "quantization.bits: 4 -> 8",
+        "quantization=null": "quantization: absent -> null",
     }.items():
         with pytest.raises(UserError) as error:
             runs.train(load_config(yaml, [change]))
-        assert f"\n  {line}" in str(error.value)
+        assert f"\n  {line} (the adapter was trained on a base that is quantised in this way)" in str(error.value)
 
     manifest = runs.train(load_config(yaml, ["lora.publish=merged"]))
     assert [stage["weights"] for stage in manifest["stages"]] == ["adapter", "full"]
@@ -218,7 +222,8 @@ def test_an_adapter_that_is_gone_is_an_error(tmp_path, wide):
     runs.train(config)
     assert runs.train(config)["stages"][0]["state"] == "done"
     (tmp_path / "run" / "stage-1-s1" / "adapter" / "adapter_model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"stage-1-s1: .*adapter_model.safetensors.* although the stage is finished; put"):
+    lost = r"stage-1-s1: .*adapter_model.safetensors.* although the stage is finished; put it back"
+    with pytest.raises(UserError, match=lost):
         runs.train(config)
 
 
@@ -278,7 +283,9 @@ def test_score_gives_what_the_run_has_recorded(tmp_path, wide, capsys):
     # another run has another base for it
     (tmp_path / "other").mkdir()
     other = runs.configured(tmp_path / "other", wide)
-    with pytest.raises(UserError, match=r"^--model .*stage-1-s1: .*stage-1-s1 has no full weights, only an adapter for"):
+    with pytest.raises(
+        UserError, match=r"^--model .*stage-1-s1: .* has no full weights, only an adapter for the base of"
+    ):
         score_run(other, stages[:1], [str(tmp_path / "eval.jsonl")], as_json=True)
 
 
@@ -286,11 +293,10 @@ def test_the_command_that_expos_message_names_scales_the_adapter(tmp_path, wide,
     runs.train(runs.configured(tmp_path, wide, (8,), **settings_of(tmp_path)))
     stage = tmp_path / "run" / "stage-1-s1"
     with pytest.raises(UserError, match=rf"has no full weights, but an adapter; give {stage}/adapter"):
-        from sdpo_kernels.stepwise.post.expo import extrapolate
-
         extrapolate(wide, stage, tmp_path / "none", 0.5)
 
-    monkeypatch.setattr("sys.argv", ["sdpo", "expo", str(wide), f"{stage}/adapter", f"{tmp_path}/new", "--alpha", "0.5"])
+    arguments = [str(wide), f"{stage}/adapter", f"{tmp_path}/new", "--alpha", "0.5"]
+    monkeypatch.setattr("sys.argv", ["sdpo", "expo", *arguments])
     with pytest.raises(SystemExit) as ended:
         main()
     assert not ended.value.code, capsys.readouterr()
@@ -334,7 +340,5 @@ def test_fsdp_by_accelerates_launcher_is_an_error(tmp_path, wide):
 
 
 def asks_for_fsdp(rank: int) -> None:
-    import os
-
     faults.fsdp_on_cpu(rank)
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}

@@ -55,8 +55,8 @@ def load_model(path: str, config: RunConfig, precision: Precision) -> Loaded:
     """Load `path` (a folder or hub name) in the run's dtype onto its device, ready to score and to train.
 
     1. Free the memory of models dropped before: a model is part of reference cycles.
-    2. Load the weights, quantised if the run says so. For a stage folder of a LoRA run these are the run's base and that
-       stage's adapter.
+    2. Load the weights, quantised if the run says so. For a stage folder of a LoRA run these are the run's base and
+       that stage's adapter.
     3. Switch dropout off and attach the fused head.
     4. Unless batches are padded, choose an attention that keeps packed pairs apart, and test it in the precision of
        scoring and training. A model that has none gets padded batches, with a warning.

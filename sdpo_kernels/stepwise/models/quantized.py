@@ -102,11 +102,12 @@ def copy_dequantized(trained: nn.Module, model: nn.Module) -> None:
 
     Taken from the trained model itself: quantised again, on another device, a weight could be rounded otherwise.
     """
-    from peft.utils.integrations import dequantize_module_weight
+    from peft.utils.integrations import dequantize_bnb_weight
 
     with torch.no_grad():
         for name, layer in quantized_layers(trained):
-            target, weight = model.get_submodule(name), dequantize_module_weight(layer)
+            target: Any = model.get_submodule(name)
+            weight = dequantize_bnb_weight(layer.weight, getattr(layer, "state", None))
             target.weight.copy_(weight.T if isinstance(target, Conv1D) else weight)
 
 
@@ -117,8 +118,9 @@ def check_adapted(model: nn.Module) -> None:
     """
     from peft.utils import ModulesToSaveWrapper
 
-    head = unwrap(model).get_output_embeddings()  # type: ignore[operator]
-    for name, module in unwrap(model).named_modules():
+    base: Any = unwrap(model)
+    head = base.get_output_embeddings()
+    for name, module in base.named_modules():
         if isinstance(module, ModulesToSaveWrapper) and module is not head:
             inside = [part for part in module.original_module.modules() if isinstance(part, (nn.Linear, Conv1D))]
             if inside:

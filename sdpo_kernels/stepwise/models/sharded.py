@@ -68,8 +68,8 @@ def check_way(trainer: Any) -> None:
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if sharded and any(quantized_layers(trainer.model)):
         raise ValueError(
-            "fsdp or deepspeed: quantised weights are not sharded; with quantization use plain DDP, a whole base on each "
-            "process"
+            "fsdp or deepspeed: quantised weights are not sharded; with quantization use plain DDP, a whole base on "
+            "each process"
         )
 
     if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:

@@ -41,12 +41,13 @@ from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
 def try_run(config: RunConfig, tokenizer: PreTrainedTokenizerBase, model_config: Any) -> list[str]:
     """Try what a run does after its data is read, without weights; returns warnings.
 
-    0. With quantization its library must be there; a model that is stored quantised is refused.
-    1. Build the model on the meta device, unquantised; its head must be one the fused kernels can use, and so must its router.
-    2. Save its config, generation config, tokenizer, model card and the files beside it into a temporary folder.
-    3. Add the adapter, if the run has one.
-    4. For every stage make TrainingArguments, the integrations of report_to, the optimizer's class, the scheduler.
-    5. Compare the estimated size of checkpoints and stages with the free disk space.
+    1. Look for the library that `quantization` needs; a model that is stored quantised is refused.
+    2. Build the model on the meta device, unquantised; its head must be one the fused kernels can use, and so must its
+       router.
+    3. Save its config, generation config, tokenizer, model card and the files beside it into a temporary folder.
+    4. Add the adapter, if the run has one.
+    5. For every stage make TrainingArguments, the integrations of report_to, the optimizer's class, the scheduler.
+    6. Compare the estimated size of checkpoints and stages with the free disk space.
 
     UserError for whatever would stop the run at one of these.
     """

@@ -31,8 +31,8 @@ from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
 class PairScore:
     """`metric` of a model on preference pairs; rewards are relative to `start`, with the config's β.
 
-    `config` gives lengths, truncation, batches and β, and how an adapter's base is quantised. Model, dtype and lora come
-    from the folders: bfloat16 if all weights are bfloat16, so that nothing is rounded, else float32. An adapter is
+    `config` gives lengths, truncation, batches and β, and how an adapter's base is quantised. Model, dtype and lora
+    come from the folders: bfloat16 if all weights are bfloat16, so that nothing is rounded, else float32. An adapter is
     scored as <folder>/adapter.
     """
 

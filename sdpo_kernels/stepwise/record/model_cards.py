@@ -18,8 +18,9 @@ _LEFT_OUT = {"skipped": "bad rows skipped", "dropped": "pairs dropped"}
 
 def model_card(config: RunConfig, stage: Record) -> str:
     """The Markdown model card of a finished stage, with the front matter that the Hugging Face Hub reads."""
+    library = "transformers" if config.publishes_merged else "peft"
     lines = [
-        *_front_matter("transformers" if config.publishes_merged else "peft", config.model, ["dpo", "stepwise-dpo", "preference"]),
+        *_front_matter(library, config.model, ["dpo", "stepwise-dpo", "preference"]),
         f"# {Path(config.model).name}, stage {stage['index']} ({stage['name']}) of a stepwise DPO run",
         "",
         f"Trained by `sdpo train` of sdpo_kernels {__version__} (sDPO, arXiv 2403.19270).",

@@ -36,13 +36,14 @@ class QuantizationSettings(Section):
 
     @model_validator(mode="after")
     def _of_its_bits(self) -> QuantizationSettings:
-        given = {name: getattr(self, name) for name in _DEFAULTS}
         if self.bits == 4:
-            for name, value in given.items():
-                object.__setattr__(self, name, _DEFAULTS[name] if value is None else value)
+            for name, default in _DEFAULTS.items():
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, default)
             return self
 
-        mistakes = [(n, f"was {show(v)}, but only 4 bits have it (bits is 8)") for n, v in given.items() if v is not None]
+        given = {name: getattr(self, name) for name in _DEFAULTS if getattr(self, name) is not None}
+        mistakes = [(name, f"was {show(v)}, but only 4 bits have it (bits is 8)") for name, v in given.items()]
         if mistakes:
             raise SettingErrors(mistakes)
         return self
@@ -68,11 +69,18 @@ def quantization_mistakes(config: Any) -> list[tuple[str, str]]:
     mistakes = []
     if config.lora is None:
         mistakes.append(("lora", "is required with quantization: quantised weights are not trained, an adapter is"))
+    elif config.quantization.bits == 8 and config.lora.more.get("use_dora"):
+        # PEFT 0.21 with bitsandbytes 0.50, on a CPU; there is no GPU to try it on
+        text = "was true with bits: 8, must be left out: DoRA loses the scales of 8-bit weights; it works with bits: 4"
+        mistakes.append(("lora.use_dora", text))
 
     trainers = {"trainer": config.trainer} | {f"stages.{n}.trainer": s.trainer for n, s in enumerate(config.stages)}
     for where, settings in trainers.items():
         for name in _SHARDING:
             if settings.get(name):
-                text = f"was {show(settings[name])}, must be left out with quantization: quantised weights are not sharded"
-                mistakes.append((f"{where}.{name}", f"{text}; several processes train with a whole base on each (DDP)"))
+                text = (
+                    f"was {show(settings[name])}, must be left out with quantization: quantised weights are not "
+                    "sharded; several processes train with a whole base on each (DDP)"
+                )
+                mistakes.append((f"{where}.{name}", text))
     return mistakes

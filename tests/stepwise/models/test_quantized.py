@@ -90,7 +90,8 @@ def test_scoring_and_training_compute_with_the_rounded_weights(tmp_path, wide, w
     with torch.no_grad():
         wanted = plain(IDS, use_cache=False).logits
         for mode in (False, True):
-            torch.testing.assert_close(found.model.train(mode)(IDS, use_cache=False).logits, wanted, rtol=1e-4, atol=1e-4)
+            logits = found.model.train(mode)(IDS, use_cache=False).logits
+            torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
 
     add_adapter(found, config.lora)
     plain = get_peft_model(plain, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=32, target_modules="all-linear"))

@@ -49,6 +49,7 @@ REFUSED = [
     (LORA | {"quantization": {"type": "int4"}}, "quantization.type: was 'int4', must be 'nf4' or 'fp4'"),
     (LORA | {"quantization": {"bit": 4}}, "quantization.bit: unknown key; did you mean 'bits'?"),
     (LORA | {"quantization": {"bits": 8, "type": "nf4"}}, "quantization.type: was 'nf4', but only 4 bits have it"),
+    ({"lora": {"use_dora": True}, "quantization": {"bits": 8}}, "lora.use_dora: was true with bits: 8, must be left"),
     (LORA | {"quantization": {"compute_dtype": "int8"}}, "quantization.compute_dtype: was 'int8', must be 'bfloat16',"),
     (
         LORA | {"quantization": {}, "trainer": {"fsdp": True}},
