@@ -24,7 +24,7 @@ from sdpo_kernels.stepwise.models.precision import Precision
 from sdpo_kernels.stepwise.post.expo import extrapolate
 from sdpo_kernels.stepwise.score import score_run
 from sdpo_kernels.stepwise.settings.run_file import load_config
-from sdpo_kernels.stepwise.training import publish
+from sdpo_kernels.stepwise.training import end_guard, publish
 from tests.stepwise import ranks_of_a_run as faults
 from tests.stepwise import runs
 from tests.stepwise.models.test_quantized import WIDE
@@ -119,7 +119,10 @@ def test_the_reference_is_the_base_with_the_adapter_of_the_stages_start(tmp_path
     assert manifest["environment"]["bitsandbytes"]
 
 
-@pytest.mark.parametrize("more", [{"dtype": "bfloat16"}, {"trainer": {"bf16": True}}, {"batching": "padded"}], ids=str)
+MORE = [{"dtype": "bfloat16"}, {"trainer": {"bf16": True, "gradient_checkpointing": True}}, {"batching": "padded"}]
+
+
+@pytest.mark.parametrize("more", MORE, ids=str)
 def test_with_other_precisions_and_batches(tmp_path, wide, more):
     settings = settings_of(tmp_path, lora={"r": 4, "publish": "merged"})
     manifest = runs.train(runs.configured(tmp_path, wide, **settings, **more))
@@ -259,6 +262,21 @@ def test_what_is_not_what_was_trained_is_not_published(tmp_path, wide, way, monk
             runs.train(runs.configured(tmp_path, wide, **settings))
     assert not (tmp_path / "run" / "stage-1-s1").exists()
     assert runs.train(runs.configured(tmp_path, wide, **settings))["stages"][0]["resumed_at_step"] == 3
+
+
+DEVIATIONS = [("adapter", {}, 0.0), ("adapter", {"bits": 8}, 0.0), ("merged", {"bits": 8}, 1e-6)]
+DEVIATIONS += [("merged", {"compute_dtype": "float32"}, 1e-6), ("merged", {}, 2e-2)]
+
+
+@pytest.mark.parametrize(("way", "quantization", "tolerance"), DEVIATIONS)
+def test_the_deviations_are_far_below_what_is_allowed(tmp_path, wide, monkeypatch, way, quantization, tolerance):
+    """The adapter on a base that is loaded again gives the same bits."""
+    scored, genuine = [], end_guard._scores
+    monkeypatch.setattr(end_guard, "_scores", lambda *a: scored.append(genuine(*a)) or scored[-1])
+    settings = {"lora": {"r": 4, "publish": way}, "quantization": quantization}
+    runs.train(runs.configured(tmp_path, wide, (8,), **settings))
+    trained, saved = scored
+    assert ((trained - saved).abs() <= tolerance * trained.abs()).all()
 
 
 # ---- the other commands ----

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.utils import is_bitsandbytes_available
 
+from sdpo_kernels.integrations import packed_attention
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.models import load as load_module
 from sdpo_kernels.stepwise.models import quantized
@@ -155,6 +156,18 @@ def test_head_and_embedding_stay_as_they_are(tmp_path, tied, bits):
     names = {name for name, module in plain.named_modules() if isinstance(module, nn.Linear)} - {"lm_head"}
     assert {name for name, _ in quantized.quantized_layers(found.model)} == names
     assert (found.packed, found.shared, found.by_sequence) == (True, True, True)
+
+
+DTYPES = [({}, torch.bfloat16), ({"compute_dtype": "float32"}, torch.float32), ({"bits": 8}, torch.float16)]
+
+
+@pytest.mark.parametrize(("quantization", "dtype"), DTYPES, ids=str)
+def test_the_probe_of_packed_sequences_expects_the_rounding_of_the_products(tmp_path, wide, quantization, dtype):
+    """Hidden states are float32 in all of them; on a GPU, packed and alone, products of other shapes round otherwise."""
+    _, found = loaded(tmp_path, wide, quantization)
+    hidden = found.model.model(IDS, use_cache=False).last_hidden_state
+    assert hidden.dtype == torch.float32
+    assert packed_attention._compute_dtype(found.model, hidden) == dtype
 
 
 def test_the_hash_is_of_what_was_loaded(tmp_path, wide):
