@@ -251,13 +251,14 @@ def _probe(base: Any, head: LMHead, sequences: list[Tensor], alone: list[Tensor]
 
 
 def _compute_dtype(base: Any, hidden: Tensor) -> torch.dtype:
-    """The coarsest dtype `hidden` was computed in: under autocast a last norm may return float32 from bfloat16 products.
+    """The dtype `hidden` was computed in: under autocast a last norm may return float32 from bfloat16 products.
 
-    So do layers that bitsandbytes has quantised: 4 bits compute in a dtype of their own, 8 bits round to float16.
+    So do layers that bitsandbytes has quantised: 4 bits compute in a dtype of their own, 8 bits round to float16. Of
+    several it is the coarsest.
     """
     kind = hidden.device.type
     dtypes = [torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype]
-    quantized = getattr(base.config, "quantization_config", None)
+    quantized: Any = getattr(base.config, "quantization_config", None)
     if getattr(quantized, "load_in_4bit", False):
         dtypes.append(quantized.bnb_4bit_compute_dtype)
     elif getattr(quantized, "load_in_8bit", False):

@@ -163,7 +163,7 @@ DTYPES = [({}, torch.bfloat16), ({"compute_dtype": "float32"}, torch.float32), (
 
 @pytest.mark.parametrize(("quantization", "dtype"), DTYPES, ids=str)
 def test_the_probe_of_packed_sequences_expects_the_rounding_of_the_products(tmp_path, wide, quantization, dtype):
-    """Hidden states are float32 in all of them; on a GPU, packed and alone, products of other shapes round otherwise."""
+    """Hidden states are float32 in all of them. On a GPU the products of a packed row round otherwise."""
     _, found = loaded(tmp_path, wide, quantization)
     hidden = found.model.model(IDS, use_cache=False).last_hidden_state
     assert hidden.dtype == torch.float32
