@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
 
 from sdpo_kernels.cli import main
@@ -151,6 +152,20 @@ def test_with_other_references_and_samples(tmp_path, wide, more):
     manifest = runs.train(runs.configured(tmp_path, wide, **settings_of(tmp_path), **more))
     assert [stage["state"] for stage in manifest["stages"]] == ["done", "done"]
     assert (tmp_path / "run" / "stage-2-s2" / "samples.jsonl").exists() == ("samples" in more)
+
+
+def test_no_model_is_in_memory_when_the_next_is_loaded(tmp_path, wide, monkeypatch):
+    alive, from_pretrained = [], AutoModelForCausalLM.from_pretrained
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        if options.get("device_map") != "meta":  # where things are only tried out, no weights are loaded
+            alive.append(sum(isinstance(thing, PreTrainedModel) for thing in gc.get_objects()))
+        return from_pretrained(*arguments, **options)
+
+    gc.collect()
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", counting)
+    runs.train(runs.configured(tmp_path, wide, **settings_of(tmp_path)))
+    assert alive == [0] * 7  # M_0's evaluation; a start, a check and an evaluation of each stage
 
 
 def test_shared_prompts_train_the_same_as_two(tmp_path, wide):

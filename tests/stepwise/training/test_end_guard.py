@@ -149,8 +149,8 @@ def merge_without_untying(patch, _) -> None:
 def save_a_wrong_merge(patch, _) -> None:
     genuine = merge.merge_adapter
 
-    def wrong(adapter, config):
-        model = genuine(adapter, config)
+    def wrong(*arguments):
+        model = genuine(*arguments)
         with torch.no_grad():
             model.model.layers[0].self_attn.q_proj.weight.mul_(4.0)
         return model
