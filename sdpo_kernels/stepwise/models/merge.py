@@ -30,7 +30,9 @@ def merge_adapter(adapter: Path, config: RunConfig, trained: nn.Module | None = 
 
     base = pretrained(config.model, config, dtype=torch.float32)
     keep_generation_config(base)
-    if config.quantization is not None and trained is not None:
+    if config.quantization is not None:
+        if trained is None:
+            raise ValueError("trained: was None, must be the trained model, which has the quantised base")
         copy_dequantized(trained, base)
     if is_tied(base) and _changes_embeddings(base, adapter):
         untie(base)
