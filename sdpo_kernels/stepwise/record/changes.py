@@ -32,6 +32,7 @@ _FREE_OF_TRAINER = {
     "report_to", "run_name", "project", "debug", "ddp_timeout", "enable_jit_checkpoint",
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
 }  # fmt: skip
+_FREE_OF_GENERATION = {"url", "api_key_env", "requests", "timeout", "python", "options"}  # of a source
 _FREE_PREFIXES = ("logging_", "log_", "save_", "eval_", "trackio_")
 _BATCH = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
 
@@ -142,6 +143,9 @@ def _trained_with(config: Record, started: Sequence[str], processes: int | None)
 
 def _of_stage(config: Record, stage: Record, processes: int | None) -> Record:
     own = {key: value for key, value in stage.items() if key in ("epochs", "source")}
+    if engine := (own.get("source") or {}).get("generation"):
+        kept_of_engine = {key: value for key, value in engine.items() if key not in _FREE_OF_GENERATION}
+        own["source"] = own["source"] | {"generation": kept_of_engine}
     beta = config.get("beta") if stage.get("beta") is None else stage["beta"]
 
     trainer = config.get("trainer", {}) | (stage.get("trainer") or {})

@@ -30,6 +30,7 @@ def model_card(config: RunConfig, stage: Record) -> str:
         f"| loss | {stage['loss']}, beta {stage['beta']:g} |",
         f"| reference | {stage['reference']} |",
         *_training_rows(config, stage),
+        *_answer_rows(stage),
         f"| pairs | {_pairs(stage)} |",
         *_missing_rows(config, stage),
         f"| steps | {stage['steps']} |",
@@ -84,6 +85,14 @@ def _data_files(config: RunConfig, stage: StageConfig) -> list[str]:
     names = [Path(source).name if is_file_source(source) else source for source in sources]
     generated = f" (prompts; pairs by {stage.source.kind})" if stage.source is not None else ""
     return [f"{name}{generated}" for name in dict.fromkeys(names)]
+
+
+def _answer_rows(stage: Record) -> list[str]:
+    """Which model gave the answers of generated pairs, if a server did; not its address, which may be a private one."""
+    answered = stage.get("generation") or {}
+    if answered.get("engine") != "url":
+        return []
+    return [f"| answers of the pairs | {', '.join(answered['answered'] or [answered['model']])}, not the policy's |"]
 
 
 def _missing_rows(config: RunConfig, stage: Record) -> list[str]:

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.settings.columns import ColumnSettings, DataEntry
+from sdpo_kernels.stepwise.settings.generation import GenerationSettings
 from sdpo_kernels.stepwise.settings.lora import LoraSettings
 from sdpo_kernels.stepwise.settings.mistakes import error_lines
 from sdpo_kernels.stepwise.settings.post import ExpoSettings, PostSettings
@@ -42,6 +43,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "<entry>": DataEntry,
     "post": PostSettings,
     "post.expo": ExpoSettings,
+    "generation": GenerationSettings,
     **{f"source.{kind}": section for kind, section in SOURCES.items()},
 }
 CONFIG = "config.yaml"  # in a run's folder

@@ -325,6 +325,13 @@ def _source_mistakes(config: RunConfig) -> list[tuple[str, str]]:
         text = f"was {config.order!r}, must be given: stage {generated[0].name!r} generates its pairs"
         mistakes.append(("order", text))
 
+    # the average is not a model in a folder of its own, which vLLM would need
+    for index, stage in enumerate(config.stages):
+        rewrites = stage.source is not None and stage.source.kind == "self_augmented"
+        if rewrites and config.reference == "ema" and stage.source.generation.engine == "vllm":  # type: ignore[union-attr]
+            text = "was 'vllm', must be transformers with reference: ema, whose average rewrites the segments"
+            mistakes.append((f"stages.{index}.source.generation.engine", text))
+
     # active learning trains on all labels so far, so every round must restart from the same model
     for index, stage in enumerate(config.stages):
         if stage.source is None or stage.source.kind != "active":
