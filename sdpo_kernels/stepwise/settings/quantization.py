@@ -74,6 +74,11 @@ def quantization_mistakes(config: Any) -> list[tuple[str, str]]:
         text = "was true with bits: 8, must be left out: DoRA loses the scales of 8-bit weights; it works with bits: 4"
         mistakes.append(("lora.use_dora", text))
 
+    for index, stage in enumerate(config.stages):
+        if getattr(getattr(stage.source, "generation", None), "engine", None) == "vllm":
+            text = "was 'vllm', must be transformers (or a url) with quantization: vLLM would sample from another base"
+            mistakes.append((f"stages.{index}.source.generation.engine", text))
+
     trainers = {"trainer": config.trainer} | {f"stages.{n}.trainer": s.trainer for n, s in enumerate(config.stages)}
     for where, settings in trainers.items():
         for name in _SHARDING:
