@@ -123,7 +123,7 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) setup.py $(NATIVE)
 		{ echo "cannot make a virtual environment; on Debian: apt-get install python3-venv" >&2; rm -rf $(VENV); exit 1; }
 	$(BIN)/python -m pip install -q --upgrade pip "setuptools>=77"
 	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) torch
-	$(BIN)/python -m pip install -q --no-build-isolation -c $(CONSTRAINTS) -e ".[train,dev]"
+	$(BIN)/python -m pip install -q --no-build-isolation -c $(CONSTRAINTS) -e ".[train,qlora,dev]"
 	touch $@
 
 # with the CUDA library in it where nvcc is found

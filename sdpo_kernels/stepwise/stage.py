@@ -186,5 +186,6 @@ def _record(stage: Stage, steps: int, resumed: int | None) -> Record:
         "first_loss": lines[0]["loss"],
         "last_loss": lines[-1]["loss"],
         "resumed_at_step": resumed,
+        "weights": "full" if stage.run.config.publishes_merged else "adapter",
         **stage.spent(),
     }

@@ -51,6 +51,7 @@ _WHY = {
     "truncation": "the tokens depend on it",
     "dtype": "the weights have this data type",
     "lora": "the adapter was made with it",
+    "quantization": "the adapter was trained on a base that is quantised in this way",
     "trainer": "the steps that are done depend on it",
     "attn_implementation": "the rounding depends on it",
     "batching": "the rounding depends on it",
@@ -130,6 +131,10 @@ def _trained_with(config: Record, started: Sequence[str], processes: int | None)
     run = {key: value for key, value in config.items() if key not in _FREE}
     if run.get("multi"):
         run["multi"] = {key: value for key, value in run["multi"].items() if key != "models"}
+
+    # what a stage publishes is not what the next one starts from
+    if run.get("lora"):
+        run["lora"] = {key: value for key, value in run["lora"].items() if key != "publish"}
 
     # of tiers, which share one entry, all have started with it
     stages = [stage for stage in config["stages"] if config.get("tiers") or stage["name"] in started]

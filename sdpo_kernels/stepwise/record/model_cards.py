@@ -18,8 +18,9 @@ _LEFT_OUT = {"skipped": "bad rows skipped", "dropped": "pairs dropped"}
 
 def model_card(config: RunConfig, stage: Record) -> str:
     """The Markdown model card of a finished stage, with the front matter that the Hugging Face Hub reads."""
+    library = "transformers" if config.publishes_merged else "peft"
     lines = [
-        *_front_matter("transformers", config.model, ["dpo", "stepwise-dpo", "preference"]),
+        *_front_matter(library, config.model, ["dpo", "stepwise-dpo", "preference"]),
         f"# {Path(config.model).name}, stage {stage['index']} ({stage['name']}) of a stepwise DPO run",
         "",
         f"Trained by `sdpo train` of sdpo_kernels {__version__} (sDPO, arXiv 2403.19270).",
@@ -43,7 +44,7 @@ def model_card(config: RunConfig, stage: Record) -> str:
             f"| reward accuracy, margin | {scores['reward_accuracy']:.3f}, {scores['reward_margin']:.3f} |",
         ]
     if config.lora is not None:
-        lines += ["", "The weights are the base with the adapter merged in float32; the adapter is in `adapter/`."]
+        lines += ["", _what_is_here(config)]
     return "\n".join(lines) + "\n"
 
 
@@ -61,7 +62,20 @@ def _training_rows(config: RunConfig, stage: Record) -> list[str]:
     ]
     if config.lora is not None:
         rows.append(f"| LoRA | r {config.lora.r}, alpha {config.lora.alpha:g} |")
+    if config.quantization is not None:
+        rows.append(f"| base while training | {config.quantization.text} |")
     return rows
+
+
+def _what_is_here(config: RunConfig) -> str:
+    """Which weights the folder of a LoRA stage has."""
+    if not config.publishes_merged:
+        base = "" if config.quantization is None else ", quantised as above"
+        return f"The trained weights are the adapter in `adapter/`, for the base `{config.model}`{base}."
+    text = "The weights are the base with the adapter merged in float32; the adapter is in `adapter/`."
+    if config.quantization is None:
+        return text
+    return f"{text} The base is the one the adapter was trained on: quantised, then dequantised."
 
 
 def _data_files(config: RunConfig, stage: StageConfig) -> list[str]:

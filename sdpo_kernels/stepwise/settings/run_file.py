@@ -24,6 +24,7 @@ from sdpo_kernels.stepwise.settings.generation import GenerationSettings
 from sdpo_kernels.stepwise.settings.lora import LoraSettings
 from sdpo_kernels.stepwise.settings.mistakes import error_lines
 from sdpo_kernels.stepwise.settings.post import ExpoSettings, PostSettings
+from sdpo_kernels.stepwise.settings.quantization import QuantizationSettings
 from sdpo_kernels.stepwise.settings.reference import EmaSettings, MultiSettings
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig, StageConfig
 from sdpo_kernels.stepwise.settings.source import SOURCES, RankedSource
@@ -35,6 +36,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "": RunConfig,
     "stages": StageConfig,
     "lora": LoraSettings,
+    "quantization": QuantizationSettings,
     "multi": MultiSettings,
     "ema": EmaSettings,
     "columns": ColumnSettings,

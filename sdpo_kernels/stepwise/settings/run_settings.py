@@ -20,6 +20,7 @@ from sdpo_kernels.stepwise.settings.lora import LoraSettings
 from sdpo_kernels.stepwise.settings.loss import Loss, loss_mistakes
 from sdpo_kernels.stepwise.settings.mistakes import SettingErrors, show
 from sdpo_kernels.stepwise.settings.post import ExpoSettings, PostSettings, post_mistakes
+from sdpo_kernels.stepwise.settings.quantization import QuantizationSettings, quantization_mistakes
 from sdpo_kernels.stepwise.settings.reference import EmaSettings, MultiSettings, reference_mistakes
 from sdpo_kernels.stepwise.settings.source import Source
 from sdpo_kernels.stepwise.settings.trainer import DEFAULT_TRAINER, check_trainer
@@ -152,6 +153,7 @@ class RunConfig(Section):
         trainer: Any field of transformers.TrainingArguments that the driver does not set itself. DEFAULT_TRAINER fills
             in what is missing.
         lora: Train a low-rank adapter instead of all weights.
+        quantization: Load the frozen base of `lora` in 4 or 8 bits (QLoRA).
         post: What is done after the last stage.
     """
 
@@ -184,6 +186,7 @@ class RunConfig(Section):
     trust_remote_code: bool = False
     trainer: Options = Field(default_factory=dict, validate_default=True)
     lora: LoraSettings | None = None
+    quantization: QuantizationSettings | None = None
     post: PostSettings | None = None
 
     @field_validator("trainer")
@@ -195,6 +198,7 @@ class RunConfig(Section):
     def _consistent(self) -> RunConfig:
         mistakes = [*_order_mistakes(self), *_stage_mistakes(self), *_source_mistakes(self), *post_mistakes(self)]
         mistakes += [*reference_mistakes(self.reference, self.multi, self.ema), *loss_mistakes(self)]
+        mistakes += quantization_mistakes(self)
 
         if self.samples and self.eval_data is None:
             mistakes.append(
@@ -224,6 +228,23 @@ class RunConfig(Section):
     def expo(self) -> ExpoSettings | None:
         """ExPO's settings, or None if the run does not use it."""
         return None if self.post is None else self.post.expo
+
+    @property
+    def publishes_merged(self) -> bool:
+        """Whether a finished stage has full weights: its own, or the base with the adapter merged into it."""
+        if self.lora is None or self.lora.publish != "auto":
+            return self.lora is None or self.lora.publish == "merged"
+        return self.quantization is None
+
+    @property
+    def is_low_precision(self) -> bool:
+        """Whether the weights, or the products with them, have fewer bits than float32; autocast aside."""
+        return self.dtype != "float32" or (self.quantization is not None and self.quantization.is_low_precision)
+
+    @property
+    def of_full_weights(self) -> RunConfig:
+        """The same settings for a folder's full weights: without an adapter, and not quantised."""
+        return self.model_copy(update={"lora": None, "quantization": None})
 
     def stage_beta(self, stage: StageConfig) -> float:
         """β of a stage: its own, else the run's."""

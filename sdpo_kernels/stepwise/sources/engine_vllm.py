@@ -65,7 +65,9 @@ def check_vllm(settings: GenerationSettings) -> None:
 
 
 class VllmEngine:
-    """Samples from the policy. In a LoRA run on a bfloat16 base that is base and adapter, else the stage's weights."""
+    """Samples from the policy: the stage's weights. In a LoRA run on a bfloat16 base it is base and adapter, and also
+    if a stage has nothing but its adapter.
+    """
 
     column = "ids"
 
@@ -75,10 +77,12 @@ class VllmEngine:
         self.settings = ctx.settings.generation
         self.folder = ctx.folder.with_name("vllm")
 
-        # merged weights are rounded to the base's dtype, which would lose what the stage has learned
+        # Merged weights are rounded to the base's dtype, which would lose what the stage has learned. A stage may have
+        # none (lora.publish).
         adapter = Path(ctx.policy) / ADAPTER
         has_adapter = self.config.lora is not None and ctx.policy != self.config.model and adapter.is_dir()
-        self.adapter = adapter if has_adapter and self.config.dtype != "float32" else None
+        rounds = self.config.dtype != "float32" or not (adapter.parent / "config.json").exists()
+        self.adapter = adapter if has_adapter and rounds else None
         self.model = ctx.policy if self.adapter is None else self.config.model
 
         own = _generation_config(self.model, self.config.trust_remote_code).eos_token_id

@@ -171,17 +171,26 @@ def test_weights_are_computed_with_in_the_precision_of_training(tmp_path, model,
     assert stub.models[0]["dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_bfloat16_base_is_sampled_from_with_its_adapter(tmp_path, model, stub, dtype):
-    """Merged into a bfloat16 base, small changes would be lost; merged in float32 they are kept."""
-    run(vllm_config(tmp_path, model, 2, {"lora": {"r": 5, "alpha": 8}, "dtype": dtype}), QUIET)
+@pytest.mark.parametrize(
+    ("dtype", "publish"), [("float32", "merged"), ("bfloat16", "merged"), ("float32", "adapter")], ids=str
+)
+def test_a_base_is_sampled_from_with_its_adapter(tmp_path, model, stub, dtype, publish):
+    """Merged into a bfloat16 base, small changes would be lost; merged in float32 they are kept, if they are there."""
+    lora = {"r": 5, "alpha": 8, "publish": publish}
+    run(vllm_config(tmp_path, model, 2, {"lora": lora, "dtype": dtype}), QUIET)
     second, call = stub.models[1], stub.calls[1]
     stage = tmp_path / "run/stage-1-s1"
-    if dtype == "float32":
+    if (dtype, publish) == ("float32", "merged"):
         assert (second["model"], second["enable_lora"], call["lora"]) == (str(stage), False, None)
     else:
         assert (second["model"], second["enable_lora"], second["max_lora_rank"]) == (str(model), True, 8)
         assert call["lora"] == {"lora_name": "policy", "lora_int_id": 1, "lora_path": str(stage / "adapter")}
+
+
+def test_a_quantised_base_is_another_one_than_vllms(tmp_path, model):
+    rest = r"was 'vllm', must be transformers \(or a url\) with quantization: vLLM would sample from another base"
+    with pytest.raises(UserError, match=rf"stages\.0\.source\.generation\.engine: {rest}"):
+        vllm_config(tmp_path, model, 1, {"lora": {}, "quantization": {}})
 
 
 def test_segments_are_rewritten_by_vllm(tmp_path, model, stub):
