@@ -39,6 +39,16 @@ class LMHead:
         """Whether its weight is sharded over ranks (a DTensor that FSDP2 has not gathered)."""
         return hasattr(self._base().weight, "device_mesh")
 
+    @property
+    def is_partitioned(self) -> bool:
+        """Whether DeepSpeed ZeRO-3 has divided its weight between ranks, and gathers it for its module's forward."""
+        return hasattr(self._base().weight, "ds_shape")
+
+    @property
+    def linear(self) -> nn.Module:
+        """The module that holds the [V, H] weight, inside PEFT's wrapper if there is one."""
+        return self._base()
+
     def hidden(self, **inputs: Any) -> Tensor:
         """Hidden states [B, T, H] of the body, after its last norm."""
         return hidden_of(self.body(**inputs))
@@ -132,8 +142,8 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def find_head(model: nn.Module) -> LMHead:
-    """The head of a causal language model, wrapped by PEFT or not.
+def find_head(model: nn.Module, *, partitioned: bool = False) -> LMHead:
+    """The head of a causal language model, wrapped by PEFT or not; one that ZeRO-3 has `partitioned` only on request.
 
     Raises:
         ValueError: no body, no head, or a head that is not one linear layer with an ordinary weight.
@@ -149,16 +159,20 @@ def find_head(model: nn.Module) -> LMHead:
         raise ValueError(f"model: was a {name}, must be a causal language model with a body and an output embedding")
 
     head = LMHead(body, module, *_transform(model.config))
-    _check_weight(head)
+    _check_weight(head, partitioned)
     return head
 
 
-def _check_weight(head: LMHead) -> None:
+def _check_weight(head: LMHead, partitioned: bool) -> None:
     wrapper, kind = head.module, type(head.module).__name__
     known = hasattr(wrapper, "lora_A") or hasattr(wrapper, "modules_to_save")
     if not known and (hasattr(wrapper, "base_layer") or hasattr(wrapper, "original_module")):
         raise ValueError(f"model: its head was a PEFT {kind}, must be plain, LoRA or in modules_to_save")
     weight = getattr(head._base(), "weight", None)
+    if partitioned and hasattr(weight, "ds_shape"):
+        if hasattr(wrapper, "lora_A"):
+            raise ValueError("model: its head has a LoRA of its own, which DeepSpeed ZeRO-3 would not gather; use ZeRO-2")
+        return
     if isinstance(weight, Tensor) and weight.shape == (0,):
         raise ValueError(f"model: its head was a {kind} {_why_empty(weight)}")
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.pytorch_utils import Conv1D
 
 from sdpo_kernels.integrations.causal_lm import attach_fused_head, disable_dropout
@@ -127,6 +128,9 @@ def pretrained(path: str, config: RunConfig, source: str | None = None, **option
     options = {"dtype": getattr(torch, config.dtype), "trust_remote_code": config.trust_remote_code} | options
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
+
+    # with ZeRO-3 transformers would partition the model as it loads; its references are scored first
+    unset_hf_deepspeed_config()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, use_safetensors=True, output_loading_info=True, **options

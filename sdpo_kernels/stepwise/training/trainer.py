@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer
@@ -22,6 +23,7 @@ from sdpo_kernels.stepwise.data.batches import Batch
 from sdpo_kernels.stepwise.data.rank_batches import share_batches
 from sdpo_kernels.stepwise.data.schedule import Schedule
 from sdpo_kernels.stepwise.models.sharded import not_finite
+from sdpo_kernels.stepwise.models.zero import require_its_checkpoint
 from sdpo_kernels.stepwise.references.ema import EmaReference
 from sdpo_kernels.stepwise.training.checkpoints import AtomicCheckpoints, is_complete
 from sdpo_kernels.stepwise.training.start_guard import StartGuard
@@ -51,6 +53,7 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         **trainer: Any,
     ) -> None:
         self.aux_coefficient = router_coefficient(trainer["model"])  # of a mixture of experts
+        self.loaded_dtype = next(trainer["model"].parameters()).dtype  # DeepSpeed rounds the weights to another one
         super().__init__(**trainer)
         self.remove_callback(PrinterCallback)
         self.loss, self.beta, self.stage = loss, beta, stage
@@ -70,6 +73,10 @@ class StageTrainer(AtomicCheckpoints, Trainer):
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         return share_batches(super()._get_dataloader(*args, **kwargs))
+
+    def _prepare_input(self, data: Any) -> Any:
+        # with DeepSpeed, Trainer would round the reference's log-probs to the dtype of the model
+        return send_to_device(data, self.args.device)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.schedule.sampler() or super()._get_train_sampler(train_dataset)
@@ -236,6 +243,11 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         self.before_checkpoint()
         super()._save_checkpoint(model, trial)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model in a checkpoint. With DeepSpeed nothing: its own part of the checkpoint has the weights."""
+        if not self.is_deepspeed_enabled:
+            super().save_model(output_dir, _internal_call)
+
     def last_checkpoint(self) -> Path:
         """Where the checkpoint of the current step is, or will be."""
         return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -273,6 +285,8 @@ class StageTrainer(AtomicCheckpoints, Trainer):
     def resume(self, checkpoint: Path) -> None:
         """Resume training from `checkpoint`."""
         self.guard = None  # the policy is no longer its reference
+        if self.is_deepspeed_enabled:
+            require_its_checkpoint(checkpoint)
 
         # the file has the pending metrics of all ranks, and the next log gathers them again: they go to rank 0 only
         if ranks.is_first():
