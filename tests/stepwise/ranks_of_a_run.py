@@ -194,3 +194,16 @@ def fsdp_on_cpu(rank: int, killed_at: int = 0, head_is_cut: bool = True) -> None
 
     state.AcceleratorState.__init__ = __init__
     torch.set_num_threads(1)
+
+
+def zero3_is_partitioned(rank: int) -> None:
+    """After a stage no rank may hold any weight whole, the head included."""
+    genuine = publish.gathered
+
+    def gathered(trainer: Any) -> Any:
+        assert is_sharded(trainer.model)
+        held = [name for name, weight in trainer.model.named_parameters() if weight.numel()]
+        assert not held, held
+        return genuine(trainer)
+
+    publish.gathered = gathered

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from transformers import TrainingArguments
@@ -22,19 +21,26 @@ def deepspeed_config(given: str | dict[str, Any]) -> dict[str, Any]:
 
     ValueError if it cannot be read, or for something in it that this driver cannot train with.
     """
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    # reads it as transformers will, and notes it globally, where only the config in use may be
-    config = copy.deepcopy(HfDeepSpeedConfig(given).config)
-    unset_hf_deepspeed_config()
+    read = HfDeepSpeedConfig(given)  # as transformers will read it
+    if read.is_true("torch_autocast.enabled"):
+        raise ValueError("deepspeed: torch_autocast: was enabled, must be left out; use trainer: {bf16: true}")
 
-    if _part(config, "torch_autocast").get("enabled"):
-        raise ValueError("deepspeed: torch_autocast: was enabled, must be left out; use trainer: {bf16: true}, which rounds weights")
-    if _part(config, "tensor_parallel").get("autotp_size", 1) > 1:
-        raise ValueError("deepspeed: tensor_parallel.autotp_size: is not supported; use trainer: {tp_size: …} without deepspeed")
-    if _part(config, "data_types").get("buffer_dtype") is not None:
-        raise ValueError("deepspeed: data_types.buffer_dtype: must be left out; rounded positions would change the log-probs")
-    return _FROM_TRAINER | config
+    tp_size = read.get_value("tensor_parallel.autotp_size", 1)
+    if tp_size != 1:
+        raise ValueError(
+            f"deepspeed: tensor_parallel.autotp_size: was {tp_size}, must be left out; use trainer: {{tp_size: …}} "
+            "without deepspeed"
+        )
+
+    buffers = read.get_value("data_types.buffer_dtype")
+    if buffers is not None:
+        raise ValueError(
+            f"deepspeed: data_types.buffer_dtype: was {buffers!r}, must be left out; references are scored with "
+            "buffers as they were loaded"
+        )
+    return _FROM_TRAINER | read.config
 
 
 def require_match(args: TrainingArguments) -> None:
@@ -43,9 +49,4 @@ def require_match(args: TrainingArguments) -> None:
     if found:
         # "- ds bf16.enabled=True vs hf bf16|bf16_full_eval=False"
         key, _, field = found[0].removeprefix("- ds ").partition(" vs hf ")
-        raise ValueError(f'deepspeed: {key} differs from trainer ({field}); write "auto" there, and the value under trainer')
-
-
-def _part(config: dict[str, Any], name: str) -> dict[str, Any]:
-    part = config.get(name)
-    return part if isinstance(part, dict) else {}
+        raise ValueError(f'deepspeed: {key} differs from trainer ({field}); write "auto" there, the value under trainer')
