@@ -6,6 +6,7 @@
 |---|---|
 | whole | `linear_logps` |
 | sharded by FSDP2, as a group of its own | `sharded_linear_logps`: chunks are broadcast, in plain torch |
+| sharded by rows in a tensor-parallel model | `LMHead.operands` gathers it, then `linear_logps` on each rank |
 | partitioned by DeepSpeed ZeRO-3 | `linear_logps` inside the head's own forward, whose hooks gather the weight |
 """
 
@@ -30,7 +31,7 @@ def head_logps(
     Raises:
         ValueError: the head is divided in a way that is not supported.
     """
-    if head.is_cut:
+    if head.is_cut and not head.is_tensor_parallel:
         from sdpo_kernels.integrations.sharded_head import sharded_head_logps
 
         return sharded_head_logps(head, hidden, targets, **options)

@@ -36,8 +36,14 @@ class LMHead:
 
     @property
     def is_cut(self) -> bool:
-        """Whether its weight is sharded over ranks (a DTensor that FSDP2 has not gathered)."""
+        """Whether its weight is sharded over ranks (a DTensor that FSDP2 has not gathered, or a tensor-parallel one)."""
         return hasattr(self._base().weight, "device_mesh")
+
+    @property
+    def is_tensor_parallel(self) -> bool:
+        """Whether its ranks work on the same rows: its weight's device mesh is the one that transformers calls tp."""
+        mesh = getattr(self._base().weight, "device_mesh", None)
+        return mesh is not None and mesh.mesh_dim_names == ("tp",)
 
     @property
     def is_partitioned(self) -> bool:
@@ -74,7 +80,8 @@ class LMHead:
         """Rows [N, H'], weight [V, H'] and bias [V] or None, with the same product as `hidden` [N, H] and the head.
 
         A LoRA of rank r is r more columns (H' = H + r), [x, s·A·x]·[W, B]ᵀ, instead of W + s·B·A: a delta below half an
-        ulp of a bfloat16 weight would be lost in the sum. Nor is the [V, H] delta ever built.
+        ulp of a bfloat16 weight would be lost in the sum. Nor is the [V, H] delta ever built. Of a tensor-parallel head
+        the whole weight is gathered, on all its ranks; as they use it for the same rows, each gets its own gradient.
         """
         # in the dtypes of PEFT's own forward: features in the adapter's, then rounded to hidden's
         base = self._base()
@@ -85,6 +92,9 @@ class LMHead:
             rows.append(features.to(hidden.dtype))
             weights.append(lora_b.weight.to(base.weight.dtype))
 
+        if self.is_tensor_parallel:
+            bias = self.bias()
+            return hidden, base.weight.full_tensor(), bias if bias is None else bias.full_tensor()
         if len(rows) == 1:
             return hidden, base.weight, self.bias()
         bias = self.bias()

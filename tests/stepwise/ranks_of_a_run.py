@@ -207,3 +207,16 @@ def zero3_is_partitioned(rank: int) -> None:
         return genuine(trainer)
 
     publish.gathered = gathered
+
+
+def model_is_halved(rank: int) -> None:
+    """After a stage each of two tensor-parallel ranks must hold half of every matrix, and the same norms."""
+    genuine = publish.gathered
+
+    def gathered(trainer: Any) -> Any:
+        matrices = {name: weight for name, weight in trainer.model.named_parameters() if weight.dim() == 2}
+        whole = [name for name, weight in matrices.items() if 2 * weight.to_local().numel() != weight.numel()]
+        assert not whole, whole
+        return genuine(trainer)
+
+    publish.gathered = gathered

@@ -17,6 +17,7 @@ from sdpo_kernels.integrations.lm_head import find_head
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.data.batches import PACKED_COLLATORS
 from sdpo_kernels.stepwise.models.precision import Precision, asks_for_fsdp
+from sdpo_kernels.stepwise.models.tensor_parallel import whole_weights
 from sdpo_kernels.stepwise.models.zero import check_zero, optimizer_weights, partition
 
 
@@ -29,7 +30,11 @@ def own(weight: Tensor) -> Tensor:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether each rank holds only shards of the model."""
-    return any(isinstance(weight, DTensor) or partition(weight) is not None for weight in model.parameters())
+    return any(_is_shard(weight) for weight in model.parameters())
+
+
+def _is_shard(weight: Tensor) -> bool:
+    return isinstance(weight, DTensor) or partition(weight) is not None
 
 
 def not_finite(model: Any) -> list[str]:
@@ -38,10 +43,11 @@ def not_finite(model: Any) -> list[str]:
 
 
 def require_same(model: Any) -> None:
-    """RuntimeError if ranks that each hold the whole model no longer have the same weights."""
-    if ranks.world_size() == 1 or is_sharded(model):
+    """RuntimeError if weights that each rank holds whole are no longer the same on all ranks."""
+    if ranks.world_size() == 1:
         return
-    sums = [float(weight.detach().double().sum()) for weight in model.parameters() if weight.requires_grad]
+    trained = [weight.detach() for weight in model.parameters() if weight.requires_grad and not _is_shard(weight)]
+    sums = [float(weight.double().sum()) for weight in trained]
     if any(others != sums for others in ranks.exchange(sums)):
         raise RuntimeError("weights differ between ranks after training: gradients were not averaged over all of them")
 
@@ -55,6 +61,8 @@ def gathered(trainer: Any) -> dict[str, Tensor] | None:
         model = trainer.accelerator.unwrap_model(trainer.model)
         adapter_only = hasattr(model, "get_base_model")  # it is saved in float32, whatever the base has
         return optimizer_weights(model, None if adapter_only else trainer.loaded_dtype, trained_only=adapter_only)
+    if trainer.tensor_parallel:
+        return whole_weights(trainer.accelerator.unwrap_model(trainer.model))
     if not trainer.is_fsdp_enabled:
         return None
     return trainer.accelerator.get_state_dict(trainer.model_wrapped)

@@ -26,12 +26,13 @@ from sdpo_kernels.stepwise.models.sharded import not_finite
 from sdpo_kernels.stepwise.models.zero import require_its_checkpoint
 from sdpo_kernels.stepwise.references.ema import EmaReference
 from sdpo_kernels.stepwise.training.checkpoints import AtomicCheckpoints, is_complete
+from sdpo_kernels.stepwise.training.sharded_models import ShardedModels
 from sdpo_kernels.stepwise.training.start_guard import StartGuard
 
 PENDING = "pending_metrics.safetensors"  # in a checkpoint: the metrics collected since the last log
 
 
-class StageTrainer(AtomicCheckpoints, Trainer):
+class StageTrainer(AtomicCheckpoints, ShardedModels, Trainer):
     """Trains one stage with `loss` at `beta`.
 
     `guard` checks the first batch, `where` is the 'file:line' of each pair, `schedule` gives the order of the pairs,
@@ -82,8 +83,8 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         return self.schedule.sampler() or super()._get_train_sampler(train_dataset)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> int:
-        """The number of pairs in an optimiser step, over all its micro-batches and all ranks."""
-        return ranks.total(sum(batch["pairs"] for batch in batch_samples))
+        """The number of pairs in an optimiser step, over all its micro-batches and all ranks; each pair counts once."""
+        return ranks.total(sum(batch["pairs"] for batch in batch_samples)) // ranks.tp_size()
 
     def compute_loss(
         self,
@@ -125,10 +126,10 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         if batch.pairs:
             self._collect_metrics(out, self._terms(out, batch, weights), aux_loss, model.training)
         if model.training:
-            self.rows_seen += batch.n_rows * ranks.world_size()
+            self.rows_seen += batch.n_rows * ranks.data_world_size()
 
-        # gradients are averaged over ranks, so the share is multiplied by their number
-        share = 1.0 if num_items_in_batch is None else batch.pairs * ranks.world_size() / num_items_in_batch
+        # gradients are averaged over the ranks with different pairs, so the share is multiplied by their number
+        share = 1.0 if num_items_in_batch is None else batch.pairs * ranks.data_world_size() / num_items_in_batch
         loss = out.loss if share == 1 else out.loss * share
         return (loss, {"logps": sums}) if return_outputs else loss
 
@@ -220,7 +221,7 @@ class StageTrainer(AtomicCheckpoints, Trainer):
     def _collected(self, kind: str) -> dict[str, Tensor]:
         """Each metric of the pairs of all ranks since the last log, on the CPU."""
         own = {name: torch.cat(values).float().cpu() for name, values in self._metrics[kind].items() if values}
-        parts = ranks.exchange(own)
+        parts = ranks.exchange_parts(own)
 
         # sorted, as in the file of a checkpoint: a resumed run must log them in the same order
         names = sorted({name for part in parts for name in part})
@@ -242,11 +243,6 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         self.require_finite_weights()
         self.before_checkpoint()
         super()._save_checkpoint(model, trial)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model in a checkpoint. With DeepSpeed nothing: its own part of the checkpoint has the weights."""
-        if not self.is_deepspeed_enabled:
-            super().save_model(output_dir, _internal_call)
 
     def last_checkpoint(self) -> Path:
         """Where the checkpoint of the current step is, or will be."""
