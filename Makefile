@@ -28,7 +28,7 @@ PYTHON_OLDEST ?= python3.12
 OLDEST := build/oldest
 TESTS ?= tests
 
-.PHONY: help demo picture screenshots test lint bench bench-env trainers sanitize clang arm old-torch old-triton oldest \
+.PHONY: help demo picture screenshots test lint bench bench-env trainers deepspeed sanitize clang arm old-torch old-triton oldest \
 	wheel clean
 
 demo: $(VENV)/.installed  ## train and compare SFT, DPO and stepwise DPO
@@ -62,6 +62,11 @@ bench-env: $(VENV)/.installed  ## install the rivals: TRL, Liger, CCE
 # one of them: make trainers TRAINERS=llamafactory
 trainers: $(VENV)/.installed  ## run other projects' trainers with our adapters: LLaMA-Factory, ms-swift, OpenRLHF, axolotl
 	$(BIN)/python -m benchmarks.trainers $(TRAINERS) --json benchmarks/results/trainers-cpu.json --page
+
+# torch is there already, so no CUDA packages come with it; nothing is compiled at installation
+deepspeed: $(VENV)/.installed  ## install DeepSpeed into .venv and run its tests (it compiles one op first)
+	DS_BUILD_OPS=0 $(BIN)/pip install -q --no-build-isolation -c $(CONSTRAINTS) deepspeed==0.19.8
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -q -p no:cacheprovider tests/stepwise/test_deepspeed.py
 
 sanitize: $(VENV)/.installed  ## run the kernels' tests with the address and undefined-behaviour sanitizers
 	SDPO_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects

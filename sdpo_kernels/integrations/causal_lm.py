@@ -93,7 +93,7 @@ def attach_fused_head(model: Model, *, backend: str = "auto", stash_bytes: int |
     `backend` is. One that ZeRO-3 partitions afterwards is gathered while it is used. `detach_fused_head` undoes it.
 
     Raises:
-        ValueError: no head was found, or ZeRO-3 has partitioned it already; the model already has a fused head; the auxiliary
+        ValueError: no head was found, or ZeRO-3 has partitioned it; the model already has a fused head; the auxiliary
             loss that its config switches on cannot be computed; or a negative stash_bytes.
     """
     base = unwrap(model)
@@ -224,7 +224,7 @@ def _fused_logps(
         inputs["output_router_logits"] = True
 
     # found again at every call: adapters may have been added, merged or switched off
-    head = find_head(base, partitioned=True)
+    head = find_head(base)
     out = head.body(**inputs)
     hidden = hidden_of(out)  # [B, T, H]
     source, targets = scoring.source, scoring.targets

@@ -57,10 +57,10 @@ def head_logps(
 def _in_forward_of(module: nn.Module, compute: Callable[[Tensor], LinearLogps], hidden: Tensor) -> LinearLogps:
     """`compute(hidden)` in place of the module's forward: ZeRO-3's hooks gather the weight for it and its backward."""
     own = module.__dict__.get("forward")
-    module.forward = compute  # type: ignore[method-assign]
+    module.forward = compute
     try:
         return module(hidden)
     finally:
         del module.forward
         if own is not None:
-            module.forward = own  # type: ignore[method-assign]
+            module.forward = own

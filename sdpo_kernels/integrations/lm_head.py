@@ -36,7 +36,7 @@ class LMHead:
 
     @property
     def is_cut(self) -> bool:
-        """Whether its weight is sharded over ranks (a DTensor that FSDP2 has not gathered, or a tensor-parallel one)."""
+        """Whether its weight is a DTensor: sharded by FSDP2, which has not gathered it, or tensor-parallel."""
         return hasattr(self._base().weight, "device_mesh")
 
     @property
@@ -48,7 +48,7 @@ class LMHead:
     @property
     def is_partitioned(self) -> bool:
         """Whether DeepSpeed ZeRO-3 has divided its weight between ranks, and gathers it for its module's forward."""
-        return hasattr(self._base().weight, "ds_shape")
+        return hasattr(getattr(self._base(), "weight", None), "ds_shape")
 
     @property
     def linear(self) -> nn.Module:
@@ -93,8 +93,8 @@ class LMHead:
             weights.append(lora_b.weight.to(base.weight.dtype))
 
         if self.is_tensor_parallel:
-            bias = self.bias()
-            return hidden, base.weight.full_tensor(), bias if bias is None else bias.full_tensor()
+            bias: Any = self.bias()
+            return hidden, base.weight.full_tensor(), None if bias is None else bias.full_tensor()
         if len(rows) == 1:
             return hidden, base.weight, self.bias()
         bias = self.bias()
@@ -152,11 +152,12 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def find_head(model: nn.Module, *, partitioned: bool = False) -> LMHead:
-    """The head of a causal language model, wrapped by PEFT or not; one that ZeRO-3 has `partitioned` only on request.
+def find_head(model: nn.Module) -> LMHead:
+    """The head of a causal language model, wrapped by PEFT or not.
 
     Raises:
-        ValueError: no body, no head, or a head that is not one linear layer with an ordinary weight.
+        ValueError: no body, no head, or a head that is not one linear layer with an ordinary weight. One that ZeRO-3
+            has partitioned must be in a DeepSpeed engine, whose hooks gather it.
     """
     model = unwrap(model)
     name = type(model).__name__
@@ -169,19 +170,21 @@ def find_head(model: nn.Module, *, partitioned: bool = False) -> LMHead:
         raise ValueError(f"model: was a {name}, must be a causal language model with a body and an output embedding")
 
     head = LMHead(body, module, *_transform(model.config))
-    _check_weight(head, partitioned)
+    _check_weight(head)
     return head
 
 
-def _check_weight(head: LMHead, partitioned: bool) -> None:
+def _check_weight(head: LMHead) -> None:
     wrapper, kind = head.module, type(head.module).__name__
     known = hasattr(wrapper, "lora_A") or hasattr(wrapper, "modules_to_save")
     if not known and (hasattr(wrapper, "base_layer") or hasattr(wrapper, "original_module")):
         raise ValueError(f"model: its head was a PEFT {kind}, must be plain, LoRA or in modules_to_save")
     weight = getattr(head._base(), "weight", None)
-    if partitioned and hasattr(weight, "ds_shape"):
+    if head.is_partitioned and hasattr(head.linear, "ds_id"):  # of DeepSpeed's hooks on the module
         if hasattr(wrapper, "lora_A"):
-            raise ValueError("model: its head has a LoRA of its own, which DeepSpeed ZeRO-3 would not gather; use ZeRO-2")
+            raise ValueError(
+                "model: its head has a LoRA of its own, which DeepSpeed ZeRO-3 would not gather; use ZeRO-2"
+            )
         return
     if isinstance(weight, Tensor) and weight.shape == (0,):
         raise ValueError(f"model: its head was a {kind} {_why_empty(weight)}")

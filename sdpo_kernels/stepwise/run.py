@@ -61,8 +61,8 @@ def run(config: RunConfig, reporter: Reporter | None = None) -> Record:
     folder = Path(config.output_dir)
     if config.tp_size not in (1, ranks.launched()):
         raise UserError(
-            f"tp_size: was {config.tp_size} with {ranks.launched()} processes, must be as many as the processes: several "
-            "tensor-parallel models side by side are not supported (docs/distributed.md)"
+            f"tp_size: was {config.tp_size} with {ranks.launched()} processes, must be as many as the processes: "
+            "several tensor-parallel models side by side are not supported (docs/distributed.md)"
         )
     # TrainingArguments initializes torch.distributed, with the backend and timeout in the settings
     with ranks.joined(lambda: training_arguments(config, config.stages[0], folder, folder).device, config.tp_size):

@@ -99,7 +99,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "differs": ({"bf16": {"enabled": True}}, "bf16.enabled=True differs from trainer"),
     "clips otherwise": ({"gradient_clipping": 0.5}, "gradient_clipping=0.5 differs from trainer (max_grad_norm=1.0)"),
     "autocast": ({"torch_autocast": {"enabled": True}}, "torch_autocast: was enabled, must be left out"),
-    "tensor parallel": ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size: was 2, must be left out"),
+    "tensor parallel": (
+        {"tensor_parallel": {"autotp_size": 2}},
+        "tensor_parallel.autotp_size: was 2, must be left out",
+    ),
     "buffers": ({"data_types": {"buffer_dtype": "bf16"}}, "data_types.buffer_dtype: was 'bf16', must be left out"),
 }
 
@@ -114,7 +117,12 @@ def test_a_config_that_would_train_something_else_is_an_error(tmp_path, model, k
 
 
 def test_what_a_config_leaves_out_comes_from_trainer(tmp_path, model):
-    settings = {"max_grad_norm": 0.25, "gradient_accumulation_steps": 2, "bf16": True, "deepspeed": {"zero_optimization": {"stage": 2}}}
+    settings = {
+        "max_grad_norm": 0.25,
+        "gradient_accumulation_steps": 2,
+        "bf16": True,
+        "deepspeed": {"zero_optimization": {"stage": 2}},
+    }
     config = runs.configured(tmp_path, model, trainer=settings)
     args = training_arguments(config, config.stages[0], tmp_path, tmp_path)
     found = args.hf_deepspeed_config

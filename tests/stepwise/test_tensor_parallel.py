@@ -1,4 +1,4 @@
-"""Tensor parallelism on two ranks, each with half of every layer: the same numbers as one process with the whole model."""
+"""Tensor parallelism on two ranks, each with half of every layer: the same numbers as one process."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ def divided(folder: Path, model: Path, **settings: Any) -> Path:
 
 def test_a_killed_run_resumes_and_ends_as_one_process(tmp_path):
     model = runs.make_model(tmp_path / "model", **HEADS)
-    settings: dict[str, Any] = {"sizes": (9, 5), "eval_data": str(runs.write_rows(tmp_path / "e.jsonl", runs.make_rows(3)))}
+    settings: dict[str, Any] = {
+        "sizes": (9, 5),
+        "eval_data": str(runs.write_rows(tmp_path / "e.jsonl", runs.make_rows(3))),
+    }
     watched = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
     whole = trained(tmp_path, model, 1, 4, **settings, trainer=watched)
 

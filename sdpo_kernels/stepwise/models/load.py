@@ -22,8 +22,8 @@ from sdpo_kernels.integrations.packed_attention import use_packed_attention, use
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.model_names import load_failure
 from sdpo_kernels.stepwise.models.precision import Precision
-from sdpo_kernels.stepwise.models.tensor_parallel import distributed, whole
 from sdpo_kernels.stepwise.models.saving import is_tied, keep_generation_config, say_untied, says_tied
+from sdpo_kernels.stepwise.models.tensor_parallel import distributed, whole
 from sdpo_kernels.stepwise.settings.lora import LoraSettings
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 
@@ -179,7 +179,7 @@ def _with_adapter(model: nn.Module, adapter: Path) -> nn.Module:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """sha256 of every parameter and buffer, including names, dtypes and shapes; of a sharded model all ranks call it."""
+    """sha256 of every parameter and buffer, including names, dtypes and shapes; of a sharded model on all ranks."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())

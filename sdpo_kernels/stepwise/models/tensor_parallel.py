@@ -110,10 +110,12 @@ def _local(value: Any) -> Any:
     return value.to_local() if isinstance(value, DTensor) else value
 
 
-def _part(weight: Tensor, value: Any) -> Any:
+def _part(weight: Any, value: Any) -> Any:
     """This rank's part of an optimizer's state of `weight`."""
     if isinstance(value, DTensor) and (value.shape, value.placements) != (weight.shape, weight.placements):
-        raise UserError("trainer.optim: its state is not shaped as the weights, so it cannot be saved with tp_size; use adamw_torch")
+        raise UserError(
+            "trainer.optim: its state is not shaped as the weights, so it cannot be saved with tp_size; use adamw_torch"
+        )
     return _local(value)
 
 

@@ -1,4 +1,4 @@
-"""What DeepSpeed's ZeRO needs besides Trainer: setups that are refused, the weights of its optimizer, its checkpoints."""
+"""DeepSpeed's ZeRO, besides what Trainer does: refused setups, the weights of its optimizer, its checkpoints."""
 
 from __future__ import annotations
 

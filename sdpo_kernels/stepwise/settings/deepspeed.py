@@ -44,9 +44,11 @@ def deepspeed_config(given: str | dict[str, Any]) -> dict[str, Any]:
 
 
 def require_match(args: TrainingArguments) -> None:
-    """ValueError if the config sets something to another value than `trainer` does; Trainer finds out when it trains."""
+    """ValueError if the config and `trainer` set something differently; Trainer would find out when it trains."""
     found = getattr(getattr(args, "hf_deepspeed_config", None), "mismatches", [])
     if found:
         # "- ds bf16.enabled=True vs hf bf16|bf16_full_eval=False"
         key, _, field = found[0].removeprefix("- ds ").partition(" vs hf ")
-        raise ValueError(f'deepspeed: {key} differs from trainer ({field}); write "auto" there, the value under trainer')
+        raise ValueError(
+            f'deepspeed: {key} differs from trainer ({field}); write "auto" there, the value under trainer'
+        )

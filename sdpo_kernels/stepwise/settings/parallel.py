@@ -12,7 +12,9 @@ def parallel_mistakes(config: Any) -> list[tuple[str, str]]:
     why = f"with tp_size: {config.tp_size}, must be"
     mistakes = []
     if config.lora is not None:
-        mistakes.append(("lora", f"was set {why} left out: PEFT's adapters are not sharded with the layers they change"))
+        mistakes.append(
+            ("lora", f"was set {why} left out: PEFT's adapters are not sharded with the layers they change")
+        )
     if config.reference == "ema":
         mistakes.append(("reference", f"was 'ema' {why} another: the moving average is of whole weights"))
     if config.samples:

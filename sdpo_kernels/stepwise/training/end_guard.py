@@ -61,7 +61,7 @@ def score_trained(stage: Stage, trainer: StageTrainer) -> TrainedScores:
 
 
 def check_saved(stage: Stage, folder: Path, trained: TrainedScores) -> None:
-    """Load the saved model in `folder`, on rank 0 unless it is tensor-parallel, and compare its scores with the trained model's.
+    """Load the saved model in `folder` and compare its scores with the trained model's; on rank 0 if it is whole.
 
     UserError if they differ or it cannot be loaded: nothing may be published then. It says where the trained weights
     are.
