@@ -89,8 +89,9 @@ def attach_fused_head(model: Model, *, backend: str = "auto", stash_bytes: int |
     and returns `LogpsOutput(logps=[N] fp32)`; the key/value cache is off. If the config of a mixture of experts sets
     `output_router_logits`, the output has `aux_loss` too, as the model's own has. Nothing is added to the model's
     config or state dict. `backend` and `stash_bytes` are those of `linear_logps`. A head that is a `fully_shard` group
-    of its own stays sharded: its rows are broadcast in chunks (`sharded_linear_logps`), in plain torch whatever
-    `backend` is. One that ZeRO-3 partitions afterwards is gathered while it is used. `detach_fused_head` undoes it.
+    of its own stays sharded: the ranks exchange its rows in chunks (`sharded_linear_logps`). One that ZeRO-3 partitions
+    afterwards is gathered while it is used; one of a tensor-parallel model stays where it is
+    (`vocab_parallel_linear_logps`). `detach_fused_head` undoes it.
 
     Raises:
         ValueError: no head was found, or ZeRO-3 has partitioned it; the model already has a fused head; the auxiliary

@@ -5,8 +5,8 @@
 | the weight is | how |
 |---|---|
 | whole | `linear_logps` |
-| sharded by FSDP2, as a group of its own | `sharded_linear_logps`: chunks are broadcast, in plain torch |
-| sharded by rows in a tensor-parallel model | `LMHead.operands` gathers it, then `linear_logps` on each rank |
+| sharded by FSDP2, as a group of its own | `sharded_linear_logps`: the ranks, each with its own rows, exchange chunks of it |
+| sharded in a tensor-parallel model | `vocab_parallel_linear_logps`: the ranks, all with the same rows, add up their sums |
 | partitioned by DeepSpeed ZeRO-3 | `linear_logps` inside the head's own forward, whose hooks gather the weight |
 """
 
@@ -21,17 +21,18 @@ from sdpo_kernels.integrations.lm_head import LMHead
 from sdpo_kernels.logps import LinearLogps, linear_logps
 
 
-def head_logps(
-    head: LMHead, hidden: Tensor, targets: Tensor, *, backend: str, stash_bytes: int | str, **options: Any
-) -> LinearLogps:
+def head_logps(head: LMHead, hidden: Tensor, targets: Tensor, **options: Any) -> LinearLogps:
     """Log-prob of each target [N] under the head, of `hidden` [N, H]; `options` and results are `linear_logps`'s.
-
-    `backend` and `stash_bytes` are not used if FSDP2 has sharded the head.
 
     Raises:
         ValueError: the head is divided in a way that is not supported.
     """
-    if head.is_cut and not head.is_tensor_parallel:
+    if head.is_tensor_parallel:
+        from sdpo_kernels.integrations.sharded_head import tensor_parallel_head_logps
+
+        return tensor_parallel_head_logps(head, hidden, targets, **options)
+
+    if head.is_cut:
         from sdpo_kernels.integrations.sharded_head import sharded_head_logps
 
         return sharded_head_logps(head, hidden, targets, **options)
@@ -40,15 +41,7 @@ def head_logps(
         # with LoRA on the head, its features are additional columns
         rows_in, weight, bias = head.operands(rows)
         return linear_logps(
-            rows_in,
-            weight,
-            targets,
-            bias=bias,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
-            backend=backend,
-            stash_bytes=stash_bytes,
-            **options,
+            rows_in, weight, targets, bias=bias, logit_scale=head.logit_scale, softcap=head.softcap, **options
         )
 
     return _in_forward_of(head.linear, whole, hidden) if head.is_partitioned else whole(hidden)

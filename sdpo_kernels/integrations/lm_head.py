@@ -81,7 +81,7 @@ class LMHead:
 
         A LoRA of rank r is r more columns (H' = H + r), [x, s·A·x]·[W, B]ᵀ, instead of W + s·B·A: a delta below half an
         ulp of a bfloat16 weight would be lost in the sum. Nor is the [V, H] delta ever built. Of a tensor-parallel head
-        the whole weight is gathered, on all its ranks; as they use it for the same rows, each gets its own gradient.
+        the whole weight is gathered, on all its ranks, which have the same rows.
         """
         # in the dtypes of PEFT's own forward: features in the adapter's, then rounded to hidden's
         base = self._base()

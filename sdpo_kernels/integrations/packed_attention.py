@@ -112,8 +112,8 @@ def use_shared_prefixes(model: nn.Module, *, only: str | None = None) -> str | N
 
     parameter = next(base.parameters())
     if before != PACKED and not _one_call_serves(base, parameter):
-        reason = f"no attention on {parameter.device.type} serves branches of a {kind} in one call"
-        return reason if varlen_attention.is_there() else f"{reason}; torch 2.13 has one for most models"
+        none = f"no attention on {parameter.device.type} serves branches of a {kind} in one call"
+        return none if varlen_attention.is_there() else f"{none}; torch 2.13 has one for most models"
 
     base.set_attn_implementation(PACKED)
     try:
