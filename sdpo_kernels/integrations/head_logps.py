@@ -5,8 +5,8 @@
 | the weight is | how |
 |---|---|
 | whole | `linear_logps` |
-| sharded by FSDP2, as a group of its own | `sharded_linear_logps`: the ranks, each with its own rows, exchange chunks of it |
-| sharded in a tensor-parallel model | `vocab_parallel_linear_logps`: the ranks, all with the same rows, add up their sums |
+| sharded by FSDP2, as a group of its own | `sharded_linear_logps`: ranks with their own rows exchange chunks of it |
+| sharded in a tensor-parallel model | `vocab_parallel_linear_logps`: ranks with the same rows add up their sums |
 | partitioned by DeepSpeed ZeRO-3 | `linear_logps` inside the head's own forward, whose hooks gather the weight |
 """
 

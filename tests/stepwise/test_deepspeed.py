@@ -22,7 +22,9 @@ from tests.stepwise.test_distributed_methods import EPSILON, NEAR, deviation, tr
 
 pytestmark = [
     pytest.mark.xdist_group("distributed"),
-    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed: make deepspeed"
+    ),
 ]
 
 DOCS = Path(__file__).parents[2] / "docs/distributed.md"
