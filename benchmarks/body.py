@@ -4,7 +4,8 @@
 
 Tasks, models and batches are those of `benchmarks.step`. Each batch goes through the body both ways in turn, in one
 process; times are medians over the rounds after a first one, summed over the batches. "saved" is the part of the time
-that is saved, divided by the part of the tokens.
+that is saved, divided by the part of the tokens, and divided by the part of the work: multiply-adds of the layers'
+weights and of attention, where the second answer still attends to its prompt and so saves less.
 """
 
 from __future__ import annotations
@@ -55,12 +56,24 @@ def measure_task(name: str, pairs: int, rounds: int) -> dict[str, Any]:
             for way, inputs in ways.items():
                 times[way].append(measure.seconds(lambda inputs=inputs: _pass(head, inputs), torch.device("cpu")))
         for way, inputs in ways.items():
-            total = found.setdefault(way, {"tokens": 0, "seconds": 0.0})
+            total = found.setdefault(way, {"tokens": 0, "work": 0, "seconds": 0.0})
             total["tokens"] += inputs["input_ids"].numel()
+            total["work"] += _work(model.config, inputs["position_ids"])
             total["seconds"] += statistics.median(times[way][1:])
 
-    parts = {key: 1 - found["shared"][key] / found["unshared"][key] for key in ("tokens", "seconds")}
-    return {"task": name, "pairs": pairs, **found, "saved": parts["seconds"] / parts["tokens"]}
+    parts = {key: 1 - found["shared"][key] / found["unshared"][key] for key in ("tokens", "work", "seconds")}
+    saved = {f"saved_of_{key}": parts["seconds"] / parts[key] for key in ("tokens", "work")}
+    return {"task": name, "pairs": pairs, **found, **saved}
+
+
+def _work(config: Any, position_ids: torch.Tensor) -> int:
+    """Multiply-adds of a forward: of weights with each token, and of each query with its keys and values."""
+    from sdpo_kernels.integrations.pieces import pieces
+
+    attended = sum(p.shared * p.length + p.length * (p.length + 1) // 2 for p in pieces(position_ids))
+    keys = config.num_key_value_heads * config.head_dim
+    weights = 2 * config.hidden_size * (config.hidden_size + keys) + 3 * config.hidden_size * config.intermediate_size
+    return config.num_hidden_layers * (weights * position_ids.numel() + 2 * config.hidden_size * attended)
 
 
 def _inputs(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -79,10 +92,11 @@ def show(report: dict[str, Any]) -> str:
     """The report as a table."""
     lines = []
     for result in report["results"]:
-        ratios = [result["unshared"][key] / result["shared"][key] for key in ("tokens", "seconds")]
+        ratios = [result["unshared"][key] / result["shared"][key] for key in ("tokens", "work", "seconds")]
         cells = [f"{result[way][key]:.5g}" for key in ("tokens", "seconds") for way in ("unshared", "shared")]
-        lines.append([result["task"], *cells, *(f"{ratio:.2f}" for ratio in ratios), f"{100 * result['saved']:.0f} %"])
-    headings = ["", "tokens", "shared", "seconds", "shared", "tokens ÷", "seconds ÷", "saved"]
+        saved = [f"{100 * result[f'saved_of_{key}']:.0f} %" for key in ("tokens", "work")]
+        lines.append([result["task"], *cells, *(f"{ratio:.2f}" for ratio in ratios), *saved])
+    headings = ["", "tokens", "shared", "seconds", "shared", "tokens ÷", "work ÷", "seconds ÷", "of tokens", "of work"]
     return "\n".join([measure.heading(report), "", measure.table(headings, lines)])
 
 

@@ -37,9 +37,11 @@ struct Call {
   Matrix hidden;           // [N, H]
   Matrix weight;           // [V, H]
   const float* bias;       // [V] or null
-  const int64_t* targets;  // [N]
+  const int64_t* targets;  // [N]; of a slice: −1 where the target is a column of another one
   Head head;
   double softcap, temperature;
+  const double* target_logits;  // [N] z_y, given if the head is a slice of the vocabulary; else null
+  SDPO_HD_MEMBER bool is_slice() const { return target_logits != nullptr; }
   int64_t blocks() const { return (weight.rows + PANEL - 1) / PANEL; }
 };
 
@@ -47,7 +49,7 @@ struct Call {
 struct Kept {
   int64_t blocks;  // of S, the first ones
   Blocks stash;
-  float* direction;  // [N, H] d logp / d hidden, for a head that is not trained
+  float* direction;  // [N, H] d logp / d hidden, for a head that is not trained (never of a slice)
 };
 
 // Which gradients a backward writes; null: not wanted.

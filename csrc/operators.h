@@ -36,14 +36,16 @@ T* pointer(const MaybeTensor& t) {
 }
 
 inline Call make_call(const Tensor& hidden, const Tensor& weight, const MaybeTensor& bias, const Tensor& targets,
-                      double scale, double softcap, double temperature, bool bf16) {
+                      double scale, double softcap, double temperature, bool bf16,
+                      const MaybeTensor& target_logits = std::nullopt) {
   return {matrix(hidden, bf16),
           matrix(weight, bf16),
           pointer<float>(bias),
           pointer<int64_t>(targets),
           make_head(scale, softcap, temperature),
           softcap,
-          temperature};
+          temperature,
+          pointer<double>(target_logits)};
 }
 
 inline Kept make_kept(const MaybeTensor& stash, bool bf16, int64_t stash_rows, const MaybeTensor& row_of,
@@ -61,9 +63,13 @@ inline Kept make_kept(const MaybeTensor& stash, bool bf16, int64_t stash_rows, c
 template <class Library>
 void define_operators(Library& m) {
   m.def(
+      "target_logits(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float scale, float softcap, "
+      "float temperature, bool bf16, Tensor(a!) out) -> ()");
+  // with `target_logits` the head is a slice: `state` is then what walk.h says, and `logps` is not written
+  m.def(
       "linear_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float scale, float softcap, "
-      "float temperature, bool bf16, Tensor(a!) logps, Tensor(b!) state, Tensor(c!)? stash, Tensor(d!)? direction) -> "
-      "()");
+      "float temperature, bool bf16, Tensor? target_logits, Tensor(a!)? logps, Tensor(b!) state, Tensor(c!)? stash, "
+      "Tensor(d!)? direction) -> ()");
   m.def(
       "linear_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float scale, float softcap, "
       "float temperature, bool bf16, Tensor logps, Tensor state, Tensor? stash, Tensor? row_of, Tensor grad, "

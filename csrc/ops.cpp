@@ -13,28 +13,33 @@ namespace sdpo {
 namespace {
 
 void linear_forward_with(cpu::RowExtras* extras, Tensor hidden, Tensor weight, MaybeTensor bias, Tensor targets,
-                         double scale, double softcap, double temperature, bool bf16, Tensor logps, Tensor state,
-                         MaybeTensor stash, MaybeTensor direction) {
+                         double scale, double softcap, double temperature, bool bf16, MaybeTensor target_logits,
+                         MaybeTensor logps, Tensor state, MaybeTensor stash, MaybeTensor direction) {
   const cpu::Kernels& kernels = cpu::kernels_for(bf16);
   cpu::Leaves leaves(kernels, extras);
   Kept kept = make_kept(stash, kernels.bf16, stash ? stash->size(0) : 0, std::nullopt, direction);
-  forward(leaves, make_call(hidden, weight, bias, targets, scale, softcap, temperature, bf16), kept,
+  forward(leaves, make_call(hidden, weight, bias, targets, scale, softcap, temperature, bf16, target_logits), kept,
           pointer<float>(logps), pointer<double>(state));
 }
 
 void linear_forward(Tensor hidden, Tensor weight, MaybeTensor bias, Tensor targets, double scale, double softcap,
-                    double temperature, bool bf16, Tensor logps, Tensor state, MaybeTensor stash,
-                    MaybeTensor direction) {
-  linear_forward_with(nullptr, hidden, weight, bias, targets, scale, softcap, temperature, bf16, logps, state, stash,
-                      direction);
+                    double temperature, bool bf16, MaybeTensor target_logits, MaybeTensor logps, Tensor state,
+                    MaybeTensor stash, MaybeTensor direction) {
+  linear_forward_with(nullptr, hidden, weight, bias, targets, scale, softcap, temperature, bf16, target_logits, logps,
+                      state, stash, direction);
 }
 
 void linear_forward_extras(Tensor hidden, Tensor weight, MaybeTensor bias, Tensor targets, double scale, double softcap,
-                           double temperature, bool bf16, Tensor logps, Tensor state, MaybeTensor stash,
-                           MaybeTensor direction, Tensor extras) {
+                           double temperature, bool bf16, MaybeTensor target_logits, MaybeTensor logps, Tensor state,
+                           MaybeTensor stash, MaybeTensor direction, Tensor extras) {
   static_assert(sizeof(cpu::RowExtras) == 6 * sizeof(double));
   linear_forward_with(static_cast<cpu::RowExtras*>(extras.data_ptr()), hidden, weight, bias, targets, scale, softcap,
-                      temperature, bf16, logps, state, stash, direction);
+                      temperature, bf16, target_logits, logps, state, stash, direction);
+}
+
+void target_logits(Tensor hidden, Tensor weight, MaybeTensor bias, Tensor targets, double scale, double softcap,
+                   double temperature, bool bf16, Tensor out) {
+  cpu::target_logits(make_call(hidden, weight, bias, targets, scale, softcap, temperature, bf16), pointer<double>(out));
 }
 
 void linear_backward(Tensor hidden, Tensor weight, MaybeTensor bias, Tensor targets, double scale, double softcap,
@@ -86,8 +91,8 @@ STABLE_TORCH_LIBRARY(sdpo_native, m) {
   define_operators(m);
   m.def(
       "linear_forward_extras(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float scale, float softcap, "
-      "float temperature, bool bf16, Tensor(a!) logps, Tensor(b!) state, Tensor(c!)? stash, Tensor(d!)? direction, "
-      "Tensor(e!) extras) -> ()");
+      "float temperature, bool bf16, Tensor? target_logits, Tensor(a!)? logps, Tensor(b!) state, Tensor(c!)? stash, "
+      "Tensor(d!)? direction, Tensor(e!) extras) -> ()");
   m.def("built_from() -> str");
   m.def("cuda_built_from() -> str");
   m.def("cuda_refuses(int device) -> str");
@@ -96,6 +101,7 @@ STABLE_TORCH_LIBRARY(sdpo_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sdpo_native, CPU, m) {
+  m.impl("target_logits", TORCH_BOX(&target_logits));
   m.impl("linear_forward", TORCH_BOX(&linear_forward));
   m.impl("linear_forward_extras", TORCH_BOX(&linear_forward_extras));
   m.impl("linear_backward", TORCH_BOX(&linear_backward));

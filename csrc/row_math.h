@@ -195,6 +195,17 @@ SDPO_HD double rest_of_sum(double sum, double k) { return log(sum) + k + SHIFT; 
 // Whether a row must be recomputed with k = logsumexp. NaN is not overflow.
 SDPO_HD bool out_of_range(double sum, double target) { return sum > LARGEST_SUM || fabs(target) == double(INFINITY); }
 
+// o and k of a row that is recomputed, from the log-sum of the slice's columns; relative to 0 if that is no number.
+struct SliceRow {
+  double sum;
+  float shift;
+};
+
+SDPO_HD SliceRow slice_row(double rest) {
+  float shift = fabs(rest) < double(INFINITY) ? float(rest) : 0.0f;
+  return {exp(rest - shift - SHIFT), shift};
+}
+
 // dz/da at the target up to `gain`, from z_y.
 SDPO_HD double slope_at(const Head& head, double softcap, double temperature, double z) {
   if (!head.capped) return 1.0;

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from sdpo_kernels.logits import logits_logps
     from sdpo_kernels.logps import LinearLogps, linear_logps
     from sdpo_kernels.rows import ScoredRows
+    from sdpo_kernels.sharded import sharded_linear_logps
+    from sdpo_kernels.vocab_parallel import vocab_parallel_linear_logps
 
 _NAMES = {
     "diffusion": ("DiffusionDPOOutput", "PairedNoise", "diffusion_dpo", "paired_noise", "sample_mse"),
@@ -26,6 +28,8 @@ _NAMES = {
     "logits": ("logits_logps",),
     "logps": ("LinearLogps", "linear_logps"),
     "rows": ("ScoredRows",),
+    "sharded": ("sharded_linear_logps",),
+    "vocab_parallel": ("vocab_parallel_linear_logps",),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 
@@ -44,6 +48,8 @@ __all__ = [
     "losses",
     "paired_noise",
     "sample_mse",
+    "sharded_linear_logps",
+    "vocab_parallel_linear_logps",
 ]
 
 

@@ -8,9 +8,11 @@ Every batch holds the chosen sequences first, then the rejected ones in the same
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from sdpo_kernels.dpo_checks import check_batch, check_counts, check_reference
@@ -19,6 +21,9 @@ from sdpo_kernels.logps import LinearLogps, linear_logps
 from sdpo_kernels.losses import LossSum, LossType
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows, all_rows, sequence_logps
 from sdpo_kernels.token_weights import agreement_weights, length_weights
+from sdpo_kernels.vocab_parallel import vocab_parallel_linear_logps
+
+UNKNOWN = 2**62  # the vocabulary of a slice's call, which compares targets with the real one
 
 
 def fused_linear_dpo(
@@ -38,6 +43,8 @@ def fused_linear_dpo(
     softcap: float | None = None,
     backend: str = "auto",
     stash_bytes: int | str = "auto",
+    vocab_group: dist.ProcessGroup | None = None,
+    vocab_slice_rows: Sequence[int] | None = None,
     beta: float = 0.1,
     loss_type: LossType = "sigmoid",
     **loss_options: Any,
@@ -60,6 +67,9 @@ def fused_linear_dpo(
         ref_hidden, ref_weight, ref_bias: the reference's hidden states (hidden's shape, but its own H) and head, scored
             here without gradient; if ref_weight is weight itself, in one pass with the policy.
         temperature, logit_scale, softcap, backend, stash_bytes: as in `linear_logps`.
+        vocab_group: the process group over which the heads' rows are divided (tensor parallelism): `weight`, `bias`,
+            `ref_weight` and `ref_bias` are this rank's rows, all else is the same on every rank, and so is the result;
+            see `vocab_parallel_linear_logps`, whose `slice_rows` is `vocab_slice_rows`. None: the heads are whole.
         beta: above 0.
         loss_type: a name of `losses.loss_names()`, its options as further keywords; or a list of
             {"name": …, "weight": 1.0, "options": {}}. A reference-free loss (simpo, cpo, orpo, sft) needs no reference:
@@ -78,7 +88,8 @@ def fused_linear_dpo(
         tensor(0.6931)
     """
     wanted = checked_loss(loss_type, beta, loss_options)
-    n_sequences = check_batch(hidden, labels, weight.shape[0], cu_seqlens, rows)
+    n_columns = weight.shape[0] if vocab_group is None else UNKNOWN
+    n_sequences = check_batch(hidden, labels, n_columns, cu_seqlens, rows)
     check_reference(
         hidden, weight, n_sequences, ref_logps, ref_hidden, ref_weight, ref_bias, needed=not wanted.reference_free
     )
@@ -96,8 +107,8 @@ def fused_linear_dpo(
     ref_head = None if ref_hidden is None or ref_weight is None else _Head(ref_hidden, ref_weight, ref_bias)
     outputs = ("log_sum_sq_probs",) if wanted.weighs_pairs else ()
     policy = _policy_and_reference(
-        policy_head, ref_head, targets, outputs, stash_bytes, rows=rows, temperature=temperature,
-        logit_scale=logit_scale, softcap=softcap, backend=backend,
+        policy_head, ref_head, targets, outputs, stash_bytes, vocab_group, vocab_slice_rows, rows=rows,
+        temperature=temperature, logit_scale=logit_scale, softcap=softcap, backend=backend,
     )  # fmt: skip
 
     # sums over sequences; the weights of tokens apply to policy and reference alike
@@ -144,23 +155,27 @@ def _policy_and_reference(
     targets: Tensor,
     outputs: tuple[str, ...],
     stash_bytes: int | str,
+    vocab_group: dist.ProcessGroup | None,
+    vocab_slice_rows: Sequence[int] | None,
     **options: Any,
 ) -> LinearLogps:
     """Per-token log-probs of the policy with `outputs`; `ref_logps` are the reference's, without gradient."""
-    # the reference first: its memory is free again before the policy's stash is allocated
-    shared = ref is not None and policy.is_shared_with(ref)
-    ref_logps = None
-    if ref is not None and not shared:
-        with torch.no_grad():
-            ref_logps = linear_logps(
-                ref.flat_hidden, ref.weight, targets, bias=ref.bias, stash_bytes=0, **options
-            ).logps
 
-    found = linear_logps(
-        policy.flat_hidden, policy.weight, targets, bias=policy.bias, stash_bytes=stash_bytes, outputs=outputs,
-        ref_hidden=ref.flat_hidden if ref is not None and shared else None, **options,
-    )  # fmt: skip
-    return found if ref_logps is None else found._replace(ref_logps=ref_logps)
+    def score(head: _Head, stash_bytes: int | str, **more: Any) -> LinearLogps:
+        given: dict[str, Any] = {"stash_bytes": stash_bytes, **options, **more}
+        if vocab_group is None:
+            return linear_logps(head.flat_hidden, head.weight, targets, bias=head.bias, **given)
+        given |= {"bias_slice": head.bias, "group": vocab_group, "slice_rows": vocab_slice_rows}
+        return vocab_parallel_linear_logps(head.flat_hidden, head.weight, targets, **given)
+
+    # the reference first: its memory is free again before the policy's stash is allocated
+    if ref is None:
+        return score(policy, stash_bytes, outputs=outputs)
+    if vocab_group is None and policy.is_shared_with(ref):
+        return score(policy, stash_bytes, outputs=outputs, ref_hidden=ref.flat_hidden)
+    with torch.no_grad():
+        ref_logps = score(ref, 0).logps
+    return score(policy, stash_bytes, outputs=outputs)._replace(ref_logps=ref_logps)
 
 
 class FusedLinearDPOLoss(nn.Module):
@@ -195,7 +210,10 @@ class FusedLinearDPOLoss(nn.Module):
         }  # fmt: skip
 
     def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor, **inputs: Any) -> DPOOutput:
-        """Tensors as in `fused_linear_dpo`: cu_seqlens, rows, bias, ref_logps or ref_hidden, ref_weight, ref_bias."""
+        """Tensors as in `fused_linear_dpo`: cu_seqlens, rows, bias, ref_logps or ref_hidden, ref_weight, ref_bias.
+
+        So are vocab_group and vocab_slice_rows.
+        """
         clash = sorted(inputs.keys() & self.settings.keys())
         if clash:
             raise ValueError(f"{clash[0]}: was given to the call, must be given to FusedLinearDPOLoss(...)")

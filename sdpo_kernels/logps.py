@@ -89,7 +89,7 @@ def linear_logps(
         tensor([-4.6052,  0.0000, -4.6052])
     """
     head = Head(logit_scale, softcap, temperature)
-    dtype = _check(hidden, weight, targets, bias, outputs, rows, ref_hidden)
+    dtype = check_inputs(hidden, weight, targets, bias, outputs, rows, ref_hidden)
     names = tuple(name for name in EXTRAS if name in outputs)
     # by metadata alone, so that a compiled graph chooses once
     chosen = choose_backend(backend, Request(hidden.device, dtype, weight.dtype, head, names))
@@ -124,8 +124,7 @@ def _keep(
     stash_bytes: int | str,
 ) -> Keep:
     """What the forward keeps for the backward."""
-    budget = _stash_budget(hidden, weight, n_rows, stash_bytes)
-
+    check_stash_bytes(stash_bytes)
     head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
     if not torch.is_grad_enabled() or not (hidden.requires_grad or head_trains):
         return Keep.nothing()
@@ -133,18 +132,26 @@ def _keep(
     if not head_trains and "entropy" not in outputs:
         return Keep.direction()
 
-    # whole blocks of columns, as many as fit the budget
+    return columns_to_keep(backend, hidden, weight, n_rows, dtype, stash_bytes)
+
+
+def columns_to_keep(
+    backend: Backend, hidden: Tensor, weight: Tensor, n_rows: int, dtype: torch.dtype, stash_bytes: int | str
+) -> Keep:
+    """Whole blocks of columns, as many as fit the budget."""
+    budget = stash_budget(hidden.device, n_rows, tuple(weight.shape), stash_bytes)
     per_column = n_rows * backend.stash_dtype(dtype, hidden.device).itemsize
     everything = -(-weight.shape[0] // STASH_MULTIPLE) * STASH_MULTIPLE
     columns = everything if per_column == 0 else budget // per_column
     return Keep.columns(min(columns // STASH_MULTIPLE * STASH_MULTIPLE, everything))
 
 
-def _stash_budget(hidden: Tensor, weight: Tensor, n_rows: int, stash_bytes: int | str) -> int:
+def stash_budget(device: torch.device, n_rows: int, head: tuple[int, ...], stash_bytes: int | str) -> int:
+    """Bytes of the stash for N scored rows and a head [V, H]; ValueError as in `check_stash_bytes`."""
     check_stash_bytes(stash_bytes)
     if isinstance(stash_bytes, str):
-        n_columns, width = weight.shape
-        return min(2 * n_rows * n_columns, 4 * n_columns * width, total_memory(hidden.device) // 8)
+        n_columns, width = head
+        return min(2 * n_rows * n_columns, 4 * n_columns * width, total_memory(device) // 8)
     return stash_bytes
 
 
@@ -163,7 +170,7 @@ def total_memory(device: torch.device) -> int:
     return HOST_MEMORY
 
 
-def _check(
+def check_inputs(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,

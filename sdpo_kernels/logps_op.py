@@ -18,7 +18,7 @@ from torch import Tensor
 from sdpo_kernels.backends import get_backend
 from sdpo_kernels.backends.base import EXTRAS, HeadCall, Keep, Needs, Saved
 from sdpo_kernels.head import Head, product_dtype
-from sdpo_kernels.rows import IGNORE_INDEX
+from sdpo_kernels.rows import IGNORE_INDEX, check_targets
 
 
 class Inputs(NamedTuple):
@@ -109,7 +109,9 @@ def _linear_logps(
         index = (targets != IGNORE_INDEX).nonzero().squeeze(1)
     head = Head(logit_scale, softcap, temperature)
     call = _scored(hidden, weight, targets, bias, index, head, dtype, outputs, kept_rows, ref_hidden)
-    _check_targets(call, index)
+    if index.is_cuda:
+        torch._assert_async((index[1:] > index[:-1]).all(), "rows: its index must be ascending")
+    check_targets(call.targets, call.weight.shape[0])
 
     out = get_backend(backend).forward(call, Keep.decode(keep))
 
@@ -305,18 +307,6 @@ def _scored(
         ref_hidden = None if ref_hidden is None else ref_hidden.index_select(0, index)
     names = tuple(name for name in EXTRAS if name in outputs.split(","))
     return HeadCall(hidden, weight, bias, targets, head, dtype, names, kept_rows, ref_hidden)
-
-
-def _check_targets(call: HeadCall, index: Tensor) -> None:
-    """Targets must be in [0, V): a ValueError on CPU; on CUDA a device assert, which does not synchronise."""
-    n_columns = call.weight.shape[0]
-    right = (call.targets >= 0) & (call.targets < n_columns)
-    if call.targets.is_cuda:
-        torch._assert_async((index[1:] > index[:-1]).all(), "rows: its index must be ascending")
-        torch._assert_async(right.all(), f"targets: must be in [0, {n_columns}) or {IGNORE_INDEX}")
-    elif not bool(right.all()):
-        wrong = call.targets[~right][0].item()
-        raise ValueError(f"targets: was {wrong}, must be in [0, {n_columns}) or {IGNORE_INDEX} (not scored)")
 
 
 def _busy_rows(index: Tensor, grad_logps: Tensor, grad_entropy: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -42,6 +42,16 @@ class ScoredRows(NamedTuple):
         return ScoredRows(*(t.to(device, non_blocking=non_blocking) for t in self))
 
 
+def check_targets(scored: Tensor, n_columns: int) -> None:
+    """Targets of scored rows must be in [0, V): a ValueError on the CPU; on CUDA a device assert, without waiting."""
+    right = (scored >= 0) & (scored < n_columns)
+    if scored.is_cuda:
+        torch._assert_async(right.all(), f"targets: must be in [0, {n_columns}) or {IGNORE_INDEX}")
+    elif not bool(right.all()):
+        wrong = scored[~right][0].item()
+        raise ValueError(f"targets: was {wrong}, must be in [0, {n_columns}) or {IGNORE_INDEX} (not scored)")
+
+
 def all_rows(labels: Tensor, cu_seqlens: Tensor | None = None) -> ScoredRows:
     """Every row, scored or not, with the counts of the scored ones: no shape depends on data, as compile requires.
 

@@ -44,6 +44,9 @@ LAYERS = [
 ]
 ROOM_OF = {
     "logps_op": "logps",
+    "vocab_parallel": "logps",
+    "sharded": "logps",
+    "collectives": "logps",
     "epilogue_op": "logps",
     "dpo_checks": "dpo",
     "dpo_output": "dpo",

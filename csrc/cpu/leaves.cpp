@@ -51,14 +51,21 @@ void Leaves::begin_forward(const Call& the_call) {
   call = the_call;
   n_rows = call.hidden.rows;
   load_rows();
-  target_logits = make_buffer<double>(n_rows);
   shift = make_buffer<float>(n_rows);
   total = make_buffer<double>(n_rows);
   std::memset(total.get(), 0, n_rows * sizeof(double));
-  find_target_logits();
+
+  target_logits = call.target_logits;
+  if (!call.is_slice()) {
+    own_target_logits = make_buffer<double>(n_rows);
+    cpu::target_logits(call, own_target_logits.get());
+    target_logits = own_target_logits.get();
+  }
+  for (int64_t i = 0; i < n_rows; i++) shift[i] = float(std::isfinite(target_logits[i]) ? target_logits[i] : 0.0);
 
   if (!row_extras) return;
   target_z = make_buffer<float>(n_rows);
+  std::memset(target_z.get(), 0, n_rows * sizeof(float));  // the product of a target in another slice is not here
   std::fill_n(row_extras, n_rows, RowExtras{});
 }
 
@@ -76,18 +83,21 @@ void Leaves::load_rows() {
   x = x_copy.get();
 }
 
-// z_y in double, from operands rounded like those of the products.
-void Leaves::find_target_logits() {
-  parallel_rows(n_rows, 16, [&](int64_t begin, int64_t end) {
+// From operands rounded like those of the products.
+void target_logits(const Call& call, double* out) {
+  parallel_rows(call.hidden.rows, 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       int64_t y = call.targets[i];
+      if (y < 0) {
+        out[i] = 0.0;
+        continue;
+      }
       double a[4] = {};
       for (int64_t h = 0; h < call.hidden.columns; h++)
         a[h % 4] += double(call.hidden.number(i, h)) * double(call.weight.number(y, h));
 
       double sum = (a[0] + a[1]) + (a[2] + a[3]) + (call.bias ? call.bias[y] : 0.0f), slope;
-      target_logits[i] = logit_double(call.head, call.softcap, call.temperature, sum, &slope);
-      shift[i] = float(std::isfinite(target_logits[i]) ? target_logits[i] : 0.0);
+      out[i] = logit_double(call.head, call.softcap, call.temperature, sum, &slope);
     }
   });
 }
@@ -166,11 +176,14 @@ void Leaves::add_sums(int64_t count) {
 
 void Leaves::finish_rows(float* logps, double* state) {
   for (int64_t i = 0; i < n_rows; i++) {
+    if (row_extras) row_extras[i].target_z = target_z[i];
+    state[2 * i] = total[i];
+    state[2 * i + 1] = shift[i];
+    if (call.is_slice()) continue;
+
     RowResult row = row_result(target_logits[i], rest_of_sum(total[i], shift[i]));
     logps[i] = float(row.logp);
     state[2 * i] = row.lse;
-    state[2 * i + 1] = shift[i];
-    if (row_extras) row_extras[i].target_z = target_z[i];
   }
 }
 
@@ -237,11 +250,18 @@ void Leaves::redo_rows_out_of_range(const Kept& kept, float* logps, double* stat
   std::vector<double> rest(rows.size());
   log_sums_online(rows, few.x, few.call.targets, rest.data());
   for (int64_t i = 0; i < few.n_rows; i++) {
-    RowResult row = row_result(target_logits[rows[i]], rest[i]);
-    logps[rows[i]] = float(row.logp);
-    state[2 * rows[i]] = row.lse;
-    few.shift[i] = float(row.lse);
-    state[2 * rows[i] + 1] = few.shift[i];
+    int64_t row = rows[i];
+    if (call.is_slice()) {
+      SliceRow own = slice_row(rest[i]);
+      state[2 * row] = own.sum;
+      few.shift[i] = own.shift;
+    } else {
+      RowResult result = row_result(target_logits[row], rest[i]);
+      logps[row] = float(result.logp);
+      state[2 * row] = result.lse;
+      few.shift[i] = float(result.lse);
+    }
+    state[2 * row + 1] = few.shift[i];
   }
 
   for_chunks(kept.blocks, 0, 1, blocks_of_chunk(few.n_rows, false), [&](int64_t first, int64_t count) {
@@ -292,7 +312,8 @@ void Leaves::begin_backward(const Call& the_call, bool stashed, const float* log
     if (on.bf16 && !stashed) factor = exact_factor(k, factor.r);  // a stash has been stored with this very k
     shift[i] = factor.shift;
     r[i] = factor.r;
-    t[i] = target_factor(grad[i], call.head.gain, logps[i], target_slope(lse + logps[i]));
+    double slope = target_slope(lse + logps[i]);
+    t[i] = call.targets[i] < 0 ? 0.0f : target_factor(grad[i], call.head.gain, logps[i], slope);
   }
 
   if (wanted.hidden) start_hidden_gradient();
@@ -347,7 +368,7 @@ void Leaves::finish_hidden_gradient(void* out) {
   parallel_rows(n_rows, 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++)
       for (int64_t h = 0; h < width; h++) {
-        float of_target = t[i] * call.weight.number(call.targets[i], h);
+        float of_target = call.targets[i] < 0 ? 0.0f : t[i] * call.weight.number(call.targets[i], h);
         store(call.hidden, out, i * width + h, r[i] * hidden_sum[i * sum_stride + h] + of_target);
       }
   });

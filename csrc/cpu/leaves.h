@@ -11,6 +11,9 @@
 
 namespace sdpo::cpu {
 
+// z_y of each row in double; 0 where the target is in another slice.
+void target_logits(const Call& call, double* out);
+
 class Leaves {
  public:
   explicit Leaves(const Kernels& kernels, RowExtras* extras = nullptr) : on(kernels), row_extras(extras) {}
@@ -42,7 +45,6 @@ class Leaves {
 
  private:
   void load_rows();
-  void find_target_logits();
   void start_hidden_gradient();
   void run_logits(Logits task, int64_t count);
   void sort_targets();
@@ -58,7 +60,8 @@ class Leaves {
   int64_t n_rows = 0, x_units = 0, sum_stride = 0;
   const Unit* x = nullptr;  // [N][x_units]
   Buffer<Unit> x_copy;
-  Buffer<double> target_logits;  // [N] z_y
+  const double* target_logits = nullptr;  // [N] z_y
+  Buffer<double> own_target_logits;
   Buffer<float> shift;           // [N] k
   Buffer<double> total;          // [N] o
   Buffer<float> sums;            // [blocks][N]

@@ -27,7 +27,8 @@ __global__ void scale_rows_kernel(Matrix x, const float* r, void* out) {
 __global__ void finish_hidden_kernel(Call call, const float* sum, const float* r, const float* t, void* out) {
   int64_t row = blockIdx.x, width = call.hidden.columns, target = call.targets[row];
   for (int64_t h = threadIdx.x; h < width; h += blockDim.x) {
-    float value = r[row] * sum[row * width + h] + t[row] * call.weight.number(target, h);
+    float value = r[row] * sum[row * width + h];
+    if (target >= 0) value += t[row] * call.weight.number(target, h);
     store_number(out, call.hidden.bf16, row * width + h, value);
   }
 }

@@ -36,11 +36,13 @@ void exp_rows(const Chunk& chunk, cudaStream_t stream);
 // total[i] += Σ over slabs of sums[slab][i].
 void add_sums(const float* sums, int64_t slabs, int64_t n_rows, double* total, cudaStream_t stream);
 
-// z_y in double and k in float, by a dot product of its own; total starts at 0.
-void target_logits(const Call& call, double* target_logits, float* shift, double* total, cudaStream_t stream);
+// z_y in double, by a dot product of its own; 0 where the target is in another slice.
+void target_logits(const Call& call, double* target_logits, cudaStream_t stream);
+// k in float, and a total of 0.
+void begin_rows(const double* target_logits, int64_t n_rows, float* shift, double* total, cudaStream_t stream);
 
-void finish_rows(const double* total, const double* target_logits, const float* shift, int64_t n_rows, float* logps,
-                 double* state, cudaStream_t stream);
+void finish_rows(bool slice, const double* total, const double* target_logits, const float* shift, int64_t n_rows,
+                 float* logps, double* state, cudaStream_t stream);
 
 // Always launched, one block per row; rows in range return at once.
 struct Redo {

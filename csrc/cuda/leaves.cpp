@@ -59,10 +59,15 @@ void Leaves::begin(const Call& the_call) {
 
 void Leaves::begin_forward(const Call& the_call) {
   begin(the_call);
-  target_logits = vector<double>(target_memory);
   total = vector<double>(total_memory);
   shift = vector<float>(shift_memory);
-  cuda::target_logits(call, target_logits, shift, total, stream);
+  target_logits = call.target_logits;
+  if (!call.is_slice()) {
+    double* found = vector<double>(target_memory);
+    cuda::target_logits(call, found, stream);
+    target_logits = found;
+  }
+  begin_rows(target_logits, n_rows, shift, total, stream);
 }
 
 Blocks Leaves::part(const Blocks& s, int64_t first) const {
@@ -145,7 +150,7 @@ void Leaves::add_hidden_gradient(int64_t first, int64_t count, const Blocks& s) 
 void Leaves::add_sums(int64_t) { cuda::add_sums(static_cast<float*>(sums.get()), slabs, n_rows, total, stream); }
 
 void Leaves::finish_rows(float* logps, double* state) {
-  cuda::finish_rows(total, target_logits, shift, n_rows, logps, state, stream);
+  cuda::finish_rows(call.is_slice(), total, target_logits, shift, n_rows, logps, state, stream);
 }
 
 void Leaves::redo_rows_out_of_range(const Kept& kept, float* logps, double* state) {

@@ -58,7 +58,7 @@ class Leaves {
   cudaStream_t stream = nullptr;
   int64_t slabs = 0;  // of the last chunk's sums
   bool started = false;
-  double* target_logits = nullptr;                   // [N] z_y
+  const double* target_logits = nullptr;             // [N] z_y
   double* total = nullptr;                           // [N] o
   float* shift = nullptr;                            // [N] k
   float *r = nullptr, *t = nullptr;                  // [N]

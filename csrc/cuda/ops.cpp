@@ -56,14 +56,22 @@ Kept on_cuda(Kept kept, const MaybeTensor& stash) {
 }
 
 void linear_forward(Tensor hidden, Tensor weight, MaybeTensor bias, Tensor targets, double scale, double softcap,
-                    double temperature, bool bf16, Tensor logps, Tensor state, MaybeTensor stash,
-                    MaybeTensor direction) {
-  same_device(hidden, weight, bias, targets, logps, state, stash, direction);
+                    double temperature, bool bf16, MaybeTensor target_logits, MaybeTensor logps, Tensor state,
+                    MaybeTensor stash, MaybeTensor direction) {
+  same_device(hidden, weight, bias, targets, target_logits, logps, state, stash, direction);
   On on(hidden);
   cuda::Leaves leaves(on.device, bf16);
   Kept kept = on_cuda(make_kept(stash, bf16, hidden.size(0), std::nullopt, direction), stash);
-  forward(leaves, make_call(hidden, weight, bias, targets, scale, softcap, temperature, bf16), kept,
+  forward(leaves, make_call(hidden, weight, bias, targets, scale, softcap, temperature, bf16, target_logits), kept,
           pointer<float>(logps), pointer<double>(state));
+}
+
+void target_logits(Tensor hidden, Tensor weight, MaybeTensor bias, Tensor targets, double scale, double softcap,
+                   double temperature, bool bf16, Tensor out) {
+  same_device(hidden, weight, bias, targets, out);
+  On on(hidden);
+  cuda::target_logits(make_call(hidden, weight, bias, targets, scale, softcap, temperature, bf16), pointer<double>(out),
+                      on.stream());
 }
 
 // `row_of` must be absent: on CUDA the caller gathers the rows.
@@ -127,6 +135,7 @@ STABLE_TORCH_LIBRARY(SDPO_NAMESPACE, m) {
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(SDPO_NAMESPACE, SDPO_KEY, m) {
+  m.impl("target_logits", TORCH_BOX(&target_logits));
   m.impl("linear_forward", TORCH_BOX(&linear_forward));
   m.impl("linear_backward", TORCH_BOX(&linear_backward));
   m.impl("logits_forward", TORCH_BOX(&logits_forward));

@@ -90,12 +90,15 @@ __global__ void __launch_bounds__(THREADS) redo_rows_kernel(Redo r) {
   int64_t row = blockIdx.x;
   if (!out_of_range(r.total[row], r.target_logits[row])) return;
   int64_t target = r.call.targets[row];
-  RowResult result = row_result(r.target_logits[row], log_sum_of_rest(r.call, row, target));
-  float shift = float(result.lse);
+  double rest = log_sum_of_rest(r.call, row, target);
+  RowResult result = row_result(r.target_logits[row], rest);
+  SliceRow own = slice_row(rest);
+  bool slice = r.call.is_slice();
+  float shift = slice ? own.shift : float(result.lse);
 
   if (threadIdx.x == 0) {
-    r.logps[row] = float(result.logp);
-    r.state[2 * row] = result.lse;
+    if (!slice) r.logps[row] = float(result.logp);
+    r.state[2 * row] = slice ? own.sum : result.lse;
     r.state[2 * row + 1] = shift;
   }
   if (r.stash || r.hidden_sum) store_row(r, row, target, shift);

@@ -50,31 +50,39 @@ __global__ void add_sums_kernel(const float* sums, int64_t slabs, int64_t n_rows
 }
 
 // One warp per row; products are exact in double.
-__global__ void target_logits_kernel(Call call, double* target_logits, float* shift, double* total) {
+__global__ void target_logits_kernel(Call call, double* target_logits) {
   int64_t row = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
   if (row >= call.hidden.rows) return;
   int64_t y = call.targets[row];
   double sum = 0.0;
-  for (int64_t h = threadIdx.x % 32; h < call.hidden.columns; h += 32)
+  for (int64_t h = threadIdx.x % 32; y >= 0 && h < call.hidden.columns; h += 32)
     sum += double(call.hidden.number(row, h)) * double(call.weight.number(y, h));
   sum = over_warp<Sum>(sum);
 
   if (threadIdx.x % 32) return;
-  double slope,
-      z = logit_double(call.head, call.softcap, call.temperature, sum + (call.bias ? call.bias[y] : 0.0f), &slope);
-  target_logits[row] = z;
+  double slope, a = sum + (call.bias && y >= 0 ? call.bias[y] : 0.0f);
+  target_logits[row] = y < 0 ? 0.0 : logit_double(call.head, call.softcap, call.temperature, a, &slope);
+}
+
+__global__ void begin_rows_kernel(const double* target_logits, int64_t n_rows, float* shift, double* total) {
+  int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (row >= n_rows) return;
+  double z = target_logits[row];
   shift[row] = float(fabs(z) < double(INFINITY) ? z : 0.0);
   total[row] = 0.0;
 }
 
-__global__ void finish_rows_kernel(const double* total, const double* target_logits, const float* shift, int64_t n_rows,
-                                   float* logps, double* state) {
+__global__ void finish_rows_kernel(bool slice, const double* total, const double* target_logits, const float* shift,
+                                   int64_t n_rows, float* logps, double* state) {
   int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row >= n_rows) return;
+  state[2 * row] = total[row];
+  state[2 * row + 1] = shift[row];
+  if (slice) return;
+
   RowResult result = row_result(target_logits[row], rest_of_sum(total[row], shift[row]));
   logps[row] = float(result.logp);
   state[2 * row] = result.lse;
-  state[2 * row + 1] = shift[row];
 }
 
 __global__ void begin_backward_kernel(Call call, const float* grad, const float* logps, const double* state,
@@ -88,7 +96,7 @@ __global__ void begin_backward_kernel(Call call, const float* grad, const float*
   out.shift[row] = factor.shift;
 
   double slope = slope_at(call.head, call.softcap, call.temperature, lse + logp);
-  out.t[row] = target_factor(grad[row], call.head.gain, logp, slope);
+  out.t[row] = call.targets[row] < 0 ? 0.0f : target_factor(grad[row], call.head.gain, logp, slope);
 }
 
 template <bool CAPPED>
@@ -117,18 +125,23 @@ void add_sums(const float* sums, int64_t slabs, int64_t n_rows, double* total, c
   check_launch("add_sums");
 }
 
-void target_logits(const Call& call, double* found, float* shift, double* total, cudaStream_t stream) {
+void target_logits(const Call& call, double* found, cudaStream_t stream) {
   if (call.hidden.rows == 0) return;
-  SDPO_LAUNCH((target_logits_kernel), blocks_for(call.hidden.rows, THREADS / 32), THREADS, stream, call, found, shift,
-              total);
+  SDPO_LAUNCH((target_logits_kernel), blocks_for(call.hidden.rows, THREADS / 32), THREADS, stream, call, found);
   check_launch("target_logits");
 }
 
-void finish_rows(const double* total, const double* found, const float* shift, int64_t n_rows, float* logps,
+void begin_rows(const double* found, int64_t n_rows, float* shift, double* total, cudaStream_t stream) {
+  if (n_rows == 0) return;
+  SDPO_LAUNCH((begin_rows_kernel), blocks_for(n_rows, THREADS), THREADS, stream, found, n_rows, shift, total);
+  check_launch("begin_rows");
+}
+
+void finish_rows(bool slice, const double* total, const double* found, const float* shift, int64_t n_rows, float* logps,
                  double* state, cudaStream_t stream) {
   if (n_rows == 0) return;
-  SDPO_LAUNCH((finish_rows_kernel), blocks_for(n_rows, THREADS), THREADS, stream, total, found, shift, n_rows, logps,
-              state);
+  SDPO_LAUNCH((finish_rows_kernel), blocks_for(n_rows, THREADS), THREADS, stream, slice, total, found, shift, n_rows,
+              logps, state);
   check_launch("finish_rows");
 }
 

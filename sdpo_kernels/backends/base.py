@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from sdpo_kernels.head import Head
 
 EXTRAS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+SHIFT = 58 * math.log(2)  # sums of exponentials are times 2**-58, which makes room for unlikely targets
 STASH_MULTIPLE = 64  # a stash has a multiple of this many columns; those past V are padding
 
 _DIRECTION_CODE = -1  # of Keep in the ops' schemas
@@ -66,12 +68,18 @@ class HeadCall:
     hidden: Tensor  # [N, H]
     weight: Tensor  # [V, H]; its dtype may differ from `dtype`: backends cast it chunk by chunk
     bias: Tensor | None  # [V]
-    targets: Tensor  # [N] int64 in [0, V)
+    targets: Tensor  # [N] int64 in [0, V); of a slice: -1 where the target is a column of another slice
     head: Head
     dtype: torch.dtype  # float32, bfloat16, float16 or float64: what operands are rounded to
     outputs: tuple[str, ...]
     kept_rows: int  # rows of what a forward keeps: N, or more if the fake kernel could not know N; the rest is 0
     ref_hidden: Tensor | None = None  # [N, H] of a reference with this very head: only its log-probs are wanted
+    is_slice: bool = False  # the head is a part of the vocabulary's columns
+
+    @property
+    def known_targets(self) -> Tensor:
+        """[N] rows of the weight: the targets, or any row where the target is in another slice."""
+        return self.targets.clamp(min=0) if self.is_slice else self.targets
 
 
 class HeadForward(NamedTuple):
@@ -85,6 +93,19 @@ class HeadForward(NamedTuple):
     is_top1: Tensor | None  # bool: no other column's logit is above the target's
     kept: Tensor | None  # stash [kept_rows, columns] or direction [kept_rows, H], see Keep; the layout is the backend's
     ref_logps: Tensor | None = None  # of ref_hidden; a backend that leaves it out is called again for those rows alone
+
+
+class SliceForward(NamedTuple):
+    """What a slice of the vocabulary answers: float64 vectors [N]; extras not requested are None (`slices.py`)."""
+
+    total: Tensor  # 2**-58 · Σ exp(z − k) over the slice's columns without the target's
+    k: Tensor
+    kept: Tensor | None  # as in HeadForward
+    mean_log_prob: Tensor | None = None  # Σ q log q, q the softmax over the same columns
+    sum_sq_probs: Tensor | None = None  # Σ q²
+    sum_logits: Tensor | None = None  # Σ z over all of the slice's columns
+    max_rest: Tensor | None = None  # max z over the columns of `total`
+    target_z: Tensor | None = None  # z at the target as the same products give it; 0 in other slices
 
 
 class Saved(NamedTuple):
@@ -143,6 +164,18 @@ class Backend(Protocol):
         self, call: HeadCall, saved: Saved, grad_logps: Tensor, grad_entropy: Tensor | None, needs: Needs
     ) -> Gradients:
         """Gradients of hidden [N, H], weight [V, H] and bias [V]."""
+
+    def supports_slices(self, request: Request) -> str | None:
+        """None if a slice of the vocabulary can be served, else the reason it cannot."""
+
+    def target_logits(self, call: HeadCall) -> Tensor:
+        """z [N] float64 at the targets, 0 where the target is in another slice."""
+
+    def slice_forward(self, call: HeadCall, target_logits: Tensor, keep: Keep) -> SliceForward:
+        """The sums of a slice, given the logits of all rows' targets; never keeps a direction.
+
+        For its gradients call `backward` with the log-probs and `slices.state_of`.
+        """
 
     def supports_pairs(self, device: torch.device) -> str | None:
         """None if there is a pair epilogue for `device`, else the reason there is not."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sdpo_kernels.backends.base import HeadForward, Saved
+from sdpo_kernels.backends.base import SHIFT, HeadForward, Saved, SliceForward
 
 _LOWEST = -1e30  # used for −inf in products with a probability of 0
 
@@ -27,6 +27,7 @@ class RunningSums:
         self.outputs = outputs
         self.rest = vector(-torch.inf)  # logsumexp over the columns seen, without the target's
         self.z_target = vector(-torch.inf)
+        self.has_target = torch.zeros(n_rows, dtype=torch.bool, device=device)
         self.max_rest = vector(-torch.inf)
         self.sum_logits = vector(0.0)
         self.sum_sq_probs = vector(0.0)  # Σ q², q = softmax over the rest
@@ -69,6 +70,7 @@ class RunningSums:
         column = columns.clamp(0, z.shape[1] - 1).unsqueeze(1)
         value = z.gather(1, column).squeeze(1)
         self.z_target = torch.where(inside, value.double(), self.z_target)
+        self.has_target |= inside
         z.scatter_(1, column, torch.where(inside, -torch.inf, value).unsqueeze(1))
 
     def _add_extras(
@@ -92,6 +94,19 @@ class RunningSums:
             here = (probs * centred).sum(1).double() + (shift.double() - rest) * total
             earlier = self.mean_log_prob + (before - rest).clamp(min=_LOWEST)
             self.mean_log_prob = earlier * shrink + here * into
+
+    def of_slice(self, kept: Tensor | None) -> SliceForward:
+        """What a slice answers: its sums relative to its own logsumexp."""
+        k = torch.where(self.rest.abs() == torch.inf, 0.0, self.rest)
+        answers = {
+            "mean_log_prob": (self.mean_log_prob, "entropy"),
+            "sum_sq_probs": (self.sum_sq_probs, "log_sum_sq_probs"),
+            "sum_logits": (self.sum_logits, "mean_logits"),
+            "max_rest": (self.max_rest, "is_top1"),
+            "target_z": (self.z_target.where(self.has_target, 0.0), "is_top1"),
+        }
+        extras = {name: value for name, (value, output) in answers.items() if output in self.outputs}
+        return SliceForward((self.rest - k - SHIFT).exp(), k, kept, **extras)
 
     def finish(self, n_columns: int, kept: Tensor | None) -> HeadForward:
         """The log-probs and the requested extras; `kept` is passed through."""

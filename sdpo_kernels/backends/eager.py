@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from sdpo_kernels.backends import eager_logits, precision
-from sdpo_kernels.backends.base import Gradients, HeadCall, HeadForward, Keep, Needs, Request, Saved
+from sdpo_kernels.backends.base import Gradients, HeadCall, HeadForward, Keep, Needs, Request, Saved, SliceForward
 from sdpo_kernels.backends.chunk_math import RunningSums, dlogits
 from sdpo_kernels.head import product_dtype
 
@@ -65,9 +65,29 @@ class EagerBackend:
     def forward(self, call: HeadCall, keep: Keep) -> HeadForward:
         """See `base.Backend.forward`."""
         with precision.full(call.hidden.device):
-            return self._forward(call, keep)
+            sums, kept = self._forward(call, keep)
+        return sums.finish(call.weight.shape[0], kept)
 
-    def _forward(self, call: HeadCall, keep: Keep) -> HeadForward:
+    def supports_slices(self, request: Request) -> str | None:
+        """Whatever linear_logps accepts."""
+        return None
+
+    def target_logits(self, call: HeadCall) -> Tensor:
+        """See `base.Backend.target_logits`."""
+        x, w = (t.to(call.dtype).double() for t in (call.hidden, call.weight.index_select(0, call.known_targets)))
+        a = (x * w).sum(1)
+        if call.bias is not None:
+            a += call.bias.index_select(0, call.known_targets).double()
+        return call.head.logits_(a).masked_fill(call.targets < 0, 0.0)
+
+    def slice_forward(self, call: HeadCall, target_logits: Tensor, keep: Keep) -> SliceForward:
+        """See `base.Backend.slice_forward`; with a running maximum, the targets' logits are not needed."""
+        with precision.full(call.hidden.device):
+            sums, kept = self._forward(call, keep)
+        return sums.of_slice(kept)
+
+    def _forward(self, call: HeadCall, keep: Keep) -> tuple[RunningSums, Tensor | None]:
+        """The sums over all columns, and what is kept."""
         x = _operand(call.hidden, call)
         sums = RunningSums(x.shape[0], x.device, product_dtype(call.dtype), call.outputs)
 
@@ -94,8 +114,7 @@ class EagerBackend:
 
         if direction is not None:
             self._add_target_(direction, call, sums.z_target)
-        keeps_nothing = keep == Keep.nothing()
-        return sums.finish(call.weight.shape[0], None if keeps_nothing else kept)
+        return sums, None if keep == Keep.nothing() else kept
 
     def _add_target_(self, direction: Tensor, call: HeadCall, z_target: Tensor) -> None:
         """Add the targets' rows of W, times their slopes, to `direction` [N, H]."""
@@ -156,7 +175,9 @@ class EagerBackend:
                 dx += precision.matmul(grad, w)
 
         if dx is not None and of_target is not None:
-            dx.addcmul_(of_target.unsqueeze(1), _operand(call.weight.index_select(0, call.targets), call).to(dx.dtype))
+            dx.addcmul_(
+                of_target.unsqueeze(1), _operand(call.weight.index_select(0, call.known_targets), call).to(dx.dtype)
+            )
         return Gradients(None if dx is None else dx.to(call.hidden.dtype), dw, db)
 
 

@@ -32,6 +32,7 @@ from sdpo_kernels.backends.base import (
     PairOutputs,
     Request,
     Saved,
+    SliceForward,
 )
 from sdpo_kernels.backends.chunk_math import entropy_of, log_sum_sq_of
 from sdpo_kernels.backends.eager import EagerBackend
@@ -132,14 +133,41 @@ class NativeBackend:
             stash = new((call.kept_rows, keep.n_columns), dtype=self.stash_dtype(call.dtype, call.hidden.device))
         kept = direction if stash is None else stash
 
-        if call.outputs:
-            sums = call.hidden.new_empty((n_rows, len(_ROW_EXTRAS)), dtype=torch.float64)
-            self.operators.linear_forward_extras(*_inputs(call), logps, state, stash, direction, sums)
-            return HeadForward(logps, state, **_extras(call, logps, sums), kept=kept)
+        row = self._forward(call, None, logps, state, stash, direction)
+        extras = dict.fromkeys(EXTRAS) if row is None else _extras(call, logps, row)
+        return HeadForward(logps, state, **extras, kept=kept)
 
-        with self._full_precision(call.hidden):
-            self.operators.linear_forward(*_inputs(call), logps, state, stash, direction)
-        return HeadForward(logps, state, None, None, None, None, kept)
+    def _forward(self, call: HeadCall, target_logits: Tensor | None, *out: Tensor | None) -> dict[str, Tensor] | None:
+        """Fill `out` (log-probs, state, stash, direction); if extras are requested, return their sums."""
+        if not call.outputs:
+            with self._full_precision(call.hidden):
+                self.operators.linear_forward(*_inputs(call), target_logits, *out)
+            return None
+
+        sums = call.hidden.new_empty((call.hidden.shape[0], len(_ROW_EXTRAS)), dtype=torch.float64)
+        self.operators.linear_forward_extras(*_inputs(call), target_logits, *out, sums)
+        return _normalised(dict(zip(_ROW_EXTRAS, sums.unbind(1), strict=True)))
+
+    def supports_slices(self, request: Request) -> str | None:
+        """Whatever it serves."""
+        return self.supports(request)
+
+    def target_logits(self, call: HeadCall) -> Tensor:
+        """See `base.Backend.target_logits`."""
+        out = call.hidden.new_empty(call.hidden.shape[0], dtype=torch.float64)
+        self.operators.target_logits(*_inputs(call), out)
+        return out
+
+    def slice_forward(self, call: HeadCall, target_logits: Tensor, keep: Keep) -> SliceForward:
+        """See `base.Backend.slice_forward`."""
+        state = call.hidden.new_empty((call.hidden.shape[0], 2), dtype=torch.float64)
+        stash = None
+        if keep.n_columns:
+            dtype = self.stash_dtype(call.dtype, call.hidden.device)
+            stash = call.hidden.new_empty((call.hidden.shape[0], keep.n_columns), dtype=dtype)
+        row = self._forward(call, target_logits.contiguous(), None, state, stash, None)
+        extras = {} if row is None else {name: row[name] for name in SliceForward._fields if name in row}
+        return SliceForward(state[:, 0], state[:, 1], stash, **extras)
 
     def backward(
         self, call: HeadCall, saved: Saved, grad_logps: Tensor, grad_entropy: Tensor | None, needs: Needs
@@ -226,21 +254,27 @@ class NativeBackend:
         self.operators.logits_backward(grad, _rows(logits), targets.contiguous(), logps, lse, temperature, out)
 
 
-def _extras(call: HeadCall, logps: Tensor, sums: Tensor) -> dict[str, Tensor | None]:
-    """The requested extras, from the kernel's sums over all columns but the target's."""
-    row = dict(zip(_ROW_EXTRAS, sums.unbind(1), strict=True))
-    exact = logps.double()
-
+def _normalised(row: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The fields of SliceForward, from the kernel's sums over all columns but the target's."""
     # Σ q log q and Σ q² of the softmax q over the rest; 0 (or NaN) if the target is the only column
     has_rest = row["sum"] > 0
-    mean_log_prob = torch.where(has_rest, row["sum_z"] / row["sum"] - row["sum"].log(), 0 * row["sum"])
-    sum_sq_probs = torch.where(has_rest, row["sum_sq"] / row["sum"].square(), 0 * row["sum"])
+    return {
+        "mean_log_prob": torch.where(has_rest, row["sum_z"] / row["sum"] - row["sum"].log(), 0 * row["sum"]),
+        "sum_sq_probs": torch.where(has_rest, row["sum_sq"] / row["sum"].square(), 0 * row["sum"]),
+        "sum_logits": row["all"],
+        "max_rest": torch.where(row["sum"].isnan(), torch.nan, row["top"]),
+        "target_z": row["target_z"],
+    }
 
+
+def _extras(call: HeadCall, logps: Tensor, row: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    """The requested extras, from the sums of the whole vocabulary."""
+    exact = logps.double()
     answers = {
-        "entropy": entropy_of(exact, mean_log_prob).float(),
-        "log_sum_sq_probs": log_sum_sq_of(exact, sum_sq_probs).float(),
-        "mean_logits": (row["all"] / call.weight.shape[0]).float(),
-        "is_top1": (row["target_z"] >= row["top"]) & ~row["sum"].isnan(),
+        "entropy": entropy_of(exact, row["mean_log_prob"]).float(),
+        "log_sum_sq_probs": log_sum_sq_of(exact, row["sum_sq_probs"]).float(),
+        "mean_logits": (row["sum_logits"] / call.weight.shape[0]).float(),
+        "is_top1": row["target_z"] >= row["max_rest"],
     }
     return {name: answers[name] if name in call.outputs else None for name in EXTRAS}
 

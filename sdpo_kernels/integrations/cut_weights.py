@@ -122,7 +122,7 @@ def head_in_pieces(base: nn.Module, head: LMHead) -> Iterator[nn.Module]:
 
     A head that is not cut, or has an adapter, stays as it is.
     """
-    if not head.is_cut or not isinstance(head.module, nn.Linear):
+    if not head.is_cut or not isinstance(head.module, nn.Linear) or not isinstance(head.module, FSDPModule):
         yield head.module
         return
 

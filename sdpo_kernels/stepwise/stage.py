@@ -6,6 +6,7 @@ rename. Only one model, its optimizer and two cached floats a pair are resident.
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,12 +17,13 @@ from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import Interrupted, UserError
 from sdpo_kernels.stepwise.common.memory import reset_peak_memory
 from sdpo_kernels.stepwise.models.load import add_adapter, release_memory
-from sdpo_kernels.stepwise.models.precision import asks_for_fsdp
+from sdpo_kernels.stepwise.models.precision import asks_for_deepspeed, asks_for_fsdp
 from sdpo_kernels.stepwise.prepare import generated_stage
 from sdpo_kernels.stepwise.record.manifest import Record
 from sdpo_kernels.stepwise.record.samples import PAIRS_FILE
 from sdpo_kernels.stepwise.references.stage_references import REFERENCE_FILE
-from sdpo_kernels.stepwise.sources.make import make_pairs, stage_context
+from sdpo_kernels.stepwise.sources.generation import generated_by
+from sdpo_kernels.stepwise.sources.make import SOURCE_FOLDER, make_pairs, stage_context
 from sdpo_kernels.stepwise.state import Stage
 from sdpo_kernels.stepwise.training import publish
 from sdpo_kernels.stepwise.training.checkpoints import latest_checkpoint
@@ -117,6 +119,10 @@ def prepare_trainer(stage: Stage) -> tuple[StageTrainer, Tensor]:
     config = stage.run.config
     if asks_for_fsdp(stage.args) and ranks.launched() == 1:
         raise UserError("trainer.fsdp: needs several processes; start them with torchrun (docs/distributed.md)")
+    if asks_for_deepspeed(stage.args) and "RANK" not in os.environ:
+        raise UserError(
+            "trainer.deepspeed: needs a launcher, also for one process: torchrun --nproc_per_node 1 -m sdpo_kernels …"
+        )
 
     if stage.schedule.batches == 0:
         raise UserError(f"stage {stage.name}: trainer.dataloader_drop_last drops its only batch; set it to false")
@@ -152,6 +158,8 @@ def _generate_pairs(stage: Stage) -> None:
     path = stage.work / PAIRS_FILE
     ranks.on_first(lambda: make_pairs(stage_context(stage), settings.kind, path))
     release_memory()
+    if answered := ranks.on_first(lambda: generated_by(stage.work / SOURCE_FOLDER)):
+        stage.update({"generation": answered})
 
     # pairs that a stopped stage has generated are not generated again, so they must be the same
     run, skipped = stage.run, stage.data.skipped
@@ -183,5 +191,6 @@ def _record(stage: Stage, steps: int, resumed: int | None) -> Record:
         "first_loss": lines[0]["loss"],
         "last_loss": lines[-1]["loss"],
         "resumed_at_step": resumed,
+        "weights": "full" if stage.run.config.publishes_merged else "adapter",
         **stage.spent(),
     }

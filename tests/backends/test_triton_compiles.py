@@ -137,13 +137,16 @@ def test_the_kernels_of_rows(arch, dtype, capped, tmp_path):
     types |= dict.fromkeys(("before", "after"), "fp32")
     head = {"CAPPED": capped, "HAS_BIAS": True}
     redo = {"BJ": REDO_ELEMENTS // 4096, "BH": 4096, "EXTRAS": True, "STORE": True, "DIRECTION": True}
+    sliced = types | dict.fromkeys(("entropy", "log_sum_sq", "mean_logits"), "*fp64")
     for function, constants, warps in (
         (kernels.target_logits_kernel, {"BLOCK": 1024} | head, 4),
-        (kernels.finalize_kernel, {"BLOCK": ROWS_AT_ONCE, "EXTRAS": True}, 4),
+        (kernels.finalize_kernel, {"BLOCK": ROWS_AT_ONCE, "EXTRAS": True, "SLICE": False}, 4),
+        (kernels.finalize_kernel, {"BLOCK": ROWS_AT_ONCE, "EXTRAS": True, "SLICE": True}, 4),
         (add_kernel, {"BLOCK": BLOCK}, 4),
-        (redo_kernel, redo | head, 8),
+        (redo_kernel, redo | head | {"SLICE": False}, 8),
+        (redo_kernel, redo | head | {"SLICE": True, "DIRECTION": False}, 8),
     ):
-        kernel = compiled(function, types, constants, arch, warps, 3)
+        kernel = compiled(function, sliced if constants.get("SLICE") else types, constants, arch, warps, 3)
         assert kernel.metadata.shared <= SHARED_MEMORY[arch]
         if function is not redo_kernel:  # that one is rare, and computes one row at a time
             assert is_in_registers(kernel, tmp_path)

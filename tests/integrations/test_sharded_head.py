@@ -12,10 +12,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from sdpo_kernels import linear_logps
-from sdpo_kernels.integrations import sharded_head
+from sdpo_kernels import collectives, linear_logps, sharded
+from sdpo_kernels.backends import BACKENDS
 from sdpo_kernels.integrations.lm_head import LMHead
-from sdpo_kernels.integrations.sharded_head import sharded_head_logps, sharded_linear_logps
+from sdpo_kernels.integrations.sharded_head import sharded_head_logps
+from sdpo_kernels.sharded import sharded_linear_logps
 
 pytestmark = pytest.mark.xdist_group("sharded head")
 H, V = 16, 65
@@ -26,6 +27,9 @@ CASES = {  # dtype, options, whether the head trains
     "options": (torch.float32, {"softcap": 3.0, "logit_scale": 1.5, "temperature": 0.7}, True),
     "float64": (torch.float64, {}, True),
     "bfloat16": (torch.bfloat16, {}, True),
+    "without a stash": (torch.bfloat16, {"stash_bytes": 0}, True),
+    "some of it stashed": (torch.float32, {"stash_bytes": 3 * 64 * 4 * 11}, True),
+    "out of range": (torch.float32, {"logit_scale": 8.0}, True),
     "frozen": (torch.float32, {}, False),
     "extras": (torch.float32, {"outputs": EXTRAS}, True),
     "bias": (torch.float32, {"bias": True}, True),
@@ -58,8 +62,9 @@ def one_process(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     sent, results = [], {}
-    broadcast = dist.broadcast
-    sharded_head.dist.broadcast = lambda t, **kw: (sent.append(t.numel()), broadcast(t, **kw))[1]
+    broadcast, gather = dist.broadcast, collectives.all_gather
+    dist.broadcast = lambda t, **kw: (sent.append(t.numel()), broadcast(t, **kw))[1]
+    collectives.all_gather = lambda t, *more, **kw: (sent.append(t.numel()), gather(t, *more, **kw))[1]
     for name, (dtype, options, trains) in CASES.items():
         hidden, weight, targets, coefficient = problem(dtype)
         layout = LAYOUT | options
@@ -77,6 +82,7 @@ def one_process(rank: int, folder: Path) -> None:
     results["errors"] = [refusal(targets=torch.full((2,), 80)), refusal(outputs=("perplexity",))]
     results["errors"].append(refusal(shard_rows=[60, 20]))
     results["fsdp"] = of_fsdp(rank)
+    results["whole blocks"] = of_whole_blocks(rank)
     torch.save(results, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -118,6 +124,19 @@ def of_fsdp(rank: int):
         gradients.append(x.grad)
     of_head = [parameter.grad.full_tensor() for parameter in (linear.weight, linear.bias)]
     return torch.cat(values), torch.cat(gradients), *of_head
+
+
+def blocks_problem():
+    generator = torch.Generator().manual_seed(4)
+    hidden, weight = (torch.randn(n, 32, generator=generator).bfloat16() for n in (40, 512))
+    return hidden, weight, torch.randint(512, (40,), generator=generator)
+
+
+def of_whole_blocks(rank: int):
+    """Shards and chunks of whole blocks of 64 columns."""
+    hidden, weight, targets = blocks_problem()
+    own = slice(20 * rank, 20 * rank + 20)
+    return sharded_linear_logps(hidden[own], weight.split(256)[rank], targets[own], chunk_columns=256).logps
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +191,24 @@ def parts_of(whole, rows):
     for first, last in rows:
         own = slice(first, last)
         yield type(whole)(*(None if value is None else value[own] for value in whole)), own
+
+
+@pytest.mark.skipif(BACKENDS["native"].unavailable_reason is not None, reason="eager's sums depend on its chunks")
+def test_log_probs_are_bit_for_bit_those_of_the_whole_head(results):
+    whole = linear_logps(*blocks_problem()).logps
+    assert torch.equal(torch.cat([r["whole blocks"] for r in results]), whole)
+
+
+def test_what_is_stashed() -> None:
+    """Whole chunks in their order, as long as they fit."""
+    plan = sharded._plan((37, 28), 10)
+    equal = [sharded._Chunk(first, 5, None) for first in (0, 5, 10, 15, 20)]
+    assert plan == [*equal, sharded._Chunk(25, 3, None), sharded._Chunk(28, 9, 0)]
+    options = (torch.float32, None, (37, 28), plan, ())
+    call = sharded._Call(BACKENDS["eager"], sharded.Head(), *options, budget=3 * 64 * 4 * 11)
+    device = torch.device("cpu")
+    assert [keep.n_columns for keep in call.keeps(11, device)] == [64, 64, 64, 0, 0, 0, 0]
+    assert [keep.n_columns for keep in call.keeps(0, device)] == [0] * 7
 
 
 def test_at_most_a_chunk_is_broadcast_at_a_time(results):

@@ -23,6 +23,7 @@ from sdpo_kernels.backends.base import (
     PairOutputs,
     Request,
     Saved,
+    SliceForward,
 )
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -65,6 +66,24 @@ class TritonBackend:
 
         with _on(call.hidden.device):
             return backend.backward(call, saved, grad_logps, grad_entropy, needs)
+
+    def supports_slices(self, request: Request) -> str | None:
+        """Whatever it serves."""
+        return self.supports(request)
+
+    def target_logits(self, call: HeadCall) -> Tensor:
+        """See `base.Backend.target_logits`."""
+        from sdpo_kernels.backends.triton import backend
+
+        with _on(call.hidden.device):
+            return backend.target_logits(call)
+
+    def slice_forward(self, call: HeadCall, target_logits: Tensor, keep: Keep) -> SliceForward:
+        """See `base.Backend.slice_forward`."""
+        from sdpo_kernels.backends.triton import backend
+
+        with _on(call.hidden.device):
+            return backend.slice_forward(call, target_logits, keep)
 
     def supports_pairs(self, device: torch.device) -> str | None:
         """On CUDA."""

@@ -22,11 +22,21 @@ import torch
 from torch import Tensor
 
 from sdpo_kernels.backends import precision
-from sdpo_kernels.backends.base import EXTRAS, Gradients, HeadCall, HeadForward, Keep, Needs, Saved
+from sdpo_kernels.backends.base import (
+    EXTRAS,
+    SHIFT,
+    Gradients,
+    HeadCall,
+    HeadForward,
+    Keep,
+    Needs,
+    Saved,
+    SliceForward,
+)
 from sdpo_kernels.backends.eager import EagerBackend
 from sdpo_kernels.backends.triton import launch
 from sdpo_kernels.backends.triton.launch import Rows, Sums
-from sdpo_kernels.backends.triton.targets import SHIFT, SortedRows, factors_of, target_slope
+from sdpo_kernels.backends.triton.targets import SortedRows, factors_of, target_slope
 
 CHUNK_ELEMENTS = 2**28  # of S in one chunk: 512 MiB in bfloat16
 PART_ELEMENTS = 2**24  # of the extras' partial sums: 64 MiB
@@ -60,19 +70,10 @@ def forward(call: HeadCall, keep: Keep) -> HeadForward:
     """See `base.Backend.forward`."""
     rows = Rows.of(call, forward=True)
     n_rows = call.hidden.shape[0]
-    n_columns, tile = call.weight.shape[0], rows.tile
-    sums = Sums.of(rows, -(-n_columns // tile.columns), _forward_columns(rows) // tile.columns)
-
     kept = _buffer_to_keep(rows, keep)
     direction = None if kept is None or not keep.is_direction else kept[:n_rows]
     stash = None if kept is None or keep.is_direction else kept[:n_rows]
-
-    with precision.full(call.hidden.device):
-        _walk(rows, sums, stash, direction)
-
-    # rows out of range are recomputed before anything reads their log-probs
-    found = launch.finalize(rows, sums)
-    launch.redo(rows, found, stash, direction)
+    sums, found = _sums(rows, stash, direction)
     if direction is not None:
         _finish_direction(call, found.logps[:n_rows], found.state[:n_rows], direction)
 
@@ -94,6 +95,37 @@ def forward(call: HeadCall, keep: Keep) -> HeadForward:
         kept=kept,
         ref_logps=None if call.ref_hidden is None else found.logps[n_rows:].clone(),
     )
+
+
+def _sums(rows: Rows, stash: Tensor | None, direction: Tensor | None) -> tuple[Sums, launch.Finished]:
+    """The walk and what follows from its sums; rows out of range are recomputed before anything reads them."""
+    n_columns, tile = rows.call.weight.shape[0], rows.tile
+    sums = Sums.of(rows, -(-n_columns // tile.columns), _forward_columns(rows) // tile.columns)
+    with precision.full(rows.x.device):
+        _walk(rows, sums, stash, direction)
+
+    found = launch.finalize(rows, sums)
+    launch.redo(rows, found, stash, direction)
+    return sums, found
+
+
+def target_logits(call: HeadCall) -> Tensor:
+    """See `base.Backend.target_logits`."""
+    return Rows.of(call, forward=True).target_logits.double()
+
+
+def slice_forward(call: HeadCall, target_logits: Tensor, keep: Keep) -> SliceForward:
+    """See `base.Backend.slice_forward`."""
+    rows = Rows.of(call, forward=True, target_logits=target_logits)
+    stash = _buffer_to_keep(rows, keep)
+    sums, found = _sums(rows, stash, None)
+    total, k = found.state.unbind(1)
+    if sums.folded is None or sums.gemm_target is None:
+        return SliceForward(total, k, stash)
+    return SliceForward(
+        total, k, stash, mean_log_prob=found.entropy, sum_sq_probs=found.log_sum_sq, sum_logits=found.mean_logits,
+        max_rest=sums.folded[3], target_z=sums.gemm_target.double(),
+    )  # fmt: skip
 
 
 def _buffer_to_keep(rows: Rows, keep: Keep) -> Tensor | None:
@@ -211,7 +243,7 @@ def _backward(call: HeadCall, saved: Saved, grad_logps: Tensor, needs: Needs) ->
             db[start:stop] = precision.vector_matmul(by.r, s)
 
     if dx is not None:
-        w_target = call.weight.index_select(0, call.targets).to(call.dtype).float()
+        w_target = call.weight.index_select(0, call.known_targets).to(call.dtype).float()
         dx = dx.mul_(by.r.unsqueeze(1)).addcmul_(by.t.unsqueeze(1), w_target).to(call.hidden.dtype)
     if db is not None:
         assert by_target is not None

@@ -53,9 +53,15 @@ def target_logits_kernel(
     width, x_stride, w_stride, before, after,
     BLOCK: tl.constexpr, CAPPED: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """z_y of one row per program, by a dot product in float32, in which bfloat16 products are exact."""
+    """z_y of one row per program, by a dot product in float32, in which bfloat16 products are exact.
+
+    0 where the target is -1, a column of another slice.
+    """
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
+    if target < 0:
+        tl.store(target_logits + row, 0.0)
+        return
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
@@ -199,9 +205,11 @@ def finalize_kernel(
     sums, parts, target_logits,  # [tiles, N], [4, N] float64, [N]
     logps, state, entropy, log_sum_sq, mean_logits, redo,  # [N], [N, 2], [N] each, [N] int8
     n_rows, n_tiles, n_columns,
-    BLOCK: tl.constexpr, EXTRAS: tl.constexpr,
+    BLOCK: tl.constexpr, EXTRAS: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """Each row's results, in float64: log-prob, logsumexp and k, the extras; and which rows are out of range.
+
+    A slice answers o and k instead, and the fields of base.SliceForward in place of the extras, in float64.
 
     The target's column is not in o, so with rest = log Σ of the others, logp = -log1p(exp(rest - z_y)) is exact at both
     ends: as p → 1 and as p → 0.
@@ -220,17 +228,27 @@ def finalize_kernel(
         squares = tl.load(parts + n_rows + rows, there, other=0.0)
         total = tl.load(parts + 2 * n_rows + rows, there, other=0.0)
 
+    # o overflowed, or k is no finite number: redo_kernel recomputes the row
     target = k.to(tl.float64)
+    infinite = (tl.abs(k) == float("inf")) | (squares == float("inf"))
+    tl.store(redo + rows, ((o > LARGEST_SUM) | infinite).to(tl.int8), there)
+
+    if SLICE:
+        tl.store(state + 2 * rows, o, there)
+        tl.store(state + 2 * rows + 1, target, there)
+        if EXTRAS:  # q_j = E_j/o
+            some = o > 0
+            tl.store(entropy + rows, tl.where(some, mean / o - tl.log(o) - SHIFT, 0.0 * o), there)
+            tl.store(log_sum_sq + rows, tl.where(some, squares * tl.exp(-SHIFT) / (o * o), 0.0 * o), there)
+            tl.store(mean_logits + rows, total, there)
+        return
+
     rest = tl.log(o) + target + SHIFT
     logp = logp_of(target, rest)
     lse = target - logp
     tl.store(logps + rows, logp.to(tl.float32), there)
     tl.store(state + 2 * rows, lse, there)
     tl.store(state + 2 * rows + 1, target, there)
-
-    # o overflowed, or k is no finite number: redo_kernel recomputes the row
-    infinite = (tl.abs(k) == float("inf")) | (squares == float("inf"))
-    tl.store(redo + rows, ((o > LARGEST_SUM) | infinite).to(tl.int8), there)
 
     # the target's own terms are added to those of the rest
     if EXTRAS:

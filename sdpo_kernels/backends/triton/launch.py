@@ -31,9 +31,11 @@ class Rows:
     target_logits: Tensor  # [N] float32: z_y, and k of the first pass
     tile: Tile
 
+    is_slice: bool = False  # the targets' logits were given
+
     @classmethod
-    def of(cls, call: HeadCall, forward: bool) -> Rows:
-        """Prepare the operands, choose the tile and, for a forward, compute the targets' logits."""
+    def of(cls, call: HeadCall, forward: bool, target_logits: Tensor | None = None) -> Rows:
+        """Prepare the operands, choose the tile and, for a forward, compute the targets' logits if not given."""
         # the reference's rows are more rows of the same products
         x, targets = call.hidden.to(call.dtype), call.targets
         if call.ref_hidden is not None:
@@ -43,10 +45,12 @@ class Rows:
 
         # softcap's tanh and the extras need registers, so their tiles are smaller
         tile = tile_for(x.device, x.dtype, call.head.softcap is not None, bool(call.outputs))
-        rows = cls(call, x, weight, bias, targets.contiguous(), x.new_empty(x.shape[0], dtype=torch.float32), tile)
+        given = target_logits is not None
+        found = x.new_empty(x.shape[0], dtype=torch.float32) if target_logits is None else target_logits.float()
+        rows = cls(call, x, weight, bias, targets.contiguous(), found, tile, given)
 
         before, after, capped = head_numbers(call)
-        if forward and x.shape[0]:
+        if forward and not given and x.shape[0]:
             kernels.target_logits_kernel[(x.shape[0],)](
                 x, weight, bias, rows.targets, rows.target_logits,
                 x.shape[1], x.stride(0), weight.stride(0), before, after,
@@ -105,7 +109,8 @@ class Sums:
             return cls(sums, None, None, None)
         folded = sums.new_zeros((4, n), dtype=torch.float64)
         folded[3] = -torch.inf
-        return cls(sums, sums.new_empty((in_chunk, 4, n)), folded, sums.new_empty(n))
+        # a slice's tiles write it for the targets that it has
+        return cls(sums, sums.new_empty((in_chunk, 4, n)), folded, sums.new_zeros(n))
 
     def fold(self, n_tiles: int) -> None:
         """Add up the parts of a chunk's tiles: three sums and a maximum."""
@@ -172,7 +177,10 @@ def operands(x: Tensor, weight: Tensor, tile: Tile) -> tuple[object, object, boo
 
 @dataclass
 class Finished:
-    """[N] each; `state` [N, 2] float64 holds logsumexp and k."""
+    """[N] each; `state` [N, 2] float64 holds logsumexp and k.
+
+    Of a slice o and k, and the extras are mean_log_prob, sum_sq_probs and sum_logits of base.SliceForward, in float64.
+    """
 
     logps: Tensor
     state: Tensor
@@ -186,12 +194,11 @@ def finalize(rows: Rows, sums: Sums) -> Finished:
     """Each row's results from the tiles' sums."""
     n = rows.x.shape[0]
 
-    def vector(wanted: bool = True) -> Tensor | None:
-        return rows.x.new_empty(n, dtype=torch.float32) if wanted else None
+    def vector(wanted: bool) -> Tensor | None:
+        return rows.x.new_empty(n, dtype=torch.float64 if rows.is_slice else torch.float32) if wanted else None
 
     extras = sums.parts is not None
-    logps = vector()
-    assert logps is not None
+    logps = rows.x.new_empty(n, dtype=torch.float32)
     state = rows.x.new_empty((n, 2), dtype=torch.float64)
     out = Finished(
         logps, state, rows.x.new_empty(n, dtype=torch.int8), vector(extras), vector(extras), vector(extras),
@@ -202,7 +209,7 @@ def finalize(rows: Rows, sums: Sums) -> Finished:
         kernels.finalize_kernel[(triton.cdiv(n, ROWS_AT_ONCE),)](
             sums.sums, sums.folded, rows.target_logits, out.logps, out.state, out.entropy, out.log_sum_sq,
             out.mean_logits, out.redo, n, sums.sums.shape[0], rows.call.weight.shape[0],
-            BLOCK=ROWS_AT_ONCE, EXTRAS=extras, **COMPILED,
+            BLOCK=ROWS_AT_ONCE, EXTRAS=extras, SLICE=rows.is_slice, **COMPILED,
         )  # fmt: skip
     return out
 
@@ -223,6 +230,7 @@ def redo(rows: Rows, found: Finished, stash: Tensor | None, direction: Tensor | 
         rows.weight.shape[0], width, rows.x.stride(0), rows.weight.stride(0), call.hidden.shape[0],
         0 if stash is None else stash.shape[1], 0 if stash is None else stash.stride(0), before, after,
         BJ=max(1, min(64, REDO_ELEMENTS // bh)), BH=bh, CAPPED=capped, HAS_BIAS=rows.bias is not None,
-        EXTRAS=found.entropy is not None, STORE=stash is not None, DIRECTION=direction is not None, num_warps=8,
+        EXTRAS=found.entropy is not None, STORE=stash is not None, DIRECTION=direction is not None,
+        SLICE=rows.is_slice, num_warps=8,
         **COMPILED,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sdpo_kernels.backends.triton.kernels import LOG2E, SHIFT_BITS, logp_of, transform
+from sdpo_kernels.backends.triton.kernels import LOG2E, SHIFT, SHIFT_BITS, logp_of, transform
 
 
 @triton.jit
@@ -26,13 +26,15 @@ def redo_kernel(
     logps, state, entropy, log_sum_sq, mean_logits, stash, direction,  # direction [N, width]: Σ 2⁻⁵⁸·p_j·c_j·W_j
     n_columns, width, x_stride, w_stride, kept_rows, stash_columns, stash_stride, before, after,
     BJ: tl.constexpr, BH: tl.constexpr, CAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, EXTRAS: tl.constexpr,
-    STORE: tl.constexpr, DIRECTION: tl.constexpr,
+    STORE: tl.constexpr, DIRECTION: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """Recompute a row out of range, one row per program; programs of other rows return at once.
 
     1. one walk with a running maximum: the logsumexp without the target
     2. log-prob, logsumexp, extras
     3. a second walk with k = logsumexp: S, and the direction of a frozen head
+
+    A slice answers as in finalize_kernel, with the log-sum of its own columns as k.
     """
     row = tl.program_id(0).to(tl.int64)
     if tl.load(redo + row) == 0:
@@ -47,15 +49,22 @@ def redo_kernel(
     )  # fmt: skip
 
     at_target = tl.load(target_logits + row).to(tl.float64)
-    logp, lse = row_result(at_target, tl.log(total.to(tl.float64)) + top.to(tl.float64))
-    k = lse.to(tl.float32)
+    rest = tl.log(total.to(tl.float64)) + top.to(tl.float64)
     one = tl.arange(0, 1)
-    tl.store(logps + row + one, logp.to(tl.float32))
-    tl.store(state + 2 * row + one, lse)
-    tl.store(state + 2 * row + 1 + one, k.to(tl.float64))
+    if SLICE:
+        k = store_slice(
+            state + 2 * row, entropy + row if EXTRAS else None, log_sum_sq + row if EXTRAS else None,
+            mean_logits + row if EXTRAS else None, rest, total, mean, squares, z_sum, EXTRAS,
+        )  # fmt: skip
+    else:
+        logp, lse = row_result(at_target, rest)
+        k = lse.to(tl.float32)
+        tl.store(logps + row + one, logp.to(tl.float32))
+        tl.store(state + 2 * row + one, lse)
+        tl.store(state + 2 * row + 1 + one, k.to(tl.float64))
 
     # as in finalize_kernel, relative to the maximum instead of k
-    if EXTRAS:
+    if EXTRAS and not SLICE:
         p, base = tl.exp(logp), top.to(tl.float64)
         share = tl.exp(base - lse)
         h = tl.where(p > 0, -p * logp, 0.0) - share * (mean.to(tl.float64) + (base - lse) * total.to(tl.float64))
@@ -71,6 +80,24 @@ def redo_kernel(
         )  # fmt: skip
         if DIRECTION:
             tl.store(direction + row * width + hidden, gathered, hidden < width)
+
+
+@triton.jit
+def store_slice(
+    state, mean_log_prob, sum_sq_probs, sum_logits, rest, total, mean, squares, z_sum, EXTRAS: tl.constexpr
+):
+    """A slice's o and k of one row, and the fields of base.SliceForward; returns k, 0 if the log-sum is no number."""
+    one = tl.arange(0, 1)
+    finite = (tl.abs(rest) < float("inf")) & (rest == rest)
+    k = tl.where(finite, rest, 0.0).to(tl.float32)
+    tl.store(state + one, tl.exp(rest - k.to(tl.float64) - SHIFT))
+    tl.store(state + 1 + one, k.to(tl.float64))
+    if EXTRAS:
+        some, sum_ = total > 0.0, total.to(tl.float64)
+        tl.store(mean_log_prob + one, tl.where(some, mean.to(tl.float64) / sum_ - tl.log(sum_), 0.0 * sum_))
+        tl.store(sum_sq_probs + one, tl.where(some, squares.to(tl.float64) / (sum_ * sum_), 0.0 * sum_))
+        tl.store(sum_logits + one, z_sum)
+    return k
 
 
 @triton.jit

@@ -13,10 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdpo_kernels.backends.base import HeadCall, Saved
+from sdpo_kernels.backends.base import SHIFT, HeadCall, Saved
 from sdpo_kernels.backends.triton.launch import COMPILED
 
-SHIFT = 58 * 0.6931471805599453  # as kernels.SHIFT
 BLOCK = 1024  # columns of H that a program adds
 FROM_SQRT_2 = 0x800000 - 0x3504F3  # added to a float's bits: mantissas from √2 on round up to the next power of 2
 
@@ -36,6 +35,8 @@ def factors_of(call: HeadCall, saved: Saved, grad_logps: Tensor) -> Factors:
     grad, logps = grad_logps.double(), saved.logps.double()
     r = (-gain * grad * (k - lse + SHIFT).exp()).float()
     t = (gain * grad * -torch.expm1(logps) * target_slope(call, lse + logps)).float()
+    if call.is_slice:
+        t = t.masked_fill(call.targets < 0, 0.0)
 
     # the stash has been stored with the forward's k
     if call.dtype == torch.bfloat16 and saved.keep.n_columns == 0:

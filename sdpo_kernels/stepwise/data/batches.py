@@ -186,6 +186,10 @@ def shared_tokens(tokens: TokenizedPairs) -> int:
     )
 
 
+# those that make one row of everything, whatever the lengths
+PACKED_COLLATORS = (collate_packed, collate_shared)
+
+
 def make_collate_padded(pad_token_id: int) -> Collator:
     """A collator for groups [g, T] of sequences of similar length, padded on the right, with an attention mask."""
 

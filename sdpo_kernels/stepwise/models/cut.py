@@ -173,7 +173,7 @@ def load_for(path: str, config: RunConfig, precision: Precision, cut: Cut | None
     """The model in `path`, cut if `cut` says how and other ranks take part, else whole."""
     # DoRA's start is computed from the base's weights
     needs_base = config.lora is not None and config.lora.more.get("use_dora")
-    if cut is None or ranks.world_size() == 1 or needs_base:
+    if cut is None or ranks.world_size() == 1 or needs_base or config.quantization is not None:
         return load_model(path, config, precision)
     return load_cut(path, config, precision, cut, trains=trains)
 

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.pytorch_utils import Conv1D
 
 from sdpo_kernels.integrations.causal_lm import attach_fused_head, disable_dropout
@@ -22,13 +23,14 @@ from sdpo_kernels.integrations.packed_attention import use_packed_attention, use
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.model_names import load_failure
 from sdpo_kernels.stepwise.models.precision import Precision
+from sdpo_kernels.stepwise.models.quantized import compute_alike, loading_options
 from sdpo_kernels.stepwise.models.saving import is_tied, keep_generation_config, say_untied, says_tied
+from sdpo_kernels.stepwise.models.tensor_parallel import distributed, whole
+from sdpo_kernels.stepwise.models.weights import ADAPTER
 from sdpo_kernels.stepwise.settings.lora import LoraSettings
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 
 logger = logging.getLogger(__name__)
-
-ADAPTER = "adapter"  # in a stage's folder: the LoRA adapter as trained, next to the merged weights
 
 
 @dataclass
@@ -61,7 +63,8 @@ def load_model(path: str, config: RunConfig, precision: Precision) -> Loaded:
     """Load `path` (a folder or hub name) in the run's dtype onto its device, ready to score and to train.
 
     1. Free the memory of models dropped before: a model is part of reference cycles.
-    2. Load the weights. For a stage folder of a LoRA run these are the run's base and that stage's adapter.
+    2. Load the weights, quantised if the run says so. For a stage folder of a LoRA run these are the run's base and
+       that stage's adapter.
     3. Switch dropout off and attach the fused head.
     4. Unless batches are padded, choose an attention that keeps packed pairs apart, and test it in the precision of
        scoring and training. A model that has none gets padded batches, with a warning.
@@ -124,9 +127,13 @@ def _pretrained(path: str, config: RunConfig, device: torch.device) -> tuple[Any
     release_memory()
 
     adapter = adapter_of(path, config)
-    model = pretrained(path, config, path if adapter is None else config.model)
+    options = loading_options(config, device) | distributed(config)
+    model = pretrained(path, config, path if adapter is None else config.model, **options)
     keep_generation_config(model)
-    return model.to(device), adapter
+    if config.quantization is None:
+        return model.to(device), adapter
+    compute_alike(model)
+    return model, adapter
 
 
 def adapter_of(path: str, config: RunConfig) -> Path | None:
@@ -144,7 +151,10 @@ def pretrained(path: str, config: RunConfig, source: str | None = None, **option
     give those random values.
     """
     source = source or path
-    options = loading_options(config) | options
+    options = model_options(config) | options
+
+    # with ZeRO-3 transformers would partition the model as it loads; its references are scored first
+    unset_hf_deepspeed_config()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, use_safetensors=True, output_loading_info=True, **options
@@ -157,7 +167,7 @@ def pretrained(path: str, config: RunConfig, source: str | None = None, **option
 LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 
-def loading_options(config: RunConfig) -> dict[str, Any]:
+def model_options(config: RunConfig) -> dict[str, Any]:
     """How transformers loads the run's models."""
     options = {"dtype": getattr(torch, config.dtype), "trust_remote_code": config.trust_remote_code}
     if config.attn_implementation is not None:
@@ -212,11 +222,11 @@ def with_adapter(model: nn.Module, adapter: Path) -> nn.Module:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """sha256 of every parameter and buffer, including names, dtypes and shapes."""
+    """sha256 of every parameter and buffer, including names, dtypes and shapes; of a sharded model on all ranks."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        flat: Any = whole(tensor).detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy())
     return digest.hexdigest()
 

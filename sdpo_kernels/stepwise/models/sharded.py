@@ -1,4 +1,4 @@
-"""A model's weights on several ranks: a whole copy on each (DDP) or a shard on each (FSDP2).
+"""A model's weights on several ranks: a whole copy on each (DDP, ZeRO-2) or a shard on each (FSDP2, ZeRO-3).
 
 Checks on the weights (finite, equal on all ranks), gathering them for saving, the setups that are refused, and how
 FSDP2 is configured.
@@ -11,12 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.tensor import DTensor
 
-from sdpo_kernels.integrations.cut_weights import is_cut, own
+from sdpo_kernels.integrations.cut_weights import is_cut
+from sdpo_kernels.integrations.cut_weights import own as shard
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.models.cut import fsdp_policy, shard_head
 from sdpo_kernels.stepwise.models.cut_saving import whole_trained
 from sdpo_kernels.stepwise.models.precision import asks_for_fsdp
+from sdpo_kernels.stepwise.models.quantized import quantized_layers
+from sdpo_kernels.stepwise.models.tensor_parallel import whole_weights
+from sdpo_kernels.stepwise.models.zero import check_zero, optimizer_weights, partition
+
+
+def own(weight: Tensor) -> Tensor:
+    """The part of a weight that this rank holds."""
+    part = partition(weight)
+    return shard(weight) if part is None else part
+
+
+def _is_shard(weight: Tensor) -> bool:
+    return isinstance(weight, DTensor) or partition(weight) is not None
 
 
 def not_finite(model: Any) -> list[str]:
@@ -25,10 +40,11 @@ def not_finite(model: Any) -> list[str]:
 
 
 def require_same(model: Any) -> None:
-    """RuntimeError if ranks that each hold the whole model no longer have the same weights."""
+    """RuntimeError if weights that each rank holds whole are no longer the same on all ranks."""
     if ranks.world_size() == 1 or is_cut(model):
         return
-    sums = [float(weight.detach().double().sum()) for weight in model.parameters() if weight.requires_grad]
+    trained = [weight.detach() for weight in model.parameters() if weight.requires_grad and not _is_shard(weight)]
+    sums = [float(weight.double().sum()) for weight in trained]
     if any(others != sums for others in ranks.exchange(sums)):
         raise RuntimeError("weights differ between ranks after training: gradients were not averaged over all of them")
 
@@ -39,7 +55,13 @@ def gathered(trainer: Any) -> dict[str, Tensor] | None:
     Of a cut model these are an adapter's; other weights are written in pieces (`in_pieces`). Weights that transformers
     converts, as it does with the experts of a mixture, have to be converted back as a whole.
     """
-    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+    if trainer.is_deepspeed_enabled:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        adapter_only = hasattr(model, "get_base_model")  # it is saved in float32, whatever the base has
+        return optimizer_weights(model, None if adapter_only else trainer.loaded_dtype, trained_only=adapter_only)
+    if trainer.tensor_parallel:
+        return whole_weights(trainer.accelerator.unwrap_model(trainer.model))
+    if not trainer.is_fsdp_enabled:
         return None
     model = trainer.accelerator.unwrap_model(trainer.model)
     if in_pieces(model):
@@ -67,8 +89,15 @@ def check_way(trainer: Any) -> None:
             "shards"
         )
 
-    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
-        raise ValueError("deepspeed: ZeRO-3 shards the model before its references can be scored; use fsdp or ZeRO-2")
+    # accelerate's launcher can ask for it too, past the settings
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if sharded and any(quantized_layers(trainer.model)):
+        raise ValueError(
+            "fsdp or deepspeed: quantised weights are not sharded; with quantization use plain DDP, a whole base on "
+            "each process"
+        )
+
+    check_zero(trainer)
     if trainer.following is None:
         return
     if trainer.is_deepspeed_enabled:

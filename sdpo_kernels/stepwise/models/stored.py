@@ -32,7 +32,7 @@ from transformers.core_model_loading import (
 
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.model_names import load_failure
-from sdpo_kernels.stepwise.models.load import LOADING_ERRORS, checked, failed, loading_options
+from sdpo_kernels.stepwise.models.load import LOADING_ERRORS, checked, failed, model_options
 from sdpo_kernels.stepwise.models.weights import PIECE, Weights
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 
@@ -99,7 +99,7 @@ class Stored:
 
 def _on_meta(path: str, config: RunConfig, source: str, state: dict[str, Tensor], weights: Weights) -> Any:
     """The model as transformers would load it with the weights `state`, on the meta device."""
-    options = loading_options(config)
+    options = model_options(config)
     trusted = {"trust_remote_code": options.pop("trust_remote_code")}
     try:
         model_config = AutoConfig.from_pretrained(source, **trusted)

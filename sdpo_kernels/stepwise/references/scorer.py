@@ -90,8 +90,8 @@ class Scorer:
         model.eval()
 
         with self.reporter.task(label, len(tokens)) as task:
-            for turn in range(0, len(tokens), ranks.world_size() * size):
-                start = turn + ranks.rank() * size
+            for turn in range(0, len(tokens), ranks.data_world_size() * size):
+                start = turn + ranks.data_rank() * size
                 # each forward of a cut model needs all ranks, so one that has no batch left takes another's
                 if start >= len(tokens) and not is_cut(model):
                     break
@@ -109,7 +109,7 @@ class Scorer:
                     task.update(stop)
             reshard(model)
 
-            scores = merged([part for parts in ranks.exchange(own) for part in parts], len(tokens))
+            scores = merged([part for parts in ranks.exchange_parts(own) for part in parts], len(tokens))
             task.update(len(tokens))
         return scores
 
@@ -132,6 +132,9 @@ class Scorer:
         only_some: dict[str, Any] = {"rounded_weights": True} if self.precision.whole else {}
         if config.loss_sum.ld_alpha is not None:
             only_some["ld_alpha"] = config.loss_sum.ld_alpha
+
+        if config.tp_size > 1:
+            only_some["tp_size"] = config.tp_size
 
         if loaded.shared:
             only_some["prefix_sharing"] = True  # scores differ in their last digits

@@ -21,7 +21,7 @@ from sdpo_kernels.stepwise.common.files import empty_folder, publish_folder, rea
 from sdpo_kernels.stepwise.models.cut_saving import save_pieces, weights_of
 from sdpo_kernels.stepwise.models.load import ADAPTER
 from sdpo_kernels.stepwise.models.merge import merge_adapter, merge_in_pieces
-from sdpo_kernels.stepwise.models.saving import copy_beside
+from sdpo_kernels.stepwise.models.saving import copy_beside, say_dtype
 from sdpo_kernels.stepwise.models.sharded import gathered, in_pieces, require_same
 from sdpo_kernels.stepwise.record.changes import planned
 from sdpo_kernels.stepwise.record.manifest import Record
@@ -121,26 +121,29 @@ def _nothing_lost(stage: Stage, checkpoint: Path) -> Iterator[None]:
 def _write(stage: Stage, trainer: StageTrainer, weights: dict[str, Tensor] | None, ref_logps: Tensor) -> Path:
     staging = empty_folder(stage.work / "finished")
 
-    # with LoRA both the adapter, which later stages train further, and merged weights that anyone can load
+    # with LoRA the adapter, which later stages train further, and perhaps merged weights that anyone can load
+    config = stage.run.config
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    if stage.run.config.lora is not None:
+    if config.lora is not None:
         # the embedding is the base's: PEFT would add a copy of it if it or the head has an adapter
         model.save_pretrained(staging / ADAPTER, state_dict=weights, save_embedding_layers=False)
-        if not (is_cut(model) and merge_in_pieces(staging / ADAPTER, stage.run.config, staging)):
-            merged: Any = merge_adapter(staging / ADAPTER, stage.run.config)
+        if config.publishes_merged and not (is_cut(model) and merge_in_pieces(staging / ADAPTER, config, staging)):
+            merged: Any = merge_adapter(staging / ADAPTER, config, model)
             merged.save_pretrained(staging)
     else:
         model.config.use_cache = stage.use_cache  # Trainer switched it off; generation needs it
         model.save_pretrained(staging, state_dict=weights)
+        if weights:
+            say_dtype(model.config, weights, staging)
     stage.run.tokenizer.save_pretrained(staging)
-    copy_beside(stage.run.config.model, staging, code=stage.run.config.trust_remote_code)
+    copy_beside(config.model, staging, code=config.trust_remote_code)
 
     if stage.data.config.source is not None:
         shutil.copyfile(stage.work / PAIRS_FILE, staging / PAIRS_FILE)
         shutil.copytree(stage.work / SOURCE_FOLDER, staging / SOURCE_FOLDER)
 
     # without a reference the file has zeros, which is what the loss used
-    if stage.run.config.reference == "none":
+    if config.reference == "none":
         write_scores(staging / REFERENCE_FILE, ref_logps, key="reference: none")
     else:
         shutil.copyfile(stage.work / REFERENCE_FILE, staging / REFERENCE_FILE)
