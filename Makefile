@@ -28,8 +28,8 @@ PYTHON_OLDEST ?= python3.12
 OLDEST := build/oldest
 TESTS ?= tests
 
-.PHONY: help demo picture screenshots test lint bench bench-env trainers serve sanitize clang arm old-torch old-triton oldest \
-	wheel clean
+.PHONY: help demo picture screenshots test lint bench bench-env trainers serve deepspeed sanitize clang arm old-torch \
+	old-triton oldest wheel clean
 
 demo: $(VENV)/.installed  ## train and compare SFT, DPO and stepwise DPO
 	$(BIN)/python -m examples.demo.run --output $(DEMO_OUTPUT)
@@ -66,6 +66,11 @@ trainers: $(VENV)/.installed  ## run other projects' trainers with our adapters:
 serve: $(VENV)/.installed  ## test generated pairs with `transformers serve`, a real server
 	$(BIN)/pip install -q -c $(CONSTRAINTS) "transformers[serving]"
 	$(BIN)/python -m pytest -q tests/stepwise/sources/test_transformers_serve.py
+
+# torch is there already, so no CUDA packages come with it; nothing is compiled at installation
+deepspeed: $(VENV)/.installed  ## install DeepSpeed into .venv and run its tests (it compiles one op first)
+	DS_BUILD_OPS=0 $(BIN)/pip install -q --no-build-isolation -c $(CONSTRAINTS) deepspeed==0.19.8
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -q -p no:cacheprovider tests/stepwise/test_deepspeed.py
 
 sanitize: $(VENV)/.installed  ## run the kernels' tests with the address and undefined-behaviour sanitizers
 	SDPO_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects

@@ -94,8 +94,8 @@ def vocab_parallel_linear_logps(
     scored = targets.index_select(0, index)
     check_targets(scored, sum(slice_rows))
 
-    chosen = choose_backend(backend, Request(hidden.device, dtype, weight_slice.dtype, head, names))
     request = Request(hidden.device, dtype, weight_slice.dtype, head, names)
+    chosen = choose_backend(backend, request)
     if (reason := chosen.supports_slices(request)) is not None:
         raise ValueError(f"backend: {chosen.name!r} cannot serve a slice of the vocabulary: {reason}")
 

@@ -26,9 +26,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers.utils import ModelOutput
 
 from sdpo_kernels.integrations.dropout import disable_dropout
+from sdpo_kernels.integrations.head_logps import head_logps
 from sdpo_kernels.integrations.lm_head import LMHead, find_head, hidden_of, unwrap
 from sdpo_kernels.integrations.router_loss import find_router_loss, recorded_router_logits
-from sdpo_kernels.logps import LinearLogps, check_stash_bytes, linear_logps
+from sdpo_kernels.logps import LinearLogps, check_stash_bytes
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
 
 __all__ = [
@@ -88,8 +89,9 @@ def attach_fused_head(model: Model, *, backend: str = "auto", stash_bytes: int |
     and returns `LogpsOutput(logps=[N] fp32)`; the key/value cache is off. If the config of a mixture of experts sets
     `output_router_logits`, the output has `aux_loss` too, as the model's own has. Nothing is added to the model's
     config or state dict. `backend` and `stash_bytes` are those of `linear_logps`. A head that is a `fully_shard` group
-    of its own stays sharded: the ranks exchange its rows in chunks (`sharded_linear_logps`). `detach_fused_head` undoes
-    it.
+    of its own stays sharded: the ranks exchange its rows in chunks (`sharded_linear_logps`). One that ZeRO-3 partitions
+    afterwards is gathered while it is used; one of a tensor-parallel model stays where it is
+    (`vocab_parallel_linear_logps`). `detach_fused_head` undoes it.
 
     Raises:
         ValueError: no head was found, or ZeRO-3 has partitioned it; the model already has a fused head; the auxiliary
@@ -243,25 +245,7 @@ def _fused_logps(
         "outputs": scoring.outputs,
         "temperature": scoring.temperature,
     }
-    if head.is_cut:  # sharded by FSDP2, as a group of its own
-        from sdpo_kernels.integrations.sharded_head import sharded_head_logps
-
-        options |= {"backend": fused.backend, "stash_bytes": fused.stash_bytes}
-        return sharded_head_logps(head, flat, on_device, **options), aux_loss
-
-    # with LoRA on the head, its features are additional columns
-    rows_in, weight, bias = head.operands(flat)
-    found = linear_logps(
-        rows_in,
-        weight,
-        on_device,
-        bias=bias,
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
-        **options,
-        backend=fused.backend,
-        stash_bytes=fused.stash_bytes,
-    )
+    found = head_logps(head, flat, on_device, backend=fused.backend, stash_bytes=fused.stash_bytes, **options)
     return found, aux_loss
 
 

@@ -36,8 +36,24 @@ class LMHead:
 
     @property
     def is_cut(self) -> bool:
-        """Whether its weight is sharded over ranks (a DTensor that FSDP2 has not gathered)."""
+        """Whether its weight is a DTensor: sharded by FSDP2, which has not gathered it, or tensor-parallel."""
         return hasattr(self._base().weight, "device_mesh")
+
+    @property
+    def is_tensor_parallel(self) -> bool:
+        """Whether its ranks work on the same rows: its weight's device mesh is the one that transformers calls tp."""
+        mesh = getattr(self._base().weight, "device_mesh", None)
+        return mesh is not None and mesh.mesh_dim_names == ("tp",)
+
+    @property
+    def is_partitioned(self) -> bool:
+        """Whether DeepSpeed ZeRO-3 has divided its weight between ranks, and gathers it for its module's forward."""
+        return hasattr(getattr(self._base(), "weight", None), "ds_shape")
+
+    @property
+    def linear(self) -> nn.Module:
+        """The module that holds the [V, H] weight, inside PEFT's wrapper if there is one."""
+        return self._base()
 
     def hidden(self, **inputs: Any) -> Tensor:
         """Hidden states [B, T, H] of the body, after its last norm."""
@@ -64,7 +80,8 @@ class LMHead:
         """Rows [N, H'], weight [V, H'] and bias [V] or None, with the same product as `hidden` [N, H] and the head.
 
         A LoRA of rank r is r more columns (H' = H + r), [x, s·A·x]·[W, B]ᵀ, instead of W + s·B·A: a delta below half an
-        ulp of a bfloat16 weight would be lost in the sum. Nor is the [V, H] delta ever built.
+        ulp of a bfloat16 weight would be lost in the sum. Nor is the [V, H] delta ever built. Of a tensor-parallel head
+        the whole weight is gathered, on all its ranks, which have the same rows.
         """
         # in the dtypes of PEFT's own forward: features in the adapter's, then rounded to hidden's
         base = self._base()
@@ -75,6 +92,9 @@ class LMHead:
             rows.append(features.to(hidden.dtype))
             weights.append(lora_b.weight.to(base.weight.dtype))
 
+        if self.is_tensor_parallel:
+            bias: Any = self.bias()
+            return hidden, base.weight.full_tensor(), None if bias is None else bias.full_tensor()
         if len(rows) == 1:
             return hidden, base.weight, self.bias()
         bias = self.bias()
@@ -136,7 +156,8 @@ def find_head(model: nn.Module) -> LMHead:
     """The head of a causal language model, wrapped by PEFT or not.
 
     Raises:
-        ValueError: no body, no head, or a head that is not one linear layer with an ordinary weight.
+        ValueError: no body, no head, or a head that is not one linear layer with an ordinary weight. One that ZeRO-3
+            has partitioned must be in a DeepSpeed engine, whose hooks gather it.
     """
     model = unwrap(model)
     name = type(model).__name__
@@ -159,6 +180,12 @@ def _check_weight(head: LMHead) -> None:
     if not known and (hasattr(wrapper, "base_layer") or hasattr(wrapper, "original_module")):
         raise ValueError(f"model: its head was a PEFT {kind}, must be plain, LoRA or in modules_to_save")
     weight = getattr(head._base(), "weight", None)
+    if head.is_partitioned and hasattr(head.linear, "ds_id"):  # of DeepSpeed's hooks on the module
+        if hasattr(wrapper, "lora_A"):
+            raise ValueError(
+                "model: its head has a LoRA of its own, which DeepSpeed ZeRO-3 would not gather; use ZeRO-2"
+            )
+        return
     if isinstance(weight, Tensor) and weight.shape == (0,):
         raise ValueError(f"model: its head was a {kind} {_why_empty(weight)}")
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():

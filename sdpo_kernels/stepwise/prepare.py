@@ -185,7 +185,7 @@ def schedules_of(config: RunConfig, stage: StageData) -> dict[str, Schedule]:
         sizes = {tier_name(name, number): len(part) for number, part in enumerate(parts, 1)}
 
     args = training_arguments(config, stage.config, folder, folder)
-    return {name: Schedule.of(size, args, ranks.world_size()) for name, size in sizes.items()}
+    return {name: Schedule.of(size, args, ranks.data_world_size()) for name, size in sizes.items()}
 
 
 def _check_steps(config: RunConfig, stage: StageData) -> None:

@@ -59,8 +59,13 @@ def run(config: RunConfig, reporter: Reporter | None = None) -> Record:
         Interrupted: after Ctrl-C or SIGTERM, with everything saved.
     """
     folder = Path(config.output_dir)
+    if config.tp_size not in (1, ranks.launched()):
+        raise UserError(
+            f"tp_size: was {config.tp_size} with {ranks.launched()} processes, must be as many as the processes: "
+            "several tensor-parallel models side by side are not supported (docs/distributed.md)"
+        )
     # TrainingArguments initializes torch.distributed, with the backend and timeout in the settings
-    with ranks.joined(lambda: training_arguments(config, config.stages[0], folder, folder).device):
+    with ranks.joined(lambda: training_arguments(config, config.stages[0], folder, folder).device, config.tp_size):
         return _run(config, folder, (reporter or Reporter()) if ranks.is_first() else Mute())
 
 

@@ -6,6 +6,7 @@ rename. Only one model, its optimizer and two cached floats a pair are resident.
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import Interrupted, UserError
 from sdpo_kernels.stepwise.common.memory import reset_peak_memory
 from sdpo_kernels.stepwise.models.load import add_adapter, release_memory
-from sdpo_kernels.stepwise.models.precision import asks_for_fsdp
+from sdpo_kernels.stepwise.models.precision import asks_for_deepspeed, asks_for_fsdp
 from sdpo_kernels.stepwise.prepare import generated_stage
 from sdpo_kernels.stepwise.record.manifest import Record
 from sdpo_kernels.stepwise.record.samples import PAIRS_FILE
@@ -118,6 +119,10 @@ def prepare_trainer(stage: Stage) -> tuple[StageTrainer, Tensor]:
     config = stage.run.config
     if asks_for_fsdp(stage.args) and ranks.launched() == 1:
         raise UserError("trainer.fsdp: needs several processes; start them with torchrun (docs/distributed.md)")
+    if asks_for_deepspeed(stage.args) and "RANK" not in os.environ:
+        raise UserError(
+            "trainer.deepspeed: needs a launcher, also for one process: torchrun --nproc_per_node 1 -m sdpo_kernels …"
+        )
 
     if stage.schedule.batches == 0:
         raise UserError(f"stage {stage.name}: trainer.dataloader_drop_last drops its only batch; set it to false")

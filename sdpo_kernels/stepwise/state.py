@@ -102,7 +102,7 @@ class Stage:
     @property
     def schedule(self) -> Schedule:
         """Its steps and the pairs they train on; a new one at each call, for the same reason as `references`."""
-        return Schedule.of(len(self.data.tokens), self.args, ranks.world_size())
+        return Schedule.of(len(self.data.tokens), self.args, ranks.data_world_size())
 
     @property
     def plan(self) -> StagePlan:

@@ -194,3 +194,29 @@ def fsdp_on_cpu(rank: int, killed_at: int = 0, head_is_cut: bool = True) -> None
 
     state.AcceleratorState.__init__ = __init__
     torch.set_num_threads(1)
+
+
+def zero3_is_partitioned(rank: int) -> None:
+    """After a stage no rank may hold any weight whole, the head included."""
+    genuine = publish.gathered
+
+    def gathered(trainer: Any) -> Any:
+        assert is_sharded(trainer.model)
+        held = [name for name, weight in trainer.model.named_parameters() if weight.numel()]
+        assert not held, held
+        return genuine(trainer)
+
+    publish.gathered = gathered
+
+
+def model_is_halved(rank: int) -> None:
+    """After a stage each of two tensor-parallel ranks must hold half of every matrix, and the same norms."""
+    genuine = publish.gathered
+
+    def gathered(trainer: Any) -> Any:
+        matrices = {name: weight for name, weight in trainer.model.named_parameters() if weight.dim() == 2}
+        whole = [name for name, weight in matrices.items() if 2 * weight.to_local().numel() != weight.numel()]
+        assert not whole, whole
+        return genuine(trainer)
+
+    publish.gathered = gathered

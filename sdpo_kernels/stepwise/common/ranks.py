@@ -43,6 +43,7 @@ class SingleRankError(UserError):
 @dataclass
 class _State:
     group: Any = None  # the process group; None outside `joined` and with a single process
+    tp_size: int = 1  # how many ranks share one model, and so work on the same pairs
     alone: bool = False  # inside `on_first`: the other ranks wait, so there is nobody to talk to
     joined: bool = False  # set for good by `joined`: an earlier error concerns only one process
     training: bool = False  # Trainer's own collectives are running, so ours would deadlock
@@ -68,6 +69,21 @@ def rank() -> int:
     return 0 if world_size() == 1 else dist.get_rank()
 
 
+def tp_size() -> int:
+    """How many ranks share one tensor-parallel model: they work on the same pairs. 1 inside `on_first`."""
+    return min(_state.tp_size, world_size())
+
+
+def data_world_size() -> int:
+    """How many ranks, or groups of ranks that share a model, work on different pairs."""
+    return world_size() // tp_size()
+
+
+def data_rank() -> int:
+    """Which of the `data_world_size` parts of the pairs this rank works on."""
+    return rank() // tp_size()
+
+
 def is_first() -> bool:
     """Whether this is rank 0, which alone writes files and prints."""
     return rank() == 0
@@ -79,8 +95,10 @@ def launched_first() -> bool:
 
 
 @contextmanager
-def joined(start: Callable[[], object]) -> Iterator[None]:
+def joined(start: Callable[[], object], tp_size: int = 1) -> Iterator[None]:
     """Run a block as one of the launched processes; with a single process nothing is set up.
+
+    Each `tp_size` ranks, one after the other, share one model.
 
     1. Check the launcher's environment variables.
     2. `start()` initialises torch.distributed; the driver's own gloo group is created.
@@ -96,7 +114,7 @@ def joined(start: Callable[[], object]) -> Iterator[None]:
 
     start()
     _state.group, _state.training, _state.agreed = dist.new_group(backend="gloo", timeout=LONGEST_WAIT), False, None
-    _state.joined = True
+    _state.joined, _state.tp_size = True, tp_size
 
     try:
         with _lost_connections():
@@ -114,7 +132,7 @@ def joined(start: Callable[[], object]) -> Iterator[None]:
                 _raise_or_values(_gather((error, None)))
         raise
     finally:
-        _state.group = None
+        _state.group, _state.tp_size = None, 1
 
 
 @contextmanager
@@ -158,6 +176,11 @@ def says(error: BaseException) -> bool:
         return True
     time.sleep(GRACE)
     return False
+
+
+def exchange_parts(value: T) -> list[T]:
+    """`value` of every part of the pairs, in order: of one rank of those that work on the same pairs."""
+    return exchange(value)[:: tp_size()]
 
 
 def exchange(value: T) -> list[T]:

@@ -52,7 +52,7 @@ def share_batches(dataloader: DataLoader) -> DataLoader:
     shard: Any = dataloader.batch_sampler
     inner = shard.batch_sampler
     shard.batch_sampler = RankBatches(
-        inner.sampler, inner.batch_size, inner.drop_last, ranks.rank(), ranks.world_size()
+        inner.sampler, inner.batch_size, inner.drop_last, ranks.data_rank(), ranks.data_world_size()
     )
     shard.num_processes, shard.process_index, shard.even_batches = 1, 0, False
     shard.sampler = inner.sampler  # where accelerate looks for `set_epoch` if it skips batches

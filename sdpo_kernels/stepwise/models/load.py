@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.pytorch_utils import Conv1D
 
 from sdpo_kernels.integrations.causal_lm import attach_fused_head, disable_dropout
@@ -23,6 +24,7 @@ from sdpo_kernels.stepwise.common.model_names import load_failure
 from sdpo_kernels.stepwise.models.precision import Precision
 from sdpo_kernels.stepwise.models.quantized import compute_alike, loading_options
 from sdpo_kernels.stepwise.models.saving import is_tied, keep_generation_config, say_untied, says_tied
+from sdpo_kernels.stepwise.models.tensor_parallel import distributed, whole
 from sdpo_kernels.stepwise.models.weights import ADAPTER
 from sdpo_kernels.stepwise.settings.lora import LoraSettings
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
@@ -113,7 +115,8 @@ def _pretrained(path: str, config: RunConfig, device: torch.device) -> tuple[Any
     if config.lora is None or path == config.model or not (Path(path) / ADAPTER).is_dir():
         adapter = None
 
-    model = pretrained(path, config, path if adapter is None else config.model, **loading_options(config, device))
+    options = loading_options(config, device) | distributed(config)
+    model = pretrained(path, config, path if adapter is None else config.model, **options)
     keep_generation_config(model)
     if config.quantization is None:
         return model.to(device), adapter
@@ -131,6 +134,9 @@ def pretrained(path: str, config: RunConfig, source: str | None = None, **option
     options = {"dtype": getattr(torch, config.dtype), "trust_remote_code": config.trust_remote_code} | options
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
+
+    # with ZeRO-3 transformers would partition the model as it loads; its references are scored first
+    unset_hf_deepspeed_config()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, use_safetensors=True, output_loading_info=True, **options
@@ -178,11 +184,11 @@ def _with_adapter(model: nn.Module, adapter: Path) -> nn.Module:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """sha256 of every parameter and buffer, including names, dtypes and shapes."""
+    """sha256 of every parameter and buffer, including names, dtypes and shapes; of a sharded model on all ranks."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        flat: Any = whole(tensor).detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy())
     return digest.hexdigest()
 

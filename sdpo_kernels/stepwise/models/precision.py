@@ -1,8 +1,8 @@
 """The mixed precision of a stage: its references are scored in the precision that Trainer will train in.
 
-Without FSDP `bf16: true` means autocast, which rounds the operands of matrix products. FSDP2 instead rounds every
+Without sharding `bf16: true` means autocast, which rounds the operands of matrix products. FSDP2 instead rounds every
 weight when it gathers it: under autocast the rounded copies of all layers would stay in memory until the backward,
-which sharding is meant to avoid.
+which sharding is meant to avoid. DeepSpeed rounds the model's weights too; its optimizer keeps them in float32.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Precision:
 
     device: torch.device
     dtype: torch.dtype | None = None  # None: the dtype of the weights
-    whole: bool = False  # the weights themselves are rounded to `dtype`, as FSDP2 does; False: autocast
+    whole: bool = False  # the weights themselves are rounded to `dtype`, as FSDP2 and DeepSpeed do; False: autocast
 
     @classmethod
     def of(cls, args: TrainingArguments) -> Precision:
@@ -31,7 +31,7 @@ class Precision:
         asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # set by accelerate's launcher
         asked = "bf16" if args.bf16 else "fp16" if args.fp16 else asked
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(asked)
-        return cls(args.device, dtype, dtype is not None and asks_for_fsdp(args))
+        return cls(args.device, dtype, dtype is not None and (asks_for_fsdp(args) or asks_for_deepspeed(args)))
 
     @contextmanager
     def computing(self, model: nn.Module) -> Iterator[None]:
@@ -41,7 +41,7 @@ class Precision:
                 yield
             return
 
-        # FSDP2 rounds weights as it gathers them; a model that is not sharded is rounded here, and restored
+        # a model that neither of the two has wrapped yet is rounded here, and restored; its buffers stay as they are
         kept = [(weight, weight.data) for weight in model.parameters() if weight.is_floating_point()]
         try:
             for weight, data in kept:
@@ -61,3 +61,8 @@ class Precision:
 def asks_for_fsdp(args: TrainingArguments) -> bool:
     """Whether the settings or accelerate's launcher ask for FSDP."""
     return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def asks_for_deepspeed(args: TrainingArguments) -> bool:
+    """Whether the settings or accelerate's launcher ask for DeepSpeed."""
+    return bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"

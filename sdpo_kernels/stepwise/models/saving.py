@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import GenerationConfig
 from transformers.utils import cached_file
 
@@ -69,6 +70,12 @@ def say_untied(config: Any) -> None:
     """Make a model's config say that its head has a weight of its own."""
     for part in (config, config.get_text_config()):
         part.tie_word_embeddings = False
+
+
+def say_dtype(config: Any, weights: dict[str, Tensor], folder: Path) -> None:
+    """Save a model's config again with the dtype of its saved weights: DeepSpeed has rounded the model's own."""
+    config.dtype = next(weight.dtype for weight in weights.values() if weight.is_floating_point())
+    config.save_pretrained(folder)
 
 
 def copy_beside(source: str, target: Path, *, code: bool) -> list[str]:

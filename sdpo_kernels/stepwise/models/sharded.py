@@ -1,4 +1,4 @@
-"""A model's weights on several ranks: a whole copy on each (DDP) or a shard on each (FSDP2).
+"""A model's weights on several ranks: a whole copy on each (DDP, ZeRO-2) or a shard on each (FSDP2, ZeRO-3).
 
 Checks on the weights (finite, equal on all ranks), gathering them for saving, the setups that are refused, and how
 FSDP2 is configured.
@@ -18,16 +18,24 @@ from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.data.batches import PACKED_COLLATORS
 from sdpo_kernels.stepwise.models.precision import Precision, asks_for_fsdp
 from sdpo_kernels.stepwise.models.quantized import quantized_layers
+from sdpo_kernels.stepwise.models.tensor_parallel import whole_weights
+from sdpo_kernels.stepwise.models.zero import check_zero, optimizer_weights, partition
 
 
 def own(weight: Tensor) -> Tensor:
     """The part of a weight that this rank holds."""
+    if (part := partition(weight)) is not None:
+        return part
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether each rank holds only shards of the model."""
-    return any(isinstance(weight, DTensor) for weight in model.parameters())
+    return any(_is_shard(weight) for weight in model.parameters())
+
+
+def _is_shard(weight: Tensor) -> bool:
+    return isinstance(weight, DTensor) or partition(weight) is not None
 
 
 def not_finite(model: Any) -> list[str]:
@@ -36,17 +44,27 @@ def not_finite(model: Any) -> list[str]:
 
 
 def require_same(model: Any) -> None:
-    """RuntimeError if ranks that each hold the whole model no longer have the same weights."""
-    if ranks.world_size() == 1 or is_sharded(model):
+    """RuntimeError if weights that each rank holds whole are no longer the same on all ranks."""
+    if ranks.world_size() == 1:
         return
-    sums = [float(weight.detach().double().sum()) for weight in model.parameters() if weight.requires_grad]
+    trained = [weight.detach() for weight in model.parameters() if weight.requires_grad and not _is_shard(weight)]
+    sums = [float(weight.double().sum()) for weight in trained]
     if any(others != sums for others in ranks.exchange(sums)):
         raise RuntimeError("weights differ between ranks after training: gradients were not averaged over all of them")
 
 
 def gathered(trainer: Any) -> dict[str, Tensor] | None:
-    """The whole weights of a sharded model, in CPU memory on rank 0 (empty elsewhere); None if it is not sharded."""
-    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+    """The whole weights of a model whose own are shards or rounded, in CPU memory on rank 0 (empty elsewhere).
+
+    None if the model's own weights can be saved as they are.
+    """
+    if trainer.is_deepspeed_enabled:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        adapter_only = hasattr(model, "get_base_model")  # it is saved in float32, whatever the base has
+        return optimizer_weights(model, None if adapter_only else trainer.loaded_dtype, trained_only=adapter_only)
+    if trainer.tensor_parallel:
+        return whole_weights(trainer.accelerator.unwrap_model(trainer.model))
+    if not trainer.is_fsdp_enabled:
         return None
     return trainer.accelerator.get_state_dict(trainer.model_wrapped)
 
@@ -72,8 +90,7 @@ def check_way(trainer: Any) -> None:
             "each process"
         )
 
-    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
-        raise ValueError("deepspeed: ZeRO-3 shards the model before its references can be scored; use fsdp or ZeRO-2")
+    check_zero(trainer)
     if trainer.following is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ValueError("fsdp or deepspeed: reference: ema averages whole weights; use it with plain DDP")
 

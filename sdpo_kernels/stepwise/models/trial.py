@@ -33,6 +33,7 @@ from sdpo_kernels.stepwise.models.disk import Space, check_space
 from sdpo_kernels.stepwise.models.load import Loaded, add_adapter, load_error, pretrained
 from sdpo_kernels.stepwise.models.quantized import check_adapted, check_quantization
 from sdpo_kernels.stepwise.models.saving import copy_beside, keep_generation_config
+from sdpo_kernels.stepwise.models.tensor_parallel import require_divisible
 from sdpo_kernels.stepwise.record.model_cards import expo_card, model_card
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
@@ -52,6 +53,7 @@ def try_run(config: RunConfig, tokenizer: PreTrainedTokenizerBase, model_config:
     UserError for whatever would stop the run at one of these.
     """
     check_quantization(config, model_config)
+    require_divisible(config.tp_size, model_config)
     model = _on_meta(config, model_config)
     try:
         find_head(model)

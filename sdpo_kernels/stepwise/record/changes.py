@@ -56,6 +56,7 @@ _WHY = {
     "attn_implementation": "the rounding depends on it",
     "batching": "the rounding depends on it",
     "prefix_sharing": "the rounding depends on it",
+    "tp_size": "checkpoints are divided by it",
     "template_time": "the tokens may depend on it",
 }
 _WHY_ELSE = "the weights so far depend on it"

@@ -87,7 +87,7 @@ class Scorer:
         model.eval()
 
         with self.reporter.task(label, len(tokens)) as task:
-            for start in range(ranks.rank() * size, len(tokens), ranks.world_size() * size):
+            for start in range(ranks.data_rank() * size, len(tokens), ranks.data_world_size() * size):
                 stop = min(start + size, len(tokens))
                 inputs = collate([data[i] for i in range(start, stop)])
                 inputs = send_to_device(inputs, self.device)
@@ -99,7 +99,7 @@ class Scorer:
                 if stop < len(tokens):
                     task.update(stop)
 
-            scores = merged([part for parts in ranks.exchange(own) for part in parts], len(tokens))
+            scores = merged([part for parts in ranks.exchange_parts(own) for part in parts], len(tokens))
             task.update(len(tokens))
         return scores
 
@@ -122,6 +122,9 @@ class Scorer:
         only_some: dict[str, Any] = {"rounded_weights": True} if self.precision.whole else {}
         if config.loss_sum.ld_alpha is not None:
             only_some["ld_alpha"] = config.loss_sum.ld_alpha
+
+        if config.tp_size > 1:
+            only_some["tp_size"] = config.tp_size
 
         if loaded.shared:
             only_some["prefix_sharing"] = True  # scores differ in their last digits

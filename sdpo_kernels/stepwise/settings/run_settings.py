@@ -19,6 +19,7 @@ from sdpo_kernels.stepwise.settings.columns import ColumnSettings, DataSources, 
 from sdpo_kernels.stepwise.settings.lora import LoraSettings
 from sdpo_kernels.stepwise.settings.loss import Loss, loss_mistakes
 from sdpo_kernels.stepwise.settings.mistakes import SettingErrors, show
+from sdpo_kernels.stepwise.settings.parallel import parallel_mistakes
 from sdpo_kernels.stepwise.settings.post import ExpoSettings, PostSettings, post_mistakes
 from sdpo_kernels.stepwise.settings.quantization import QuantizationSettings, quantization_mistakes
 from sdpo_kernels.stepwise.settings.reference import EmaSettings, MultiSettings, reference_mistakes
@@ -150,6 +151,8 @@ class RunConfig(Section):
         attn_implementation: The attention that transformers uses, such as 'flash_attention_2' or 'sdpa'. By default
             the fastest one that keeps packed sequences apart; one that does not gets padded batches.
         trust_remote_code: Whether code that comes with the model may run.
+        tp_size: How many processes hold one model together, each a part of every layer (tensor parallelism, by the
+            plan that transformers has for the model). Must be 1 or the number of processes.
         trainer: Any field of transformers.TrainingArguments that the driver does not set itself. DEFAULT_TRAINER fills
             in what is missing.
         lora: Train a low-rank adapter instead of all weights.
@@ -184,6 +187,7 @@ class RunConfig(Section):
     prefix_sharing: Literal["auto", "off"] = "auto"
     attn_implementation: Text | None = None
     trust_remote_code: bool = False
+    tp_size: Annotated[Integer, Field(ge=1)] = 1
     trainer: Options = Field(default_factory=dict, validate_default=True)
     lora: LoraSettings | None = None
     quantization: QuantizationSettings | None = None
@@ -211,6 +215,7 @@ class RunConfig(Section):
             )
             mistakes.append(("dtype", text))
 
+        mistakes += parallel_mistakes(self)
         if mistakes:
             raise SettingErrors(mistakes)
 

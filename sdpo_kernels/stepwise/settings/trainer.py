@@ -73,7 +73,7 @@ OWNED: dict[str, str] = {
     "do_eval": "use eval_strategy",
     "do_predict": "use the command `sdpo score`",
     "local_rank": "torchrun sets it",
-    "parallelism_config": "it is a Python object; set it with `accelerate config`",
+    "parallelism_config": "use tp_size at the top level for tensor parallelism",
 }
 
 # Fields that transformers 5 removed, and what replaced them.

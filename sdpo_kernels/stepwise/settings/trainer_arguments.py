@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.settings.deepspeed import deepspeed_config, require_match
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig, StageConfig
 
 
@@ -40,6 +41,8 @@ def training_arguments(config: RunConfig, stage: StageConfig, work: Path, tensor
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(tensorboard)
 
     try:
+        if settings.get("deepspeed"):
+            settings["deepspeed"] = deepspeed_config(settings["deepspeed"])
         args = TrainingArguments(
             **settings,
             output_dir=str(work),
@@ -50,6 +53,7 @@ def training_arguments(config: RunConfig, stage: StageConfig, work: Path, tensor
             logging_first_step=True,
             logging_nan_inf_filter=False,
         )
+        require_match(args)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"trainer: {(str(error).splitlines() or [''])[0]}") from error
 

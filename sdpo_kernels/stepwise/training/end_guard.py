@@ -62,12 +62,15 @@ def score_trained(stage: Stage, trainer: StageTrainer) -> TrainedScores:
 
 
 def check_saved(stage: Stage, folder: Path, trained: TrainedScores) -> None:
-    """Load the saved model in `folder` on rank 0 and compare its scores with the trained model's.
+    """Load the saved model in `folder` and compare its scores with the trained model's; on rank 0 if it is whole.
 
     UserError if they differ or it cannot be loaded: nothing may be published then. It says where the trained weights
     are.
     """
-    ranks.on_first(lambda: _check(stage, folder, trained))
+    if ranks.tp_size() > 1:
+        ranks.agree(lambda: _check(stage, folder, trained))  # no rank may hold the whole model
+    else:
+        ranks.on_first(lambda: _check(stage, folder, trained))
 
 
 def _check(stage: Stage, folder: Path, trained: TrainedScores) -> None:

@@ -19,7 +19,7 @@ from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.files import empty_folder, publish_folder, read_json, remove_folder, replace_file
 from sdpo_kernels.stepwise.models.load import ADAPTER
 from sdpo_kernels.stepwise.models.merge import merge_adapter
-from sdpo_kernels.stepwise.models.saving import copy_beside
+from sdpo_kernels.stepwise.models.saving import copy_beside, say_dtype
 from sdpo_kernels.stepwise.models.sharded import gathered, require_same
 from sdpo_kernels.stepwise.record.changes import planned
 from sdpo_kernels.stepwise.record.manifest import Record
@@ -123,6 +123,8 @@ def _write(stage: Stage, trainer: StageTrainer, weights: dict[str, Tensor] | Non
     else:
         model.config.use_cache = stage.use_cache  # Trainer switched it off; generation needs it
         model.save_pretrained(staging, state_dict=weights)
+        if weights:
+            say_dtype(model.config, weights, staging)
     stage.run.tokenizer.save_pretrained(staging)
     copy_beside(config.model, staging, code=config.trust_remote_code)
 

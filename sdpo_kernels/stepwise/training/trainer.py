@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer
@@ -22,14 +23,16 @@ from sdpo_kernels.stepwise.data.batches import Batch
 from sdpo_kernels.stepwise.data.rank_batches import share_batches
 from sdpo_kernels.stepwise.data.schedule import Schedule
 from sdpo_kernels.stepwise.models.sharded import not_finite
+from sdpo_kernels.stepwise.models.zero import require_its_checkpoint
 from sdpo_kernels.stepwise.references.ema import EmaReference
 from sdpo_kernels.stepwise.training.checkpoints import AtomicCheckpoints, is_complete
+from sdpo_kernels.stepwise.training.sharded_models import ShardedModels
 from sdpo_kernels.stepwise.training.start_guard import StartGuard
 
 PENDING = "pending_metrics.safetensors"  # in a checkpoint: the metrics collected since the last log
 
 
-class StageTrainer(AtomicCheckpoints, Trainer):
+class StageTrainer(AtomicCheckpoints, ShardedModels, Trainer):
     """Trains one stage with `loss` at `beta`.
 
     `guard` checks the first batch, `where` is the 'file:line' of each pair, `schedule` gives the order of the pairs,
@@ -51,6 +54,7 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         **trainer: Any,
     ) -> None:
         self.aux_coefficient = router_coefficient(trainer["model"])  # of a mixture of experts
+        self.loaded_dtype = next(trainer["model"].parameters()).dtype  # DeepSpeed rounds the weights to another one
         super().__init__(**trainer)
         self.remove_callback(PrinterCallback)
         self.loss, self.beta, self.stage = loss, beta, stage
@@ -71,12 +75,16 @@ class StageTrainer(AtomicCheckpoints, Trainer):
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         return share_batches(super()._get_dataloader(*args, **kwargs))
 
+    def _prepare_input(self, data: Any) -> Any:
+        # with DeepSpeed, Trainer would round the reference's log-probs to the dtype of the model
+        return send_to_device(data, self.args.device)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.schedule.sampler() or super()._get_train_sampler(train_dataset)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> int:
-        """The number of pairs in an optimiser step, over all its micro-batches and all ranks."""
-        return ranks.total(sum(batch["pairs"] for batch in batch_samples))
+        """The number of pairs in an optimiser step, over all its micro-batches and all ranks; each pair counts once."""
+        return ranks.total(sum(batch["pairs"] for batch in batch_samples)) // ranks.tp_size()
 
     def compute_loss(
         self,
@@ -118,10 +126,10 @@ class StageTrainer(AtomicCheckpoints, Trainer):
         if batch.pairs:
             self._collect_metrics(out, self._terms(out, batch, weights), aux_loss, model.training)
         if model.training:
-            self.rows_seen += batch.n_rows * ranks.world_size()
+            self.rows_seen += batch.n_rows * ranks.data_world_size()
 
-        # gradients are averaged over ranks, so the share is multiplied by their number
-        share = 1.0 if num_items_in_batch is None else batch.pairs * ranks.world_size() / num_items_in_batch
+        # gradients are averaged over the ranks with different pairs, so the share is multiplied by their number
+        share = 1.0 if num_items_in_batch is None else batch.pairs * ranks.data_world_size() / num_items_in_batch
         loss = out.loss if share == 1 else out.loss * share
         return (loss, {"logps": sums}) if return_outputs else loss
 
@@ -213,7 +221,7 @@ class StageTrainer(AtomicCheckpoints, Trainer):
     def _collected(self, kind: str) -> dict[str, Tensor]:
         """Each metric of the pairs of all ranks since the last log, on the CPU."""
         own = {name: torch.cat(values).float().cpu() for name, values in self._metrics[kind].items() if values}
-        parts = ranks.exchange(own)
+        parts = ranks.exchange_parts(own)
 
         # sorted, as in the file of a checkpoint: a resumed run must log them in the same order
         names = sorted({name for part in parts for name in part})
@@ -273,6 +281,8 @@ class StageTrainer(AtomicCheckpoints, Trainer):
     def resume(self, checkpoint: Path) -> None:
         """Resume training from `checkpoint`."""
         self.guard = None  # the policy is no longer its reference
+        if self.is_deepspeed_enabled:
+            require_its_checkpoint(checkpoint)
 
         # the file has the pending metrics of all ranks, and the next log gathers them again: they go to rank 0 only
         if ranks.is_first():
