@@ -250,6 +250,7 @@ def space_of(config, monkeypatch) -> disk.Space:
 SPACES = [
     {},
     {"lora": {"r": 4}},
+    {"lora": {"r": 4, "publish": "adapter"}},
     {"lora": {"r": 4}, "dtype": "bfloat16"},
     {"trainer": {"optim": "sgd"}},
     {"reference": "ema", "ema": {"sync_steps": 1}},
