@@ -114,7 +114,7 @@ def _pretrained(path: str, config: RunConfig, device: torch.device) -> tuple[Any
     if config.lora is None or path == config.model or not (Path(path) / ADAPTER).is_dir():
         adapter = None
 
-    model = pretrained(path, config, path if adapter is None else config.model, **distributed(config))
+    model = pretrained(path, config, path if adapter is None else config.model, **distributed())
     keep_generation_config(model)
     return model.to(device), adapter
 
