@@ -123,7 +123,7 @@ def _write(stage: Stage, trainer: StageTrainer, weights: dict[str, Tensor] | Non
     dtypes = {weight.dtype for weight in (weights or {}).values() if weight.is_floating_point()}
     model.save_pretrained(staging, state_dict=weights)
     if len(dtypes) == 1:
-        say_dtype(model.config, *dtypes, staging)
+        say_dtype(model.config, dtypes.pop(), staging)
     stage.run.tokenizer.save_pretrained(staging)
     copy_beside(stage.run.config.model, staging, code=stage.run.config.trust_remote_code)
 
