@@ -28,8 +28,8 @@ PYTHON_OLDEST ?= python3.12
 OLDEST := build/oldest
 TESTS ?= tests
 
-.PHONY: help demo picture screenshots test lint bench bench-env trainers deepspeed sanitize clang arm old-torch old-triton oldest \
-	wheel clean
+.PHONY: help demo picture screenshots test lint bench bench-env trainers serve deepspeed sanitize clang arm old-torch \
+	old-triton oldest wheel clean
 
 demo: $(VENV)/.installed  ## train and compare SFT, DPO and stepwise DPO
 	$(BIN)/python -m examples.demo.run --output $(DEMO_OUTPUT)
@@ -62,6 +62,10 @@ bench-env: $(VENV)/.installed  ## install the rivals: TRL, Liger, CCE
 # one of them: make trainers TRAINERS=llamafactory
 trainers: $(VENV)/.installed  ## run other projects' trainers with our adapters: LLaMA-Factory, ms-swift, OpenRLHF, axolotl
 	$(BIN)/python -m benchmarks.trainers $(TRAINERS) --json benchmarks/results/trainers-cpu.json --page
+
+serve: $(VENV)/.installed  ## test generated pairs with `transformers serve`, a real server
+	$(BIN)/pip install -q -c $(CONSTRAINTS) "transformers[serving]"
+	$(BIN)/python -m pytest -q tests/stepwise/sources/test_transformers_serve.py
 
 # torch is there already, so no CUDA packages come with it; nothing is compiled at installation
 deepspeed: $(VENV)/.installed  ## install DeepSpeed into .venv and run its tests (it compiles one op first)
@@ -124,7 +128,7 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) setup.py $(NATIVE)
 		{ echo "cannot make a virtual environment; on Debian: apt-get install python3-venv" >&2; rm -rf $(VENV); exit 1; }
 	$(BIN)/python -m pip install -q --upgrade pip "setuptools>=77"
 	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) torch
-	$(BIN)/python -m pip install -q --no-build-isolation -c $(CONSTRAINTS) -e ".[train,dev]"
+	$(BIN)/python -m pip install -q --no-build-isolation -c $(CONSTRAINTS) -e ".[train,qlora,dev]"
 	touch $@
 
 # with the CUDA library in it where nvcc is found

@@ -67,7 +67,7 @@ def measure_task(name: str, pairs: int, rounds: int) -> dict[str, Any]:
 
 
 def _work(config: Any, position_ids: torch.Tensor) -> int:
-    """Multiply-adds of a forward: of the layers' weights with each token, and of each query with its keys and values."""
+    """Multiply-adds of a forward: of weights with each token, and of each query with its keys and values."""
     from sdpo_kernels.integrations.pieces import pieces
 
     attended = sum(p.shared * p.length + p.length * (p.length + 1) // 2 for p in pieces(position_ids))

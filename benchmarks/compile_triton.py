@@ -19,7 +19,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.gpu import SHAPES
 from sdpo_kernels.backends import BACKENDS
 from sdpo_kernels.backends.base import EXTRAS, HeadCall, HeadForward, Keep, Needs, PairOutputs, Saved
+from sdpo_kernels.backends.slices import state_of
 from sdpo_kernels.head import Head
 
 ARCHITECTURE = (9, 0)
@@ -91,6 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
             walk(problem)
         if not options.part:
             pair_losses()
+            for dtype in (torch.bfloat16, torch.float32):
+                slice_walk(Problem(266, 64, 5003, dtype))
     return 0
 
 
@@ -159,6 +162,21 @@ def walk(problem: Problem) -> None:
     saved = Saved(found.logps, found.state, None, found.kept, None, keep)
     needs = Needs(True, not problem.frozen, problem.bias and not problem.frozen)
     backend.backward(call, saved, found.logps, None, needs)
+
+
+def slice_walk(problem: Problem) -> None:
+    """The same of a problem whose head is a slice of the vocabulary."""
+    backend, dtype = BACKENDS["triton"], problem.dtype
+    hidden = torch.empty(problem.rows, problem.hidden, dtype=dtype, device="cuda")
+    weight = torch.empty(problem.vocab, problem.hidden, dtype=dtype, device="cuda")
+    targets = torch.empty(problem.rows, dtype=torch.int64, device="cuda")
+    head = Head(softcap=problem.softcap)
+    call = HeadCall(hidden, weight, None, targets, head, dtype, problem.outputs, problem.rows, is_slice=True)
+    keep = Keep.columns(-(-problem.vocab // 64) * 64)
+    found = backend.slice_forward(call, backend.target_logits(call), keep)
+    logps = torch.empty(problem.rows, device="cuda")
+    saved = Saved(logps, state_of(backend, found.k, found.k), None, found.kept, None, keep)
+    backend.backward(replace(call, hidden=hidden.float()), saved, logps, None, Needs(True, True, False))
 
 
 def pair_losses(sizes: Sequence[int] = (2, 3, PAIRS, 70)) -> None:

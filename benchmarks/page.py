@@ -23,10 +23,12 @@ TITLES = {
     "accuracy": "Log-probs and gradients against float64",
     "scaling": "How time and memory scale",
     "step": "A whole training step against TRL's DPOTrainer",
+    "body": "What shared prompts save in a model's body",
+    "sharded": "A head sharded over two processes",
     "stages": "SFT, DPO and stepwise DPO over seeds",
     "parts": "Parts of a step on a GPU",
 }
-NOT_ANNOUNCED = {"parts"}  # needs a GPU, so it is listed only where it was measured
+NOT_ANNOUNCED = {"parts", "body", "sharded"}  # listed only where it was measured
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -212,6 +214,40 @@ def step_section(report: Report) -> list[str]:
     return [markdown(headings, lines), *not_run(skipped)]
 
 
+def body_section(report: Report) -> list[str]:
+    """Tokens and seconds both ways, and the part of the time that was saved beside the parts of tokens and work."""
+    lines = []
+    for result in report["results"]:
+        unshared, shared = result["unshared"], result["shared"]
+        cells = [f"{side['tokens']:,} / {side['seconds']:.1f}" for side in (unshared, shared)]
+        cells += [f"{unshared[key] / shared[key]:.2f}" for key in ("tokens", "work", "seconds")]
+        lines.append(
+            [result["task"], *cells, *(f"{100 * result[f'saved_of_{key}']:.0f} %" for key in ("tokens", "work"))]
+        )
+    headings = [
+        "task",
+        "tokens / s unshared",
+        "shared",
+        "tokens ÷",
+        "work ÷",
+        "seconds ÷",
+        "saved of tokens",
+        "of work",
+    ]
+    return [markdown(headings, lines)]
+
+
+def sharded_section(report: Report) -> list[str]:
+    """Times, bytes received and memory of each side."""
+    lines = []
+    for result in report["results"]:
+        spread = f"{1e3 * result['min_s']:.0f} … {1e3 * result['max_s']:.0f}"
+        sizes = [mebibytes(result[key]) for key in ("received_bytes", "extra_bytes")]
+        lines.append([f"`{result['case']}`", f"{1e3 * result['median_s']:.0f}", spread, *sizes])
+    headings = ["case", "median ms", "min … max", "received MiB", "extra MiB"]
+    return [f"Shape of each process: {described(report['shape'])}.", markdown(headings, lines)]
+
+
 def stages_section(report: Report) -> list[str]:
     """Means over seeds, and sDPO minus DPO seed by seed."""
 
@@ -244,6 +280,8 @@ SECTIONS: dict[str, Callable[[Report], list[str]]] = {
     "accuracy": accuracy_section,
     "scaling": scaling_section,
     "step": step_section,
+    "body": body_section,
+    "sharded": sharded_section,
     "stages": stages_section,
 }
 

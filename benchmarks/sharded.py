@@ -26,18 +26,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import measure
-from sdpo_kernels import linear_logps, sharded
+from sdpo_kernels import collectives, linear_logps
 from sdpo_kernels.sharded import sharded_linear_logps
 
 RANKS = 2
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-COLLECTIVES = {  # where the tensor is that a rank receives, and how it is counted
-    "all_gather_into_tensor": 0,
-    "broadcast": 0,
-    "reduce_scatter_tensor": 1,
-    "reduce": 0,
-    "all_to_all_single": 0,
-}
+COLLECTIVES = [  # and which argument is what all ranks together send or receive
+    (collectives, "all_gather", 0),
+    (collectives, "reduce_scatter", 1),
+    (dist, "broadcast", 0),
+    (dist, "reduce", 0),
+    (dist, "all_to_all_single", 0),
+]
 
 
 def gathered(hidden: Tensor, shard: Tensor, targets: Tensor, shard_rows: list[int]) -> None:
@@ -46,7 +46,7 @@ def gathered(hidden: Tensor, shard: Tensor, targets: Tensor, shard_rows: list[in
     padded = shard.detach().new_zeros((most, shard.shape[1]))
     padded[: len(shard)] = shard.detach()
     parts = padded.new_empty((RANKS * most, shard.shape[1]))
-    dist.all_gather_into_tensor(parts, padded)
+    collectives.all_gather(parts, padded, None)
     whole = torch.cat([part[:rows] for part, rows in zip(parts.split(most), shard_rows, strict=True)]).requires_grad_()
     linear_logps(hidden, whole, targets).logps.sum().backward()
 
@@ -55,7 +55,7 @@ def gathered(hidden: Tensor, shard: Tensor, targets: Tensor, shard_rows: list[in
     for part, grad, rows in zip(sums.split(most), whole.grad.split(shard_rows), shard_rows, strict=True):
         part[:rows] = grad
     mine = sums.new_empty(padded.shape)
-    dist.reduce_scatter_tensor(mine, sums)
+    collectives.reduce_scatter(mine, sums, None)
     shard.grad = mine[: len(shard)].to(shard.dtype)
 
 
@@ -112,18 +112,17 @@ def count_bytes() -> dict[str, int]:
     """Add up what a rank receives in collectives from now on."""
     received = {"bytes": 0}
 
-    def counting(name: str, place: int) -> None:
-        real = getattr(dist, name)
+    def counting(module: Any, name: str, place: int) -> None:
+        real = getattr(module, name)
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             received["bytes"] += args[place].numel() * args[place].element_size() * (RANKS - 1) // RANKS
             return real(*args, **kwargs)
 
-        setattr(dist, name, counted)
+        setattr(module, name, counted)
 
-    for name, place in COLLECTIVES.items():
-        counting(name, place)
-    assert sharded.dist is dist
+    for module, name, place in COLLECTIVES:
+        counting(module, name, place)
     return received
 
 

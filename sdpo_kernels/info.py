@@ -11,7 +11,8 @@ from pathlib import Path
 from sdpo_kernels.version import __version__
 
 PACKAGES = (
-    "torch", "triton", "numpy", "transformers", "accelerate", "peft", "datasets", "safetensors", "trl", "liger-kernel",
+    "torch", "triton", "numpy", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "safetensors", "trl",
+    "liger-kernel",
 )  # fmt: skip
 
 

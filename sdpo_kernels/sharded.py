@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sdpo_kernels import collectives
 from sdpo_kernels.backends import choose_backend, slices
 from sdpo_kernels.backends.base import (
     EXTRAS,
@@ -234,7 +235,7 @@ class _Call(NamedTuple):
         part = shard[chunk.first : chunk.first + chunk.rows].to(dtype).contiguous()
         if chunk.owner is None:
             whole = part.new_empty((chunk.rows * len(self.shard_rows), *shard.shape[1:]))
-            return whole, dist.all_gather_into_tensor(whole, part, group=self.group, async_op=True)
+            return whole, collectives.all_gather(whole, part, self.group, async_op=True)
         if chunk.owner != dist.get_rank(self.group):
             part = shard.new_empty((chunk.rows, *shard.shape[1:]), dtype=dtype)
         return part, dist.broadcast(part, group=self.group, group_src=chunk.owner, async_op=True)
@@ -243,7 +244,7 @@ class _Call(NamedTuple):
         """Write the sum of all ranks' `part` into the owners' rows of `total`, rounded once."""
         if chunk.owner is None:
             mine = part.new_empty((chunk.rows, *part.shape[1:]))
-            dist.reduce_scatter_tensor(mine, part, group=self.group)
+            collectives.reduce_scatter(mine, part, self.group)
         else:
             mine = part
             dist.reduce(mine, group=self.group, group_dst=chunk.owner)

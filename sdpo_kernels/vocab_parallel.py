@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sdpo_kernels import collectives
 from sdpo_kernels.backends import choose_backend, slices
 from sdpo_kernels.backends.base import EXTRAS, Backend, HeadCall, Keep, Needs, Request, Saved, SliceForward
 from sdpo_kernels.head import Head, product_dtype
@@ -93,8 +94,8 @@ def vocab_parallel_linear_logps(
     scored = targets.index_select(0, index)
     check_targets(scored, sum(slice_rows))
 
-    chosen = choose_backend(backend, Request(hidden.device, dtype, weight_slice.dtype, head, names))
     request = Request(hidden.device, dtype, weight_slice.dtype, head, names)
+    chosen = choose_backend(backend, request)
     if (reason := chosen.supports_slices(request)) is not None:
         raise ValueError(f"backend: {chosen.name!r} cannot serve a slice of the vocabulary: {reason}")
 
@@ -188,7 +189,7 @@ class _Call(NamedTuple):
         """The scored rows [N_scored, H]; with sequence parallelism those of all ranks."""
         if self.sequence_parallel:
             whole = hidden.new_empty((len(hidden) * len(self.slice_rows), hidden.shape[1]))
-            dist.all_gather_into_tensor(whole, hidden.contiguous(), group=self.group)
+            collectives.all_gather(whole, hidden.contiguous(), self.group)
             hidden = whole
         return hidden if len(index) == len(hidden) else hidden.index_select(0, index)
 
@@ -201,7 +202,7 @@ class _Call(NamedTuple):
 
         whole = part.new_zeros((len(hidden) * len(self.slice_rows), part.shape[1])).index_copy_(0, index, part)
         mine = part.new_empty(hidden.shape)
-        dist.reduce_scatter_tensor(mine, whole, group=self.group)
+        collectives.reduce_scatter(mine, whole, self.group)
         return mine.to(hidden.dtype)
 
     def exchange(self, part: SliceForward) -> list[SliceForward]:

@@ -29,6 +29,16 @@ REPORTS: dict[str, dict[str, Any]] = {
     "accuracy": {"shape": {"pairs": 1}, "results": [EXACT, EXACT | {"input": "confident", "nats": 0.0}]},
     "scaling": {"base": {"pairs": 1}, "results": [POINT, POINT | {"value": 400}]},
     "step": {"results": [{"task": "grammar", "sides": {"ours": SIDE, "trl": SIDE}, "trl_over_ours": 1.5}]},
+    "body": {
+        "results": [
+            {"task": "full1", "unshared": {"tokens": 3000, "work": 30, "seconds": 2.0}}
+            | {"shared": {"tokens": 2000, "work": 20, "seconds": 1.6}, "saved_of_tokens": 0.6, "saved_of_work": 0.75}
+        ]
+    },
+    "sharded": {
+        "shape": {"rows": 5},
+        "results": [RAN | {"case": "gathered", "received_bytes": 2**21, "extra_bytes": 2**22}],
+    },
     "stages": {"results": [STAGE], "sdpo_minus_dpo": [0.25, -0.125]},
 }
 
@@ -55,6 +65,8 @@ def test_the_page_shows_every_report_and_its_origin(made):
     assert "| vocab 200 | 5 | 500.0 / 3 | – |" in text
     assert "| grammar | ours | 500.0 | 250.0 … 1000.0 | 1234 | – | 1 |  |" in text
     assert "| grammar | trl | 500.0 | 250.0 … 1000.0 | 1234 | – | 1 | 1.50 |" in text
+    assert "| full1 | 3,000 / 2.0 | 2,000 / 1.6 | 1.50 | 1.50 | 1.25 | 60 % | 75 % |" in text
+    assert "| `gathered` | 500 | 250 … 1000 | 2 | 4 |" in text
     assert "seed by seed: +25.0, -12.5." in text
     assert "Not measured yet: `python -m benchmarks.floor`." in text
 

@@ -46,6 +46,7 @@ ROOM_OF = {
     "logps_op": "logps",
     "vocab_parallel": "logps",
     "sharded": "logps",
+    "collectives": "logps",
     "epilogue_op": "logps",
     "dpo_checks": "dpo",
     "dpo_output": "dpo",

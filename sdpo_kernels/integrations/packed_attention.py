@@ -165,7 +165,7 @@ def _probe_branch(base: Any) -> str | None:
     row = _hidden(head, [*before, *after], firsts)[mine]
     moved = [own.flip(0), whole[2:].flip(0), torch.cat([trunk, rest.roll(1).flip(0)])]
     other = _hidden(head, [*moved, *after], firsts)[mine]
-    eps = torch.finfo(_compute_dtype(row)).eps
+    eps = torch.finfo(_compute_dtype(base, row)).eps
 
     leak = _relative(other, row)
     if not leak <= eps**0.5 / 8:
@@ -228,7 +228,7 @@ def _probe(base: Any, head: LMHead, sequences: list[Tensor], alone: list[Tensor]
     first, second = sequences
     other = _hidden(head, [first.roll(1).flip(0), second])
     tail = len(first)
-    eps = torch.finfo(_compute_dtype(together)).eps
+    eps = torch.finfo(_compute_dtype(base, together)).eps
 
     # Both rows have the same shape: the second sequence can differ only by a leak, or by rounding if experts regroup.
     leak = _relative(other[tail:], together[tail:])
@@ -250,10 +250,20 @@ def _probe(base: Any, head: LMHead, sequences: list[Tensor], alone: list[Tensor]
     return None
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype `hidden` was computed in: under autocast a last norm may return float32 from bfloat16 products."""
+def _compute_dtype(base: Any, hidden: Tensor) -> torch.dtype:
+    """The dtype `hidden` was computed in: under autocast a last norm may return float32 from bfloat16 products.
+
+    So do layers that bitsandbytes has quantised: 4 bits compute in a dtype of their own, 8 bits round to float16. Of
+    several it is the coarsest.
+    """
     kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    dtypes = [torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype]
+    quantized: Any = getattr(base.config, "quantization_config", None)
+    if getattr(quantized, "load_in_4bit", False):
+        dtypes.append(quantized.bnb_4bit_compute_dtype)
+    elif getattr(quantized, "load_in_8bit", False):
+        dtypes.append(torch.float16)
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

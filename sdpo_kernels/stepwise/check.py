@@ -65,6 +65,11 @@ def check_run(config: RunConfig, reporter: Reporter) -> None:
     reporter.say(f"backend    {run_backend(config)}")
     reporter.say(f"order      {config.order}: {order}")
     reporter.say(f"reference  {config.reference}; policy starts from {config.policy}; loss {config.loss_sum.label}")
+    if config.quantization is not None:
+        reporter.say(f"base       {config.quantization.text}; its head and embeddings in {config.dtype}")
+    if config.lora is not None:
+        what = "the adapter and merged weights" if config.publishes_merged else "the adapter alone"
+        reporter.say(f"publishes  {what} (lora.publish: {config.lora.publish})")
     if expo := config.expo:
         reporter.say(f"post       expo from {expo.start}, {expo.alpha_text}, into {config.output_dir}/{FOLDER}")
     _say_reference(prepared, reporter)

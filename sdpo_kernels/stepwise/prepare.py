@@ -35,7 +35,7 @@ from sdpo_kernels.stepwise.settings.columns import DataEntry, entry_path
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig, StageConfig
 from sdpo_kernels.stepwise.settings.trainer import LARGEST
 from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
-from sdpo_kernels.stepwise.sources.make import check_source
+from sdpo_kernels.stepwise.sources.make import check_generation, check_source
 
 _CUT_NOTED = 0.01  # share of the pairs or scored tokens that truncation may cut without a warning
 
@@ -209,9 +209,12 @@ def _prompts(config: RunConfig, stage: StageConfig, prepared: Prepared) -> Stage
     # a missing judge or answer is reported now, not when the stage starts hours later
     try:
         warnings = check_source(stage.source, prompts, config.trust_remote_code)
-        prepared.warnings += [f"stage {stage.name}: source: {warning}" for warning in warnings]
+        answers, more = check_generation(stage.source, prompts)
+        prepared.warnings += [f"stage {stage.name}: source: {warning}" for warning in warnings + more]
     except UserError as error:
         raise UserError(f"stage {stage.name}: source: {error}") from error
+    if answers is not None:
+        prepared.notes.append(f"stage {stage.name}: {answers}")
 
     chat = next((row for row in prompts if row.is_conversational), None)
     if chat is not None and not prepared.tokenizer.chat_template:

@@ -18,6 +18,7 @@ from sdpo_kernels.stepwise.data.fit import check_fit, check_vocabulary, load_mod
 from sdpo_kernels.stepwise.data.order import scored_counts
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
 from sdpo_kernels.stepwise.models.load import load_tokenizer
+from sdpo_kernels.stepwise.models.weights import ADAPTER
 from sdpo_kernels.stepwise.prepare import read_eval
 from sdpo_kernels.stepwise.record.expo_record import expo_folder
 from sdpo_kernels.stepwise.record.manifest import Record
@@ -70,6 +71,9 @@ def score_run(config: RunConfig, models: Sequence[str], data: Sequence[str], *, 
 
 def _check_model(config: RunConfig, path: str, tokenizer: PreTrainedTokenizerBase, tokens: TokenizedPairs) -> None:
     """UserError unless the model in `path` has the run's vocabulary: it is given the run's tokens."""
+    if _is_own(config, path) and (Path(path) / ADAPTER).is_dir():
+        return  # the run's base, with the run's tokenizer
+
     theirs = config.model_copy(update={"model": path})
     rule = "it would be given other words; score it by a run of its own model"
     try:
@@ -79,12 +83,16 @@ def _check_model(config: RunConfig, path: str, tokenizer: PreTrainedTokenizerBas
         raise UserError(f"--model {path}: {str(error).removeprefix('model: ')}") from error
 
 
+def _is_own(config: RunConfig, path: str) -> bool:
+    """Whether the model in `path` is one of the run's."""
+    return Path(path).resolve().parent == Path(config.output_dir).resolve()
+
+
 def _scorer_of(path: str, scorer: Scorer) -> Scorer:
     """What scores the model in `path`: of another LoRA run its merged weights, as an adapter fits only its own base."""
-    own = Path(path).resolve().parent == Path(scorer.config.output_dir).resolve()
-    if own or scorer.config.lora is None:
+    if _is_own(scorer.config, path) or scorer.config.lora is None:
         return scorer
-    return dataclasses.replace(scorer, config=scorer.config.model_copy(update={"lora": None}))
+    return dataclasses.replace(scorer, config=scorer.config.of_full_weights)
 
 
 def _finished(config: RunConfig) -> list[str]:

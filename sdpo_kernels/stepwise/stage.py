@@ -22,7 +22,8 @@ from sdpo_kernels.stepwise.prepare import generated_stage
 from sdpo_kernels.stepwise.record.manifest import Record
 from sdpo_kernels.stepwise.record.samples import PAIRS_FILE
 from sdpo_kernels.stepwise.references.stage_references import REFERENCE_FILE
-from sdpo_kernels.stepwise.sources.make import make_pairs, stage_context
+from sdpo_kernels.stepwise.sources.generation import generated_by
+from sdpo_kernels.stepwise.sources.make import SOURCE_FOLDER, make_pairs, stage_context
 from sdpo_kernels.stepwise.state import Stage
 from sdpo_kernels.stepwise.training import publish
 from sdpo_kernels.stepwise.training.checkpoints import latest_checkpoint
@@ -157,6 +158,8 @@ def _generate_pairs(stage: Stage) -> None:
     path = stage.work / PAIRS_FILE
     ranks.on_first(lambda: make_pairs(stage_context(stage), settings.kind, path))
     release_memory()
+    if answered := ranks.on_first(lambda: generated_by(stage.work / SOURCE_FOLDER)):
+        stage.update({"generation": answered})
 
     # pairs that a stopped stage has generated are not generated again, so they must be the same
     run, skipped = stage.run, stage.data.skipped
@@ -188,5 +191,6 @@ def _record(stage: Stage, steps: int, resumed: int | None) -> Record:
         "first_loss": lines[0]["loss"],
         "last_loss": lines[-1]["loss"],
         "resumed_at_step": resumed,
+        "weights": "full" if stage.run.config.publishes_merged else "adapter",
         **stage.spent(),
     }

@@ -26,7 +26,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(backends, "NOT_AUTO", set())
     # Triton's interpreter (TRITON_INTERPRET=1, SDPO_TEST_BACKENDS=triton) takes CPU tensors
     monkeypatch.setattr(backends.BACKENDS[name], "device_types", None)
-    for method in ("forward", "pair_epilogue", "logits_forward"):
+    for method in ("forward", "slice_forward", "pair_epilogue", "logits_forward"):
         monkeypatch.setattr(backends.BACKENDS[name], method, noted(name, method), raising=False)
     common.served.clear()
     yield name

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from sdpo_kernels import linear_logps, sharded
+from sdpo_kernels import collectives, linear_logps, sharded
 from sdpo_kernels.backends import BACKENDS
 from sdpo_kernels.integrations.lm_head import LMHead
 from sdpo_kernels.integrations.sharded_head import sharded_head_logps
@@ -62,9 +62,9 @@ def one_process(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     sent, results = [], {}
-    broadcast, gather = dist.broadcast, dist.all_gather_into_tensor
-    sharded.dist.broadcast = lambda t, **kw: (sent.append(t.numel()), broadcast(t, **kw))[1]
-    sharded.dist.all_gather_into_tensor = lambda t, p, **kw: (sent.append(t.numel()), gather(t, p, **kw))[1]
+    broadcast, gather = dist.broadcast, collectives.all_gather
+    dist.broadcast = lambda t, **kw: (sent.append(t.numel()), broadcast(t, **kw))[1]
+    collectives.all_gather = lambda t, *more, **kw: (sent.append(t.numel()), gather(t, *more, **kw))[1]
     for name, (dtype, options, trains) in CASES.items():
         hidden, weight, targets, coefficient = problem(dtype)
         layout = LAYOUT | options

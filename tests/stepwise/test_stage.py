@@ -349,7 +349,7 @@ def test_a_resumed_stage_reads_its_cache(tmp_path, model, monkeypatch):
 @pytest.mark.parametrize(
     ("trainer", "message"),
     [
-        ({"optim": "adamw_8bit"}, "stage s1: trainer: .*bitsandbytes"),
+        ({"optim": "schedule_free_adamw"}, "stage s1: trainer: .*schedulefree"),
         ({"report_to": "nonesuch"}, r"stage s1: trainer\.report_to: nonesuch is not supported"),
         (
             {"dataloader_drop_last": True, "per_device_train_batch_size": 50},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,12 @@ from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 
 def load_model_config(config: RunConfig) -> Any:
     """The config in the folder of the run's model. Raises UserError if it cannot be loaded."""
+    folder = Path(config.model)
+    if (folder / "adapter").is_dir() and not (folder / "config.json").exists():
+        raise UserError(
+            f"model: {config.model} has no full weights, only an adapter for the base of its own run; train that run's "
+            "stage with lora.publish: merged, or merge it with PEFT"
+        )
     try:
         return AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:

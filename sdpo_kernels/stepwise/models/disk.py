@@ -33,7 +33,9 @@ class Space:
         averages = trained if config.reference == "ema" else 0
 
         # a checkpoint of a LoRA run has the adapter only; merged weights are float32, and the adapter is next to them
-        if config.lora is not None:
+        if not config.publishes_merged:
+            finished = trained
+        elif config.lora is not None:
             finished = sum(4 * w.numel() for w in weights if not w.requires_grad) + trained
         else:
             finished = sum(w.numel() * w.element_size() for w in weights)

@@ -22,14 +22,14 @@ from sdpo_kernels.integrations.packed_attention import use_packed_attention, use
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.model_names import load_failure
 from sdpo_kernels.stepwise.models.precision import Precision
+from sdpo_kernels.stepwise.models.quantized import compute_alike, loading_options
 from sdpo_kernels.stepwise.models.saving import is_tied, keep_generation_config, say_untied, says_tied
 from sdpo_kernels.stepwise.models.tensor_parallel import distributed, whole
+from sdpo_kernels.stepwise.models.weights import ADAPTER
 from sdpo_kernels.stepwise.settings.lora import LoraSettings
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 
 logger = logging.getLogger(__name__)
-
-ADAPTER = "adapter"  # in a stage's folder: the LoRA adapter as trained, next to the merged weights
 
 
 @dataclass
@@ -57,7 +57,8 @@ def load_model(path: str, config: RunConfig, precision: Precision) -> Loaded:
     """Load `path` (a folder or hub name) in the run's dtype onto its device, ready to score and to train.
 
     1. Free the memory of models dropped before: a model is part of reference cycles.
-    2. Load the weights. For a stage folder of a LoRA run these are the run's base and that stage's adapter.
+    2. Load the weights, quantised if the run says so. For a stage folder of a LoRA run these are the run's base and
+       that stage's adapter.
     3. Switch dropout off and attach the fused head.
     4. Unless batches are padded, choose an attention that keeps packed pairs apart, and test it in the precision of
        scoring and training. A model that has none gets padded batches, with a warning.
@@ -114,9 +115,13 @@ def _pretrained(path: str, config: RunConfig, device: torch.device) -> tuple[Any
     if config.lora is None or path == config.model or not (Path(path) / ADAPTER).is_dir():
         adapter = None
 
-    model = pretrained(path, config, path if adapter is None else config.model, **distributed())
+    options = loading_options(config, device) | distributed()
+    model = pretrained(path, config, path if adapter is None else config.model, **options)
     keep_generation_config(model)
-    return model.to(device), adapter
+    if config.quantization is None:
+        return model.to(device), adapter
+    compute_alike(model)
+    return model, adapter
 
 
 def pretrained(path: str, config: RunConfig, source: str | None = None, **options: Any) -> Any:

@@ -10,14 +10,18 @@ from safetensors import safe_open
 from torch import nn
 
 from sdpo_kernels.stepwise.models.load import pretrained
+from sdpo_kernels.stepwise.models.quantized import copy_dequantized
 from sdpo_kernels.stepwise.models.saving import is_tied, keep_generation_config, say_untied
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"  # PEFT's name
 
 
-def merge_adapter(adapter: Path, config: RunConfig) -> nn.Module:
+def merge_adapter(adapter: Path, config: RunConfig, trained: nn.Module | None = None) -> nn.Module:
     """The run's base in float32 on the CPU with the LoRA adapter in the folder `adapter` merged into it.
+
+    With `quantization` the base's weights are those that `trained` has computed with, dequantised: the adapter has
+    learned to make up for their rounding.
 
     A base whose head is its embedding (a tied head) is untied first if the adapter changes either of the two: merged
     into the one tensor that both share, what was learned for one would change the other too.
@@ -26,6 +30,10 @@ def merge_adapter(adapter: Path, config: RunConfig) -> nn.Module:
 
     base = pretrained(config.model, config, dtype=torch.float32)
     keep_generation_config(base)
+    if config.quantization is not None:
+        if trained is None:
+            raise ValueError("trained: was None, must be the trained model, which has the quantised base")
+        copy_dequantized(trained, base)
     if is_tied(base) and _changes_embeddings(base, adapter):
         untie(base)
     merged: Any = PeftModel.from_pretrained(base, str(adapter))

@@ -17,6 +17,7 @@ from sdpo_kernels.integrations.lm_head import find_head
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.data.batches import PACKED_COLLATORS
 from sdpo_kernels.stepwise.models.precision import Precision, asks_for_fsdp
+from sdpo_kernels.stepwise.models.quantized import quantized_layers
 from sdpo_kernels.stepwise.models.tensor_parallel import whole_weights
 from sdpo_kernels.stepwise.models.zero import check_zero, optimizer_weights, partition
 
@@ -79,6 +80,14 @@ def check_way(trainer: Any) -> None:
     if trainer.is_fsdp_enabled and trainer.data_collator not in PACKED_COLLATORS:
         raise ValueError(
             "fsdp: needs batching: packed; with padded batches ranks run unequal numbers of forward passes"
+        )
+
+    # accelerate's launcher can ask for it too, past the settings
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if sharded and any(quantized_layers(trainer.model)):
+        raise ValueError(
+            "fsdp or deepspeed: quantised weights are not sharded; with quantization use plain DDP, a whole base on "
+            "each process"
         )
 
     check_zero(trainer)

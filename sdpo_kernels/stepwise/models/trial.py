@@ -31,6 +31,7 @@ from sdpo_kernels.integrations.router_loss import find_router_loss
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.models.disk import Space, check_space
 from sdpo_kernels.stepwise.models.load import Loaded, add_adapter, load_error, pretrained
+from sdpo_kernels.stepwise.models.quantized import check_adapted, check_quantization
 from sdpo_kernels.stepwise.models.saving import copy_beside, keep_generation_config
 from sdpo_kernels.stepwise.models.tensor_parallel import require_divisible
 from sdpo_kernels.stepwise.record.model_cards import expo_card, model_card
@@ -41,14 +42,17 @@ from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
 def try_run(config: RunConfig, tokenizer: PreTrainedTokenizerBase, model_config: Any) -> list[str]:
     """Try what a run does after its data is read, without weights; returns warnings.
 
-    1. Build the model on the meta device; its head must be one the fused kernels can use, and so must its router.
-    2. Save its config, generation config, tokenizer, model card and the files beside it into a temporary folder.
-    3. Add the adapter, if the run has one.
-    4. For every stage make TrainingArguments, the integrations of report_to, the optimizer's class, the scheduler.
-    5. Compare the estimated size of checkpoints and stages with the free disk space.
+    1. Look for the library that `quantization` needs; a model that is stored quantised is refused.
+    2. Build the model on the meta device, unquantised; its head must be one the fused kernels can use, and so must its
+       router.
+    3. Save its config, generation config, tokenizer, model card and the files beside it into a temporary folder.
+    4. Add the adapter, if the run has one.
+    5. For every stage make TrainingArguments, the integrations of report_to, the optimizer's class, the scheduler.
+    6. Compare the estimated size of checkpoints and stages with the free disk space.
 
     UserError for whatever would stop the run at one of these.
     """
+    check_quantization(config, model_config)
     require_divisible(config.tp_size, model_config)
     model = _on_meta(config, model_config)
     try:
@@ -66,6 +70,8 @@ def try_run(config: RunConfig, tokenizer: PreTrainedTokenizerBase, model_config:
         loaded = Loaded(model, packed=False, by_sequence=False)
         if config.lora is not None:
             add_adapter(loaded, config.lora)
+        if config.quantization is not None:
+            check_adapted(loaded.model)
 
         spaces = []
         for stage in config.stages:

@@ -21,6 +21,7 @@ from sdpo_kernels.stepwise.common.files import read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter"  # in a stage's folder: the LoRA adapter as trained
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 PIECE = 1 << 22  # elements that are computed or written at a time
@@ -122,6 +123,8 @@ def _model_files(folder: Path) -> list[str]:
         stages = sorted(path.parent.name for path in folder.glob(f"stage-*/{SINGLE}"))
         if stages:
             raise UserError(f"{folder}: is a run's folder; give one of the models in it: {', '.join(stages)}")
+        if (folder / ADAPTER / ADAPTER_CONFIG).is_file():
+            raise UserError(f"{folder}: has no full weights, but an adapter; give {folder / ADAPTER}")
         raise UserError(f"{folder}: contains neither {SINGLE} nor {INDEX}; other formats, such as pickle, are not read")
 
     # names with a path are refused: the index must not reach outside its folder

@@ -31,8 +31,9 @@ from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
 class PairScore:
     """`metric` of a model on preference pairs; rewards are relative to `start`, with the config's β.
 
-    `config` gives lengths, truncation, batches and β. Model, dtype and lora come from the folders: bfloat16 if all
-    weights are bfloat16, so that nothing is rounded, else float32. An adapter is scored as <folder>/adapter.
+    `config` gives lengths, truncation, batches and β, and how an adapter's base is quantised. Model, dtype and lora
+    come from the folders: bfloat16 if all weights are bfloat16, so that nothing is rounded, else float32. An adapter is
+    scored as <folder>/adapter.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class PairScore:
                 "model": str(start),
                 "dtype": "bfloat16" if set(base.dtypes.values()) == {"BF16"} else "float32",
                 "lora": LoraSettings() if weights.is_adapter else None,
+                "quantization": settings.quantization if weights.is_adapter else None,
             }
         )
 

@@ -32,6 +32,7 @@ _FREE_OF_TRAINER = {
     "report_to", "run_name", "project", "debug", "ddp_timeout", "enable_jit_checkpoint",
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
 }  # fmt: skip
+_FREE_OF_GENERATION = {"url", "api_key_env", "requests", "timeout", "python", "options"}  # of a source
 _FREE_PREFIXES = ("logging_", "log_", "save_", "eval_", "trackio_")
 _BATCH = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
 
@@ -50,6 +51,7 @@ _WHY = {
     "truncation": "the tokens depend on it",
     "dtype": "the weights have this data type",
     "lora": "the adapter was made with it",
+    "quantization": "the adapter was trained on a base that is quantised in this way",
     "trainer": "the steps that are done depend on it",
     "attn_implementation": "the rounding depends on it",
     "batching": "the rounding depends on it",
@@ -131,6 +133,10 @@ def _trained_with(config: Record, started: Sequence[str], processes: int | None)
     if run.get("multi"):
         run["multi"] = {key: value for key, value in run["multi"].items() if key != "models"}
 
+    # what a stage publishes is not what the next one starts from
+    if run.get("lora"):
+        run["lora"] = {key: value for key, value in run["lora"].items() if key != "publish"}
+
     # of tiers, which share one entry, all have started with it
     stages = [stage for stage in config["stages"] if config.get("tiers") or stage["name"] in started]
     return run | {"stages": {stage["name"]: _of_stage(config, stage, processes) for stage in stages}}
@@ -138,6 +144,9 @@ def _trained_with(config: Record, started: Sequence[str], processes: int | None)
 
 def _of_stage(config: Record, stage: Record, processes: int | None) -> Record:
     own = {key: value for key, value in stage.items() if key in ("epochs", "source")}
+    if engine := (own.get("source") or {}).get("generation"):
+        kept_of_engine = {key: value for key, value in engine.items() if key not in _FREE_OF_GENERATION}
+        own["source"] = own["source"] | {"generation": kept_of_engine}
     beta = config.get("beta") if stage.get("beta") is None else stage["beta"]
 
     trainer = config.get("trainer", {}) | (stage.get("trainer") or {})

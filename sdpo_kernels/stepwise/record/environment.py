@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import version
 
 import torch
 import transformers
@@ -30,6 +31,7 @@ def run_environment(config: RunConfig) -> Record:
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        **({} if config.quantization is None else {"bitsandbytes": version("bitsandbytes")}),
         "threads": torch.get_num_threads(),
         "device": _device(config),
         "backend": run_backend(config),

@@ -18,8 +18,9 @@ _LEFT_OUT = {"skipped": "bad rows skipped", "dropped": "pairs dropped"}
 
 def model_card(config: RunConfig, stage: Record) -> str:
     """The Markdown model card of a finished stage, with the front matter that the Hugging Face Hub reads."""
+    library = "transformers" if config.publishes_merged else "peft"
     lines = [
-        *_front_matter("transformers", config.model, ["dpo", "stepwise-dpo", "preference"]),
+        *_front_matter(library, config.model, ["dpo", "stepwise-dpo", "preference"]),
         f"# {Path(config.model).name}, stage {stage['index']} ({stage['name']}) of a stepwise DPO run",
         "",
         f"Trained by `sdpo train` of sdpo_kernels {__version__} (sDPO, arXiv 2403.19270).",
@@ -29,6 +30,7 @@ def model_card(config: RunConfig, stage: Record) -> str:
         f"| loss | {stage['loss']}, beta {stage['beta']:g} |",
         f"| reference | {stage['reference']} |",
         *_training_rows(config, stage),
+        *_answer_rows(stage),
         f"| pairs | {_pairs(stage)} |",
         *_missing_rows(config, stage),
         f"| steps | {stage['steps']} |",
@@ -42,7 +44,7 @@ def model_card(config: RunConfig, stage: Record) -> str:
             f"| reward accuracy, margin | {scores['reward_accuracy']:.3f}, {scores['reward_margin']:.3f} |",
         ]
     if config.lora is not None:
-        lines += ["", "The weights are the base with the adapter merged in float32; the adapter is in `adapter/`."]
+        lines += ["", _what_is_here(config)]
     return "\n".join(lines) + "\n"
 
 
@@ -60,7 +62,20 @@ def _training_rows(config: RunConfig, stage: Record) -> list[str]:
     ]
     if config.lora is not None:
         rows.append(f"| LoRA | r {config.lora.r}, alpha {config.lora.alpha:g} |")
+    if config.quantization is not None:
+        rows.append(f"| base while training | {config.quantization.text} |")
     return rows
+
+
+def _what_is_here(config: RunConfig) -> str:
+    """Which weights the folder of a LoRA stage has."""
+    if not config.publishes_merged:
+        base = "" if config.quantization is None else ", quantised as above"
+        return f"The trained weights are the adapter in `adapter/`, for the base `{config.model}`{base}."
+    text = "The weights are the base with the adapter merged in float32; the adapter is in `adapter/`."
+    if config.quantization is None:
+        return text
+    return f"{text} The base is the one the adapter was trained on: quantised, then dequantised."
 
 
 def _data_files(config: RunConfig, stage: StageConfig) -> list[str]:
@@ -70,6 +85,14 @@ def _data_files(config: RunConfig, stage: StageConfig) -> list[str]:
     names = [Path(source).name if is_file_source(source) else source for source in sources]
     generated = f" (prompts; pairs by {stage.source.kind})" if stage.source is not None else ""
     return [f"{name}{generated}" for name in dict.fromkeys(names)]
+
+
+def _answer_rows(stage: Record) -> list[str]:
+    """Which model gave the answers of generated pairs, if a server did; not its address, which may be a private one."""
+    answered = stage.get("generation") or {}
+    if answered.get("engine") != "url":
+        return []
+    return [f"| answers of the pairs | {', '.join(answered['answered'] or [answered['model']])}, not the policy's |"]
 
 
 def _missing_rows(config: RunConfig, stage: Record) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict, field_validator, model_validator
 
@@ -36,8 +36,8 @@ _REFUSED = {
     "use_bdlora": _NOT_MERGED,
     "layer_replication": "it changes the base model, which would no longer be the reference",
     "loftq_config": "it quantises the base model",
-    "use_qalora": "it is for quantised models",
-    "qalora_group_size": "it is for quantised models",
+    "use_qalora": "it is for models quantised by GPTQ",
+    "qalora_group_size": "it is for models quantised by GPTQ",
     "eva_config": _NEEDS_DATA,
     "corda_config": _NEEDS_DATA,
     "lora_ga_config": _NEEDS_DATA,
@@ -49,8 +49,8 @@ _STARTS = (True, "gaussian", "orthogonal")  # of init_lora_weights: the adapter 
 class LoraSettings(Section):
     """Train a low-rank adapter (LoRA) instead of all weights.
 
-    One adapter is trained through all stages. At the end of each stage it is merged into the base weights in float32,
-    and the merged weights are saved next to the adapter. Any other field of peft.LoraConfig may be set too.
+    One adapter is trained through all stages. At the end of each stage it is saved, and merged into the base weights in
+    float32 (see `publish`). Any other field of peft.LoraConfig may be set too.
 
     Args:
         r: Rank of the adapter.
@@ -58,6 +58,8 @@ class LoraSettings(Section):
         dropout: Must be 0. With dropout the first loss of a stage would not be ln 2, the check that it starts from its
             reference.
         target_modules: Which modules get an adapter: 'all-linear', a pattern (regular expression) or a list of names.
+        publish: What a finished stage has: its 'adapter' alone, or 'merged' full weights too. 'auto' is merged, and
+            with `quantization` the adapter alone.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -66,6 +68,7 @@ class LoraSettings(Section):
     alpha: Positive = 32.0
     dropout: Number = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
+    publish: Literal["auto", "merged", "adapter"] = "auto"
 
     @property
     def more(self) -> dict[str, Any]:

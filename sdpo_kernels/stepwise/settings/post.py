@@ -76,6 +76,15 @@ def post_mistakes(config: Any) -> list[tuple[str, str]]:
     if expo is None:
         return []
 
+    # of a quantised run the difference of whole weights would be mostly the rounding of the base
+    if config.quantization is not None or not config.publishes_merged:
+        why = "quantization" if config.quantization is not None else "lora.publish: adapter"
+        text = (
+            f"cannot be done with {why}: it extrapolates whole weights, and what was trained is the adapter. Scaling "
+            "the adapter is the same: sdpo expo MODEL OUTPUT_DIR/stage-N-NAME/adapter NEW_FOLDER --alpha 0.3"
+        )
+        return [("post.expo", text)]
+
     # a search over alphas needs pairs to compare them on; a single alpha needs no search
     mistakes = []
     if expo.alphas is not None and config.eval_data is None:

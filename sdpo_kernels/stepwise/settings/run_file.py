@@ -20,9 +20,11 @@ from pydantic import BaseModel, ValidationError
 
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.settings.columns import ColumnSettings, DataEntry
+from sdpo_kernels.stepwise.settings.generation import GenerationSettings
 from sdpo_kernels.stepwise.settings.lora import LoraSettings
 from sdpo_kernels.stepwise.settings.mistakes import error_lines
 from sdpo_kernels.stepwise.settings.post import ExpoSettings, PostSettings
+from sdpo_kernels.stepwise.settings.quantization import QuantizationSettings
 from sdpo_kernels.stepwise.settings.reference import EmaSettings, MultiSettings
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig, StageConfig
 from sdpo_kernels.stepwise.settings.source import SOURCES, RankedSource
@@ -34,12 +36,14 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "": RunConfig,
     "stages": StageConfig,
     "lora": LoraSettings,
+    "quantization": QuantizationSettings,
     "multi": MultiSettings,
     "ema": EmaSettings,
     "columns": ColumnSettings,
     "<entry>": DataEntry,
     "post": PostSettings,
     "post.expo": ExpoSettings,
+    "generation": GenerationSettings,
     **{f"source.{kind}": section for kind, section in SOURCES.items()},
 }
 CONFIG = "config.yaml"  # in a run's folder

@@ -21,6 +21,7 @@ from sdpo_kernels.stepwise.settings.loss import Loss, loss_mistakes
 from sdpo_kernels.stepwise.settings.mistakes import SettingErrors, show
 from sdpo_kernels.stepwise.settings.parallel import parallel_mistakes
 from sdpo_kernels.stepwise.settings.post import ExpoSettings, PostSettings, post_mistakes
+from sdpo_kernels.stepwise.settings.quantization import QuantizationSettings, quantization_mistakes
 from sdpo_kernels.stepwise.settings.reference import EmaSettings, MultiSettings, reference_mistakes
 from sdpo_kernels.stepwise.settings.source import Source
 from sdpo_kernels.stepwise.settings.trainer import DEFAULT_TRAINER, check_trainer
@@ -155,6 +156,7 @@ class RunConfig(Section):
         trainer: Any field of transformers.TrainingArguments that the driver does not set itself. DEFAULT_TRAINER fills
             in what is missing.
         lora: Train a low-rank adapter instead of all weights.
+        quantization: Load the frozen base of `lora` in 4 or 8 bits (QLoRA).
         post: What is done after the last stage.
     """
 
@@ -188,6 +190,7 @@ class RunConfig(Section):
     tp_size: Annotated[Integer, Field(ge=1)] = 1
     trainer: Options = Field(default_factory=dict, validate_default=True)
     lora: LoraSettings | None = None
+    quantization: QuantizationSettings | None = None
     post: PostSettings | None = None
 
     @field_validator("trainer")
@@ -199,6 +202,7 @@ class RunConfig(Section):
     def _consistent(self) -> RunConfig:
         mistakes = [*_order_mistakes(self), *_stage_mistakes(self), *_source_mistakes(self), *post_mistakes(self)]
         mistakes += [*reference_mistakes(self.reference, self.multi, self.ema), *loss_mistakes(self)]
+        mistakes += quantization_mistakes(self)
 
         if self.samples and self.eval_data is None:
             mistakes.append(
@@ -229,6 +233,23 @@ class RunConfig(Section):
     def expo(self) -> ExpoSettings | None:
         """ExPO's settings, or None if the run does not use it."""
         return None if self.post is None else self.post.expo
+
+    @property
+    def publishes_merged(self) -> bool:
+        """Whether a finished stage has full weights: its own, or the base with the adapter merged into it."""
+        if self.lora is None or self.lora.publish != "auto":
+            return self.lora is None or self.lora.publish == "merged"
+        return self.quantization is None
+
+    @property
+    def is_low_precision(self) -> bool:
+        """Whether the weights, or the products with them, have fewer bits than float32; autocast aside."""
+        return self.dtype != "float32" or (self.quantization is not None and self.quantization.is_low_precision)
+
+    @property
+    def of_full_weights(self) -> RunConfig:
+        """The same settings for a folder's full weights: without an adapter, and not quantised."""
+        return self.model_copy(update={"lora": None, "quantization": None})
 
     def stage_beta(self, stage: StageConfig) -> float:
         """β of a stage: its own, else the run's."""
@@ -308,6 +329,13 @@ def _source_mistakes(config: RunConfig) -> list[tuple[str, str]]:
     if generated and config.order != "given":
         text = f"was {config.order!r}, must be given: stage {generated[0].name!r} generates its pairs"
         mistakes.append(("order", text))
+
+    # the average is not a model in a folder of its own, which vLLM would need
+    for index, stage in enumerate(config.stages):
+        rewrites = stage.source is not None and stage.source.kind == "self_augmented"
+        if rewrites and config.reference == "ema" and stage.source.generation.engine == "vllm":  # type: ignore[union-attr]
+            text = "was 'vllm', must be transformers with reference: ema, whose average rewrites the segments"
+            mistakes.append((f"stages.{index}.source.generation.engine", text))
 
     # active learning trains on all labels so far, so every round must restart from the same model
     for index, stage in enumerate(config.stages):

@@ -5,25 +5,27 @@ One class per kind; all kinds sample completions with the same settings. The imp
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from sdpo_kernels.stepwise.settings.generation import GenerationSettings
 from sdpo_kernels.stepwise.settings.mistakes import SettingErrors, show
 from sdpo_kernels.stepwise.settings.types import Count, Integer, Number, Positive, Section
 from sdpo_kernels.stepwise.settings.types import Text as Name
 
 
 class Sampling(Section):
-    """How completions are sampled from the policy. Equal settings and weights give equal samples.
+    """How completions are sampled. From the policy, equal settings and weights give equal samples.
 
     Args:
         samples: Completions per prompt.
         temperature: Sampling temperature.
         top_p: Nucleus sampling: only the most likely tokens whose probabilities sum to `top_p` can be drawn.
         max_new_tokens: Longest completion. One that has not ended by then is left out.
-        batch_size: Completions generated at a time.
+        batch_size: Completions that transformers generates at a time.
         sample_seed: Seed of the sampling, separate from `trainer.seed`.
+        generation: What samples them.
     """
 
     samples: Annotated[Integer, Field(ge=2)] = 4
@@ -32,6 +34,26 @@ class Sampling(Section):
     max_new_tokens: Count = 256
     batch_size: Count = 16
     sample_seed: Annotated[Integer, Field(ge=0)] = 0
+    generation: GenerationSettings = GenerationSettings()
+
+    @field_validator("generation", mode="before")
+    @classmethod
+    def _empty_is_default(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+    @model_validator(mode="after")
+    def _read_by_the_engine(self) -> Sampling:
+        engine = self.generation.engine
+        if engine != "transformers" and self.batch_size != Sampling.model_fields["batch_size"].default:
+            text = f"was {self.batch_size}, but only engine: transformers uses it (engine is {engine})"
+            raise SettingErrors([("batch_size", text)])
+        return self
+
+    def _require_policy(self, why: str) -> None:
+        """A mistake if a server's model answers instead of the policy."""
+        if self.generation.engine == "url":
+            text = f"was {show(self.generation.url)}, must be left out with this kind: {why}"
+            raise SettingErrors([("generation.url", text)])
 
 
 class RankedSource(Sampling):
@@ -124,6 +146,7 @@ class SelfAugmentedSource(Sampling):
 
     @model_validator(mode="after")
     def _long_enough(self) -> SelfAugmentedSource:
+        self._require_policy("the policy itself rewrites the segment")
         if self.max_new_tokens < self.segment_tokens:
             text = f"was {self.max_new_tokens}, must be at least segment_tokens, {self.segment_tokens}"
             raise SettingErrors([("max_new_tokens", text)])
@@ -146,6 +169,11 @@ class ActiveSource(Sampling):
     judge: Name
     acquire: Count
     keep_prompts: Positive = 4.0
+
+    @model_validator(mode="after")
+    def _asks_the_policy(self) -> ActiveSource:
+        self._require_policy("entropy and rewards are those of the policy's own answers")
+        return self
 
 
 Source = Annotated[

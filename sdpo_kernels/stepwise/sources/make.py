@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.units import counted
 from sdpo_kernels.stepwise.data.prompts import PromptRow
@@ -13,10 +14,13 @@ from sdpo_kernels.stepwise.settings.source import (
     DiscriminatorSource,
     ExecutionSource,
     RankedSource,
+    Sampling,
     SelfAugmentedSource,
 )
 from sdpo_kernels.stepwise.sources import active, discriminator, execution, ranked, self_augmented
 from sdpo_kernels.stepwise.sources.context import PairRow, SourceContext, write_rows
+from sdpo_kernels.stepwise.sources.engine_url import check_url
+from sdpo_kernels.stepwise.sources.engine_vllm import check_vllm
 from sdpo_kernels.stepwise.sources.judges import check_reward_model, function_judge
 from sdpo_kernels.stepwise.state import Stage
 
@@ -45,6 +49,20 @@ def check_source(settings: object, prompts: list[PromptRow], trust_remote_code: 
         for row in prompts:
             self_augmented.answer(row)
     return []
+
+
+def check_generation(settings: Sampling, prompts: list[PromptRow]) -> tuple[str | None, list[str]]:
+    """What answers the prompts, if it is not transformers, and warnings about it. UserError if it cannot.
+
+    Only rank 0 looks: it alone will ask, and only its node may have vLLM or reach the server.
+    """
+    engine = settings.generation.engine
+    if engine == "transformers" or not ranks.launched_first():
+        return None, []
+    if engine == "url":
+        return check_url(settings.generation, prompts)
+    check_vllm(settings.generation)
+    return "answers are sampled from the policy by vLLM, in a process of its own", []
 
 
 def stage_context(stage: Stage) -> SourceContext:

@@ -15,7 +15,8 @@ from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.data.prompts import PromptRow
 from sdpo_kernels.stepwise.settings.source import SelfAugmentedSource
 from sdpo_kernels.stepwise.sources.context import PairRow, SourceContext, read_json_rows, write_rows
-from sdpo_kernels.stepwise.sources.generation import generate, text_after
+from sdpo_kernels.stepwise.sources.engine import Prompt, text_after
+from sdpo_kernels.stepwise.sources.generation import generate
 
 BUFFER = "buffer.jsonl"
 
@@ -43,7 +44,8 @@ def make(ctx: SourceContext) -> list[PairRow]:
 
     draw = random.Random(ctx.seed("segments"))
     cuts = [_cut(ctx, row, settings.segment_tokens, draw) for row in ctx.prompts for _ in range(settings.samples)]
-    written = generate(ctx, [cut.prompt + cut.before for cut in cuts], "segments.jsonl", averaged=True)
+    prompts = [Prompt(cut.prompt + cut.before, cut.row) for cut in cuts]
+    written = generate(ctx, prompts, "segments.jsonl", averaged=True)
 
     # a pair needs two different answers: skip a B′ that came out like B, and empty text
     new = []

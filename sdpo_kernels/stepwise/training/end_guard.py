@@ -3,8 +3,8 @@
     trained = score_trained(stage, trainer)     # before the trained model is released
     check_saved(stage, folder, trained)         # before the folder is published
 
-It loads what is published, the full weights with their own config, not the adapter of a LoRA run. So it finds a wrong
-merge, tying or sharding and weights that were not saved.
+It loads what is published: the full weights with their own config, in a LoRA run too, or the adapter if a stage has
+nothing else. So it finds a wrong merge, tying or sharding and weights that were not saved.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from sdpo_kernels.stepwise.data.batches import Batch, Collator, PairDataset
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
 from sdpo_kernels.stepwise.models.precision import asks_for_fsdp
 from sdpo_kernels.stepwise.models.saving import is_tied, says_tied
+from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 from sdpo_kernels.stepwise.state import Stage
 from sdpo_kernels.stepwise.training.start_guard import cache_tolerance
 from sdpo_kernels.stepwise.training.trainer import StageTrainer
@@ -74,7 +75,8 @@ def check_saved(stage: Stage, folder: Path, trained: TrainedScores) -> None:
 
 def _check(stage: Stage, folder: Path, trained: TrainedScores) -> None:
     # without `lora` the scorer loads the full weights of the folder, not the base with the adapter
-    scorer = replace(stage.scorer, config=stage.run.config.model_copy(update={"lora": None}))
+    config = stage.run.config
+    scorer = replace(stage.scorer, config=config.of_full_weights) if config.publishes_merged else stage.scorer
     try:
         loaded = scorer.load(str(folder))
     except UserError as error:
@@ -83,9 +85,7 @@ def _check(stage: Stage, folder: Path, trained: TrainedScores) -> None:
         ) from error
 
     # transformers would load such a folder rightly, but other software goes by the config
-    if says_tied(
-        AutoConfig.from_pretrained(folder, trust_remote_code=stage.run.config.trust_remote_code)
-    ) and not is_tied(loaded.model):
+    if config.publishes_merged and _says_tied(folder, config) and not is_tied(loaded.model):
         raise UserError(
             f"stage {stage.name}: what was saved is not what was trained: its config.json says that the head is the "
             f"embedding (tie_word_embeddings), its weights have a head of their own. {kept(trained)}"
@@ -112,6 +112,10 @@ def _check(stage: Stage, folder: Path, trained: TrainedScores) -> None:
     )
 
 
+def _says_tied(folder: Path, config: RunConfig) -> bool:
+    return says_tied(AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code))
+
+
 def kept(trained: TrainedScores) -> str:
     """The sentence of an error that says where the trained weights are."""
     return (
@@ -123,14 +127,15 @@ def kept(trained: TrainedScores) -> str:
 def end_tolerance(stage: Stage, by_sequence: bool) -> float:
     """How far a saved model's score may be from the trained one's, relative: nearly 0 where both do the same sums."""
     config, args, dtype = stage.run.config, stage.args, stage.scorer.precision.dtype
-    low = dtype is not None or config.dtype != "float32" or bool(args.tf32)
-    if config.lora is not None or args.torch_compile or asks_for_fsdp(args):
+    low = dtype is not None or config.is_low_precision or bool(args.tf32)
+    merged = config.lora is not None and config.publishes_merged
+    if merged or args.torch_compile or asks_for_fsdp(args):
         return LOW_PRECISION if low else OTHER_ORDER
 
     # padded batches are the same both times too, but not every GPU kernel promises the same bits
     if by_sequence or args.device.type == "cpu":
         return SAME
-    return cache_tolerance(by_sequence, dtype, getattr(torch, config.dtype))
+    return cache_tolerance(by_sequence, dtype, torch.bfloat16 if config.is_low_precision else torch.float32)
 
 
 def _scores(

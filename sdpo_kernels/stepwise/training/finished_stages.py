@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
-from sdpo_kernels.stepwise.models.load import release_memory
+from sdpo_kernels.stepwise.models.load import ADAPTER, release_memory
 from sdpo_kernels.stepwise.models.weights import Weights
 from sdpo_kernels.stepwise.references.evaluation import EVAL_FILE, EvalData
 from sdpo_kernels.stepwise.state import Run, Stage
@@ -25,7 +25,7 @@ def missing_weights(state: Run) -> dict[int, str]:
     missing = {}
     for stage in done:
         folder = state.stage_folder(stage["index"])
-        problem = weights_problem(folder)
+        problem = weights_problem(folder / ADAPTER if stage.get("weights") == "adapter" else folder)
         if problem and stage is done[-1] and last_is_needed:
             raise UserError(
                 f"{folder}: {problem}, although the stage is finished; put it back, or choose another output_dir"

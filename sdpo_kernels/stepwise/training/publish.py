@@ -112,20 +112,22 @@ def _nothing_lost(stage: Stage, checkpoint: Path) -> Iterator[None]:
 def _write(stage: Stage, trainer: StageTrainer, weights: dict[str, Tensor] | None, ref_logps: Tensor) -> Path:
     staging = empty_folder(stage.work / "finished")
 
-    # with LoRA both the adapter, which later stages train further, and merged weights that anyone can load
+    # with LoRA the adapter, which later stages train further, and perhaps merged weights that anyone can load
+    config = stage.run.config
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    if stage.run.config.lora is not None:
+    if config.lora is not None:
         # the embedding is the base's: PEFT would add a copy of it if it or the head has an adapter
         model.save_pretrained(staging / ADAPTER, state_dict=weights, save_embedding_layers=False)
-        model, weights = merge_adapter(staging / ADAPTER, stage.run.config), None
+        if config.publishes_merged:
+            merge_adapter(staging / ADAPTER, config, model).save_pretrained(staging)  # type: ignore[operator]
     else:
         model.config.use_cache = stage.use_cache  # Trainer switched it off; generation needs it
-    dtypes = {weight.dtype for weight in (weights or {}).values() if weight.is_floating_point()}
-    model.save_pretrained(staging, state_dict=weights)
-    if len(dtypes) == 1:
-        say_dtype(model.config, dtypes.pop(), staging)
+        dtypes = {weight.dtype for weight in (weights or {}).values() if weight.is_floating_point()}
+        model.save_pretrained(staging, state_dict=weights)
+        if len(dtypes) == 1:
+            say_dtype(model.config, dtypes.pop(), staging)
     stage.run.tokenizer.save_pretrained(staging)
-    copy_beside(stage.run.config.model, staging, code=stage.run.config.trust_remote_code)
+    copy_beside(config.model, staging, code=config.trust_remote_code)
 
     if stage.data.config.source is not None:
         shutil.copyfile(stage.work / PAIRS_FILE, staging / PAIRS_FILE)
@@ -134,7 +136,7 @@ def _write(stage: Stage, trainer: StageTrainer, weights: dict[str, Tensor] | Non
         trainer.following.save_average(staging)
 
     # without a reference the file has zeros, which is what the loss used
-    if stage.run.config.reference == "none":
+    if config.reference == "none":
         write_scores(staging / REFERENCE_FILE, ref_logps, key="reference: none")
     else:
         shutil.copyfile(stage.work / REFERENCE_FILE, staging / REFERENCE_FILE)

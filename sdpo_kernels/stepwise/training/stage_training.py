@@ -124,8 +124,10 @@ def _start_guard(stage: Stage, loaded: Loaded) -> StartGuard | None:
     if start_logps is None and not stage.starts_as_reference:
         return None
 
-    tolerance = cache_tolerance(loaded.by_sequence, stage.scorer.precision.dtype, next(loaded.model.parameters()).dtype)
-    return StartGuard(stage.name, stage.data.where, stage.run.config.loss_sum.start_value, tolerance, start_logps)
+    config = stage.run.config
+    weights = torch.bfloat16 if config.is_low_precision else torch.float32
+    tolerance = cache_tolerance(loaded.by_sequence, stage.scorer.precision.dtype, weights)
+    return StartGuard(stage.name, stage.data.where, config.loss_sum.start_value, tolerance, start_logps)
 
 
 def _check_head(stage: Stage, loaded: Loaded) -> None:

@@ -174,7 +174,7 @@ def test_a_file_beside_the_model_that_cannot_be_read_is_an_error_at_the_start(tm
     [
         ({"report_to": "wandb"}, r"stage s1: trainer\.report_to: WandbCallback requires wandb to be installed"),
         ({"report_to": ["tensorboard", "mlflow"]}, r"stage s1: trainer\.report_to: .*mlflow"),
-        ({"optim": "adamw_8bit"}, "stage s1: trainer: .*bitsandbytes"),
+        ({"optim": "schedule_free_adamw"}, "stage s1: trainer: .*schedulefree"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "stage s1: trainer: .*min_lr"),
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"nonesuch": 1}}, "stage s1: trainer: .*nonesuch"),
     ],

@@ -10,12 +10,14 @@ import torch
 
 from sdpo_kernels.stepwise.common.progress import Reporter
 from sdpo_kernels.stepwise.data.prompts import PromptRow
+from sdpo_kernels.stepwise.models.load import load_generator
 from sdpo_kernels.stepwise.models.precision import Precision
 from sdpo_kernels.stepwise.references.scorer import Scorer
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 from sdpo_kernels.stepwise.settings.source import RankedSource
-from sdpo_kernels.stepwise.sources import generation
+from sdpo_kernels.stepwise.sources import engine_transformers, generation
 from sdpo_kernels.stepwise.sources.context import SourceContext
+from sdpo_kernels.stepwise.sources.engine import Prompt, text_after
 from tests.stepwise.runs import configured, make_model, make_tokenizer
 
 JUDGE = "tests.stepwise.sources.judges:good_words"
@@ -59,8 +61,8 @@ def test_samples_follow_the_models_distribution(tmp_path, model):
     """The first token of many samples against the model's own probabilities; padding must not change them."""
     rows = [PromptRow(text, {"prompt": text}, "") for text in ("word1", "word2 word3 word4")]
     ctx = context(tmp_path, model, rows, max_new_tokens=1, batch_size=500)
-    drawn = generation.generate(ctx, [row.ids(ctx.tokenizer) for row in rows for _ in range(2000)], "x.jsonl")
-    network = generation.load_generator(str(model), ctx.scorer.config, torch.device("cpu"))
+    drawn = generation.generate(ctx, [Prompt(row.ids(ctx.tokenizer)) for row in rows], "x.jsonl", 2000)
+    network = load_generator(str(model), ctx.scorer.config, torch.device("cpu"))
     lines = [json.loads(line)["ids"] for line in (tmp_path / "source/x.jsonl").read_text().splitlines()[1:]]
     first = torch.tensor([ids[0] for batch in lines for ids in batch]).view(2, 2000)
     assert len(drawn) == 4000
@@ -76,7 +78,7 @@ def test_a_killed_run_samples_nothing_twice(tmp_path, model, monkeypatch):
     whole = tmp_path / "whole"
     whole.mkdir()
     expected = generation.sample(context(whole, model, PROMPTS), 3)
-    real, calls = generation._generate_batch, []
+    real, calls = engine_transformers.generate_batch, []
 
     def counted(*args):
         if len(calls) == 2:
@@ -84,7 +86,7 @@ def test_a_killed_run_samples_nothing_twice(tmp_path, model, monkeypatch):
         calls.append(args)
         return real(*args)
 
-    monkeypatch.setattr(generation, "_generate_batch", counted)
+    monkeypatch.setattr(engine_transformers, "generate_batch", counted)
     with pytest.raises(KeyboardInterrupt):
         generation.sample(context(tmp_path, model, PROMPTS), 3)
     file = tmp_path / "source/samples.jsonl"
@@ -107,7 +109,7 @@ def test_samples_with_other_settings_are_not_reused(tmp_path, model):
 
 def test_samples_that_did_not_end_are_left_out(tmp_path, model):
     ctx = context(tmp_path, model, PROMPTS, max_new_tokens=1)
-    drawn = generation.generate(ctx, [PROMPTS[0].ids(ctx.tokenizer)] * 20, "x.jsonl")
+    drawn = generation.generate(ctx, [Prompt(PROMPTS[0].ids(ctx.tokenizer))], "x.jsonl", 20)
     assert not all(completion.finished for completion in drawn)
     assert all(completion.ids == [] for completion in drawn if completion.finished)
     assert generation.sample(ctx, 3) == [[], [], [], []]
@@ -127,4 +129,4 @@ def test_conversations_go_through_the_chat_template(tmp_path, model):
 def test_the_space_before_an_answer_is_kept():
     tokenizer = make_tokenizer()
     prefix, ids = tokenizer("word1 word2")["input_ids"], tokenizer("good1 good2")["input_ids"]
-    assert generation.text_after(tokenizer, prefix, ids) == " good1 good2"
+    assert text_after(tokenizer, prefix, ids) == " good1 good2"

@@ -1,5 +1,6 @@
 """Programs that misbehave, each for real: every one spoils its own result, and leaves no process and no file."""
 
+import gc
 import itertools
 import os
 import shutil
@@ -48,13 +49,14 @@ def clean(request, monkeypatch, tmp_path):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    gc.collect()  # what other tests of this process have left open would be closed at any time
     open_before = len(os.listdir("/proc/self/fd"))
     yield
     if "unsafe" in request.node.name:  # its process group is killed, but only the first process is waited for
         comes_true(lambda: survivors() == [], SOON)
     assert survivors() == []
     assert os.listdir(temporary) == []
-    assert len(os.listdir("/proc/self/fd")) == open_before
+    assert len(os.listdir("/proc/self/fd")) <= open_before
 
 
 def survivors():

@@ -17,7 +17,7 @@ from sdpo_kernels.stepwise.common.progress import Reporter
 from sdpo_kernels.stepwise.data.prompts import PromptRow, read_prompts
 from sdpo_kernels.stepwise.prepare import prepare
 from sdpo_kernels.stepwise.run import run
-from sdpo_kernels.stepwise.sources import active, discriminator, generation, ranked, self_augmented
+from sdpo_kernels.stepwise.sources import active, discriminator, engine_transformers, ranked, self_augmented
 from sdpo_kernels.stepwise.sources.context import read_json_rows
 from sdpo_kernels.stepwise.sources.context import write_rows as write_json_rows
 from tests.stepwise.runs import PLAIN, configured, digest, make_model, make_rows, write_rows
@@ -104,7 +104,7 @@ def test_a_ranked_run_keeps_its_pairs_and_resumes_after_a_kill(tmp_path, model, 
             assert chosen > rejected
     assert pairs_of(stages[0]) != pairs_of(stages[1])  # a different model, different samples
 
-    real, calls = generation._generate_batch, []
+    real, calls = engine_transformers.generate_batch, []
 
     def dies(*args):
         calls.append(args)
@@ -113,7 +113,7 @@ def test_a_ranked_run_keeps_its_pairs_and_resumes_after_a_kill(tmp_path, model, 
         return real(*args)
 
     config = source_config(killed, model, "ranked", judge=JUDGE)
-    monkeypatch.setattr(generation, "_generate_batch", dies)
+    monkeypatch.setattr(engine_transformers, "generate_batch", dies)
     with pytest.raises(KeyboardInterrupt):
         run(config, QUIET)
     run(config, QUIET)
@@ -230,8 +230,10 @@ def test_only_the_segment_is_regenerated(tmp_path, model):
 
 def test_the_previous_stages_ema_model_generates_segments(tmp_path, model, monkeypatch):
     loaded = []
-    real = generation.load_ema_into
-    monkeypatch.setattr(generation, "load_ema_into", lambda m, folder: (loaded.append(folder.name), real(m, folder)))
+    real = engine_transformers.load_ema_into
+    monkeypatch.setattr(
+        engine_transformers, "load_ema_into", lambda m, folder: (loaded.append(folder.name), real(m, folder))
+    )
     settings = {"segment_tokens": 2, "samples": 1, "pairs": 6, "max_new_tokens": 5}
     run(source_config(tmp_path, model, "self_augmented", settings={"reference": "ema"}, **settings), QUIET)
     assert loaded == ["stage-1-s1"]

@@ -81,6 +81,7 @@ def test_a_real_tied_model_is_published_as_it_was_trained(tmp_path, targets):
         ({"reference": "ema"}, 0.0),
         ({"loss": "ld_dpo", "loss_options": {"ld_alpha": 0.5}}, 0.0),
         ({"trainer": {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}}, 0.0),
+        ({"lora": {"r": 4, "publish": "adapter"}}, 0.0),
         ({"lora": {"r": 4}}, 1e-6),
         ({"lora": {"r": 4}, "batching": "padded"}, 1e-6),
         ({"lora": {"r": 4}, "reference": "ema"}, 1e-6),
@@ -148,8 +149,8 @@ def merge_without_untying(patch, _) -> None:
 def save_a_wrong_merge(patch, _) -> None:
     genuine = merge.merge_adapter
 
-    def wrong(adapter, config):
-        model = genuine(adapter, config)
+    def wrong(*arguments):
+        model = genuine(*arguments)
         with torch.no_grad():
             model.model.layers[0].self_attn.q_proj.weight.mul_(4.0)
         return model
