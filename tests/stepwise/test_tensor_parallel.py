@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from transformers import AutoConfig, PreTrainedModel
 
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.models.trial import try_run
@@ -19,7 +20,13 @@ from tests.stepwise.ranks_of_a_run import Ranks
 from tests.stepwise.test_distributed import assert_same_figures
 from tests.stepwise.test_distributed_methods import EPSILON, NEAR, deviation, trained
 
-pytestmark = pytest.mark.xdist_group("distributed")
+pytestmark = [
+    pytest.mark.xdist_group("distributed"),
+    pytest.mark.skipif(
+        not hasattr(PreTrainedModel, "is_distributed_loading_by_transformers"),
+        reason="this version of transformers cannot train a tensor-parallel model",
+    ),
+]
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -84,8 +91,6 @@ def test_settings_that_contradict_it(tmp_path, model, kind):
 
 def test_heads_that_cannot_be_divided_are_found_before_the_weights_are_read(tmp_path, model):
     config = runs.configured(tmp_path, model, tp_size=2)  # it has 2 attention heads, and 1 for keys and values
-    from transformers import AutoConfig
-
     with pytest.raises(UserError, match=r"tp_size: was 2, must divide the model's num_key_value_heads \(1\)"):
         try_run(config, runs.make_tokenizer(), AutoConfig.from_pretrained(model))
 

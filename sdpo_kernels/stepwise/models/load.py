@@ -127,7 +127,7 @@ def _pretrained(path: str, config: RunConfig, device: torch.device) -> tuple[Any
     release_memory()
 
     adapter = adapter_of(path, config)
-    options = loading_options(config, device) | distributed(config)
+    options = loading_options(config, device) | distributed()
     model = pretrained(path, config, path if adapter is None else config.model, **options)
     keep_generation_config(model)
     if config.quantization is None:

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 from transformers import GenerationConfig
 from transformers.utils import cached_file
 
@@ -72,9 +72,9 @@ def say_untied(config: Any) -> None:
         part.tie_word_embeddings = False
 
 
-def say_dtype(config: Any, weights: dict[str, Tensor], folder: Path) -> None:
+def say_dtype(config: Any, dtype: torch.dtype, folder: Path) -> None:
     """Save a model's config again with the dtype of its saved weights: DeepSpeed has rounded the model's own."""
-    config.dtype = next(weight.dtype for weight in weights.values() if weight.is_floating_point())
+    config.dtype = dtype
     config.save_pretrained(folder)
 
 

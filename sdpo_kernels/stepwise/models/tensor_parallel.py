@@ -1,25 +1,25 @@
 """Tensor parallelism by the plan that transformers has for a model: each rank holds a part of every layer.
 
-    model = AutoModelForCausalLM.from_pretrained(path, **distributed(config))
+    model = AutoModelForCausalLM.from_pretrained(path, **distributed())
 
 Trainer trains such a model but cannot save its optimizer; `save_shards` and `load_shards` do that, a file a rank.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
 
 
-def distributed(config: Any) -> dict[str, Any]:
+def distributed() -> dict[str, Any]:
     """Options of `from_pretrained` that shard the model over the run's ranks; {} for a whole one.
 
     UserError if the installed transformers cannot.
@@ -28,10 +28,12 @@ def distributed(config: Any) -> dict[str, Any]:
     if size == 1:
         return {}
 
+    # earlier ones load such a model, but their Trainer would wrap it in DDP
+    if not hasattr(PreTrainedModel, "is_distributed_loading_by_transformers"):
+        raise UserError(f"tp_size: was {size}, must be 1 with this version of transformers (tested with 5.23)")
+
     from transformers.distributed import DistributedConfig
 
-    if "fsdp_size" not in {field.name for field in dataclasses.fields(DistributedConfig)}:
-        raise UserError("tp_size: needs a newer transformers (tested with 5.23)")
     return {"distributed_config": DistributedConfig(tp_size=size)}
 
 

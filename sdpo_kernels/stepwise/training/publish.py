@@ -132,9 +132,10 @@ def _write(stage: Stage, trainer: StageTrainer, weights: dict[str, Tensor] | Non
             merged.save_pretrained(staging)
     else:
         model.config.use_cache = stage.use_cache  # Trainer switched it off; generation needs it
+        dtypes = {weight.dtype for weight in (weights or {}).values() if weight.is_floating_point()}
         model.save_pretrained(staging, state_dict=weights)
-        if weights:
-            say_dtype(model.config, weights, staging)
+        if len(dtypes) == 1:
+            say_dtype(model.config, dtypes.pop(), staging)
     stage.run.tokenizer.save_pretrained(staging)
     copy_beside(config.model, staging, code=config.trust_remote_code)
 
