@@ -54,14 +54,21 @@ def train(config: ConfigFile, overrides: Overrides = None, quiet: Quiet = False)
 
 
 @app.command(context_settings=_TAKES_OVERRIDES)
-def check(config: ConfigFile, overrides: Overrides = None) -> None:
+def check(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(help="Plan the memory of a run on this many GPUs.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory of one GPU, e.g. 80GiB; says what to change.")] = None,
+) -> None:
     """Read config, data and tokenizer, and print what `train` would do, without training."""
     reporter, given = _reporter(), _settings(overrides)
     with reporter.waiting(_LOADING):
         from sdpo_kernels.stepwise.check import check_run
+        from sdpo_kernels.stepwise.memory.target import Target
         from sdpo_kernels.stepwise.settings.run_file import load_config
 
-    check_run(load_config(config, given), reporter)
+    target = Target.of(gpus, memory)
+    check_run(load_config(config, given), reporter, target)
 
 
 @app.command(context_settings=_TAKES_OVERRIDES)

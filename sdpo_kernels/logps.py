@@ -143,9 +143,13 @@ def _keep(
 def _stash_budget(hidden: Tensor, weight: Tensor, n_rows: int, stash_bytes: int | str) -> int:
     check_stash_bytes(stash_bytes)
     if isinstance(stash_bytes, str):
-        n_columns, width = weight.shape
-        return min(2 * n_rows * n_columns, 4 * n_columns * width, total_memory(hidden.device) // 8)
+        return automatic_stash_bytes(n_rows, *weight.shape, total_memory(hidden.device))
     return stash_bytes
+
+
+def automatic_stash_bytes(n_rows: int, n_columns: int, width: int, memory: int) -> int:
+    """What `stash_bytes="auto"` allows for N rows, a head [V, H] and a device with `memory` bytes."""
+    return min(2 * n_rows * n_columns, 4 * n_columns * width, memory // 8)
 
 
 def check_stash_bytes(stash_bytes: int | str) -> None:

@@ -17,6 +17,8 @@ from sdpo_kernels.stepwise.data.batches import shared_tokens
 from sdpo_kernels.stepwise.data.order import scored_counts
 from sdpo_kernels.stepwise.data.schedule import Schedule
 from sdpo_kernels.stepwise.data.template_clock import reads_clock
+from sdpo_kernels.stepwise.memory.say import memory_lines
+from sdpo_kernels.stepwise.memory.target import Target
 from sdpo_kernels.stepwise.post.after_run import check_start
 from sdpo_kernels.stepwise.prepare import Prepared, prepare, schedules_of
 from sdpo_kernels.stepwise.record.changes import processes_of, refused_settings
@@ -35,11 +37,11 @@ _ORDERS = {
 }
 
 
-def check_run(config: RunConfig, reporter: Reporter) -> None:
-    """Print what `sdpo train` would do. Writes nothing.
+def check_run(config: RunConfig, reporter: Reporter, target: Target | None = None) -> None:
+    """Print what `sdpo train` would do. Writes nothing. With a `target` the memory plan is for its GPUs.
 
     1. Read all input and try what training will need, as a run does.
-    2. Print warnings, the table of stages and the main settings.
+    2. Print warnings, the table of stages, the main settings and the memory plan.
     3. Compare the config with that of the run in output_dir, if there is one.
 
     UserError for whatever would stop the run before training.
@@ -75,7 +77,20 @@ def check_run(config: RunConfig, reporter: Reporter) -> None:
     for note in (schedule.note(name) for name, schedule in _schedules(prepared).items()):
         if note is not None:
             reporter.say(f"note       {note}")
+    _say_memory(prepared, target, reporter)
     reporter.say(_state(config, now))
+
+
+def _say_memory(prepared: Prepared, target: Target | None, reporter: Reporter) -> None:
+    """Print the memory plan: a line, and with a `target` the table and what to change."""
+    shared = _against_sharing(prepared) is None
+    with reporter.waiting("planning memory"):
+        first, *others = memory_lines(
+            prepared.config, prepared.model_config, prepared.stages, target=target, shared=shared
+        )
+    reporter.say(f"memory     {first}")
+    for text in others:
+        reporter.say(f"           {text}".rstrip())
 
 
 def _say_reference(prepared: Prepared, reporter: Reporter) -> None:

@@ -1,0 +1,111 @@
+"""The memory plan of a run: of the stage that takes most, from its own pairs and the order of its batches.
+
+    found = plan_run(prepared.config, prepared.model_config, prepared.stages, gpus=8, memory=80 * 2**30, shared=True)
+    found.plan.total
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from sdpo_kernels.stepwise.data.order import StageData
+from sdpo_kernels.stepwise.data.schedule import Schedule
+from sdpo_kernels.stepwise.memory.batch import Lengths, MicroBatch, largest, longest
+from sdpo_kernels.stepwise.memory.plan import Plan
+from sdpo_kernels.stepwise.memory.setup import Setup
+from sdpo_kernels.stepwise.settings.run_settings import RunConfig
+from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained: all of it stays the same when the setup changes."""
+
+    model_config: Any
+    lengths: Lengths
+    packed: bool
+    shared: bool  # prompts go through the model once for both answers
+    trust_remote_code: bool = False
+
+    def plan(self, setup: Setup, batch: MicroBatch | None = None) -> Plan:
+        """The plan with `setup`; without a `batch` the longest pairs come together."""
+        if batch is None:
+            lengths = self.lengths.cut(setup.max_length)
+            batch = longest(lengths, setup.pairs, packed=self.packed, shared=self.shared)
+        return Plan.of(self.model_config, batch, setup, trust_remote_code=self.trust_remote_code)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """The plan of the stage that takes most."""
+
+    stage: str
+    task: Task
+    plan: Plan
+
+
+def plan_run(
+    config: RunConfig,
+    model_config: Any,
+    stages: Sequence[StageData],
+    *,
+    gpus: int,
+    memory: int | None,
+    shared: bool,
+    device: str = "cuda",
+) -> PlannedRun:
+    """Plan every stage on `gpus` GPUs of `memory` bytes; stages with equal settings by their largest micro-batch.
+
+    A stage that generates its pairs is planned with pairs of max_length. If pairs change their stage before training
+    (orders margin and random), the longest of all stages are taken together.
+    """
+    packed = config.batching == "packed"
+    lengths = [_lengths(config, stage) for stage in stages]
+    if config.order in ("margin", "random"):
+        whole = lengths[0]
+        for other in lengths[1:]:
+            whole = whole.joined(other)
+        lengths = [whole] * len(stages)
+
+    largest_of: dict[Setup, tuple[str, Task, MicroBatch]] = {}
+    for stage, own in zip(stages, lengths, strict=True):
+        args = training_arguments(config, stage.config, Path(config.output_dir), Path(config.output_dir))
+        setup = Setup.of(config, args, gpus, device, memory)
+        batch = _batch(config, stage, own, args, setup, packed=packed, shared=shared)
+        task = Task(model_config, own, packed, shared, config.trust_remote_code)
+        if setup not in largest_of or batch.tokens > largest_of[setup][2].tokens:
+            largest_of[setup] = (stage.config.name, task, batch)
+
+    plans = [PlannedRun(name, task, task.plan(setup, batch)) for setup, (name, task, batch) in largest_of.items()]
+    return max(plans, key=lambda planned: planned.plan.total)
+
+
+def _lengths(config: RunConfig, stage: StageData) -> Lengths:
+    if stage.prompts is None:
+        return Lengths.of(stage.tokens)
+    settings = config.trainer | stage.config.trainer
+    return Lengths.longest(config.max_length, int(settings["per_device_train_batch_size"]))
+
+
+def _batch(
+    config: RunConfig,
+    stage: StageData,
+    lengths: Lengths,
+    args: TrainingArguments,
+    setup: Setup,
+    *,
+    packed: bool,
+    shared: bool,
+) -> MicroBatch:
+    """The stage's largest micro-batch."""
+    if stage.prompts is not None or config.order in ("margin", "random"):
+        return longest(lengths, setup.pairs, packed=packed, shared=shared)
+    schedule = Schedule.of(len(lengths.chosen), args, setup.gpus)
+    if schedule.batches == 0:  # an error when training starts
+        return longest(lengths, setup.pairs, packed=packed, shared=shared)
+    return largest(lengths, schedule, setup.gpus, packed=packed, shared=shared)
