@@ -143,7 +143,8 @@ def _keep(
 def _stash_budget(hidden: Tensor, weight: Tensor, n_rows: int, stash_bytes: int | str) -> int:
     check_stash_bytes(stash_bytes)
     if isinstance(stash_bytes, str):
-        return automatic_stash_bytes(n_rows, *weight.shape, total_memory(hidden.device))
+        n_columns, width = weight.shape
+        return automatic_stash_bytes(n_rows, n_columns, width, total_memory(hidden.device))
     return stash_bytes
 
 

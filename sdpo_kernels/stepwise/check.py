@@ -17,7 +17,8 @@ from sdpo_kernels.stepwise.data.batches import shared_tokens
 from sdpo_kernels.stepwise.data.order import scored_counts
 from sdpo_kernels.stepwise.data.schedule import Schedule
 from sdpo_kernels.stepwise.data.template_clock import reads_clock
-from sdpo_kernels.stepwise.memory.say import memory_lines
+from sdpo_kernels.stepwise.memory.of_run import NotPlanned, PlannedRun, plan_run
+from sdpo_kernels.stepwise.memory.table import plan_lines
 from sdpo_kernels.stepwise.memory.target import Target
 from sdpo_kernels.stepwise.post.after_run import check_start
 from sdpo_kernels.stepwise.prepare import Prepared, prepare, schedules_of
@@ -83,14 +84,22 @@ def check_run(config: RunConfig, reporter: Reporter, target: Target | None = Non
 
 def _say_memory(prepared: Prepared, target: Target | None, reporter: Reporter) -> None:
     """Print the memory plan: a line, and with a `target` the table and what to change."""
-    shared = _against_sharing(prepared) is None
     with reporter.waiting("planning memory"):
-        first, *others = memory_lines(
-            prepared.config, prepared.model_config, prepared.stages, target=target, shared=shared
-        )
+        try:
+            quantises = "quantization" in RunConfig.model_fields
+            first, *others = plan_lines(planned(prepared, target), target, quantises=quantises)
+        except NotPlanned as reason:
+            first, others = f"not planned: {reason}", []
     reporter.say(f"memory     {first}")
     for text in others:
         reporter.say(f"           {text}".rstrip())
+
+
+def planned(prepared: Prepared, target: Target | None) -> PlannedRun:
+    """The memory plan of a run that is prepared; NotPlanned says why there is none."""
+    return plan_run(
+        prepared.config, prepared.model_config, prepared.stages, target, shared=_against_sharing(prepared) is None
+    )
 
 
 def _say_reference(prepared: Prepared, reporter: Reporter) -> None:

@@ -11,7 +11,7 @@ compute. The heaviest layer then runs alone, forward and backward, which shows w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -94,7 +94,7 @@ def trace(model: Any, batch: MicroBatch, autocast: torch.dtype | None, device: s
     return found
 
 
-def outermost_layers(body: nn.Module) -> list[nn.Module]:
+def outermost_layers(body: nn.Module) -> list[GradientCheckpointingLayer]:
     """The layers that gradient checkpointing and FSDP treat as units; ValueError if there are none."""
     named = [(name, m) for name, m in body.named_modules() if isinstance(m, GradientCheckpointingLayer)]
     names = [name for name, _ in named]
@@ -107,7 +107,7 @@ def outermost_layers(body: nn.Module) -> list[nn.Module]:
 class _Recorder(TorchDispatchMode):
     """Within it, a forward's tensors that autograd keeps are added to the layer that runs, each once."""
 
-    def __init__(self, model: nn.Module, layers: list[nn.Module], found: Activations) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[nn.Module], found: Activations) -> None:
         super().__init__()
         self.found, self.running = found, found.outside
         self.weights = {storage_of(tensor) for tensor in (*model.parameters(), *model.buffers())}

@@ -1,8 +1,8 @@
 """The largest micro-batch that one GPU gets in a stage, from the lengths of its pairs and the order of its batches.
 
-    lengths = Lengths.of(tokens)
-    batch = largest(lengths, schedule, processes=8, packed=True, shared=True)
-    batch.tokens, batch.rows      # tokens through the model, and scored ones
+lengths = Lengths.of(tokens)
+batch = largest(lengths, schedule, processes=8, packed=True, shared=True)
+batch.tokens, batch.rows      # tokens through the model, and scored ones
 """
 
 from __future__ import annotations
@@ -128,7 +128,9 @@ def _micro_batch(lengths: Lengths, index: Counts, *, packed: bool, shared: bool)
         if shared:
             triples = zip(chosen, rejected, common, strict=True)
             found = [piece for c, r, p in triples for piece in (Piece(c, 0), Piece(r - p, p)) if piece.length]
-        return MicroBatch(len(index), rows, (Group(1, sum(p.length for p in found), tuple(found)),), packed=True, shared=shared)
+        return MicroBatch(
+            len(index), rows, (Group(1, sum(p.length for p in found), tuple(found)),), packed=True, shared=shared
+        )
 
     by_length = sorted(chosen + rejected)
     parts = (by_length[first : first + PADDED_GROUP] for first in range(0, len(by_length), PADDED_GROUP))

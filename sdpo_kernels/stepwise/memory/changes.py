@@ -81,5 +81,3 @@ def _qlora(setup: Setup) -> Suggestion:
     settings = {"bits": 4, "double": True}
     changed = replace(setup, lora=lora, dtype=torch.bfloat16, quantization=settings, sharded=False)
     return "lora: {r: 16}, dtype: bfloat16, quantization: {bits: 4}", changed
-
-

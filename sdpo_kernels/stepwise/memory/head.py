@@ -48,6 +48,7 @@ class HeadMemory:
     stash: int  # of that, the stash, or the direction of a frozen head
     forward: int  # scratch in the forward
     backward: int  # scratch and the hidden states' gradient; without the weight's gradient
+    scratch: int  # of that, what the kernels allocate for themselves
 
     @classmethod
     def of(cls, case: HeadCase) -> HeadMemory:
@@ -61,9 +62,9 @@ class HeadMemory:
 
         # dX of the scored rows, in float32 while it is summed, then of all hidden states
         sums = rows * case.width * (4 + (item if item < 4 else 0))
-        spread = case.tokens * case.width * item if rows < entering or case.gathered else 0
-        backward = own + sums + spread + (chunk if case.trains or case.is_cut else 0)
-        return cls(hidden + stash + ROW_BYTES * rows, stash, own + chunk, backward)
+        scratch = own + sums + (chunk if case.trains or case.is_cut else 0)
+        spread = case.tokens * case.width * item
+        return cls(hidden + stash + ROW_BYTES * rows, stash, own + chunk, scratch + spread, scratch)
 
 
 def _stash(case: HeadCase) -> int:

@@ -1,7 +1,7 @@
 """The memory plan of a run: of the stage that takes most, from its own pairs and the order of its batches.
 
-    found = plan_run(prepared.config, prepared.model_config, prepared.stages, gpus=8, memory=80 * 2**30, shared=True)
-    found.plan.total
+found = plan_run(config, model_config, stages, Target(gpus=8, memory=80 * 2**30), shared=True)
+found.plan.total
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
+from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.data.order import StageData
 from sdpo_kernels.stepwise.data.schedule import Schedule
 from sdpo_kernels.stepwise.memory.batch import Lengths, MicroBatch, largest, longest
 from sdpo_kernels.stepwise.memory.plan import Plan
 from sdpo_kernels.stepwise.memory.setup import Setup
+from sdpo_kernels.stepwise.memory.target import Target
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
 
@@ -49,21 +52,33 @@ class PlannedRun:
     plan: Plan
 
 
-def plan_run(
-    config: RunConfig,
-    model_config: Any,
-    stages: Sequence[StageData],
-    *,
-    gpus: int,
-    memory: int | None,
-    shared: bool,
-    device: str = "cuda",
-) -> PlannedRun:
-    """Plan every stage on `gpus` GPUs of `memory` bytes; stages with equal settings by their largest micro-batch.
+class NotPlanned(Exception):
+    """Why a run has no plan."""
 
-    A stage that generates its pairs is planned with pairs of max_length. If pairs change their stage before training
-    (orders margin and random), the longest of all stages are taken together.
+
+def plan_run(
+    config: RunConfig, model_config: Any, stages: Sequence[StageData], target: Target | None, *, shared: bool
+) -> PlannedRun:
+    """Plan every stage on the target's GPUs, or on this process's device if there is none; the one that takes most.
+
+    Stages with equal settings are planned by their largest micro-batch. A stage that generates its pairs is planned
+    with pairs of max_length. If pairs change their stage before training (orders margin and random), the longest of all
+    stages are taken together. NotPlanned for DeepSpeed, and if the model's code needs values.
     """
+    if config.trainer.get("deepspeed"):
+        raise NotPlanned("DeepSpeed divides weights and states in its own way")
+    try:
+        return _plan_run(config, model_config, stages, target, shared=shared)
+    except Exception as error:  # tracing runs the model's own code
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise NotPlanned(f"this model's code does not run on tensors without values ({reason})") from error
+
+
+def _plan_run(
+    config: RunConfig, model_config: Any, stages: Sequence[StageData], target: Target | None, *, shared: bool
+) -> PlannedRun:
+    device = "cuda" if target is not None or torch.cuda.is_available() else "cpu"
+    goal = target or Target(ranks.world_size())
     packed = config.batching == "packed"
     lengths = [_lengths(config, stage) for stage in stages]
     if config.order in ("margin", "random"):
@@ -75,7 +90,7 @@ def plan_run(
     largest_of: dict[Setup, tuple[str, Task, MicroBatch]] = {}
     for stage, own in zip(stages, lengths, strict=True):
         args = training_arguments(config, stage.config, Path(config.output_dir), Path(config.output_dir))
-        setup = Setup.of(config, args, gpus, device, memory)
+        setup = Setup.of(config, args, goal.gpus, device, goal.memory)
         batch = _batch(config, stage, own, args, setup, packed=packed, shared=shared)
         task = Task(model_config, own, packed, shared, config.trust_remote_code)
         if setup not in largest_of or batch.tokens > largest_of[setup][2].tokens:

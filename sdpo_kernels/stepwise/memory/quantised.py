@@ -1,4 +1,4 @@
-"""Bytes of weights that bitsandbytes has quantised: frozen linear layers of the body; embeddings and head stay as they are.
+"""Bytes of weights that bitsandbytes has quantised: frozen linear layers of the body, not embeddings nor head.
 
 Four bits are half a byte a weight and one float32 scale for 64 weights; with double quantisation the scales are 8 bits
 with a float32 of their own for 256 of them. Eight bits are a byte a weight and a float32 for each output.

@@ -1,6 +1,6 @@
 """What the memory of a stage depends on besides its model and its pairs: precision, adapter, optimizer, GPUs.
 
-    setup = Setup.of(config, args, gpus=8, memory=80 * 2**30)
+setup = Setup.of(config, args, gpus=8, memory=80 * 2**30)
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Setup:
         """The setup of a stage with these arguments."""
         plugin: Any = args.accelerator_config
         accumulation = plugin.gradient_accumulation_kwargs or {}
-        fsdp: dict[str, Any] = dict(args.fsdp_config or {})
+        fsdp: Any = args.fsdp_config or {}  # TrainingArguments has made a mapping of it
         return cls(
             dtype=getattr(torch, config.dtype),
             compute=Precision.of(args).dtype,
@@ -80,5 +80,3 @@ def _section(settings: Any) -> Mapping[str, Any] | None:
     """A section of run.yaml as a mapping."""
     dump = getattr(settings, "model_dump", None)
     return settings if dump is None else dump()
-
-

@@ -101,7 +101,8 @@ def _sizes(model: Any, setup: Setup) -> Sizes:
 
     # FSDP2 in mixed precision keeps trained weights in float32
     item = 4 if setup.sharded and setup.compute is not None else 0
-    head_weight, embedding = head._base().weight, unwrap(model).get_input_embeddings()
+    base: Any = unwrap(model)
+    head_weight, embedding = head._base().weight, base.get_input_embeddings()
     tied = embedding.weight is head_weight
     return Sizes(
         numbers=sum(weight.numel() for weight in weights),

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from sdpo_kernels.stepwise.common.units import counted
-from sdpo_kernels.stepwise.memory.changes import Change
-from sdpo_kernels.stepwise.memory.plan import PARTS, RESERVE, Plan
+from sdpo_kernels.stepwise.memory.changes import Change, changes
+from sdpo_kernels.stepwise.memory.moments import PARTS
+from sdpo_kernels.stepwise.memory.of_run import PlannedRun
+from sdpo_kernels.stepwise.memory.plan import RESERVE, Plan
+from sdpo_kernels.stepwise.memory.target import Target
 
 GIB = 2**30
 HEADINGS = {
@@ -18,12 +21,26 @@ HEADINGS = {
 }
 
 
+def plan_lines(found: PlannedRun, target: Target | None, *, quantises: bool) -> list[str]:
+    """The plan in one line; with a `target` also the table and, if it does not fit, what to change.
+
+    `quantises` says whether QLoRA is one of the changes.
+    """
+    plan = found.plan
+    lines = [f"{line(plan)} (stage {found.stage})"]
+    if target is not None:
+        lines += ["", *table(plan)]
+    if target is not None and not plan.fits:
+        lines += ["", *change_lines(changes(found.task, plan.setup, quantises=quantises))]
+    return lines
+
+
 def line(plan: Plan) -> str:
     """The total and its parts at the fullest moment."""
-    unit, size = ("GiB", GIB) if plan.total >= GIB else ("MiB", 2**20)
-    where = "a GPU" if plan.setup.device == "cuda" else "here, on the CPU"
-    parts = ", ".join(f"{name} {count / size:.{1 if unit == 'GiB' else 0}f}" for name, count in plan.fullest.parts.items())
-    return f"about {plan.total / size:.{1 if unit == 'GiB' else 0}f} {unit} {where}: {parts}"
+    unit, size, digits = ("GiB", GIB, 1) if plan.total >= GIB else ("MiB", 2**20, 0)
+    where = "a GPU" if plan.setup.device == "cuda" else "on this CPU"
+    parts = ", ".join(f"{name} {count / size:.{digits}f}" for name, count in plan.fullest.parts.items())
+    return f"about {plan.total / size:.{digits}f} {unit} {where}: {parts}"
 
 
 def table(plan: Plan) -> list[str]:
@@ -44,7 +61,7 @@ def table(plan: Plan) -> list[str]:
 
 def _legend(plan: Plan) -> list[str]:
     found = ["forward: at its end; head, layer: in their backward; backward: at its end; step: the optimizer's."]
-    if not plan.known_optimizer:
+    if not plan.knows_optimizer:
         found.append(f"trainer.optim {plan.setup.optimizer}: its states are not known here; Adam's are assumed.")
     return found
 

@@ -1,7 +1,7 @@
 """How much memory an optimizer of `trainer.optim` needs for its states, computed from the weights it trains.
 
-    states = OptimizerStates.of("adamw_torch_fused")
-    states.bytes_of(weights), states.known     # 2 numbers a weight, in the weight's dtype
+states = OptimizerStates.of("adamw_torch_fused")
+states.bytes_of(weights), states.known     # 2 numbers a weight, in the weight's dtype
 """
 
 from __future__ import annotations
