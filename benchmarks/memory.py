@@ -28,7 +28,7 @@ import torch
 from benchmarks import measure
 from benchmarks.memory_plans import large_plans
 
-WORDS = 4000
+WORDS, PAIRS = 4000, 20  # of the tokenizer; of a case
 LLAMA = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 8}
 WIDE = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 4, "num_attention_heads": 8}
 
@@ -49,6 +49,9 @@ CASES: dict[str, Case] = {
     "sgd": (WIDE, 60, {"trainer": {"optim": "sgd"}}),
     "adafactor": (WIDE, 60, {"trainer": {"optim": "adafactor"}}),
     "tied": (WIDE | {"tie_word_embeddings": True}, 60, {}),
+    "Gemma 2": (LLAMA | {"model_type": "gemma2", "head_dim": 32, "num_key_value_heads": 4}, 120, {}),
+    "GPT-2": ({"model_type": "gpt2", "n_embd": 256, "n_layer": 6, "n_head": 8}, 120, {}),
+    "Mixtral": (LLAMA | {"model_type": "mixtral", "num_local_experts": 4, "num_key_value_heads": 4}, 60, {}),
     "ddp": (WIDE, 60, {"trainer": {"per_device_train_batch_size": 2}}),
     "fsdp2": (WIDE, 60, {"trainer": {"per_device_train_batch_size": 2, "fsdp": True}}),
     "fsdp2, bf16": (WIDE, 60, {"trainer": {"per_device_train_batch_size": 2, "fsdp": True, "bf16": True}}),
@@ -58,9 +61,9 @@ PORT = 29731
 
 
 def make_model(folder: Path, options: dict[str, Any]) -> Path:
-    """A random Llama and a tokenizer of WORDS words."""
+    """A random model, by default a Llama, and a tokenizer of WORDS words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     vocabulary = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(WORDS - 4))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
@@ -68,15 +71,14 @@ def make_model(folder: Path, options: dict[str, Any]) -> Path:
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    settings = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 2048} | options
+    config = AutoConfig.for_model(settings.pop("model_type", "llama"), vocab_size=WORDS, **settings)
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=WORDS, max_position_embeddings=2048, **ids, **options)).save_pretrained(
-        folder
-    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
 
-def make_run(folder: Path, case: Case, pairs: int = 12) -> None:
+def make_run(folder: Path, case: Case) -> None:
     """run.yaml, model and data of a case in the new `folder`."""
     from sdpo_kernels.stepwise.settings.yaml_file import write_settings
 
@@ -87,7 +89,7 @@ def make_run(folder: Path, case: Case, pairs: int = 12) -> None:
         return " ".join(f"w{draw.randrange(WORDS - 4)}" for _ in range(count))
 
     folder.mkdir()
-    lengths = [[draw.randint(words // 2, words) for _ in range(3)] for _ in range(pairs)]
+    lengths = [[draw.randint(words // 2, words) for _ in range(3)] for _ in range(PAIRS)]
     rows = [{"prompt": text(p), "chosen": " " + text(c), "rejected": " " + text(r)} for p, c, r in lengths]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     trainer = {"learning_rate": 1e-4, "per_device_train_batch_size": 4, "use_cpu": True, "logging_steps": 1}
@@ -197,7 +199,7 @@ def measure_case(name: str, threads: int) -> dict[str, Any]:
     tiny = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        make_run(folder / "first", (tiny, 6, case[2]))
+        make_run(folder / "first", (tiny, 6, case[2]))  # loads what training imports
         make_run(folder / "case", case)
         program = [sys.executable, "-m", "benchmarks.memory", "--child", str(folder)]
         children = [

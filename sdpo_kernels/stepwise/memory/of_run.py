@@ -25,6 +25,10 @@ from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
 
 
+class NotPlanned(Exception):
+    """Why a run has no plan."""
+
+
 @dataclass(frozen=True)
 class Task:
     """What is trained: all of it stays the same when the setup changes."""
@@ -36,11 +40,15 @@ class Task:
     trust_remote_code: bool = False
 
     def plan(self, setup: Setup, batch: MicroBatch | None = None) -> Plan:
-        """The plan with `setup`; without a `batch` the longest pairs come together."""
+        """The plan with `setup`; without a `batch` the longest pairs come together. NotPlanned if the model fails."""
         if batch is None:
             lengths = self.lengths.cut(setup.max_length)
             batch = longest(lengths, setup.pairs, packed=self.packed, shared=self.shared)
-        return Plan.of(self.model_config, batch, setup, trust_remote_code=self.trust_remote_code)
+        try:
+            return Plan.of(self.model_config, batch, setup, trust_remote_code=self.trust_remote_code)
+        except Exception as error:  # the model's own code runs, and may need values
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise NotPlanned(f"this model's code does not run on tensors without values ({reason})") from error
 
 
 @dataclass(frozen=True)
@@ -50,10 +58,6 @@ class PlannedRun:
     stage: str
     task: Task
     plan: Plan
-
-
-class NotPlanned(Exception):
-    """Why a run has no plan."""
 
 
 def plan_run(
@@ -67,16 +71,6 @@ def plan_run(
     """
     if config.trainer.get("deepspeed"):
         raise NotPlanned("DeepSpeed divides weights and states in its own way")
-    try:
-        return _plan_run(config, model_config, stages, target, shared=shared)
-    except Exception as error:  # tracing runs the model's own code
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise NotPlanned(f"this model's code does not run on tensors without values ({reason})") from error
-
-
-def _plan_run(
-    config: RunConfig, model_config: Any, stages: Sequence[StageData], target: Target | None, *, shared: bool
-) -> PlannedRun:
     device = "cuda" if target is not None or torch.cuda.is_available() else "cpu"
     goal = target or Target(ranks.world_size())
     packed = config.batching == "packed"
@@ -87,16 +81,21 @@ def _plan_run(
             whole = whole.joined(other)
         lengths = [whole] * len(stages)
 
-    largest_of: dict[Setup, tuple[str, Task, MicroBatch]] = {}
+    # of stages with equal settings the largest micro-batch counts
+    found: list[tuple[str, Task, Setup, MicroBatch]] = []
     for stage, own in zip(stages, lengths, strict=True):
         args = training_arguments(config, stage.config, Path(config.output_dir), Path(config.output_dir))
         setup = Setup.of(config, args, goal.gpus, device, goal.memory)
         batch = _batch(config, stage, own, args, setup, packed=packed, shared=shared)
         task = Task(model_config, own, packed, shared, config.trust_remote_code)
-        if setup not in largest_of or batch.tokens > largest_of[setup][2].tokens:
-            largest_of[setup] = (stage.config.name, task, batch)
 
-    plans = [PlannedRun(name, task, task.plan(setup, batch)) for setup, (name, task, batch) in largest_of.items()]
+        before = next((number for number, other in enumerate(found) if other[2] == setup), None)
+        if before is None:
+            found.append((stage.config.name, task, setup, batch))
+        elif batch.tokens > found[before][3].tokens:
+            found[before] = (stage.config.name, task, setup, batch)
+
+    plans = [PlannedRun(name, task, task.plan(setup, batch)) for name, task, setup, batch in found]
     return max(plans, key=lambda planned: planned.plan.total)
 
 

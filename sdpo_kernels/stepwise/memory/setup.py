@@ -71,8 +71,6 @@ class Setup:
     @property
     def body_dtype(self) -> torch.dtype:
         """The dtype of the weights that the body computes with."""
-        if self.quantization is not None:
-            return getattr(torch, str(self.quantization.get("compute_dtype", "bfloat16")))
         return (self.compute or self.dtype) if self.sharded else self.dtype
 
 

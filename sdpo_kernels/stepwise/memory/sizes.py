@@ -73,7 +73,13 @@ def measure(
     # for the trace the weights are in the dtype that the products see
     with fake():
         _make_fake(model, setup)
-        return sizes, trace(unwrap(model.train()), batch, setup.autocast, setup.device)
+        found = trace(unwrap(model.train()), batch, setup.autocast, setup.device)
+
+    # quantised weights are unpacked for each product, and no copy is kept
+    if setup.quantization is not None:
+        for layer in found.layers:
+            layer.copies = layer.cached
+    return sizes, found
 
 
 def _make_fake(model: nn.Module, setup: Setup) -> None:
