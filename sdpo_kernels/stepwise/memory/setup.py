@@ -49,7 +49,7 @@ class Setup:
             compute=Precision.of(args).dtype,
             lora=config.lora,
             quantization=_section(getattr(config, "quantization", None)),
-            checkpointing=args.gradient_checkpointing or bool(fsdp.get("activation_checkpointing")),
+            checkpointing=_checkpoints(args, fsdp),
             optimizer=str(getattr(args.optim, "value", args.optim)),
             pairs=args.per_device_train_batch_size,
             accumulation=max(args.gradient_accumulation_steps, accumulation.get("num_steps", 1)),
@@ -72,6 +72,12 @@ class Setup:
     def body_dtype(self) -> torch.dtype:
         """The dtype of the weights that the body computes with."""
         return (self.compute or self.dtype) if self.sharded else self.dtype
+
+
+def _checkpoints(args: TrainingArguments, fsdp: Any) -> bool:
+    """Whether activations are recomputed; transformers 5.23 renamed the setting, and FSDP has one of its own."""
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    return any(getattr(args, name, False) for name in names) or bool(fsdp.get("activation_checkpointing"))
 
 
 def _section(settings: Any) -> Mapping[str, Any] | None:
