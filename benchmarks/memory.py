@@ -55,8 +55,11 @@ CASES: dict[str, Case] = {
     "ddp": (WIDE, 60, {"trainer": {"per_device_train_batch_size": 2}}),
     "fsdp2": (WIDE, 60, {"trainer": {"per_device_train_batch_size": 2, "fsdp": True}}),
     "fsdp2, bf16": (WIDE, 60, {"trainer": {"per_device_train_batch_size": 2, "fsdp": True, "bf16": True}}),
-}
-RANKS = {"ddp": 2, "fsdp2": 2, "fsdp2, bf16": 2}  # processes with gloo; elsewhere one
+    "fsdp2, accumulation": (
+        WIDE, 60, {"trainer": {"per_device_train_batch_size": 2, "fsdp": True, "gradient_accumulation_steps": 2}}
+    ),
+}  # fmt: skip
+RANKS = {"ddp": 2, "fsdp2": 2, "fsdp2, bf16": 2, "fsdp2, accumulation": 2}  # processes with gloo; elsewhere one
 PORT = 29731
 
 
@@ -165,7 +168,7 @@ def measure_here(folder: Path) -> dict[str, Any]:
         again = config.model_copy(update={"output_dir": str(folder / "again")})
         tensors = train_measured(again, counted=True)
     return {
-        "ranks": ranks.world_size(),
+        "ranks": ranks.launched(),
         "parameters": plan.sizes.numbers,
         "tokens": plan.batch.tokens,
         "moment": plan.fullest.name,
@@ -189,6 +192,9 @@ def _accept_fsdp_on_cpus() -> None:
         genuine(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fresh and fsdp_plugin is not None:
             self.distributed_type = state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            self.fsdp_plugin = fsdp_plugin
 
     state.AcceleratorState.__init__ = made  # type: ignore[method-assign]
 
@@ -266,8 +272,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(large_plans())
         return 0
     if options.child is not None:
-        print(json.dumps(measure_here(options.child)))
-        return 0
+        print(json.dumps(measure_here(options.child)), flush=True)
+        os._exit(0)  # gloo's threads may abort a process that ends in the ordinary way
 
     report = measure.report("memory", arguments, options.threads, torch.device("cpu"))
     report["results"] = []

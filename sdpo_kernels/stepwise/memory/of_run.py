@@ -72,7 +72,7 @@ def plan_run(
     if config.trainer.get("deepspeed"):
         raise NotPlanned("DeepSpeed divides weights and states in its own way")
     device = "cuda" if target is not None or torch.cuda.is_available() else "cpu"
-    goal = target or Target(ranks.world_size())
+    goal = target or Target(ranks.launched())
     packed = config.batching == "packed"
     lengths = [_lengths(config, stage) for stage in stages]
     if config.order in ("margin", "random"):
