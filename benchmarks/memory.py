@@ -1,7 +1,8 @@
 """The memory plan beside measured peaks: `sdpo check`'s figures for small models, and the driver training them.
 
     python -m benchmarks.memory [--cases full lora …] [--json PATH]
-    python -m benchmarks.memory --plans          # the plans printed in docs/memory.md
+    python -m benchmarks.memory --plans          # the plans in docs/memory.md
+    python -m benchmarks.memory --table          # the table in docs/memory.md, from benchmarks/results/memory-cpu.json
 
 Each case is a fresh process. It trains a small model once to load every library, then plans and trains the case:
 
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks import measure
-from benchmarks.memory_plans import large_plans
+from benchmarks.memory_plans import large_runs, printed
 
 WORDS, PAIRS = 4000, 20  # of the tokenizer; of a case
 LLAMA = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 8}
@@ -61,6 +62,7 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 RANKS = {"ddp": 2, "fsdp2": 2, "fsdp2, bf16": 2, "fsdp2, accumulation": 2}  # processes with gloo; elsewhere one
 PORT = 29731
+RESULTS = measure.ROOT / "benchmarks/results/memory-cpu.json"
 
 
 def make_model(folder: Path, options: dict[str, Any]) -> Path:
@@ -236,19 +238,31 @@ def _environment(rank: int, count: int, threads: int) -> dict[str, str]:
     return found
 
 
+HEADINGS = ["case", "million weights", "tokens", "plan", "tensors", "", "plan, all", "resident", ""]
+
+
 def show(report: dict[str, Any]) -> str:
     """The report as a table."""
+    return "\n".join([measure.heading(report), "", measure.table(HEADINGS, _lines(report))])
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a table in Markdown."""
+    rows = [HEADINGS, ["---", *["---:"] * (len(HEADINGS) - 1)], *_lines(report)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _lines(report: dict[str, Any]) -> list[list[str]]:
     lines = []
     for result in report["results"]:
         if "skipped" in result:
-            lines.append([result["case"], "", "", "", "", "", "", result["skipped"]])
+            lines.append([result["case"], *[""] * (len(HEADINGS) - 2), result["skipped"]])
             continue
         cells = [f"{result['parameters'] / 1e6:.1f}", f"{result['tokens']:,}"]
         for plan, measured in (("plan_tensors", "tensors"), ("plan", "resident")):
             cells += _compared(result[plan], result[measured])
         lines.append([result["case"], *cells])
-    headings = ["", "million weights", "tokens", "plan", "tensors", "", "plan, all", "resident", ""]
-    return "\n".join([measure.heading(report), "", measure.table(headings, lines)])
+    return lines
 
 
 def _compared(plan: int, measured: int | None) -> list[str]:
@@ -263,13 +277,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     parser.add_argument("--plans", action="store_true", help="print the plans of docs/memory.md, and measure nothing")
+    parser.add_argument("--table", action="store_true", help="print the table of docs/memory.md, and measure nothing")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
 
     if options.plans:
-        print(large_plans())
+        for title, run in large_runs().items():
+            print(f"# {title}", "", printed(*run), "", sep="\n", flush=True)
+        return 0
+    if options.table:
+        print(markdown(json.loads(RESULTS.read_text(encoding="utf-8"))))
         return 0
     if options.child is not None:
         print(json.dumps(measure_here(options.child)), flush=True)

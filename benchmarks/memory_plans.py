@@ -17,24 +17,24 @@ LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers"
 LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
 
 
-def large_plans() -> str:
-    """The plans, each below a line that says what it is of."""
+def large_runs() -> dict[str, tuple[dict[str, Any], Any]]:
+    """Architecture and setup of each run, by what it is."""
     from sdpo_kernels.stepwise.memory.setup import Setup
     from sdpo_kernels.stepwise.settings.lora import LoraSettings
 
     sharded = Setup(compute=torch.bfloat16, checkpointing=True, pairs=1, gpus=8, sharded=True, memory=80 * GIB)
     adapter = replace(sharded, lora=LoraSettings(), dtype=torch.bfloat16)
     packed = replace(adapter, gpus=1, sharded=False, quantization={"bits": 4, "double": True}, memory=24 * GIB)
-    plans = {
-        "Llama 3 70B, all weights, bf16: true, FSDP2 on 8 GPUs of 80 GiB": (LLAMA_70B, sharded),
-        "Llama 3 70B, all weights, bf16: true, FSDP2 on 32 GPUs of 80 GiB": (LLAMA_70B, replace(sharded, gpus=32)),
+    return {
+        "Llama 3 70B, all weights, FSDP2 on 8 GPUs of 80 GiB": (LLAMA_70B, sharded),
+        "Llama 3 70B, all weights, FSDP2 on 32 GPUs of 80 GiB": (LLAMA_70B, replace(sharded, gpus=32)),
         "Llama 3 70B, LoRA on a bfloat16 base, FSDP2 on 8 GPUs of 80 GiB": (LLAMA_70B, adapter),
         "Llama 3 8B, QLoRA on one GPU of 24 GiB": (LLAMA_8B, packed),
     }
-    return "\n\n".join(f"# {title}\n\n{_printed(*plan)}" for title, plan in plans.items())
 
 
-def _printed(architecture: dict[str, Any], setup: Any) -> str:
+def printed(architecture: dict[str, Any], setup: Any) -> str:
+    """The plan of a run."""
     from transformers import LlamaConfig
 
     from sdpo_kernels.stepwise.memory.batch import Lengths

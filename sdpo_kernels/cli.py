@@ -61,13 +61,13 @@ def check(
     memory: Annotated[str | None, typer.Option(help="Memory of one GPU, e.g. 80GiB; says what to change.")] = None,
 ) -> None:
     """Read config, data and tokenizer, and print what `train` would do, without training."""
-    reporter, given = _reporter(), _settings(overrides)
+    from sdpo_kernels.stepwise.memory.target import Target
+
+    reporter, given, target = _reporter(), _settings(overrides), Target.of(gpus, memory)
     with reporter.waiting(_LOADING):
         from sdpo_kernels.stepwise.check import check_run
-        from sdpo_kernels.stepwise.memory.target import Target
         from sdpo_kernels.stepwise.settings.run_file import load_config
 
-    target = Target.of(gpus, memory)
     check_run(load_config(config, given), reporter, target)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from sdpo_kernels.stepwise.common.units import counted
 from sdpo_kernels.stepwise.memory.changes import Change, changes
@@ -11,7 +12,6 @@ from sdpo_kernels.stepwise.memory.of_run import PlannedRun
 from sdpo_kernels.stepwise.memory.plan import RESERVE, Plan
 from sdpo_kernels.stepwise.memory.target import Target
 
-GIB = 2**30
 HEADINGS = {
     "forward's end": "forward",
     "head's backward": "head",
@@ -19,6 +19,21 @@ HEADINGS = {
     "backward's end": "backward",
     "optimizer's step": "step",
 }
+
+
+class _Unit(NamedTuple):
+    """What sizes are written in."""
+
+    name: str
+    size: int
+    digits: int
+
+    def write(self, count: int, more_digits: int = 0) -> str:
+        """A size without its unit."""
+        return f"{count / self.size:.{self.digits + more_digits}f}"
+
+
+GIB, MIB, KIB = _Unit("GiB", 2**30, 1), _Unit("MiB", 2**20, 0), _Unit("KiB", 2**10, 0)
 
 
 def plan_lines(found: PlannedRun, target: Target | None, *, quantises: bool) -> list[str]:
@@ -31,32 +46,32 @@ def plan_lines(found: PlannedRun, target: Target | None, *, quantises: bool) -> 
     if target is not None:
         lines += ["", *table(plan)]
     if target is not None and not plan.fits:
-        lines += ["", *change_lines(changes(found.task, plan.setup, quantises=quantises))]
+        lines += ["", *change_lines(changes(found.task, plan.setup, quantises=quantises), _unit(plan))]
     return lines
 
 
 def line(plan: Plan) -> str:
-    """The total and its parts at the fullest moment."""
-    unit, size, digits = ("GiB", GIB, 1) if plan.total >= GIB else ("MiB", 2**20, 0)
-    where = "a GPU" if plan.setup.device == "cuda" else "on this CPU"
-    parts = ", ".join(f"{name} {count / size:.{digits}f}" for name, count in plan.fullest.parts.items())
-    return f"about {plan.total / size:.{digits}f} {unit} {where}: {parts}"
+    """The total and its parts at the fullest moment, without those too small to be seen."""
+    unit, where = _unit(plan), "a GPU" if plan.setup.device == "cuda" else "on this CPU"
+    parts = [f"{name} {unit.write(size)}" for name, size in plan.fullest.parts.items() if float(unit.write(size))]
+    return f"about {unit.write(plan.total)} {unit.name} {where}: {', '.join(parts)}"
 
 
 def table(plan: Plan) -> list[str]:
-    """What there is at each moment of a step, in GiB, and whether it fits."""
-    setup, batch = plan.setup, plan.batch
+    """What there is at each moment of a step, and whether it fits."""
+    setup, batch, unit = plan.setup, plan.batch, _unit(plan)
     gpus = "one GPU" if setup.gpus == 1 else f"each of {setup.gpus} GPUs"
     most = f"{counted(batch.pairs, 'pair')}, {batch.tokens:,} tokens, {batch.rows:,} scored"
-    lines = [f"memory of {gpus} in GiB, with the largest micro-batch ({most}):", ""]
+    lines = [f"memory of {gpus} in {unit.name}, with the largest micro-batch ({most}):", ""]
 
-    names = [part for part in PARTS if any(part in moment.parts for moment in plan.moments)]
+    rows = {part: [moment.parts.get(part) for moment in plan.moments] for part in PARTS}
+    rows["together"] = [moment.total for moment in plan.moments]
     lines.append(f"{'':18}" + "".join(f"{HEADINGS[moment.name]:>10}" for moment in plan.moments))
-    for name in names:
-        cells = (moment.parts.get(name) for moment in plan.moments)
-        lines.append(f"{name:18}" + "".join(f"{'' if c is None else f'{c / GIB:.2f}':>10}" for c in cells))
-    lines.append(f"{'together':18}" + "".join(f"{moment.total / GIB:>10.2f}" for moment in plan.moments))
-    return [*lines, "", *_legend(plan), _verdict(plan)]
+    for name, sizes in rows.items():
+        if any(sizes):
+            cells = ("" if size is None else unit.write(size, 1) for size in sizes)
+            lines.append((f"{name:18}" + "".join(f"{cell:>10}" for cell in cells)).rstrip())
+    return [*lines, "", *_legend(plan), _verdict(plan, unit)]
 
 
 def _legend(plan: Plan) -> list[str]:
@@ -66,24 +81,35 @@ def _legend(plan: Plan) -> list[str]:
     return found
 
 
-def _verdict(plan: Plan) -> str:
+def _verdict(plan: Plan, unit: _Unit) -> str:
     """Whether the fullest moment fits."""
-    need = f"{plan.total / GIB:.2f} GiB, and {RESERVE / GIB:.0f} GiB for CUDA and for gaps (assumed)"
+    need = f"{unit.write(plan.total, 1)} {unit.name}, and {GIB.write(RESERVE)} GiB for CUDA and for gaps (assumed)"
     if plan.setup.memory is None:
         return f"It takes {need}."
     verb = "fits" if plan.fits else "does not fit"
-    return f"It {verb}: {need}, of {plan.setup.memory / GIB:.0f} GiB."
+    return f"It {verb}: {need}, of {GIB.write(plan.setup.memory)} GiB."
 
 
-def change_lines(found: Iterable[Change]) -> list[str]:
+def change_lines(found: Iterable[Change], unit: _Unit) -> list[str]:
     """The changes as a table: what each brings alone, and together with those above it."""
-    rows = [(change.text, change.alone.total, change.together.total, change.together.fits) for change in found]
+    rows = list(found)
     if not rows:
-        return ["Nothing that is known here makes it smaller."]
-    width = max(len(text) for text, *_ in rows)
-    lines = ["What to change, in this order (GiB):", "", f"{'':{width}}     alone  with those above"]
-    for text, alone, together, fits in rows:
-        lines.append(f"{text:{width}}{alone / GIB:>10.2f}{together / GIB:>18.2f}{'  fits' if fits else ''}")
-    if not rows[-1][-1]:
+        return ["No change that is known here makes it smaller."]
+    width = max(len(change.text) for change in rows)
+    lines = [
+        f"What to change, in this order ({unit.name} afterwards):",
+        "",
+        f"{'':{width}}     alone  with those above",
+    ]
+    for change in rows:
+        alone, together = (unit.write(plan.total, 1) for plan in (change.alone, change.together))
+        fits = "  fits" if change.together.fits else ""
+        lines.append(f"{change.text:{width}}{alone:>10}{together:>18}{fits}")
+    if not rows[-1].together.fits:
         lines += ["", "Even together they do not fit: take more GPUs, GPUs with more memory, or a smaller model."]
     return lines
+
+
+def _unit(plan: Plan) -> _Unit:
+    """GiB, for small models MiB or KiB."""
+    return next((unit for unit in (GIB, MIB) if plan.total >= unit.size), KIB)

@@ -39,15 +39,14 @@ def test_the_parts_of_the_line_add_up(plan):
 
 def test_a_plan_that_does_not_fit_says_what_to_change_and_ends_at_what_fits(plan):
     lines = plan_lines(PlannedRun("s1", TASK, plan), Target(2, SETUP.memory), quantises=True)
-    text = "\n".join(lines)
     assert (
-        "memory of each of 2 GPUs in GiB, with the largest micro-batch (4 pairs, 4,000 tokens, 3,200 scored):" in text
+        "memory of each of 2 GPUs in GiB, with the largest micro-batch (4 pairs, 4,000 tokens, 3,200 scored):" in lines
     )
-    assert (
-        f"It does not fit: {plan.total / 2**30:.2f} GiB, and 1 GiB for CUDA and for gaps (assumed), of 3 GiB." in text
-    )
+    need = f"{plan.total / 2**30:.2f} GiB, and 1.0 GiB for CUDA and for gaps (assumed)"
+    assert f"It does not fit: {need}, of 3.0 GiB." in lines
     assert lines[-1].endswith("  fits")
-    offered = [line.strip().split("  ")[0] for line in lines[lines.index("What to change, in this order (GiB):") + 3 :]]
+    first = lines.index("What to change, in this order (GiB afterwards):") + 3
+    offered = [line.strip().split("  ")[0] for line in lines[first:]]
     assert offered[0] == "trainer: {gradient_checkpointing: true}"
     assert offered[1] == "trainer: {per_device_train_batch_size: 1, gradient_accumulation_steps: 4}"
 
