@@ -112,8 +112,11 @@ def plan_of(config: Any) -> Any:
     return planned(prepare(config), None).plan
 
 
-def train_measured(config: Any, counted: bool) -> int:
-    """Train; the most bytes of tensors that existed while training or, unless `counted`, the peak resident memory."""
+def train_measured(config: Any, counted: bool, *, scoring: bool = False) -> int:
+    """Train; the most bytes of tensors that existed while training or, unless `counted`, the peak resident memory.
+
+    With `scoring` what came before training counts, too.
+    """
     from transformers import TrainerCallback
 
     from sdpo_kernels.stepwise.common.progress import Reporter
@@ -125,8 +128,9 @@ def train_measured(config: Any, counted: bool) -> int:
 
     class Watch(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            live.peak = live.now
-            measure._reset_peak()
+            if not scoring:
+                live.peak = live.now
+                measure._reset_peak()
 
         def on_train_end(self, *args: Any, **kwargs: Any) -> None:
             peaks.append(live.peak if counted else measure._status("VmHWM"))

@@ -92,13 +92,14 @@ def _say_memory(prepared: Prepared, target: Target | None, reporter: Reporter) -
             first, others = f"not planned: {reason}", []
     reporter.say(f"memory     {first}")
     for text in others:
-        reporter.say(f"           {text}".rstrip())
+        reporter.say(f"  {text}".rstrip())
 
 
 def planned(prepared: Prepared, target: Target | None) -> PlannedRun:
     """The memory plan of a run that is prepared; NotPlanned says why there is none."""
+    shared = _against_sharing(prepared) is None
     return plan_run(
-        prepared.config, prepared.model_config, prepared.stages, target, shared=_against_sharing(prepared) is None
+        prepared.config, prepared.model_config, prepared.stages, prepared.eval_tokens, target, shared=shared
     )
 
 

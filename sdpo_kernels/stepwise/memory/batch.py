@@ -55,6 +55,10 @@ class Lengths:
         lost = self.chosen + self.rejected - chosen - rejected
         return Lengths(chosen, rejected, np.minimum(self.common, max_length - 1), np.maximum(self.scored - lost, 2))
 
+    def take(self, index: Counts) -> Lengths:
+        """The pairs at `index`."""
+        return Lengths(*(part[index] for part in self._parts()))
+
     def joined(self, other: Lengths) -> Lengths:
         """The pairs of both."""
         parts = zip(self._parts(), other._parts(), strict=True)
@@ -105,6 +109,16 @@ def longest(lengths: Lengths, pairs: int, *, packed: bool, shared: bool) -> Micr
     """The `pairs` longest pairs in one micro-batch: at least as large as any that an order can make."""
     cost = lengths.chosen + lengths.rejected - (lengths.common if shared else 0)
     return _micro_batch(lengths, np.argsort(cost, kind="stable")[::-1][:pairs], packed=packed, shared=shared)
+
+
+def largest_scored(lengths: Lengths, pairs: int, *, packed: bool, shared: bool) -> int:
+    """The tokens of the largest batch that is scored: `pairs` pairs at a time, in the order of the data."""
+    count = len(lengths.chosen)
+    cost = lengths.chosen + lengths.rejected - (lengths.common if shared else 0)
+    starts = range(0, count, pairs)
+    start = max(starts, key=lambda first: int(cost[first : first + pairs].sum()))
+    index = np.arange(start, min(start + pairs, count))
+    return _micro_batch(lengths, index, packed=packed, shared=shared).tokens
 
 
 def _parts(schedule: Schedule, processes: int) -> Iterator[Counts]:

@@ -1,7 +1,8 @@
-"""What one GPU holds at the moments of a step that can be the fullest.
+"""What one GPU holds at the moments of a stage that can be the fullest.
 
 With L layers, of which layer l keeps a_l of a micro-batch for its backward and has weights with gradients g_l:
 
+    scoring             weights, and a layer without gradient, or the head, at work on the largest batch that is scored
     forward's end       weights, states, Σ a_l, what the head keeps, and its scratch memory
     head's backward     the same, and the head's gradient
     a layer's backward  weights, states, Σ_{j<l} a_j, layer l at work, Σ_{j>l} g_j, the head's gradient; the fullest l
@@ -17,7 +18,7 @@ number of GPUs, and gathers a layer and the next one.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sdpo_kernels.stepwise.memory.activations import Activations
 from sdpo_kernels.stepwise.memory.batch import MicroBatch
@@ -45,13 +46,13 @@ class Moment:
 
 
 class Moments:
-    """The arithmetic above, for one micro-batch."""
+    """The arithmetic above, for one micro-batch and the tokens of the largest batch that is scored."""
 
-    def __init__(self, setup: Setup, batch: MicroBatch, sizes: Sizes, found: Activations) -> None:
-        self.setup, self.sizes, self.found = setup, sizes, found
+    def __init__(self, setup: Setup, batch: MicroBatch, scored: int, sizes: Sizes, found: Activations) -> None:
+        self.setup, self.batch, self.scored, self.sizes, self.found = setup, batch, scored, sizes, found
         self.compute = setup.body_dtype.itemsize
         self.head_is_cut = setup.sharded and not sizes.tied
-        self.head = HeadMemory.of(self._head_case(batch))
+        self.head = HeadMemory.of(self._head_case())
         self.accumulates = setup.accumulation > 1
 
         # while micro-batches accumulate, FSDP2 keeps the gradients of the layers whole
@@ -63,6 +64,7 @@ class Moments:
     def all(self) -> Iterator[Moment]:
         """Every moment, in order."""
         layers = (self._layer_backward(number) for number in range(len(self.found.layers)))
+        yield self._scoring()
         yield self._forward_end()
         yield self._head_backward()
         yield max(layers, key=lambda moment: moment.total)
@@ -80,6 +82,28 @@ class Moments:
         }
         parts = {part: always.get(part, 0) + changing.get(part, 0) for part in PARTS}
         return Moment(name, {part: size for part, size in parts.items() if size}, scratch)
+
+    def _scoring(self) -> Moment:
+        """References before training, without the optimizer; evaluations while training, with it."""
+        ratio = self.scored / self.batch.tokens
+        layer = self.found.forward_work + self.found.layers[self.found.heaviest].entering
+        rows = int(self.batch.rows * ratio)
+        case = replace(self._head_case(), tokens=self.scored, rows=rows, trains=False)
+        memory = HeadMemory.of(case)
+        head = memory.kept - memory.stash + memory.forward
+
+        # the layers are done when the head begins
+        at_work = {"activations": int(layer * ratio)} if layer * ratio > head else {"head": head}
+        changing = at_work | {
+            "rounded weights": sum(part.copies for part in self.found.layers),
+            "gathered weights": self._gathered(len(self.found.layers) - 1),
+        }
+        moment = self._moment("scoring", changing, memory.forward if "head" in at_work else 0)
+        if self.setup.evaluates:
+            return moment
+        before = {"weights", "activations", "rounded weights", "gathered weights", "head"}
+        parts = {part: size for part, size in moment.parts.items() if part in before}
+        return Moment(moment.name, parts, moment.scratch)
 
     def _forward_end(self) -> Moment:
         all_layers = [*self.found.layers, self.found.outside]
@@ -179,8 +203,8 @@ class Moments:
             numbers += sum(layer.numbers for layer in at_once)
         return self.compute * numbers + (4 * layers[number].trained if reduces and number is not None else 0)
 
-    def _head_case(self, batch: MicroBatch) -> HeadCase:
-        setup, sizes = self.setup, self.sizes
+    def _head_case(self) -> HeadCase:
+        setup, sizes, batch = self.setup, self.sizes, self.batch
         return HeadCase(
             tokens=batch.tokens,
             rows=batch.rows,

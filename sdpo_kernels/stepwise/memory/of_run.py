@@ -1,6 +1,6 @@
 """The memory plan of a run: of the stage that takes most, from its own pairs and the order of its batches.
 
-found = plan_run(config, model_config, stages, Target(gpus=8, memory=80 * 2**30), shared=True)
+found = plan_run(config, model_config, stages, None, Target(gpus=8, memory=80 * 2**30), shared=True)
 found.plan.total
 """
 
@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
 
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.data.order import StageData
 from sdpo_kernels.stepwise.data.schedule import Schedule
-from sdpo_kernels.stepwise.memory.batch import Lengths, MicroBatch, largest, longest
+from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
+from sdpo_kernels.stepwise.memory.batch import Lengths, MicroBatch, largest, largest_scored, longest
 from sdpo_kernels.stepwise.memory.plan import Plan
 from sdpo_kernels.stepwise.memory.setup import Setup
 from sdpo_kernels.stepwise.memory.target import Target
@@ -34,18 +34,21 @@ class Task:
     """What is trained: all of it stays the same when the setup changes."""
 
     model_config: Any
-    lengths: Lengths
+    lengths: Lengths  # of the pairs that are trained on
     packed: bool
     shared: bool  # prompts go through the model once for both answers
+    evaluated: Lengths | None = None  # of eval_data
     trust_remote_code: bool = False
 
     def plan(self, setup: Setup, batch: MicroBatch | None = None) -> Plan:
         """The plan with `setup`; without a `batch` the longest pairs come together. NotPlanned if the model fails."""
+        lengths = self.lengths.cut(setup.max_length)
         if batch is None:
-            lengths = self.lengths.cut(setup.max_length)
             batch = longest(lengths, setup.pairs, packed=self.packed, shared=self.shared)
+        of_all = [lengths] if self.evaluated is None else [lengths, self.evaluated.cut(setup.max_length)]
+        batches = (largest_scored(a, setup.scored_pairs, packed=self.packed, shared=self.shared) for a in of_all)
         try:
-            return Plan.of(self.model_config, batch, setup, trust_remote_code=self.trust_remote_code)
+            return Plan.of(self.model_config, batch, max(batches), setup, trust_remote_code=self.trust_remote_code)
         except Exception as error:  # the model's own code runs, and may need values
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise NotPlanned(f"this model's code does not run on tensors without values ({reason})") from error
@@ -61,7 +64,13 @@ class PlannedRun:
 
 
 def plan_run(
-    config: RunConfig, model_config: Any, stages: Sequence[StageData], target: Target | None, *, shared: bool
+    config: RunConfig,
+    model_config: Any,
+    stages: Sequence[StageData],
+    eval_tokens: TokenizedPairs | None,
+    target: Target | None,
+    *,
+    shared: bool,
 ) -> PlannedRun:
     """Plan every stage on the target's GPUs, or on this process's device if there is none; the one that takes most.
 
@@ -74,6 +83,7 @@ def plan_run(
     device = "cuda" if target is not None or torch.cuda.is_available() else "cpu"
     goal = target or Target(ranks.launched())
     packed = config.batching == "packed"
+    evaluated = None if eval_tokens is None else Lengths.of(eval_tokens)
     lengths = [_lengths(config, stage) for stage in stages]
     if config.order in ("margin", "random"):
         whole = lengths[0]
@@ -86,8 +96,17 @@ def plan_run(
     for stage, own in zip(stages, lengths, strict=True):
         args = training_arguments(config, stage.config, Path(config.output_dir), Path(config.output_dir))
         setup = Setup.of(config, args, goal.gpus, device, goal.memory)
-        batch = _batch(config, stage, own, args, setup, packed=packed, shared=shared)
-        task = Task(model_config, own, packed, shared, config.trust_remote_code)
+        schedule = None
+        if stage.prompts is None and config.order not in ("margin", "random"):
+            schedule = Schedule.of(len(own.chosen), args, goal.gpus)
+
+        # which pairs come together is known, or the longest do
+        if schedule is None or schedule.batches == 0:
+            used, batch = own, longest(own, setup.pairs, packed=packed, shared=shared)
+        else:
+            used = own.take(schedule.used())
+            batch = largest(own, schedule, goal.gpus, packed=packed, shared=shared)
+        task = Task(model_config, used, packed, shared, evaluated, config.trust_remote_code)
 
         before = next((number for number, other in enumerate(found) if other[2] == setup), None)
         if before is None:
@@ -104,22 +123,3 @@ def _lengths(config: RunConfig, stage: StageData) -> Lengths:
         return Lengths.of(stage.tokens)
     settings = config.trainer | stage.config.trainer
     return Lengths.longest(config.max_length, int(settings["per_device_train_batch_size"]))
-
-
-def _batch(
-    config: RunConfig,
-    stage: StageData,
-    lengths: Lengths,
-    args: TrainingArguments,
-    setup: Setup,
-    *,
-    packed: bool,
-    shared: bool,
-) -> MicroBatch:
-    """The stage's largest micro-batch."""
-    if stage.prompts is not None or config.order in ("margin", "random"):
-        return longest(lengths, setup.pairs, packed=packed, shared=shared)
-    schedule = Schedule.of(len(lengths.chosen), args, setup.gpus)
-    if schedule.batches == 0:  # an error when training starts
-        return longest(lengths, setup.pairs, packed=packed, shared=shared)
-    return largest(lengths, schedule, setup.gpus, packed=packed, shared=shared)

@@ -29,10 +29,15 @@ class Plan:
     moments: tuple[Moment, ...]
 
     @classmethod
-    def of(cls, model_config: Any, batch: MicroBatch, setup: Setup, *, trust_remote_code: bool = False) -> Plan:
-        """Plan the training of this model. Raises whatever building or tracing the model raises."""
+    def of(
+        cls, model_config: Any, batch: MicroBatch, scored: int, setup: Setup, *, trust_remote_code: bool = False
+    ) -> Plan:
+        """Plan the training of this model on `batch`; the largest batch that is scored has `scored` tokens.
+
+        Raises whatever building or tracing the model raises.
+        """
         sizes, found = measure(model_config, batch, setup, trust_remote_code=trust_remote_code)
-        return cls(setup, batch, sizes, tuple(Moments(setup, batch, sizes, found).all()))
+        return cls(setup, batch, sizes, tuple(Moments(setup, batch, scored, sizes, found).all()))
 
     @property
     def fullest(self) -> Moment:

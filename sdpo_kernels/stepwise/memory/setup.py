@@ -29,6 +29,8 @@ class Setup:
     optimizer: str = "adamw_torch_fused"
     pairs: int = 4  # in a micro-batch of one GPU
     accumulation: int = 1  # micro-batches in a step
+    scored_pairs: int = 8  # of a batch that is scored: references and evaluation
+    evaluates: bool = False  # while it trains, next to the optimizer's states
     max_length: int = 1024
     gpus: int = 1
     sharded: bool = False  # FSDP2
@@ -53,6 +55,8 @@ class Setup:
             optimizer=str(getattr(args.optim, "value", args.optim)),
             pairs=args.per_device_train_batch_size,
             accumulation=max(args.gradient_accumulation_steps, accumulation.get("num_steps", 1)),
+            scored_pairs=args.per_device_eval_batch_size,
+            evaluates=str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no",
             max_length=config.max_length,
             gpus=gpus,
             sharded=asks_for_fsdp(args) and gpus > 1,

@@ -13,6 +13,7 @@ from sdpo_kernels.stepwise.memory.plan import RESERVE, Plan
 from sdpo_kernels.stepwise.memory.target import Target
 
 HEADINGS = {
+    "scoring": "scoring",
     "forward's end": "forward",
     "head's backward": "head",
     "a layer's backward": "layer",
@@ -66,16 +67,19 @@ def table(plan: Plan) -> list[str]:
 
     rows = {part: [moment.parts.get(part) for moment in plan.moments] for part in PARTS}
     rows["together"] = [moment.total for moment in plan.moments]
-    lines.append(f"{'':18}" + "".join(f"{HEADINGS[moment.name]:>10}" for moment in plan.moments))
+    lines.append(f"{'':17}" + "".join(f"{HEADINGS[moment.name]:>9}" for moment in plan.moments))
     for name, sizes in rows.items():
         if any(sizes):
             cells = ("" if size is None else unit.write(size, 1) for size in sizes)
-            lines.append((f"{name:18}" + "".join(f"{cell:>10}" for cell in cells)).rstrip())
+            lines.append((f"{name:17}" + "".join(f"{cell:>9}" for cell in cells)).rstrip())
     return [*lines, "", *_legend(plan), _verdict(plan, unit)]
 
 
 def _legend(plan: Plan) -> list[str]:
-    found = ["forward: at its end; head, layer: in their backward; backward: at its end; step: the optimizer's."]
+    found = [
+        "scoring: references and evaluation; forward, backward: at its end; head, layer: in its backward; step: the",
+        "optimizer's. The largest of these is what a GPU needs.",
+    ]
     if not plan.knows_optimizer:
         found.append(f"trainer.optim {plan.setup.optimizer}: its states are not known here; Adam's are assumed.")
     return found

@@ -30,3 +30,13 @@ def test_the_plan_is_within_15_percent_of_the_tensors_that_exist(tmp_path, wide,
     runs.write_rows(tmp_path / "data1.jsonl", runs.make_rows(16, longest=60))
     config = runs.configured(tmp_path, wide, (16,), **settings)
     assert plan_of(config).tensors == pytest.approx(train_measured(config, counted=True), rel=0.15)
+
+
+def test_scoring_many_pairs_at_once_can_take_most(tmp_path, wide):
+    """References are scored eight times as many pairs at a time as are trained on."""
+    runs.write_rows(tmp_path / "data1.jsonl", runs.make_rows(32, longest=60))
+    trainer = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 32, "optim": "sgd"}
+    config = runs.configured(tmp_path, wide, (32,), trainer=trainer)
+    plan = plan_of(config)
+    assert plan.fullest.name == "scoring"
+    assert plan.tensors == pytest.approx(train_measured(config, counted=True, scoring=True), rel=0.15)
