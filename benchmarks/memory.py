@@ -4,17 +4,20 @@
     python -m benchmarks.memory --plans          # the plans in docs/memory.md
     python -m benchmarks.memory --table          # the table in docs/memory.md, from benchmarks/results/memory-cpu.json
 
-Each case is a fresh process. It trains a small model once to load every library, then plans and trains the case:
+Each case is a fresh process, which plans the case and trains it twice:
 
     tensors    the most bytes of tensors that existed at once while it trained, counted operation by operation. What the
                kernels of the head allocate for themselves is not in it, nor in the plan beside it.
-    resident   the process's peak resident memory while it trained, minus its resident memory before the model was
-               loaded. Freed memory goes back to the system at once (MALLOC_MMAP_THRESHOLD_), or it would count.
+    resident   the second time: the process's peak resident memory while it trained, minus its resident memory before
+               the model was loaded. What libraries keep for themselves after the first time (code that oneDNN makes,
+               its scratch memory) is not in it. Freed memory goes back to the system at once (MALLOC_MMAP_THRESHOLD_),
+               or it would count.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -47,7 +50,6 @@ CASES: dict[str, Case] = {
     "lora, bf16 base": (WIDE, 120, {"lora": {"r": 8}, "dtype": "bfloat16", "trainer": {"bf16": True}}),
     "ema": (WIDE, 60, {"reference": "ema", "ema": {"decay": 0.5, "sync_steps": 1}}),
     "padded": (LLAMA, 120, {"batching": "padded"}),
-    "sgd": (WIDE, 60, {"trainer": {"optim": "sgd"}}),
     "adafactor": (WIDE, 60, {"trainer": {"optim": "adafactor"}}),
     "tied": (WIDE | {"tie_word_embeddings": True}, 60, {}),
     "Gemma 2": (LLAMA | {"model_type": "gemma2", "head_dim": 32, "num_key_value_heads": 4}, 120, {}),
@@ -154,25 +156,24 @@ def train_measured(config: Any, counted: bool, *, scoring: bool = False) -> int:
 
 
 def measure_here(folder: Path) -> dict[str, Any]:
-    """Plan and measure the runs in `folder`, in this process, which may be one of several ranks."""
+    """Plan and measure the run in `folder`, in this process, which may be one of several ranks."""
     from sdpo_kernels.stepwise.common import ranks
     from sdpo_kernels.stepwise.settings.run_file import load_config
 
-    first, config = (load_config(folder / name / "run.yaml") for name in ("first", "case"))
+    config = load_config(folder / "run.yaml")
     if config.trainer.get("fsdp"):
         _accept_fsdp_on_cpus()
-    train_measured(first, counted=False)
     plan = plan_of(config)
 
+    # FSDP2 frees the memory under tensors that still exist, which a count of tensors does not see
+    first = train_measured(config, counted=not plan.setup.sharded)
+    tensors = None if plan.setup.sharded else first
+
+    gc.collect()
     measure._give_back_free_memory()
     before = measure._status("VmRSS")
-    resident = train_measured(config, counted=False) - before
-
-    # FSDP2 frees the memory under tensors that still exist, which a count of tensors does not see
-    tensors = None
-    if not plan.setup.sharded:
-        again = config.model_copy(update={"output_dir": str(folder / "again")})
-        tensors = train_measured(again, counted=True)
+    again = config.model_copy(update={"output_dir": str(folder / "again")})
+    resident = train_measured(again, counted=False) - before
     return {
         "ranks": ranks.launched(),
         "parameters": plan.sizes.numbers,
@@ -208,11 +209,9 @@ def _accept_fsdp_on_cpus() -> None:
 def measure_case(name: str, threads: int) -> dict[str, Any]:
     """Measure one case in fresh processes; {"skipped": why} if they fail."""
     case, count = CASES[name], RANKS.get(name, 1)
-    tiny = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)
-        make_run(folder / "first", (tiny, 6, case[2]))  # loads what training imports
-        make_run(folder / "case", case)
+        folder = Path(made) / "case"
+        make_run(folder, case)
         program = [sys.executable, "-m", "benchmarks.memory", "--child", str(folder)]
         children = [
             subprocess.Popen(

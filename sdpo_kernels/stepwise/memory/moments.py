@@ -131,11 +131,12 @@ class Moments:
     def _layer_backward(self, number: int) -> Moment:
         layer, sizes, head = self.found.layers[number], self.sizes.layers, self.sizes.head_gradient
 
-        # gradients: those of the layers above, and this layer's own
+        # gradients: those of the layers above, and this layer's own, which FSDP2 has yet to divide
+        own = sizes[number].trained * self.compute if self.setup.sharded else sizes[number].gradients
         later = self._share(sum(size.gradients for size in sizes[number + 1 :]))
-        gradients = later + (self._share(head) if self.head_is_cut else head) + sizes[number].gradients
+        gradients = later + (self._share(head) if self.head_is_cut else head) + own
         if self.accumulates:
-            gradients = self.all_gradients + min(sizes[number].gradients, self.sizes.largest)
+            gradients = self.all_gradients + min(own, self.sizes.largest)
 
         entering = layer.entering if self.setup.checkpointing else 0
         changing = {
