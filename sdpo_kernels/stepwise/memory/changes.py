@@ -22,17 +22,20 @@ class Change:
     together: Plan  # with those before it, too
 
 
-def changes(task: Task, setup: Setup, *, quantises: bool) -> Iterator[Change]:
-    """Changes that apply, up to the first that fits together with those before it; `quantises`: QLoRA is one."""
-    so_far = setup
-    for suggest in (_checkpointing, _fewer_pairs, _shorter, _sharded, _lora, _qlora):
-        alone, together = suggest(setup), suggest(so_far)
+def changes(task: Task, plan: Plan, *, quantises: bool) -> Iterator[Change]:
+    """What makes `plan` smaller, up to the first change that fits with those before it; `quantises`: QLoRA is one."""
+    so_far = plan
+    for suggest in (_checkpointing, _fewer_pairs, _fewer_scored, _shorter, _sharded, _lora, _qlora):
+        alone, together = suggest(plan.setup), suggest(so_far.setup)
         if alone is None or together is None or (suggest is _qlora and not quantises):
             continue
-        so_far = together[1]
-        change = Change(together[0], task.plan(alone[1]), task.plan(so_far))
+
+        change = Change(together[0], task.plan(alone[1]), task.plan(together[1]))
+        if change.together.total >= so_far.total:
+            continue
+        so_far = change.together
         yield change
-        if change.together.fits:
+        if so_far.fits:
             return
 
 
@@ -54,6 +57,12 @@ def _fewer_pairs(setup: Setup) -> Suggestion:
     if setup.sharded and not setup.syncs_each:
         text += ", accelerator_config: {gradient_accumulation_kwargs: {sync_each_batch: true}}"
     return f"trainer: {{{text}}}", replace(setup, pairs=1, accumulation=steps, syncs_each=setup.sharded)
+
+
+def _fewer_scored(setup: Setup) -> Suggestion:
+    if setup.scored_pairs == 1:
+        return None
+    return "trainer: {per_device_eval_batch_size: 1}", replace(setup, scored_pairs=1)
 
 
 def _shorter(setup: Setup) -> Suggestion:

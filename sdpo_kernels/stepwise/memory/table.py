@@ -47,7 +47,7 @@ def plan_lines(found: PlannedRun, target: Target | None, *, quantises: bool) -> 
     if target is not None:
         lines += ["", *table(plan)]
     if target is not None and not plan.fits:
-        lines += ["", *change_lines(changes(found.task, plan.setup, quantises=quantises), _unit(plan))]
+        lines += ["", *change_lines(changes(found.task, plan, quantises=quantises), _unit(plan))]
     return lines
 
 

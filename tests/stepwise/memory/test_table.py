@@ -15,6 +15,7 @@ from sdpo_kernels.stepwise.memory.setup import Setup
 from sdpo_kernels.stepwise.memory.table import line, plan_lines
 from sdpo_kernels.stepwise.memory.target import Target
 from sdpo_kernels.stepwise.models.optimizer_states import OptimizerStates
+from sdpo_kernels.stepwise.settings.lora import LoraSettings
 
 CONFIG = LlamaConfig(
     vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=6, num_attention_heads=16
@@ -52,13 +53,33 @@ def test_a_plan_that_does_not_fit_says_what_to_change_and_ends_at_what_fits(plan
 
 
 def test_each_change_brings_what_a_plan_with_it_says(plan):
-    found = {change.text: change for change in changes(TASK, replace(SETUP, memory=2**30), quantises=True)}
-    assert len(found) == 6
-    checkpointing = found["trainer: {gradient_checkpointing: true}"]
+    base = replace(plan, setup=replace(SETUP, memory=2**30))
+    found = {change.text: change for change in changes(TASK, base, quantises=True)}
+    assert list(found) == [
+        "trainer: {gradient_checkpointing: true}",
+        "trainer: {per_device_train_batch_size: 1, gradient_accumulation_steps: 4}",
+        "max_length: 512",
+        "trainer: {fsdp: true}",
+        "lora: {r: 16}, dtype: bfloat16",
+        "lora: {r: 16}, dtype: bfloat16, quantization: {bits: 4}",
+    ]
+    checkpointing, *_, lora, packed = found.values()
+    assert packed.together.setup.quantization == {"bits": 4, "double": True}
     assert checkpointing.alone.total == TASK.plan(replace(SETUP, checkpointing=True)).total < plan.total
-    sharded = found["trainer: {fsdp: true}"].together
-    assert (sharded.setup.sharded, sharded.setup.pairs, sharded.setup.max_length) == (True, 1, 512)
-    assert found["lora: {r: 16}, dtype: bfloat16"].alone.setup.dtype == torch.bfloat16
+    assert lora.alone.setup.dtype == torch.bfloat16
+    assert not lora.alone.setup.sharded
+    sharded = found["trainer: {fsdp: true}"].together.setup
+    assert (sharded.sharded, sharded.pairs, sharded.max_length, sharded.syncs_each) == (True, 1, 512, True)
+    assert all(change.together.total < plan.total for change in found.values())
+
+
+def test_scoring_fewer_pairs_is_a_change_where_scoring_takes_most():
+    setup = replace(SETUP, lora=LoraSettings(), dtype=torch.bfloat16, checkpointing=True, pairs=1, memory=2**30)
+    plan = TASK.plan(setup)
+    assert plan.fullest.name == "scoring"
+    first = next(changes(TASK, plan, quantises=True))
+    assert first.text == "trainer: {per_device_eval_batch_size: 1}"
+    assert first.alone.total < plan.total
 
 
 def test_fsdp2_divides_what_it_shards():
