@@ -6,8 +6,9 @@ found.plan.total
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,33 +81,19 @@ def plan_run(
     """
     if config.trainer.get("deepspeed"):
         raise NotPlanned("DeepSpeed divides weights and states in its own way")
+    packed = config.batching == "packed"
     device = "cuda" if target is not None or torch.cuda.is_available() else "cpu"
     goal = target or Target(ranks.launched())
-    packed = config.batching == "packed"
     evaluated = None if eval_tokens is None else Lengths.of(eval_tokens)
-    lengths = [_lengths(config, stage) for stage in stages]
-    if config.order in ("margin", "random"):
-        whole = lengths[0]
-        for other in lengths[1:]:
-            whole = whole.joined(other)
-        lengths = [whole] * len(stages)
 
     # of stages with equal settings the largest micro-batch counts
     found: list[tuple[str, Task, Setup, MicroBatch]] = []
-    for stage, own in zip(stages, lengths, strict=True):
+    for stage, lengths in zip(stages, _all_lengths(config, stages), strict=True):
         args = training_arguments(config, stage.config, Path(config.output_dir), Path(config.output_dir))
         setup = Setup.of(config, args, goal.gpus, device, goal.memory)
-        schedule = None
-        if stage.prompts is None and config.order not in ("margin", "random"):
-            schedule = Schedule.of(len(own.chosen), args, goal.gpus)
-
-        # which pairs come together is known, or the longest do
-        if schedule is None or schedule.batches == 0:
-            used, batch = own, longest(own, setup.pairs, packed=packed, shared=shared)
-        else:
-            used = own.take(schedule.used())
-            batch = largest(own, schedule, goal.gpus, packed=packed, shared=shared)
-        task = Task(model_config, used, packed, shared, evaluated, config.trust_remote_code)
+        task = Task(model_config, lengths, packed, shared, evaluated, config.trust_remote_code)
+        schedule = Schedule.of(len(lengths.chosen), args, goal.gpus) if _order_is_known(config, stage) else None
+        task, batch = _largest(task, setup, schedule)
 
         before = next((number for number, other in enumerate(found) if other[2] == setup), None)
         if before is None:
@@ -118,8 +105,29 @@ def plan_run(
     return max(plans, key=lambda planned: planned.plan.total)
 
 
+def _order_is_known(config: RunConfig, stage: StageData) -> bool:
+    """Whether the stage's pairs are those that it will train on, in an order that depends on settings alone."""
+    return stage.prompts is None and config.order not in ("margin", "random")
+
+
+def _all_lengths(config: RunConfig, stages: Sequence[StageData]) -> list[Lengths]:
+    """The lengths of each stage's pairs; those of all stages for each if pairs change their stage."""
+    lengths = [_lengths(config, stage) for stage in stages]
+    if config.order not in ("margin", "random"):
+        return lengths
+    return [functools.reduce(Lengths.joined, lengths)] * len(stages)
+
+
 def _lengths(config: RunConfig, stage: StageData) -> Lengths:
     if stage.prompts is None:
         return Lengths.of(stage.tokens)
     settings = config.trainer | stage.config.trainer
     return Lengths.longest(config.max_length, int(settings["per_device_train_batch_size"]))
+
+
+def _largest(task: Task, setup: Setup, schedule: Schedule | None) -> tuple[Task, MicroBatch]:
+    """The task with the pairs that the steps train on, and its largest micro-batch; without a schedule the longest."""
+    if schedule is None or schedule.batches == 0:
+        return task, longest(task.lengths, setup.pairs, packed=task.packed, shared=task.shared)
+    batch = largest(task.lengths, schedule, setup.gpus, packed=task.packed, shared=task.shared)
+    return replace(task, lengths=task.lengths.take(schedule.used())), batch
