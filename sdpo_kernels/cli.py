@@ -54,16 +54,23 @@ def train(config: ConfigFile, overrides: Overrides = None, quiet: Quiet = False)
 
 
 @app.command(context_settings=_TAKES_OVERRIDES)
-def check(config: ConfigFile, overrides: Overrides = None) -> None:
+def check(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(help="Plan the memory of a run on this many GPUs.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory of one GPU, e.g. 80GiB; says what to change.")] = None,
+) -> None:
     """Read config, data and tokenizer, and print what `train` would do, without training."""
-    reporter, given = _reporter(), _settings(overrides)
+    from sdpo_kernels.stepwise.memory.target import Target
+
+    reporter, given, target = _reporter(), _settings(overrides), Target.of(gpus, memory)
     with reporter.waiting(_LOADING):
         from sdpo_kernels.stepwise.check import check_run
         from sdpo_kernels.stepwise.common import ranks
         from sdpo_kernels.stepwise.settings.run_file import load_config
 
     settings = load_config(config, given)
-    ranks.once(lambda: check_run(settings, reporter))
+    ranks.once(lambda: check_run(settings, reporter, target))
 
 
 @app.command(context_settings=_TAKES_OVERRIDES)

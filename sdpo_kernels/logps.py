@@ -139,20 +139,25 @@ def columns_to_keep(
     backend: Backend, hidden: Tensor, weight: Tensor, n_rows: int, dtype: torch.dtype, stash_bytes: int | str
 ) -> Keep:
     """Whole blocks of columns, as many as fit the budget."""
-    budget = stash_budget(hidden.device, n_rows, tuple(weight.shape), stash_bytes)
+    n_columns, width = weight.shape
+    budget = stash_budget(hidden.device, n_rows, (n_columns, width), stash_bytes)
     per_column = n_rows * backend.stash_dtype(dtype, hidden.device).itemsize
     everything = -(-weight.shape[0] // STASH_MULTIPLE) * STASH_MULTIPLE
     columns = everything if per_column == 0 else budget // per_column
     return Keep.columns(min(columns // STASH_MULTIPLE * STASH_MULTIPLE, everything))
 
 
-def stash_budget(device: torch.device, n_rows: int, head: tuple[int, ...], stash_bytes: int | str) -> int:
+def stash_budget(device: torch.device, n_rows: int, head: tuple[int, int], stash_bytes: int | str) -> int:
     """Bytes of the stash for N scored rows and a head [V, H]; ValueError as in `check_stash_bytes`."""
     check_stash_bytes(stash_bytes)
     if isinstance(stash_bytes, str):
-        n_columns, width = head
-        return min(2 * n_rows * n_columns, 4 * n_columns * width, total_memory(device) // 8)
+        return automatic_stash_bytes(n_rows, *head, total_memory(device))
     return stash_bytes
+
+
+def automatic_stash_bytes(n_rows: int, n_columns: int, width: int, memory: int) -> int:
+    """What `stash_bytes="auto"` allows for N rows, a head [V, H] and a device with `memory` bytes."""
+    return min(2 * n_rows * n_columns, 4 * n_columns * width, memory // 8)
 
 
 def check_stash_bytes(stash_bytes: int | str) -> None:

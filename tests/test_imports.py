@@ -32,7 +32,7 @@ LAYERS = [
     {"stepwise.settings"},
     {"stepwise.data", "stepwise.record"},
     {"stepwise.models", "stepwise.report"},
-    {"stepwise.references"},
+    {"stepwise.references", "stepwise.memory"},
     {"stepwise.state"},
     {"stepwise.sources"},
     {"stepwise.training"},

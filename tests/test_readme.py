@@ -40,13 +40,14 @@ TARGETS = {
     "make bench": ["-m", "benchmarks.head", "--quick", "--cases", "gemms", "ours", "naive"],
     "python -m benchmarks.floor": ["-m", "benchmarks.floor", "--quick", "--rounds", "1"],
 }
-# run, shortened, by tests/test_benchmarks.py, tests/test_benchmark_page.py or below
-BENCHMARKS = {f"python -m benchmarks.{name}" for name in ("accuracy", "scaling", "step", "body", "stages", "page")}
+# run, shortened, by tests/test_benchmarks.py, tests/test_benchmark_page.py, tests/stepwise/memory or below
+NAMES = ("accuracy", "scaling", "step", "body", "memory", "stages", "page")
+BENCHMARKS = {f"python -m benchmarks.{name}" for name in NAMES}
 
 
 def test_every_command_is_known():
     sdpo = {command for command in COMMANDS if command.startswith("sdpo ")}
-    assert len(sdpo) == 6
+    assert len(sdpo) == 7
     assert set(COMMANDS) - sdpo - INSTALLS - INFO - set(TARGETS) == BENCHMARKS
 
 

@@ -17,6 +17,9 @@ from sdpo_kernels.stepwise.data.batches import shared_tokens
 from sdpo_kernels.stepwise.data.order import scored_counts
 from sdpo_kernels.stepwise.data.schedule import Schedule
 from sdpo_kernels.stepwise.data.template_clock import reads_clock
+from sdpo_kernels.stepwise.memory.of_run import NotPlanned, PlannedRun, plan_run
+from sdpo_kernels.stepwise.memory.table import plan_lines
+from sdpo_kernels.stepwise.memory.target import Target
 from sdpo_kernels.stepwise.post.after_run import check_start
 from sdpo_kernels.stepwise.prepare import Prepared, prepare, schedules_of
 from sdpo_kernels.stepwise.record.changes import processes_of, refused_settings
@@ -35,11 +38,11 @@ _ORDERS = {
 }
 
 
-def check_run(config: RunConfig, reporter: Reporter) -> None:
-    """Print what `sdpo train` would do. Writes nothing.
+def check_run(config: RunConfig, reporter: Reporter, target: Target | None = None) -> None:
+    """Print what `sdpo train` would do. Writes nothing. With a `target` the memory plan is for its GPUs.
 
     1. Read all input and try what training will need, as a run does.
-    2. Print warnings, the table of stages and the main settings.
+    2. Print warnings, the table of stages, the main settings and the memory plan.
     3. Compare the config with that of the run in output_dir, if there is one.
 
     UserError for whatever would stop the run before training.
@@ -80,7 +83,29 @@ def check_run(config: RunConfig, reporter: Reporter) -> None:
     for note in (schedule.note(name) for name, schedule in _schedules(prepared).items()):
         if note is not None:
             reporter.say(f"note       {note}")
+    _say_memory(prepared, target, reporter)
     reporter.say(_state(config, now))
+
+
+def _say_memory(prepared: Prepared, target: Target | None, reporter: Reporter) -> None:
+    """Print the memory plan: a line, and with a `target` the table and what to change."""
+    with reporter.waiting("planning memory"):
+        try:
+            quantises = "quantization" in RunConfig.model_fields
+            first, *others = plan_lines(planned(prepared, target), target, quantises=quantises)
+        except NotPlanned as reason:
+            first, others = f"not planned: {reason}", []
+    reporter.say(f"memory     {first}")
+    for text in others:
+        reporter.say(f"  {text}".rstrip())
+
+
+def planned(prepared: Prepared, target: Target | None) -> PlannedRun:
+    """The memory plan of a run that is prepared; NotPlanned says why there is none."""
+    shared = _against_sharing(prepared) is None
+    return plan_run(
+        prepared.config, prepared.model_config, prepared.stages, prepared.eval_tokens, target, shared=shared
+    )
 
 
 def _say_reference(prepared: Prepared, reporter: Reporter) -> None:

@@ -14,6 +14,7 @@ from sdpo_kernels.backends.describe import describe_auto
 from sdpo_kernels.stepwise.check import check_run
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.progress import Reporter
+from sdpo_kernels.stepwise.memory.target import Target
 from sdpo_kernels.stepwise.settings.run_file import load_config
 from tests.stepwise import runs
 
@@ -227,3 +228,21 @@ def test_a_model_without_a_config_is_a_one_line_error(tmp_path, model):
     with pytest.raises(UserError, match=r"model: no config can be loaded from .*empty") as error:
         checked(config.model_copy(update={"model": str(tmp_path / "empty")}))
     assert "\n" not in str(error.value)
+
+
+def test_the_memory_plan(tmp_path, model):
+    """A line for this machine; for given GPUs the table, too, and what to change where it does not fit."""
+    config = runs.configured(tmp_path, model)
+    text = checked(config)
+    weights = sum(weight.numel() for weight in transformers.AutoModelForCausalLM.from_pretrained(model).parameters())
+    (found,) = re.findall(r"memory     about \d+ KiB on this CPU: weights (\d+), .*\(stage s[12]\)", text)
+    assert int(found) == round(4 * weights / 2**10)
+    assert "GPU" not in text
+
+    stream = io.StringIO()
+    reporter = Reporter(console=Console(file=stream, width=120, highlight=False))
+    check_run(config, reporter, Target(gpus=2, memory=2**30))
+    text = stream.getvalue()
+    assert "memory of each of 2 GPUs in KiB, with the largest micro-batch (4 pairs, " in text
+    assert "It does not fit: " in text  # what is assumed for CUDA takes all of it
+    assert "trainer: {fsdp: true}" in text

@@ -137,6 +137,19 @@ def test_user_errors_are_one_line_on_stderr_and_exit_code_2(main, tmp_path, mode
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--memory", "80"], "error: --memory: was '80', must be a number above 0 with a unit (MiB, GiB, "),
+        (["--gpus", "0"], "error: --gpus: was 0, must be a number of GPUs, at least 1\n"),
+    ],
+)
+def test_gpus_that_cannot_be_are_reported_before_anything_is_loaded(main, tmp_path, model, arguments, message):
+    code, out, err = main("check", runs.write_settings(tmp_path, model), *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith(message)
+
+
 def test_a_bad_row_names_file_and_line(main, tmp_path, model):
     (tmp_path / "data1.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": \n')
     code, _, err = main("check", runs.write_settings(tmp_path, model))
@@ -147,8 +160,10 @@ def test_a_bad_row_names_file_and_line(main, tmp_path, model):
 def test_check_and_score_and_report(main, tmp_path, model, pictures):
     evaluation = runs.write_rows(tmp_path / "e.jsonl", runs.make_rows(3))
     path = runs.write_settings(tmp_path, model, sizes=(4,), eval_data=str(evaluation))
-    code, out, err = main("check", path)
+    code, out, err = main("check", path, "--gpus", 2, "--memory", "80GiB")
     assert (code, err) == (0, "")
+    assert "It fits: " in out
+    assert "of 80.0 GiB." in out
     assert "(new)" in out
     assert not (tmp_path / "run").exists()
     assert main("train", path, "-q")[0] == 0

@@ -11,10 +11,8 @@ from transformers import TrainingArguments
 
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.units import write_bytes
+from sdpo_kernels.stepwise.models.optimizer_states import OptimizerStates
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
-
-# bytes of optimizer state per byte of trained weights; 2 (Adam's two moments) for every other optimizer
-_STATES = {"sgd": 0.0, "adafactor": 0.1, "adagrad": 1.0, "rmsprop": 1.0, "lion": 1.0, "lomo": 0.0}
 
 
 @dataclass(frozen=True)
@@ -28,8 +26,9 @@ class Space:
     def of(cls, config: RunConfig, model: Any, args: TrainingArguments) -> Space:
         """The space for `model`, which may be on the meta device, with its adapter on it if the run has one."""
         weights = list(model.parameters())
-        trained = sum(w.numel() * w.element_size() for w in weights if w.requires_grad)
-        states = trained * _states(str(getattr(args.optim, "value", args.optim)))
+        in_training = [weight for weight in weights if weight.requires_grad]
+        trained = sum(w.numel() * w.element_size() for w in in_training)
+        states = OptimizerStates.of(str(getattr(args.optim, "value", args.optim))).bytes_of(in_training)
         averages = trained if config.reference == "ema" else 0
 
         # a checkpoint of a LoRA run has the adapter only; merged weights are float32, and the adapter is next to them
@@ -65,11 +64,6 @@ def check_space(space: Space, folder: Path, stages: int) -> str | None:
     if free < whole:
         return f"output_dir: {needs}; two checkpoints and {missing} stages are {write_bytes(whole)}, more than is free"
     return None
-
-
-def _states(optimizer: str) -> float:
-    found = next((factor for name, factor in _STATES.items() if name in optimizer), 2.0)
-    return found / 4 if "8bit" in optimizer else found / 8 if "4bit" in optimizer else found
 
 
 def _existing(folder: Path) -> Path:

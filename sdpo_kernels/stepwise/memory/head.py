@@ -1,0 +1,107 @@
+"""What the fused head takes: rows, stash, chunk. The rules are those of `logps.py` and of the backends.
+
+The stash is what the forward keeps so that the backward need not recompute logits; chunks of the vocabulary are scratch
+memory while the head works. A frozen head keeps one vector [H] a scored row instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sdpo_kernels.backends import choose_backend
+from sdpo_kernels.backends.base import STASH_MULTIPLE, Request
+from sdpo_kernels.head import Head
+from sdpo_kernels.logps import HOST_MEMORY, automatic_stash_bytes
+
+GPU_CHUNK = 2**28  # elements of a chunk: CHUNK_ELEMENTS of backends/triton/backend.py
+GPU_SLAB = 4 * 2**23  # bytes of dW before it is rounded: SLAB_ELEMENTS there
+CPU_CHUNK = 2**22  # CHUNK_ELEMENTS of csrc/cpu/leaves.cpp
+CUT_CHUNK = 8192  # rows of W that sharded_linear_logps sends at a time
+ROW_BYTES = 64  # of a scored row's log-prob, state and metrics
+
+
+@dataclass(frozen=True)
+class HeadCase:
+    """One call of the head."""
+
+    tokens: int  # hidden states that enter it
+    rows: int  # scored
+    columns: int  # V
+    width: int  # H
+    hidden_dtype: torch.dtype
+    weight_dtype: torch.dtype
+    compute: torch.dtype  # what the products' operands are rounded to
+    trains: bool
+    gathered: bool  # with shared prompts the scored hidden states are copied out first
+    device: str  # "cuda" or "cpu"
+    memory: int | None = None  # of the device; None: this machine's
+    is_cut: bool = False  # spread over the GPUs, as under FSDP2
+
+
+@dataclass(frozen=True)
+class HeadMemory:
+    """In bytes."""
+
+    kept: int  # from its forward to its backward
+    stash: int  # of that, the stash, or the direction of a frozen head
+    forward: int  # scratch in the forward
+    backward: int  # scratch and the hidden states' gradient; without the weight's gradient
+    scratch: int  # of that, what the kernels allocate for themselves
+
+    @classmethod
+    def of(cls, case: HeadCase) -> HeadMemory:
+        """The head's memory."""
+        item, rows = case.hidden_dtype.itemsize, case.rows
+        entering = rows if case.gathered else case.tokens
+        hidden = entering * case.width * item
+        own = rows * case.width * item if rows < entering else 0  # the scored rows alone
+        stash = 0 if case.is_cut else _stash(case)
+        chunk = _cut_chunk(case) if case.is_cut else _chunk(case, stash)
+
+        # dX of the scored rows, in float32 while it is summed, then of all hidden states
+        sums = rows * case.width * (4 + (item if item < 4 else 0))
+        scratch = own + sums + (chunk if case.trains or case.is_cut else 0)
+        spread = case.tokens * case.width * item
+        return cls(hidden + stash + ROW_BYTES * rows, stash, own + chunk, scratch + spread, scratch)
+
+
+def _stash(case: HeadCase) -> int:
+    if not case.trains:
+        return 4 * case.rows * case.width
+    item = _stash_item(case)
+    budget = automatic_stash_bytes(case.rows, case.columns, case.width, case.memory or HOST_MEMORY)
+    everything = -(-case.columns // STASH_MULTIPLE) * STASH_MULTIPLE
+    columns = min(budget // max(1, case.rows * item) // STASH_MULTIPLE * STASH_MULTIPLE, everything)
+    return case.rows * columns * item
+
+
+def _stash_item(case: HeadCase) -> int:
+    """Bytes of one number of the stash."""
+    if case.device != "cpu":
+        return 2 if case.compute.itemsize == 2 else 4
+    device = torch.device("cpu")
+    backend = choose_backend("auto", Request(device, case.compute, case.weight_dtype, Head(), ()))
+    return backend.stash_dtype(case.compute, device).itemsize
+
+
+def _chunk(case: HeadCase, stash: int) -> int:
+    """Scratch memory of a chunk: its part of S unless that is stashed, rows of W in another dtype, a slab of dW."""
+    item = _stash_item(case)
+    stashed = stash // max(1, case.rows * item) if case.trains else 0
+    left = max(0, case.columns - stashed)
+    if case.device == "cpu":
+        return min(CPU_CHUNK, case.rows * left) * item
+
+    columns = min(case.columns, max(STASH_MULTIPLE, GPU_CHUNK // max(case.rows, case.width)))
+    cast = columns * case.width * item if case.weight_dtype != case.compute else 0
+    slab = min(GPU_SLAB, 4 * case.columns * case.width) if case.trains else 0
+    return case.rows * min(columns, left) * item + cast + slab
+
+
+def _cut_chunk(case: HeadCase) -> int:
+    """A chunk's rows of W, sent to every GPU, its logits and their gradient, and its part of dW."""
+    columns = min(CUT_CHUNK, case.columns)
+    weights = columns * case.width * (case.compute.itemsize + (4 if case.trains else 0))
+    return weights + 3 * 4 * case.rows * columns

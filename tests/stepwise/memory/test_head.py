@@ -1,0 +1,51 @@
+"""The head's rules are those of logps.py and of the backends."""
+
+import inspect
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sdpo_kernels import linear_logps
+from sdpo_kernels.integrations.sharded_head import sharded_linear_logps
+from sdpo_kernels.stepwise.memory import head
+from sdpo_kernels.stepwise.memory.head import HeadCase, HeadMemory
+from sdpo_kernels.stepwise.memory.live import LiveBytes
+
+ROOT = Path(__file__).resolve().parents[3]
+CASE = HeadCase(
+    tokens=40, rows=40, columns=700, width=48, hidden_dtype=torch.float32, weight_dtype=torch.float32,
+    compute=torch.float32, trains=True, gathered=False, device="cpu",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("columns", [700, 20000])
+def test_what_the_forward_keeps_is_what_linear_logps_keeps(trains, columns):
+    hidden = torch.randn(40, 48, requires_grad=True)
+    weight = torch.randn(columns, 48, requires_grad=trains)
+    targets = torch.arange(40)
+    with LiveBytes([hidden, weight, targets]) as live:
+        out = linear_logps(hidden, weight, targets)
+        kept = live.now
+        del out
+    found = HeadMemory.of(replace(CASE, columns=columns, trains=trains))
+    assert found.stash > 0
+    assert found.kept - 4 * 40 * 48 == pytest.approx(kept, abs=40 * head.ROW_BYTES)
+
+
+def test_a_head_that_is_cut_keeps_no_stash():
+    found = HeadMemory.of(replace(CASE, columns=20000, is_cut=True))
+    assert (found.stash, found.kept) == (0, 40 * (4 * 48 + head.ROW_BYTES))
+    assert found.backward > 8192 * 48 * 4 + 3 * 4 * 40 * 8192
+
+
+def test_the_sizes_of_chunks_are_those_of_the_kernels():
+    assert inspect.signature(sharded_linear_logps).parameters["chunk_columns"].default == head.CUT_CHUNK
+    leaves = (ROOT / "csrc/cpu/leaves.cpp").read_text()
+    assert 1 << int(re.search(r"CHUNK_ELEMENTS = int64_t\(1\) << (\d+)", leaves)[1]) == head.CPU_CHUNK
+    source = (ROOT / "sdpo_kernels/backends/triton/backend.py").read_text()
+    assert 2 ** int(re.search(r"CHUNK_ELEMENTS = 2\*\*(\d+)", source)[1]) == head.GPU_CHUNK
+    assert 4 * 2 ** int(re.search(r"SLAB_ELEMENTS = 2\*\*(\d+)", source)[1]) == head.GPU_SLAB
