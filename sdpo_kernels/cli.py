@@ -203,6 +203,8 @@ def main() -> None:
     # only rank 0 of a launcher's processes logs
     first = _is_first()
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING if first else logging.CRITICAL)
+    # bitsandbytes is imported by PEFT even without quantization, and then asks for a package of faster CPU kernels
+    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
     if not first:
         warnings.simplefilter("ignore")
 
