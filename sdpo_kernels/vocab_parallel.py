@@ -207,7 +207,8 @@ class _Call(NamedTuple):
 
     def exchange(self, part: SliceForward) -> list[SliceForward]:
         """The sums of all ranks, in order."""
-        names = [name for name in SliceForward._fields if name != "kept" and getattr(part, name) is not None]
+        # a backend may answer more than was asked for, and a rank without columns does not
+        names = ["total", "k", *(field for output in self.outputs for field in slices.FIELDS[output])]
         mine = torch.stack([getattr(part, name) for name in names])
         everyone = [torch.empty_like(mine) for _ in self.slice_rows]
         dist.all_gather(everyone, mine, group=self.group)
@@ -270,8 +271,7 @@ class _VocabParallelLogps(torch.autograd.Function):
 
 def _empty(zeros: Tensor, outputs: Sequence[str]) -> SliceForward:
     """What a slice without columns answers."""
-    names = {"entropy": "mean_log_prob", "log_sum_sq_probs": "sum_sq_probs", "mean_logits": "sum_logits"}
-    extras = {names[name]: zeros for name in outputs if name in names}
+    extras = {field: zeros for output in outputs for field in slices.FIELDS[output]}
     if "is_top1" in outputs:
-        extras |= {"max_rest": torch.full_like(zeros, -torch.inf), "target_z": zeros}
+        extras["max_rest"] = torch.full_like(zeros, -torch.inf)
     return SliceForward(zeros, zeros, None, **extras)

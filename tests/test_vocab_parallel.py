@@ -46,6 +46,7 @@ def cases() -> dict[str, tuple[Case, dict[int, tuple[int, ...]], dict[str, Any]]
         "nothing trains": (case(trains=()), SLICES, {}),
         "out of range": (case(scale=90.0), SLICES, {}),
         "few rows of the head": (case(8, 6, 3, outputs=EXTRAS), UNEVEN, {}),
+        "few rows of the head, one output": (case(8, 6, 3, outputs=("log_sum_sq_probs",)), UNEVEN, {}),
         "nothing is scored": (case(masked=1.0), SLICES, {}),
         "known sizes": (case(), SLICES, {"slice_rows": True}),
         "sequence parallel": (case(36, 24, 1000), SLICES, {"sequence_parallel": True}),
@@ -181,7 +182,7 @@ def errors(rank: int) -> list[str]:
 
 
 def sent(rank: int) -> dict[str, int]:
-    """Bytes that a rank gives to each collective in a forward and a backward of two ranks, 32 scored rows, H 24."""
+    """Bytes that a rank gives to each collective in a forward and a backward: 32 scored rows, H 24, one extra."""
     found: dict[str, int] = {}
 
     def counting(name: str, place: int) -> None:
@@ -197,7 +198,8 @@ def sent(rank: int) -> dict[str, int]:
         counting(name, place)
     case = random_case(32, 24, 1000)
     x = case.hidden.requires_grad_()
-    out = vocab_parallel_linear_logps(x, share(case.weight, SLICES[4], rank), case.targets, slice_rows=SLICES[4])
+    options: dict[str, Any] = {"slice_rows": SLICES[4], "outputs": ("mean_logits",)}
+    out = vocab_parallel_linear_logps(x, share(case.weight, SLICES[4], rank), case.targets, **options)
     out.logps.sum().backward()
     return found
 
@@ -313,6 +315,6 @@ def test_a_mistake_on_one_rank_is_an_error_on_all(results):
 
 
 def test_the_bytes_that_are_sent(results):
-    """N 32, H 24: 8·N of the targets' logits and 4·N·H of dX are summed, 16·N a rank are gathered."""
+    """N 32, H 24: 8·N of the targets' logits and 4·N·H of dX are summed, 16·N and the extra's 8·N a rank are gathered."""
     for result in results:
-        assert result["sent"] == {"all_reduce": 8 * 32 + 4 * 32 * 24, "all_gather": 16 * 32}
+        assert result["sent"] == {"all_reduce": 8 * 32 + 4 * 32 * 24, "all_gather": 24 * 32}

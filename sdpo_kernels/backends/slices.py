@@ -23,6 +23,15 @@ from sdpo_kernels.backends.chunk_math import entropy_of, log_sum_sq_of
 from sdpo_kernels.head import product_dtype
 
 
+# the fields of SliceForward that an output is merged from, beside `total` and `k`
+FIELDS = {
+    "entropy": ("mean_log_prob",),
+    "log_sum_sq_probs": ("sum_sq_probs",),
+    "mean_logits": ("sum_logits",),
+    "is_top1": ("max_rest", "target_z"),
+}
+
+
 class Merged(NamedTuple):
     """Results over all slices, [N] each; extras not requested are None."""
 
