@@ -170,6 +170,10 @@ def errors(rank: int) -> list[str]:
         {"outputs": ("perplexity",)},
         {"sequence_parallel": True},
         {"slice_rows": (5, 5)},
+        {"softcap": -1.0 if rank == 1 else None},
+        {"stash_bytes": -1 if rank == 1 else 0},
+        {"backend": "cuda" if rank == 1 else "auto"},
+        {"bias_slice": torch.zeros(5) if rank == 1 else None},
     ]
     found = []
     for changes in wrong:
@@ -312,6 +316,9 @@ def test_a_mistake_on_one_rank_is_an_error_on_all(results):
         assert (
             found[8] == f"slice_rows: was [5, 5], must be a number of rows for each of 4 ranks, 5 for this one ({rank})"
         )
+        for place, argument in ((9, "softcap: was -1.0"), (10, "stash_bytes: was -1"), (11, "backend: was 'cuda'")):
+            assert found[place].startswith(argument if rank == 1 else f"rank 1 of the group: {argument}")
+        assert found[12] == "bias_slice: was torch.float32 on rank 1 of the group, must be None as on rank 0"
 
 
 def test_the_bytes_that_are_sent(results):
