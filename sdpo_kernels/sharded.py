@@ -322,6 +322,7 @@ class _ShardedLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_logps: Tensor | None, *grad_extras: Tensor | None) -> tuple[Tensor | None, ...]:
+        slices.check_first_derivative()
         call: _Call = ctx.call
         count, saved_tensors = len(call.plan), ctx.saved_tensors
         ks, stashes = saved_tensors[:count], saved_tensors[count : 2 * count]
@@ -337,8 +338,11 @@ class _ShardedLogps(torch.autograd.Function):
         db = torch.empty_like(bias) if needed.bias else None
         for place, (chunk, rows, row_bias) in enumerate(call.walk(weight, bias)):
             one = call.slice_call(hidden, rows, row_bias, targets.in_chunk(chunk))
-            if dw is not None:  # so that its gradient is float32, too: it is added to those of other ranks
+            # so that their gradients are float32, too: they are added to those of other ranks
+            if dw is not None:
                 one = replace(one, weight=rows.to(exact))
+            if db is not None and row_bias is not None:
+                one = replace(one, bias=row_bias.to(exact))
             state = slices.state_of(call.backend, lse, ks[place])
             saved = Saved(logps, state, entropy, stashes[place], None, ctx.keeps[place])
             found = slices.slice_backward(call.backend, one, saved, coefficient, grad_entropy, needed)
@@ -349,5 +353,5 @@ class _ShardedLogps(torch.autograd.Function):
             if dw is not None and found.weight is not None:
                 call.add_up(found.weight, chunk, dw)
             if db is not None and found.bias is not None:
-                call.add_up(found.bias.to(exact), chunk, db)
+                call.add_up(found.bias, chunk, db)
         return None if dx is None else dx.to(hidden.dtype), dw, db, None, None

@@ -249,6 +249,7 @@ class _VocabParallelLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_logps: Tensor | None, *grad_extras: Tensor | None) -> tuple[Tensor | None, ...]:
+        slices.check_first_derivative()
         hidden, weight, bias, scored, index, logps, lse, entropy, k, kept = ctx.saved_tensors
         call: _Call = ctx.call
         needs = Needs(*ctx.needs_input_grad[:3])
@@ -258,16 +259,17 @@ class _VocabParallelLogps(torch.autograd.Function):
 
         # hidden's rows are gathered again rather than kept
         x = call.rows_of(hidden, index)
-        part = torch.zeros_like(x, dtype=logps.dtype)
-        dw, db = None, None
+        part, dw, db = None, None, None
         if len(weight):
             own = call.head_call(x, weight, bias, scored)
             saved = Saved(logps, slices.state_of(call.backend, lse, k), entropy, kept, None, call.keep)
             coefficient = torch.zeros_like(logps) if grad_logps is None else grad_logps
             found = slices.slice_backward(call.backend, own, saved, coefficient, grad_entropy, needs)
-            part, dw, db = (part if found.hidden is None else found.hidden), found.weight, found.bias
+            part, dw, db = found.hidden, found.weight, found.bias
 
-        dx = call.hidden_gradient(part, hidden, index) if needs.hidden else None
+        dx = None
+        if needs.hidden:
+            dx = call.hidden_gradient(torch.zeros_like(x, dtype=logps.dtype) if part is None else part, hidden, index)
         if needs.weight and dw is None:
             dw = torch.zeros_like(weight)
         if needs.bias and db is None and bias is not None:

@@ -77,6 +77,7 @@ def one_process(rank: int, folder: Path) -> None:
         results[f"autocast {count}"] = autocast(SLICES[count], rank, group)
         results[f"dpo {count}"] = dpo(SLICES[count], rank, group)
     results["errors"] = errors(rank)
+    results["twice"] = twice(rank)
     results["sent"] = sent(rank)
     torch.save(results, folder / f"{rank}.pt")
     dist.barrier()
@@ -183,6 +184,16 @@ def errors(rank: int) -> list[str]:
         except ValueError as error:
             found.append(str(error))
     return found
+
+
+def twice(rank: int) -> str:
+    """The error of a backward that is to be differentiated."""
+    case = random_case(3, 8, 1000)
+    x = case.hidden.requires_grad_()
+    out = vocab_parallel_linear_logps(x, share(case.weight, SLICES[4], rank), case.targets)
+    with pytest.raises(RuntimeError) as caught:
+        torch.autograd.grad(out.logps.sum(), x, create_graph=True)
+    return str(caught.value)
 
 
 def sent(rank: int) -> dict[str, int]:
@@ -319,6 +330,11 @@ def test_a_mistake_on_one_rank_is_an_error_on_all(results):
         for place, argument in ((9, "softcap: was -1.0"), (10, "stash_bytes: was -1"), (11, "backend: was 'cuda'")):
             assert found[place].startswith(argument if rank == 1 else f"rank 1 of the group: {argument}")
         assert found[12] == "bias_slice: was torch.float32 on rank 1 of the group, must be None as on rank 0"
+
+
+def test_a_second_derivative_is_an_error(results):
+    expected = "create_graph: was True, must be False: a head in slices has no second derivative"
+    assert [r["twice"] for r in results] == [expected] * 4
 
 
 def test_the_bytes_that_are_sent(results):

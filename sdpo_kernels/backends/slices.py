@@ -112,6 +112,12 @@ def state_of(backend: Backend, lse: Tensor, k: Tensor) -> Tensor:
     return torch.stack([lse, k], 1)[:, : backend.state_columns]
 
 
+def check_first_derivative() -> None:
+    """RuntimeError in a backward with create_graph, whose results would pass for constants: kernels record nothing."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("create_graph: was True, must be False: a head in slices has no second derivative")
+
+
 def slice_backward(
     backend: Backend, call: HeadCall, saved: Saved, grad_logps: Tensor, grad_entropy: Tensor | None, needs: Needs
 ) -> Gradients:

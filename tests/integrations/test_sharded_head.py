@@ -82,6 +82,7 @@ def one_process(rank: int, folder: Path) -> None:
     results["errors"] = [refusal(targets=torch.full((2,), 80)), refusal(outputs=("perplexity",))]
     results["errors"].append(refusal(shard_rows=[60, 20]))
     results["fsdp"] = of_fsdp(rank)
+    results["in bfloat16"] = in_bfloat16(rank)
     results["whole blocks"] = of_whole_blocks(rank)
     torch.save(results, folder / f"{rank}.pt")
     dist.barrier()
@@ -130,6 +131,21 @@ def blocks_problem():
     generator = torch.Generator().manual_seed(4)
     hidden, weight = (torch.randn(n, 32, generator=generator).bfloat16() for n in (40, 512))
     return hidden, weight, torch.randint(512, (40,), generator=generator)
+
+
+def in_bfloat16(rank: int):
+    """What the ranks add up for the bias of a bfloat16 head, and the error of a backward that is to be differentiated."""
+    hidden, weight, targets, coefficient = problem(torch.bfloat16)
+    own = slice(*LAYOUT["rows"][rank])
+    shard, bias = (t.split(LAYOUT["shards"])[rank].clone() for t in (weight, bias_of({"bias": True}, torch.bfloat16)))
+    added, add_up = [], sharded._Call.add_up
+    sharded._Call.add_up = lambda call, part, *more: (added.append(part.clone()), add_up(call, part, *more))[1]
+    out = sharded_linear_logps(hidden[own], shard, targets[own], bias_shard=bias.requires_grad_())
+    loss_of(out, coefficient[own]).backward(retain_graph=True)
+    sharded._Call.add_up = add_up
+    with pytest.raises(RuntimeError) as caught:
+        torch.autograd.grad(out.logps.sum(), bias, create_graph=True)
+    return torch.cat(added), str(caught.value)
 
 
 def of_whole_blocks(rank: int):
@@ -213,6 +229,17 @@ def test_what_is_stashed() -> None:
 
 def test_at_most_a_chunk_is_broadcast_at_a_time(results):
     assert [r["largest"] for r in results] == [10 * H, 10 * H]
+
+
+def test_the_gradient_of_a_bfloat16_bias_is_rounded_after_its_sum(results):
+    for added, _ in (r["in bfloat16"] for r in results):
+        assert added.dtype == torch.float32
+        assert not torch.equal(added, added.bfloat16().float())
+
+
+def test_a_second_derivative_is_an_error(results):
+    expected = "create_graph: was True, must be False: a head in slices has no second derivative"
+    assert [r["in bfloat16"][1] for r in results] == [expected] * 2
 
 
 def test_mismatched_arguments_are_errors(results):
