@@ -22,7 +22,6 @@ from sdpo_kernels.backends.base import SHIFT, Backend, Gradients, HeadCall, Need
 from sdpo_kernels.backends.chunk_math import entropy_of, log_sum_sq_of
 from sdpo_kernels.head import product_dtype
 
-
 # the fields of SliceForward that an output is merged from, beside `total` and `k`
 FIELDS = {
     "entropy": ("mean_log_prob",),
