@@ -215,7 +215,7 @@ class _Call(NamedTuple):
     def walk(self, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """Each chunk's place, its rows of the head [C, H], rounded for the products, and its part of the bias [C].
 
-        Let go of them before the next is asked for: a loop's own variables, and zip and enumerate, keep them until then.
+        Let go of them before the next is asked for: a loop's variables, zip and enumerate keep them until then.
         """
 
         def start(chunk: _Chunk) -> list[tuple[Tensor, Any]]:

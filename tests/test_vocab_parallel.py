@@ -338,6 +338,6 @@ def test_a_second_derivative_is_an_error(results):
 
 
 def test_the_bytes_that_are_sent(results):
-    """N 32, H 24: 8·N of the targets' logits and 4·N·H of dX are summed, 16·N and the extra's 8·N a rank are gathered."""
+    """N 32, H 24: 8·N of the targets' logits and 4·N·H of dX are summed, 16·N and the extra's 8·N are gathered."""
     for result in results:
         assert result["sent"] == {"all_reduce": 8 * 32 + 4 * 32 * 24, "all_gather": 24 * 32}

@@ -137,7 +137,7 @@ def blocks_problem():
 
 
 def in_bfloat16(rank: int):
-    """What the ranks add up for the bias of a bfloat16 head, and the error of a backward that is to be differentiated."""
+    """What the ranks add up for the bias of a bfloat16 head, and the error of a backward with create_graph."""
     hidden, weight, targets, coefficient = problem(torch.bfloat16)
     own = slice(*LAYOUT["rows"][rank])
     shard, bias = (t.split(LAYOUT["shards"])[rank].clone() for t in (weight, bias_of({"bias": True}, torch.bfloat16)))
