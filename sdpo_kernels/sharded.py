@@ -253,8 +253,8 @@ class _Call(NamedTuple):
         if chunk.owner in (None, dist.get_rank(self.group)):
             total[chunk.first : chunk.first + chunk.rows] = mine
 
-    def rows_of_targets(self, shard: Tensor, targets: _Targets) -> Tensor:
-        """The targets' rows of the whole tensor that `shard` is a part of, [N, …]: each rank asks their owners."""
+    def rows_of_targets(self, shard: Tensor, targets: _Targets, dtype: torch.dtype) -> Tensor:
+        """The targets' rows of the whole tensor that `shard` is a part of, [N, …]: their owners round and send them."""
         order = targets.owner.argsort(stable=True)
         asks = torch.bincount(targets.owner, minlength=len(self.shard_rows))
         gives = torch.empty_like(asks)
@@ -263,14 +263,14 @@ class _Call(NamedTuple):
 
         rows = targets.row.new_empty(sum(n_gives))
         dist.all_to_all_single(rows, targets.row[order], n_gives, n_asks, group=self.group)
-        found = shard.new_empty((len(order), *shard.shape[1:]))
-        dist.all_to_all_single(found, shard[rows].contiguous(), n_asks, n_gives, group=self.group)
+        found = shard.new_empty((len(order), *shard.shape[1:]), dtype=dtype)
+        dist.all_to_all_single(found, shard[rows].to(dtype).contiguous(), n_asks, n_gives, group=self.group)
         return torch.empty_like(found).index_copy_(0, order, found)
 
     def target_logits(self, x: Tensor, weight: Tensor, bias: Tensor | None, targets: _Targets) -> Tensor:
         """[N] float64: each row with its own row of the head."""
-        own = self.rows_of_targets(weight, targets).to(self.dtype)
-        own_bias = None if bias is None else self.rows_of_targets(bias, targets)
+        own = self.rows_of_targets(weight, targets, self.dtype)
+        own_bias = None if bias is None else self.rows_of_targets(bias, targets, bias.dtype)
         columns = torch.arange(len(x), device=x.device)
         if not len(x):
             return x.new_empty(0, dtype=torch.float64)

@@ -85,6 +85,7 @@ def one_process(rank: int, folder: Path) -> None:
     results["errors"].append(refusal(shard_rows=[60, 20]))
     results["fsdp"] = of_fsdp(rank)
     results["in bfloat16"] = in_bfloat16(rank)
+    results["autocast"] = under_autocast(rank)
     results["alive"] = chunks_alive(rank)
     results["whole blocks"] = of_whole_blocks(rank)
     torch.save(results, folder / f"{rank}.pt")
@@ -172,6 +173,17 @@ def chunks_alive(rank: int) -> int:
     collectives.all_gather = gather
     assert len(given) == 14
     return most
+
+
+def under_autocast(rank: int):
+    """Log-probs of a float32 head in bfloat16, and the dtypes that are sent for its targets' logits."""
+    hidden, weight, targets, _ = problem(torch.float32)
+    own, sent, exchange = slice(*LAYOUT["rows"][rank]), [], dist.all_to_all_single
+    dist.all_to_all_single = lambda out, *more, **kw: (sent.append(str(out.dtype)), exchange(out, *more, **kw))[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = sharded_linear_logps(hidden[own], weight.split(LAYOUT["shards"])[rank], targets[own], chunk_columns=10)
+    dist.all_to_all_single = exchange
+    return out.logps, sent
 
 
 def of_whole_blocks(rank: int):
@@ -266,6 +278,14 @@ def test_the_gradient_of_a_bfloat16_bias_is_rounded_after_its_sum(results):
 def test_a_second_derivative_is_an_error(results):
     expected = "create_graph: was True, must be False: a head in slices has no second derivative"
     assert [r["in bfloat16"][1] for r in results] == [expected] * 2
+
+
+def test_under_autocast_the_targets_rows_are_sent_in_its_dtype(results):
+    hidden, weight, targets, _ = problem(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        whole = linear_logps(hidden, weight, targets).logps
+    torch.testing.assert_close(torch.cat([r["autocast"][0] for r in results]), whole, rtol=1e-6, atol=1e-6)
+    assert [r["autocast"][1] for r in results] == [["torch.int64", "torch.int64", "torch.bfloat16"]] * 2
 
 
 def test_two_chunks_of_the_head_are_in_memory_at_a_time(results):
