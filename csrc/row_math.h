@@ -195,7 +195,8 @@ SDPO_HD double rest_of_sum(double sum, double k) { return log(sum) + k + SHIFT; 
 // Whether a row must be recomputed with k = logsumexp. NaN is not overflow.
 SDPO_HD bool out_of_range(double sum, double target) { return sum > LARGEST_SUM || fabs(target) == double(INFINITY); }
 
-// o and k of a row that is recomputed, from the log-sum of the slice's columns; relative to 0 if that is no number.
+// o and k of a row that is recomputed, from the log-sum of the slice's columns; relative to 0 if that is no number. If
+// all of them are −∞, k is below any logsumexp: exp(k − lse), which multiplies their S of 0, must not be infinite.
 struct SliceRow {
   double sum;
   float shift;
@@ -203,6 +204,7 @@ struct SliceRow {
 
 SDPO_HD SliceRow slice_row(double rest) {
   float shift = fabs(rest) < double(INFINITY) ? float(rest) : 0.0f;
+  if (rest == -double(INFINITY)) shift = -1e30f;
   return {exp(rest - shift - SHIFT), shift};
 }
 

@@ -212,8 +212,11 @@ class _Call(NamedTuple):
     outputs: tuple[str, ...]
     budget: int  # bytes of the stash
 
-    def walk(self, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[_Chunk, Tensor, Tensor | None]]:
-        """Each chunk with its rows of the head [C, H], rounded for the products, and its part of the bias [C]."""
+    def walk(self, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """Each chunk's place, its rows of the head [C, H], rounded for the products, and its part of the bias [C].
+
+        Let go of them before the next is asked for: a loop's variables, zip and enumerate keep them until then.
+        """
 
         def start(chunk: _Chunk) -> list[tuple[Tensor, Any]]:
             parts = [(weight, self.dtype)] + ([] if bias is None else [(bias, bias.dtype)])
@@ -221,14 +224,13 @@ class _Call(NamedTuple):
 
         # a chunk is on its way while the one before it is multiplied
         coming = start(self.plan[0])
-        for place, chunk in enumerate(self.plan):
+        for place in range(len(self.plan)):
             here = coming
             if place + 1 < len(self.plan):
                 coming = start(self.plan[place + 1])
-            for _, work in here:
-                work.wait()
-            rows, *more = (part for part, _ in here)
-            yield chunk, rows, more[0] if more else None
+            rows, *more = (_arrived(*one) for one in here)
+            yield place, rows, more[0] if more else None
+            del here, rows, more
 
     def _start(self, shard: Tensor, chunk: _Chunk, dtype: torch.dtype) -> tuple[Tensor, Any]:
         """Start to send the chunk's rows of the shards; they are there after `wait` of the second."""
@@ -251,8 +253,8 @@ class _Call(NamedTuple):
         if chunk.owner in (None, dist.get_rank(self.group)):
             total[chunk.first : chunk.first + chunk.rows] = mine
 
-    def rows_of_targets(self, shard: Tensor, targets: _Targets) -> Tensor:
-        """The targets' rows of the whole tensor that `shard` is a part of, [N, …]: each rank asks their owners."""
+    def rows_of_targets(self, shard: Tensor, targets: _Targets, dtype: torch.dtype) -> Tensor:
+        """The targets' rows of the whole tensor that `shard` is a part of, [N, …]: their owners round and send them."""
         order = targets.owner.argsort(stable=True)
         asks = torch.bincount(targets.owner, minlength=len(self.shard_rows))
         gives = torch.empty_like(asks)
@@ -261,14 +263,14 @@ class _Call(NamedTuple):
 
         rows = targets.row.new_empty(sum(n_gives))
         dist.all_to_all_single(rows, targets.row[order], n_gives, n_asks, group=self.group)
-        found = shard.new_empty((len(order), *shard.shape[1:]))
-        dist.all_to_all_single(found, shard[rows].contiguous(), n_asks, n_gives, group=self.group)
+        found = shard.new_empty((len(order), *shard.shape[1:]), dtype=dtype)
+        dist.all_to_all_single(found, shard[rows].to(dtype).contiguous(), n_asks, n_gives, group=self.group)
         return torch.empty_like(found).index_copy_(0, order, found)
 
     def target_logits(self, x: Tensor, weight: Tensor, bias: Tensor | None, targets: _Targets) -> Tensor:
         """[N] float64: each row with its own row of the head."""
-        own = self.rows_of_targets(weight, targets).to(self.dtype)
-        own_bias = None if bias is None else self.rows_of_targets(bias, targets)
+        own = self.rows_of_targets(weight, targets, self.dtype)
+        own_bias = None if bias is None else self.rows_of_targets(bias, targets, bias.dtype)
         columns = torch.arange(len(x), device=x.device)
         if not len(x):
             return x.new_empty(0, dtype=torch.float64)
@@ -291,6 +293,11 @@ class _Call(NamedTuple):
         return found
 
 
+def _arrived(part: Tensor, work: Any) -> Tensor:
+    work.wait()
+    return part
+
+
 class _ShardedLogps(torch.autograd.Function):
     """The walk of the module's docstring. The inputs up to `bias` are in the order of `Needs`."""
 
@@ -304,9 +311,10 @@ class _ShardedLogps(torch.autograd.Function):
 
         parts: list[SliceForward] = []
         keeps = call.keeps(len(hidden), hidden.device)
-        for (chunk, rows, row_bias), keep in zip(call.walk(own, own_bias), keeps, strict=True):
-            one = call.slice_call(hidden, rows, row_bias, targets.in_chunk(chunk))
-            parts.append(call.backend.slice_forward(one, z, keep))
+        for place, rows, row_bias in call.walk(own, own_bias):
+            one = call.slice_call(hidden, rows, row_bias, targets.in_chunk(call.plan[place]))
+            parts.append(call.backend.slice_forward(one, z, keeps[place]))
+            del one, rows, row_bias
         merged = slices.merge(parts, z, sum(call.shard_rows), call.outputs, product_dtype(call.dtype))
 
         # k of the chunks and their stashes, then what all have in common
@@ -322,6 +330,7 @@ class _ShardedLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_logps: Tensor | None, *grad_extras: Tensor | None) -> tuple[Tensor | None, ...]:
+        slices.check_first_derivative()
         call: _Call = ctx.call
         count, saved_tensors = len(call.plan), ctx.saved_tensors
         ks, stashes = saved_tensors[:count], saved_tensors[count : 2 * count]
@@ -335,10 +344,14 @@ class _ShardedLogps(torch.autograd.Function):
         dx = torch.zeros_like(hidden, dtype=exact) if needed.hidden else None
         dw = torch.empty_like(weight) if needed.weight else None
         db = torch.empty_like(bias) if needed.bias else None
-        for place, (chunk, rows, row_bias) in enumerate(call.walk(weight, bias)):
+        for place, rows, row_bias in call.walk(weight, bias):
+            chunk = call.plan[place]
             one = call.slice_call(hidden, rows, row_bias, targets.in_chunk(chunk))
-            if dw is not None:  # so that its gradient is float32, too: it is added to those of other ranks
+            # so that their gradients are float32, too: they are added to those of other ranks
+            if dw is not None:
                 one = replace(one, weight=rows.to(exact))
+            if db is not None and row_bias is not None:
+                one = replace(one, bias=row_bias.to(exact))
             state = slices.state_of(call.backend, lse, ks[place])
             saved = Saved(logps, state, entropy, stashes[place], None, ctx.keeps[place])
             found = slices.slice_backward(call.backend, one, saved, coefficient, grad_entropy, needed)
@@ -349,5 +362,6 @@ class _ShardedLogps(torch.autograd.Function):
             if dw is not None and found.weight is not None:
                 call.add_up(found.weight, chunk, dw)
             if db is not None and found.bias is not None:
-                call.add_up(found.bias.to(exact), chunk, db)
+                call.add_up(found.bias, chunk, db)
+            del one, rows, row_bias, found
         return None if dx is None else dx.to(hidden.dtype), dw, db, None, None

@@ -25,7 +25,7 @@ from sdpo_kernels import collectives
 from sdpo_kernels.backends import choose_backend, slices
 from sdpo_kernels.backends.base import EXTRAS, Backend, HeadCall, Keep, Needs, Request, Saved, SliceForward
 from sdpo_kernels.head import Head, product_dtype
-from sdpo_kernels.logps import LinearLogps, check_inputs, columns_to_keep
+from sdpo_kernels.logps import LinearLogps, check_inputs, check_stash_bytes, columns_to_keep
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows, check_targets
 
 
@@ -71,20 +71,22 @@ def vocab_parallel_linear_logps(
         ValueError: naming the argument, what it was and what it should be.
     """
     names = tuple(name for name in EXTRAS if name in outputs)
-    head = Head(logit_scale, softcap, temperature)
     count = dist.get_world_size(group)
     try:
+        check_stash_bytes(stash_bytes)
+        head = Head(logit_scale, softcap, temperature)
         dtype = _check(hidden, weight_slice, targets, bias_slice, outputs, rows, count if sequence_parallel else 1)
         index = (targets != IGNORE_INDEX).nonzero().squeeze(1) if rows is None else rows.index
+        chosen = _choose(backend, Request(hidden.device, dtype, weight_slice.dtype, head, names))
         problem = None
-    except ValueError as error:
+    except (RuntimeError, ValueError) as error:
         if slice_rows is not None:
             raise
         problem = error
 
     if slice_rows is None:
         options = (temperature, logit_scale, softcap, names, sequence_parallel)
-        slice_rows = _agree(hidden, weight_slice, targets, rows, options, group, problem)
+        slice_rows = _agree(hidden, weight_slice, bias_slice, targets, rows, options, group, problem)
     if len(slice_rows) != count or slice_rows[dist.get_rank(group)] != len(weight_slice):
         raise ValueError(
             f"slice_rows: was {list(slice_rows)}, must be a number of rows for each of {count} ranks, "
@@ -93,11 +95,6 @@ def vocab_parallel_linear_logps(
 
     scored = targets.index_select(0, index)
     check_targets(scored, sum(slice_rows))
-
-    request = Request(hidden.device, dtype, weight_slice.dtype, head, names)
-    chosen = choose_backend(backend, request)
-    if (reason := chosen.supports_slices(request)) is not None:
-        raise ValueError(f"backend: {chosen.name!r} cannot serve a slice of the vocabulary: {reason}")
 
     trains = any(t is not None and t.requires_grad for t in (hidden, weight_slice, bias_slice))
     keep = Keep.nothing()
@@ -128,14 +125,22 @@ def _check(
     return check_inputs(hidden, weight, targets, bias, outputs, rows, None)
 
 
+def _choose(backend: str, request: Request) -> Backend:
+    chosen = choose_backend(backend, request)
+    if (reason := chosen.supports_slices(request)) is not None:
+        raise ValueError(f"backend: {chosen.name!r} cannot serve a slice of the vocabulary: {reason}")
+    return chosen
+
+
 def _agree(
     hidden: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     targets: Tensor,
     rows: ScoredRows | None,
     options: tuple[object, ...],
     group: dist.ProcessGroup | None,
-    problem: ValueError | None,
+    problem: RuntimeError | ValueError | None,
 ) -> list[int]:
     """V_r of every rank, after comparing what must be the same on all of them; raises on all ranks or on none."""
     kept = (targets != IGNORE_INDEX).nonzero().squeeze(1) if rows is None else rows.index
@@ -143,6 +148,7 @@ def _agree(
         "hidden": (list(hidden.shape), str(hidden.dtype)),
         "weight_slice": (list(weight.shape[1:]), str(weight.dtype)),
         "targets": targets.index_select(0, kept).tolist() if problem is None else None,
+        "bias_slice": None if bias is None else str(bias.dtype),
         "options": options,
         "gradients": [hidden.requires_grad, weight.requires_grad, torch.is_grad_enabled()],
         "rows": len(weight) if weight.dim() else 0,
@@ -157,7 +163,7 @@ def _agree(
     for rank, theirs in enumerate(everyone):
         if theirs["problem"] is not None:
             raise ValueError(f"rank {rank} of the group: {theirs['problem']}")
-    for name in ("hidden", "weight_slice", "targets", "options", "gradients"):
+    for name in ("hidden", "weight_slice", "bias_slice", "targets", "options", "gradients"):
         for rank, theirs in enumerate(everyone):
             if theirs[name] != everyone[0][name]:
                 was = "other ones" if name == "targets" else theirs[name]
@@ -207,7 +213,8 @@ class _Call(NamedTuple):
 
     def exchange(self, part: SliceForward) -> list[SliceForward]:
         """The sums of all ranks, in order."""
-        names = [name for name in SliceForward._fields if name != "kept" and getattr(part, name) is not None]
+        # a backend may answer more than was asked for, and a rank without columns does not
+        names = ["total", "k", *(field for output in self.outputs for field in slices.FIELDS[output])]
         mine = torch.stack([getattr(part, name) for name in names])
         everyone = [torch.empty_like(mine) for _ in self.slice_rows]
         dist.all_gather(everyone, mine, group=self.group)
@@ -242,6 +249,7 @@ class _VocabParallelLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_logps: Tensor | None, *grad_extras: Tensor | None) -> tuple[Tensor | None, ...]:
+        slices.check_first_derivative()
         hidden, weight, bias, scored, index, logps, lse, entropy, k, kept = ctx.saved_tensors
         call: _Call = ctx.call
         needs = Needs(*ctx.needs_input_grad[:3])
@@ -251,16 +259,17 @@ class _VocabParallelLogps(torch.autograd.Function):
 
         # hidden's rows are gathered again rather than kept
         x = call.rows_of(hidden, index)
-        part = torch.zeros_like(x, dtype=logps.dtype)
-        dw, db = None, None
+        part, dw, db = None, None, None
         if len(weight):
             own = call.head_call(x, weight, bias, scored)
             saved = Saved(logps, slices.state_of(call.backend, lse, k), entropy, kept, None, call.keep)
             coefficient = torch.zeros_like(logps) if grad_logps is None else grad_logps
             found = slices.slice_backward(call.backend, own, saved, coefficient, grad_entropy, needs)
-            part, dw, db = (part if found.hidden is None else found.hidden), found.weight, found.bias
+            part, dw, db = found.hidden, found.weight, found.bias
 
-        dx = call.hidden_gradient(part, hidden, index) if needs.hidden else None
+        dx = None
+        if needs.hidden:
+            dx = call.hidden_gradient(torch.zeros_like(x, dtype=logps.dtype) if part is None else part, hidden, index)
         if needs.weight and dw is None:
             dw = torch.zeros_like(weight)
         if needs.bias and db is None and bias is not None:
@@ -270,8 +279,7 @@ class _VocabParallelLogps(torch.autograd.Function):
 
 def _empty(zeros: Tensor, outputs: Sequence[str]) -> SliceForward:
     """What a slice without columns answers."""
-    names = {"entropy": "mean_log_prob", "log_sum_sq_probs": "sum_sq_probs", "mean_logits": "sum_logits"}
-    extras = {names[name]: zeros for name in outputs if name in names}
+    extras = {field: zeros for output in outputs for field in slices.FIELDS[output]}
     if "is_top1" in outputs:
-        extras |= {"max_rest": torch.full_like(zeros, -torch.inf), "target_z": zeros}
+        extras["max_rest"] = torch.full_like(zeros, -torch.inf)
     return SliceForward(zeros, zeros, None, **extras)

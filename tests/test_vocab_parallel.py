@@ -46,6 +46,7 @@ def cases() -> dict[str, tuple[Case, dict[int, tuple[int, ...]], dict[str, Any]]
         "nothing trains": (case(trains=()), SLICES, {}),
         "out of range": (case(scale=90.0), SLICES, {}),
         "few rows of the head": (case(8, 6, 3, outputs=EXTRAS), UNEVEN, {}),
+        "few rows of the head, one output": (case(8, 6, 3, outputs=("log_sum_sq_probs",)), UNEVEN, {}),
         "nothing is scored": (case(masked=1.0), SLICES, {}),
         "known sizes": (case(), SLICES, {"slice_rows": True}),
         "sequence parallel": (case(36, 24, 1000), SLICES, {"sequence_parallel": True}),
@@ -76,6 +77,7 @@ def one_process(rank: int, folder: Path) -> None:
         results[f"autocast {count}"] = autocast(SLICES[count], rank, group)
         results[f"dpo {count}"] = dpo(SLICES[count], rank, group)
     results["errors"] = errors(rank)
+    results["twice"] = twice(rank)
     results["sent"] = sent(rank)
     torch.save(results, folder / f"{rank}.pt")
     dist.barrier()
@@ -169,6 +171,10 @@ def errors(rank: int) -> list[str]:
         {"outputs": ("perplexity",)},
         {"sequence_parallel": True},
         {"slice_rows": (5, 5)},
+        {"softcap": -1.0 if rank == 1 else None},
+        {"stash_bytes": -1 if rank == 1 else 0},
+        {"backend": "cuda" if rank == 1 else "auto"},
+        {"bias_slice": torch.zeros(5) if rank == 1 else None},
     ]
     found = []
     for changes in wrong:
@@ -180,8 +186,18 @@ def errors(rank: int) -> list[str]:
     return found
 
 
+def twice(rank: int) -> str:
+    """The error of a backward that is to be differentiated."""
+    case = random_case(3, 8, 1000)
+    x = case.hidden.requires_grad_()
+    out = vocab_parallel_linear_logps(x, share(case.weight, SLICES[4], rank), case.targets)
+    with pytest.raises(RuntimeError) as caught:
+        torch.autograd.grad(out.logps.sum(), x, create_graph=True)
+    return str(caught.value)
+
+
 def sent(rank: int) -> dict[str, int]:
-    """Bytes that a rank gives to each collective in a forward and a backward of two ranks, 32 scored rows, H 24."""
+    """Bytes that a rank gives to each collective in a forward and a backward: 32 scored rows, H 24, one extra."""
     found: dict[str, int] = {}
 
     def counting(name: str, place: int) -> None:
@@ -197,7 +213,8 @@ def sent(rank: int) -> dict[str, int]:
         counting(name, place)
     case = random_case(32, 24, 1000)
     x = case.hidden.requires_grad_()
-    out = vocab_parallel_linear_logps(x, share(case.weight, SLICES[4], rank), case.targets, slice_rows=SLICES[4])
+    options: dict[str, Any] = {"slice_rows": SLICES[4], "outputs": ("mean_logits",)}
+    out = vocab_parallel_linear_logps(x, share(case.weight, SLICES[4], rank), case.targets, **options)
     out.logps.sum().backward()
     return found
 
@@ -310,9 +327,17 @@ def test_a_mistake_on_one_rank_is_an_error_on_all(results):
         assert (
             found[8] == f"slice_rows: was [5, 5], must be a number of rows for each of 4 ranks, 5 for this one ({rank})"
         )
+        for place, argument in ((9, "softcap: was -1.0"), (10, "stash_bytes: was -1"), (11, "backend: was 'cuda'")):
+            assert found[place].startswith(argument if rank == 1 else f"rank 1 of the group: {argument}")
+        assert found[12] == "bias_slice: was torch.float32 on rank 1 of the group, must be None as on rank 0"
+
+
+def test_a_second_derivative_is_an_error(results):
+    expected = "create_graph: was True, must be False: a head in slices has no second derivative"
+    assert [r["twice"] for r in results] == [expected] * 4
 
 
 def test_the_bytes_that_are_sent(results):
-    """N 32, H 24: 8·N of the targets' logits and 4·N·H of dX are summed, 16·N a rank are gathered."""
+    """N 32, H 24: 8·N of the targets' logits and 4·N·H of dX are summed, 16·N and the extra's 8·N are gathered."""
     for result in results:
-        assert result["sent"] == {"all_reduce": 8 * 32 + 4 * 32 * 24, "all_gather": 16 * 32}
+        assert result["sent"] == {"all_reduce": 8 * 32 + 4 * 32 * 24, "all_gather": 24 * 32}

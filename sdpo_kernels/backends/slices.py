@@ -22,6 +22,14 @@ from sdpo_kernels.backends.base import SHIFT, Backend, Gradients, HeadCall, Need
 from sdpo_kernels.backends.chunk_math import entropy_of, log_sum_sq_of
 from sdpo_kernels.head import product_dtype
 
+# the fields of SliceForward that an output is merged from, beside `total` and `k`
+FIELDS = {
+    "entropy": ("mean_log_prob",),
+    "log_sum_sq_probs": ("sum_sq_probs",),
+    "mean_logits": ("sum_logits",),
+    "is_top1": ("max_rest", "target_z"),
+}
+
 
 class Merged(NamedTuple):
     """Results over all slices, [N] each; extras not requested are None."""
@@ -101,6 +109,12 @@ def logps_of(target: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
 def state_of(backend: Backend, lse: Tensor, k: Tensor) -> Tensor:
     """The state that `backward` reads, [N, state_columns]: the logsumexp over all slices, and the slice's own k."""
     return torch.stack([lse, k], 1)[:, : backend.state_columns]
+
+
+def check_first_derivative() -> None:
+    """RuntimeError in a backward with create_graph, whose results would pass for constants: kernels record nothing."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("create_graph: was True, must be False: a head in slices has no second derivative")
 
 
 def slice_backward(

@@ -107,3 +107,18 @@ def test_gradients_of_rows_out_of_range(stash_bytes, each_backend):
     case = random_case(6, 8, 200, scale=80.0, bias=True, settings={"stash_bytes": stash_bytes, "backend": each_backend})
     assert case.plain()["logps"].min() < -100
     check(case, case.ours(Sliced([0, 70, 128])))
+
+
+@pytest.mark.parametrize("stash_bytes", [0, 1])
+def test_gradients_if_a_slice_is_minus_infinity_with_its_targets(stash_bytes, each_backend):
+    """Columns that a bias masks, targets among them, and logits so low that exp(−lse) is beyond float32."""
+    case = random_case(6, 8, 200, bias=True, settings={"stash_bytes": stash_bytes, "backend": each_backend})
+    case.bias -= 300
+    case.bias[64:128] = -torch.inf
+    case.targets[:2] = torch.tensor([70, 100])
+    case.settings["stash_bytes"] = 10**12 * stash_bytes
+    whole = case.ours()
+    assert whole["logps"].min() == -torch.inf
+    assert all(bool(whole[name].isfinite().all()) for name in ("d_hidden", "d_weight", "d_bias"))
+    for name, cut in case.ours(Sliced([0, 64, 128])).items():
+        torch.testing.assert_close(cut, whole[name], rtol=1e-5, atol=1e-5)

@@ -302,3 +302,15 @@ def test_slices_with_rows_out_of_range(stash_bytes, outputs):
     case.settings["stash_bytes"] = ALL * stash_bytes
     for name, whole in case.ours().items():
         torch.testing.assert_close(cut[name], whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("stash_bytes", [0, 1])
+def test_gradients_if_a_slice_is_minus_infinity_with_its_targets_out_of_range(stash_bytes):
+    case = triton_case(3, 8, 90, bias=True, settings={"stash_bytes": ALL * stash_bytes})
+    case.bias -= 300
+    case.bias[32:64] = -torch.inf
+    case.targets[0] = 40
+    whole = case.ours()
+    assert whole["logps"][0] == -torch.inf
+    for name, cut in case.ours(Sliced([0, 32, 64])).items():
+        torch.testing.assert_close(cut, whole[name], rtol=1e-5, atol=1e-4)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,6 +84,9 @@ def one_process(rank: int, folder: Path) -> None:
     results["errors"] = [refusal(targets=torch.full((2,), 80)), refusal(outputs=("perplexity",))]
     results["errors"].append(refusal(shard_rows=[60, 20]))
     results["fsdp"] = of_fsdp(rank)
+    results["in bfloat16"] = in_bfloat16(rank)
+    results["autocast"] = under_autocast(rank)
+    results["alive"] = chunks_alive(rank)
     results["whole blocks"] = of_whole_blocks(rank)
     torch.save(results, folder / f"{rank}.pt")
     dist.barrier()
@@ -130,6 +135,55 @@ def blocks_problem():
     generator = torch.Generator().manual_seed(4)
     hidden, weight = (torch.randn(n, 32, generator=generator).bfloat16() for n in (40, 512))
     return hidden, weight, torch.randint(512, (40,), generator=generator)
+
+
+def in_bfloat16(rank: int):
+    """What the ranks add up for the bias of a bfloat16 head, and the error of a backward with create_graph."""
+    hidden, weight, targets, coefficient = problem(torch.bfloat16)
+    own = slice(*LAYOUT["rows"][rank])
+    shard, bias = (t.split(LAYOUT["shards"])[rank].clone() for t in (weight, bias_of({"bias": True}, torch.bfloat16)))
+    added, add_up = [], sharded._Call.add_up
+    sharded._Call.add_up = lambda call, part, *more: (added.append(part.clone()), add_up(call, part, *more))[1]
+    out = sharded_linear_logps(hidden[own], shard, targets[own], bias_shard=bias.requires_grad_())
+    loss_of(out, coefficient[own]).backward(retain_graph=True)
+    sharded._Call.add_up = add_up
+    with pytest.raises(RuntimeError) as caught:
+        torch.autograd.grad(out.logps.sum(), bias, create_graph=True)
+    return torch.cat(added), str(caught.value)
+
+
+def chunks_alive(rank: int) -> int:
+    """The most chunks of the head that are in memory at one time, in a forward and a backward over seven of them."""
+    hidden, weight, targets, _ = problem(torch.float32)
+    alone = [dist.new_group([each]) for each in (0, 1)][rank]
+    given, most, gather = [], 0, collectives.all_gather
+
+    # in place of gloo, whose threads let go of a tensor some time after they have filled it
+    def filled(whole: torch.Tensor, part: torch.Tensor, *more, **kw):
+        nonlocal most
+        given.append(weakref.ref(whole))
+        most = max(most, sum(one() is not None for one in given))
+        whole.copy_(part)
+        return SimpleNamespace(wait=lambda: None)
+
+    collectives.all_gather = filled
+    head = weight[:64].clone().requires_grad_()
+    out = sharded_linear_logps(hidden.requires_grad_(), head, targets % 64, group=alone, chunk_columns=10)
+    out.logps.sum().backward()
+    collectives.all_gather = gather
+    assert len(given) == 14
+    return most
+
+
+def under_autocast(rank: int):
+    """Log-probs of a float32 head in bfloat16, and the dtypes that are sent for its targets' logits."""
+    hidden, weight, targets, _ = problem(torch.float32)
+    own, sent, exchange = slice(*LAYOUT["rows"][rank]), [], dist.all_to_all_single
+    dist.all_to_all_single = lambda out, *more, **kw: (sent.append(str(out.dtype)), exchange(out, *more, **kw))[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = sharded_linear_logps(hidden[own], weight.split(LAYOUT["shards"])[rank], targets[own], chunk_columns=10)
+    dist.all_to_all_single = exchange
+    return out.logps, sent
 
 
 def of_whole_blocks(rank: int):
@@ -213,6 +267,29 @@ def test_what_is_stashed() -> None:
 
 def test_at_most_a_chunk_is_broadcast_at_a_time(results):
     assert [r["largest"] for r in results] == [10 * H, 10 * H]
+
+
+def test_the_gradient_of_a_bfloat16_bias_is_rounded_after_its_sum(results):
+    for added, _ in (r["in bfloat16"] for r in results):
+        assert added.dtype == torch.float32
+        assert not torch.equal(added, added.bfloat16().float())
+
+
+def test_a_second_derivative_is_an_error(results):
+    expected = "create_graph: was True, must be False: a head in slices has no second derivative"
+    assert [r["in bfloat16"][1] for r in results] == [expected] * 2
+
+
+def test_under_autocast_the_targets_rows_are_sent_in_its_dtype(results):
+    hidden, weight, targets, _ = problem(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        whole = linear_logps(hidden, weight, targets).logps
+    torch.testing.assert_close(torch.cat([r["autocast"][0] for r in results]), whole, rtol=1e-6, atol=1e-6)
+    assert [r["autocast"][1] for r in results] == [["torch.int64", "torch.int64", "torch.bfloat16"]] * 2
+
+
+def test_two_chunks_of_the_head_are_in_memory_at_a_time(results):
+    assert [r["alive"] for r in results] == [2, 2]
 
 
 def test_mismatched_arguments_are_errors(results):

@@ -86,10 +86,10 @@ def redo_kernel(
 def store_slice(
     state, mean_log_prob, sum_sq_probs, sum_logits, rest, total, mean, squares, z_sum, EXTRAS: tl.constexpr
 ):
-    """A slice's o and k of one row, and the fields of base.SliceForward; returns k, 0 if the log-sum is no number."""
+    """A slice's o and k of one row, and the fields of base.SliceForward; returns k, as slice_row of row_math.h."""
     one = tl.arange(0, 1)
     finite = (tl.abs(rest) < float("inf")) & (rest == rest)
-    k = tl.where(finite, rest, 0.0).to(tl.float32)
+    k = tl.where(finite, rest, tl.where(rest == -float("inf"), -1e30, 0.0)).to(tl.float32)
     tl.store(state + one, tl.exp(rest - k.to(tl.float64) - SHIFT))
     tl.store(state + 1 + one, k.to(tl.float64))
     if EXTRAS:
