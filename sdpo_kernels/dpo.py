@@ -23,8 +23,6 @@ from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows, all_rows, sequence_logps
 from sdpo_kernels.token_weights import agreement_weights, length_weights
 from sdpo_kernels.vocab_parallel import vocab_parallel_linear_logps
 
-UNKNOWN = 2**62  # the vocabulary of a slice's call, which compares targets with the real one
-
 
 def fused_linear_dpo(
     hidden: Tensor,
@@ -88,7 +86,7 @@ def fused_linear_dpo(
         tensor(0.6931)
     """
     wanted = checked_loss(loss_type, beta, loss_options)
-    n_columns = weight.shape[0] if vocab_group is None else UNKNOWN
+    n_columns = weight.shape[0] if vocab_group is None else None
     n_sequences = check_batch(hidden, labels, n_columns, cu_seqlens, rows)
     check_reference(
         hidden, weight, n_sequences, ref_logps, ref_hidden, ref_weight, ref_bias, needed=not wanted.reference_free

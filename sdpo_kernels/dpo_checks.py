@@ -9,9 +9,11 @@ from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
 
 
 def check_batch(
-    hidden: Tensor, labels: Tensor, n_columns: int, cu_seqlens: Tensor | None, rows: ScoredRows | None
+    hidden: Tensor, labels: Tensor, n_columns: int | None, cu_seqlens: Tensor | None, rows: ScoredRows | None
 ) -> int:
     """Raise ValueError if the batch's tensors do not match; return its number of sequences, 2B.
+
+    n_columns: V, or None if it is not known here: the head is a slice of the vocabulary.
 
     Values are checked on the CPU only: on CUDA that would synchronise.
     """
@@ -55,18 +57,18 @@ def _check_borders(cu_seqlens: Tensor, n_rows: int) -> None:
         raise ValueError(f"cu_seqlens: was {borders}, must ascend from 0 to {n_rows}, the rows of hidden")
 
 
-def _check_labels(labels: Tensor, hidden: Tensor, n_columns: int) -> None:
+def _check_labels(labels: Tensor, hidden: Tensor, n_columns: int | None) -> None:
     if labels.shape != hidden.shape[:-1] or labels.dtype != torch.int64:
         raise ValueError(
             f"labels: was {labels.dtype} of shape {list(labels.shape)}, "
             f"must be torch.int64 of shape {list(hidden.shape[:-1])}"
         )
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = labels[((labels < 0) & (labels != IGNORE_INDEX)) | (labels >= n_columns)]
+        outside = (labels < 0) & (labels != IGNORE_INDEX)
+        wrong = labels[outside if n_columns is None else outside | (labels >= n_columns)]
         if wrong.numel():
-            raise ValueError(
-                f"labels: held {wrong[0].item()}, must be in [0, {n_columns}) or {IGNORE_INDEX} (not scored)"
-            )
+            where = "at least 0" if n_columns is None else f"in [0, {n_columns})"
+            raise ValueError(f"labels: held {wrong[0].item()}, must be {where} or {IGNORE_INDEX} (not scored)")
 
 
 def _check_rows(rows: ScoredRows, n_sequences: int) -> None:

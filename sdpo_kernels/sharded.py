@@ -92,6 +92,8 @@ def sharded_linear_logps(
 
     # only scored rows take part, but every rank walks all chunks, even without any
     n_columns = sum(shard_rows)
+    if n_columns == 0:
+        raise ValueError("weight_shard: was empty on every rank, must have at least one row (V >= 1)")
     index = (targets != IGNORE_INDEX).nonzero().squeeze(1) if rows is None else rows.index
     scored = targets[index]
     check_targets(scored, n_columns)

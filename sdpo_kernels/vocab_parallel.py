@@ -14,6 +14,7 @@ N counts scored rows. Each extra adds up to 16·N bytes a rank to step 2.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -122,7 +123,11 @@ def _check(
     if weight.dim() == 2 and len(weight) == 0:
         weight = weight.new_empty((1, weight.shape[1]))
         bias = None if bias is None else bias.new_empty(1)
-    return check_inputs(hidden, weight, targets, bias, outputs, rows, None)
+    try:
+        return check_inputs(hidden, weight, targets, bias, outputs, rows, None)
+    except ValueError as error:
+        # named as the arguments are here
+        raise ValueError(re.sub(r"^(weight|bias):", r"\1_slice:", str(error))) from None
 
 
 def _choose(backend: str, request: Request) -> Backend:

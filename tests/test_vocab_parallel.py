@@ -318,7 +318,7 @@ def test_a_mistake_on_one_rank_is_an_error_on_all(results):
         assert found[0].startswith("options: was (2.0, 1.0, None, (), False) on rank 1 of the group, must be (1.0, 1.0")
         assert found[1] == "targets: was other ones on rank 1 of the group, must be the same as on rank 0"
         assert found[2].startswith("hidden: was ([4, 8], 'torch.float32') on rank 1 of the group, must be ([3, 8], ")
-        own = "weight: was of shape [5, 9], must be [V, 8], hidden's H"
+        own = "weight_slice: was of shape [5, 9], must be [V, 8], hidden's H"
         assert found[3] == (own if rank == 2 else f"rank 2 of the group: {own}")
         assert found[4].startswith("gradients: was [True, False, True] on rank 1 of the group, must be [False, False")
         assert found[5] == "targets: was 20, must be in [0, 20) or -100 (not scored)"

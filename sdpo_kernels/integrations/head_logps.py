@@ -35,6 +35,9 @@ def head_logps(head: LMHead, hidden: Tensor, targets: Tensor, **options: Any) ->
     if head.is_cut:
         from sdpo_kernels.integrations.sharded_head import sharded_head_logps
 
+        # a model is cut where memory is short: nothing is stashed unless it was asked for
+        if options.get("stash_bytes") == "auto":
+            options["stash_bytes"] = 0
         return sharded_head_logps(head, hidden, targets, **options)
 
     def whole(rows: Tensor) -> LinearLogps:

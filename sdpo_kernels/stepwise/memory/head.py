@@ -101,7 +101,7 @@ def _chunk(case: HeadCase, stash: int) -> int:
 
 
 def _cut_chunk(case: HeadCase) -> int:
-    """A chunk's rows of W, sent to every GPU, its logits and their gradient, and its part of dW."""
-    columns = min(CUT_CHUNK, case.columns)
-    weights = columns * case.width * (case.compute.itemsize + (4 if case.trains else 0))
-    return weights + 3 * 4 * case.rows * columns
+    """Two chunks' rows of W, one of them on its way; with dW that and the rows in float32; S of a chunk."""
+    columns, item = min(CUT_CHUNK, case.columns), case.compute.itemsize
+    exact = 4 + (4 if item < 4 else 0) if case.trains else 0
+    return columns * case.width * (2 * item + exact) + case.rows * columns * _stash_item(case)

@@ -53,7 +53,7 @@ def test_a_plan_that_does_not_fit_says_what_to_change_and_ends_at_what_fits(plan
 
 
 def test_each_change_brings_what_a_plan_with_it_says(plan):
-    base = replace(plan, setup=replace(SETUP, memory=2**30))
+    base = replace(plan, setup=replace(SETUP, memory=2**29))
     found = {change.text: change for change in changes(TASK, base, quantises=True)}
     assert list(found) == [
         "trainer: {gradient_checkpointing: true}",
