@@ -60,17 +60,23 @@ def test_each_change_brings_what_a_plan_with_it_says(plan):
         "trainer: {per_device_train_batch_size: 1, gradient_accumulation_steps: 4}",
         "max_length: 512",
         "trainer: {fsdp: true}",
-        "lora: {r: 16}, dtype: bfloat16",
-        "lora: {r: 16}, dtype: bfloat16, quantization: {bits: 4}",
+        "lora: {r: 16}, dtype: bfloat16",  # sharded over two GPUs it is smaller than a whole base in four bits
     ]
-    checkpointing, *_, lora, packed = found.values()
-    assert packed.together.setup.quantization == {"bits": 4, "double": True}
+    checkpointing, *_, lora = found.values()
     assert checkpointing.alone.total == TASK.plan(replace(SETUP, checkpointing=True)).total < plan.total
     assert lora.alone.setup.dtype == torch.bfloat16
     assert not lora.alone.setup.sharded
     sharded = found["trainer: {fsdp: true}"].together.setup
     assert (sharded.sharded, sharded.pairs, sharded.max_length, sharded.syncs_each) == (True, 1, 512, True)
     assert all(change.together.total < plan.total for change in found.values())
+
+
+def test_one_gpu_can_hold_the_base_in_four_bits():
+    setup = replace(SETUP, gpus=1, memory=2**29)
+    *_, lora, packed = changes(TASK, TASK.plan(setup), quantises=True)
+    assert packed.text == "lora: {r: 16}, dtype: bfloat16, quantization: {bits: 4}"
+    assert packed.together.setup.quantization == {"bits": 4, "double": True}
+    assert packed.together.total < lora.together.total
 
 
 def test_scoring_fewer_pairs_is_a_change_where_scoring_takes_most():
