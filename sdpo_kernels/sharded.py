@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sdpo_kernels import collectives
-from sdpo_kernels.backends import choose_backend, slices
+from sdpo_kernels.backends import choose_slice_backend, slices
 from sdpo_kernels.backends.base import (
     EXTRAS,
     STASH_MULTIPLE,
@@ -88,7 +88,7 @@ def sharded_linear_logps(
     _check(hidden, weight_shard, targets, bias_shard, outputs, chunk_columns)
     if shard_rows is None:
         shard_rows = _gather_shard_rows(weight_shard, group)
-    _check_rows(shard_rows, weight_shard, group)
+    collectives.check_sizes("shard_rows", shard_rows, len(weight_shard), group)
 
     # only scored rows take part, but every rank walks all chunks, even without any
     n_columns = sum(shard_rows)
@@ -101,9 +101,7 @@ def sharded_linear_logps(
     names = tuple(name for name in EXTRAS if name in outputs)
     head, dtype = Head(logit_scale, softcap, temperature), _dtype(hidden)
     request = Request(hidden.device, dtype, dtype, head, names)
-    chosen = choose_backend(backend, request)
-    if (reason := chosen.supports_slices(request)) is not None:
-        raise ValueError(f"backend: {chosen.name!r} cannot serve a slice of the vocabulary: {reason}")
+    chosen = choose_slice_backend(backend, request)
 
     trains = any(t is not None and t.requires_grad for t in (hidden, weight_shard, bias_shard))
     whole = (n_columns, hidden.shape[1])
@@ -134,15 +132,6 @@ def _check(
     if chunk_columns < 1:
         raise ValueError(f"chunk_columns: was {chunk_columns}, must be at least 1")
     check_outputs(outputs)
-
-
-def _check_rows(shard_rows: Sequence[int], weight: Tensor, group: dist.ProcessGroup | None) -> None:
-    count, rank = dist.get_world_size(group), dist.get_rank(group)
-    if len(shard_rows) != count or shard_rows[rank] != weight.shape[0]:
-        raise ValueError(
-            f"shard_rows: was {list(shard_rows)}, must be a number of rows for each of {count} ranks, "
-            f"{weight.shape[0]} for this one ({rank})"
-        )
 
 
 def _dtype(hidden: Tensor) -> torch.dtype:

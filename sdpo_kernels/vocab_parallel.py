@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sdpo_kernels import collectives
-from sdpo_kernels.backends import choose_backend, slices
+from sdpo_kernels.backends import choose_slice_backend, slices
 from sdpo_kernels.backends.base import EXTRAS, Backend, HeadCall, Keep, Needs, Request, Saved, SliceForward
 from sdpo_kernels.head import Head, product_dtype
 from sdpo_kernels.logps import LinearLogps, check_inputs, check_stash_bytes, columns_to_keep
@@ -78,7 +78,7 @@ def vocab_parallel_linear_logps(
         head = Head(logit_scale, softcap, temperature)
         dtype = _check(hidden, weight_slice, targets, bias_slice, outputs, rows, count if sequence_parallel else 1)
         index = (targets != IGNORE_INDEX).nonzero().squeeze(1) if rows is None else rows.index
-        chosen = _choose(backend, Request(hidden.device, dtype, weight_slice.dtype, head, names))
+        chosen = choose_slice_backend(backend, Request(hidden.device, dtype, weight_slice.dtype, head, names))
         problem = None
     except (RuntimeError, ValueError) as error:
         if slice_rows is not None:
@@ -88,11 +88,7 @@ def vocab_parallel_linear_logps(
     if slice_rows is None:
         options = (temperature, logit_scale, softcap, names, sequence_parallel)
         slice_rows = _agree(hidden, weight_slice, bias_slice, targets, rows, options, group, problem)
-    if len(slice_rows) != count or slice_rows[dist.get_rank(group)] != len(weight_slice):
-        raise ValueError(
-            f"slice_rows: was {list(slice_rows)}, must be a number of rows for each of {count} ranks, "
-            f"{len(weight_slice)} for this one ({dist.get_rank(group)})"
-        )
+    collectives.check_sizes("slice_rows", slice_rows, len(weight_slice), group)
 
     scored = targets.index_select(0, index)
     check_targets(scored, sum(slice_rows))
@@ -128,13 +124,6 @@ def _check(
     except ValueError as error:
         # named as the arguments are here
         raise ValueError(re.sub(r"^(weight|bias):", r"\1_slice:", str(error))) from None
-
-
-def _choose(backend: str, request: Request) -> Backend:
-    chosen = choose_backend(backend, request)
-    if (reason := chosen.supports_slices(request)) is not None:
-        raise ValueError(f"backend: {chosen.name!r} cannot serve a slice of the vocabulary: {reason}")
-    return chosen
 
 
 def _agree(

@@ -136,7 +136,9 @@ def test_body_benchmark_runs(data_dir, tmp_path):
     (result,) = json.loads((tmp_path / "body.json").read_text())["results"]
     assert 0 < result["shared"]["tokens"] < result["unshared"]["tokens"]
     saved = 1 - result["shared"]["seconds"] / result["unshared"]["seconds"]
-    assert result["saved_of_tokens"] == pytest.approx(saved / (1 - result["shared"]["tokens"] / result["unshared"]["tokens"]))
+    assert result["saved_of_tokens"] == pytest.approx(
+        saved / (1 - result["shared"]["tokens"] / result["unshared"]["tokens"])
+    )
 
 
 @pytest.mark.parametrize("name", [*RunConfig.model_fields, *DEFAULT_TRAINER])

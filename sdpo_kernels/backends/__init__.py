@@ -34,6 +34,14 @@ def choose_backend(name: str, request: Request) -> Backend:
     return _choose(name, request.device, lambda backend: backend.supports(request), request)
 
 
+def choose_slice_backend(name: str, request: Request) -> Backend:
+    """The backend for a slice of the vocabulary. Raises ValueError as `choose_backend` does."""
+    chosen = choose_backend(name, request)
+    if (reason := chosen.supports_slices(request)) is not None:
+        raise ValueError(f"backend: {chosen.name!r} cannot serve a slice of the vocabulary: {reason}")
+    return chosen
+
+
 def auto_choice(request: Request) -> tuple[Backend, list[tuple[str, str]]]:
     """What "auto" gives for `request`, and the backends for its device that were skipped, each with the reason."""
     return _first_serving("auto", request.device, lambda backend: backend.supports(request), request)
