@@ -14,8 +14,11 @@ wait for as long as rank 0 works.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,6 +33,7 @@ T = TypeVar("T")
 
 LONGEST_WAIT = timedelta(days=30)  # only an upper limit: a rank that dies is noticed by its closed connections
 GRACE = 10.0  # seconds the other ranks give rank 0 to print an error before they exit; a launcher kills them sooner
+PATIENCE = 30.0  # seconds in which the other ranks have to learn of an error on one; after them it exits by itself
 
 
 class LostProcess(UserError):
@@ -37,7 +41,7 @@ class LostProcess(UserError):
 
 
 class SingleRankError(UserError):
-    """An error on one rank while the others wait for its gradients: this rank exits, which ends the others."""
+    """An error on one rank while the others wait for something else of it: this rank exits, which ends the others."""
 
 
 @dataclass
@@ -104,8 +108,9 @@ def joined(start: Callable[[], object], tp_size: int = 1) -> Iterator[None]:
     2. `start()` initialises torch.distributed; the driver's own gloo group is created.
     3. Run the block, then wait until all ranks have finished it.
 
-    A UserError or Interrupted on one rank is raised on all of them. An error on one rank during training becomes a
-    SingleRankError there. A rank whose connection to another one breaks raises LostProcess.
+    A UserError or Interrupted on one rank is raised on all of them. It becomes a SingleRankError there during training,
+    or if the others do not come to an exchange within PATIENCE: they may be in the forward of a model that is cut,
+    waiting for this rank. A rank whose connection to another one breaks raises LostProcess.
     """
     _check_launcher()
     if launched() == 1:
@@ -123,13 +128,11 @@ def joined(start: Callable[[], object], tp_size: int = 1) -> Iterator[None]:
     except (UserError, Interrupted) as error:
         # an error that is already known everywhere needs no further exchange
         if error is not _state.agreed and not isinstance(error, LostProcess):
-            # the others are inside Trainer's collectives and would never answer
-            if _state.training:
+            # inside Trainer's collectives the others would never answer
+            answers = None if _state.training else _gather_within(PATIENCE, (error, None))
+            if answers is None:
                 raise SingleRankError(f"rank {dist.get_rank()}: {error}") from error
-
-            # pairs up with whichever exchange the other ranks reach next
-            with _lost_connections():
-                _raise_or_values(_gather((error, None)))
+            _raise_or_values(answers)
         raise
     finally:
         _state.group, _state.tp_size = None, 1
@@ -267,6 +270,24 @@ def _gather(answer: tuple[BaseException | None, Any]) -> list[tuple[str | None, 
     answers: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(answers, (kind, str(error), value), group=_state.group)
     return answers
+
+
+def _gather_within(seconds: float, answer: tuple[BaseException | None, Any]) -> list[tuple[str | None, str, Any]] | None:
+    """`_gather` with whichever exchange the other ranks reach next; None if one does not come in time, or never will."""
+    found: Future[list[tuple[str | None, str, Any]]] = Future()
+
+    def gather() -> None:
+        try:
+            found.set_result(_gather(answer))
+        except RuntimeError as error:  # of a rank that has ended or is in another collective
+            found.set_exception(error)
+
+    # gloo cannot give up by itself: the thread is left behind, as this process is about to end
+    threading.Thread(target=gather, daemon=True).start()
+    try:
+        return found.result(seconds)
+    except (FutureTimeout, RuntimeError):
+        return None
 
 
 def _raise_or_values(answers: list[tuple[str | None, str, Any]]) -> list[Any]:

@@ -139,7 +139,7 @@ def load_cut(path: str, config: RunConfig, precision: Precision, cut: Cut, *, tr
     new = adapter is None and config.lora is not None and trains
     with stand_ins(stored.model):
         if adapter is not None:
-            loaded.model = with_adapter(stored.model, adapter)
+            loaded.model = ranks.agree(lambda: with_adapter(stored.model, adapter))
         elif new and config.lora is not None:
             add_adapter(loaded, config.lora)
     if new:
@@ -154,9 +154,22 @@ def load_cut(path: str, config: RunConfig, precision: Precision, cut: Cut, *, tr
     ranks.agree(lambda: _fill(root, stored, path, own_names))
     call_body_through(root)
     choose_attention(loaded, config, precision)
+    _require_same_batches(loaded)
     reshard(root)
     loaded.hashed = partial(_hash, root, stored.dtypes, own_names, new=new)
     return loaded
+
+
+def _require_same_batches(loaded: Loaded) -> None:
+    """UserError if ranks have chosen another attention or other batches: their forwards would wait for each other."""
+    model: Any = loaded.model
+    found = (model.config._attn_implementation, loaded.packed, loaded.shared)
+    for rank, other in enumerate(ranks.exchange(found)):
+        if other != found:
+            raise UserError(
+                f"attn_implementation: {other[0]} was chosen on rank {rank}, and {found[0]} on rank {ranks.rank()}; "
+                "set one that all have, or batching: padded"
+            )
 
 
 def _forget_copies(model: nn.Module) -> None:

@@ -70,16 +70,23 @@ def save_pieces(
         file = SINGLE if len(parts) == 1 else f"model-{number:05}-of-{len(parts):05}.safetensors"
         write_pieces({name: weights[name] for name in names}, folder / file, parts_of)
         places |= dict.fromkeys(names, file)
-    if len(parts) == 1 or not ranks.is_first():
-        return
+    if len(parts) > 1:
+        ranks.agree(lambda: _write_index(weights, places, folder))
 
-    (folder / SINGLE).unlink(missing_ok=True)
+
+def _write_index(weights: Mapping[str, Tensor], places: dict[str, str], folder: Path) -> None:
+    if not ranks.is_first():
+        return
     totals = {
         "total_parameters": sum(weight.numel() for weight in weights.values()),
         "total_size": sum(map(_bytes, weights.values())),
     }
     index = {"metadata": totals, "weight_map": places}
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    try:
+        (folder / SINGLE).unlink(missing_ok=True)
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {folder / INDEX}: {error.strerror or error}") from error
 
 
 def write_pieces(weights: Mapping[str, Tensor], path: Path, parts_of: Parts = _shards) -> None:

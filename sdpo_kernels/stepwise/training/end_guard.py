@@ -26,6 +26,7 @@ from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.data.batches import Batch, Collator, PairDataset
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
+from sdpo_kernels.stepwise.models.load import Loaded
 from sdpo_kernels.stepwise.models.precision import asks_for_fsdp
 from sdpo_kernels.stepwise.models.saving import is_tied, says_tied
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
@@ -68,9 +69,7 @@ def check_saved(stage: Stage, folder: Path, trained: TrainedScores) -> None:
     are.
     """
     # of a model that is cut or tensor-parallel no rank may hold the whole
-    if ranks.tp_size() > 1:
-        ranks.agree(lambda: _check(stage, folder, trained))
-    elif stage.scorer.cut is not None:
+    if ranks.tp_size() > 1 or stage.scorer.cut is not None:
         _check(stage, folder, trained)
     else:
         ranks.on_first(lambda: _check(stage, folder, trained))
@@ -87,20 +86,26 @@ def _check(stage: Stage, folder: Path, trained: TrainedScores) -> None:
             f"stage {stage.name}: what was saved is not what was trained: {error}; {kept(trained)}"
         ) from error
 
+    def computing() -> AbstractContextManager[Any]:
+        return scorer.precision.computing(loaded.model)
+
+    # with ranks that hold a part each, none may publish what another one finds wrong
+    logps = _scores(stage, loaded.model, trained.pairs, scorer.collator(loaded), computing)
+    ranks.agree(lambda: _require_same(stage, folder, trained, loaded, logps))
+
+
+def _require_same(stage: Stage, folder: Path, trained: TrainedScores, loaded: Loaded, logps: Tensor) -> None:
+    """UserError unless the saved model's scores `logps` [k, 2] are the trained one's, and its config fits it."""
     # transformers would load such a folder rightly, but other software goes by the config
+    config = stage.run.config
     if config.publishes_merged and _says_tied(folder, config) and not is_tied(loaded.model):
         raise UserError(
             f"stage {stage.name}: what was saved is not what was trained: its config.json says that the head is the "
             f"embedding (tie_word_embeddings), its weights have a head of their own. {kept(trained)}"
         )
 
-    def computing() -> AbstractContextManager[Any]:
-        return scorer.precision.computing(loaded.model)
-
-    logps = _scores(stage, loaded.model, trained.pairs, scorer.collator(loaded), computing)
-    tolerance = end_tolerance(stage, loaded.by_sequence)
-
     # relative, but absolute below 1 nat, as at the start of a stage
+    tolerance = end_tolerance(stage, loaded.by_sequence)
     a, b = trained.logps.double(), logps.double()
     off = torch.nan_to_num((a - b).abs() / a.abs().clamp(min=1.0), nan=math.inf)
     pair, side = divmod(int(off.argmax()), 2)

@@ -41,7 +41,7 @@ def make_trainer(stage: Stage, start: StageStart) -> StageTrainer:
     UserError if the head is wrong, or if transformers refuses a setting or lacks a library.
     """
     config, loaded = stage.run.config, start.loaded
-    _check_head(stage, loaded)
+    ranks.agree(lambda: _check_head(stage, loaded))
     reshard(loaded.model)  # training and checkpoints need the shards
 
     try:
