@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
 
 from sdpo_kernels.integrations.cut_weights import is_cut
@@ -191,15 +192,18 @@ def stale_in(rank: int, victim: int) -> None:
     collate.Batch.of = classmethod(of)
 
 
-def fsdp_on_cpu(rank: int, killed_at: int = 0, head_is_cut: bool = True) -> None:
+def fsdp_on_cpu(rank: int, killed_at: int = 0, head_is_cut: bool = True, checkpointed: bool = False) -> None:
     """Make accelerate accept FSDP on CPUs. A model that is not sharded is an error, and so is a head that was ever
-    gathered, if `head_is_cut`."""
+    gathered, if `head_is_cut`, and layers that are computed again in the backward, unless
+    `checkpointed`."""
     if killed_at:
         die_at(rank, "s1", killed_at, (0, 1))
     gathered = publish.gathered
 
     def of_shards(trainer: Any) -> Any:
         assert is_cut(trainer.model)
+        layers = [module for module in trainer.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        assert all(layer.gradient_checkpointing == checkpointed for layer in layers)
         head = find_head(trainer.model).module
         if head_is_cut:
             (held,) = fully_shard.state(head)._fsdp_param_group.fsdp_params

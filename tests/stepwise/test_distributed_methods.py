@@ -99,6 +99,7 @@ def test_a_signal_on_one_rank_stops_all_and_the_run_resumes(tmp_path, model, vic
     assert deviation(whole, tmp_path / "run") < NEAR
 
 
+CHECKPOINTED = {"activation_checkpointing": True}
 FSDP2: dict[str, tuple[int, dict[str, Any]]] = {  # ranks, settings
     "lora": (2, {"lora": {"r": 2}, "trainer": {"gradient_accumulation_steps": 2}}),
     "accumulation": (2, {"trainer": {"gradient_accumulation_steps": 2}}),
@@ -108,23 +109,24 @@ FSDP2: dict[str, tuple[int, dict[str, Any]]] = {  # ranks, settings
     # the last step's 3 and 2 pairs are 2 groups and 1
     "padded": (2, {"batching": "padded", "sizes": (11, 5), "batch": 6}),
     "ema": (2, {"reference": "ema", "ema": {"decay": 0.5, "sync_steps": 1}}),
+    "checkpointed": (2, {"reference": "ema", "ema": {"decay": 0.5, "sync_steps": 1}, "fsdp_config": CHECKPOINTED}),
 }
 
 
 @pytest.mark.parametrize("kind", FSDP2)
 def test_fsdp2(tmp_path, model, kind):
     """Besides the plain run in test_distributed: adapters, a tied head, a loss with extra outputs, uneven shards, ranks
-    with different numbers of padded groups, a reference that moves."""
+    with different numbers of padded groups, a reference that moves, layers that are computed again in the backward."""
     count, settings = FSDP2[kind]
     if kind == "tied":
         model = runs.make_model(tmp_path / "tied", tie_word_embeddings=True)
     settings = {"sizes": (2 * count + 1, 4)} | settings
-    batch = settings.pop("batch", 2 * count)
+    batch, options = settings.pop("batch", 2 * count), settings.pop("fsdp_config", {})
     whole = trained(tmp_path, model, 1, batch, **settings)
     settings |= {
-        "trainer": settings.get("trainer", {}) | {"fsdp": True},
+        "trainer": settings.get("trainer", {}) | {"fsdp": True, "fsdp_config": options},
         "fault": faults.fsdp_on_cpu,
-        "options": [0, kind != "tied"],
+        "options": [0, kind != "tied", "activation_checkpointing" in options],
     }
     sharded = trained(tmp_path, model, count, batch, **settings)
     assert deviation(whole, sharded) < NEAR
@@ -145,17 +147,25 @@ def test_fsdp2_in_mixed_precision_starts_from_its_references(tmp_path, model, mo
 
 @pytest.mark.parametrize("more", [{}, {"lora": {"r": 2}}], ids=["full", "lora"])
 def test_an_fsdp2_run_resumes_on_another_number_of_ranks(tmp_path, more):
-    """With a reference that moves. Of weights with 4 rows two of three ranks have 2, and the third has none."""
+    """With a reference that moves. Of weights with 4 rows two of three ranks have 2, and the third has none. An adapter
+    is also saved if layers are computed again in the backward."""
+    fsdp = {"fsdp": True, "fsdp_config": CHECKPOINTED if "lora" in more else {}}
     model = runs.make_model(tmp_path / "narrow", hidden_size=4, num_attention_heads=2)
     more = more | {"reference": "ema", "ema": {"decay": 0.5, "sync_steps": 1}}
     whole = trained(tmp_path, model, 1, 6, sizes=(13, 6), trainer={"save_steps": 2}, **more)
     run = tmp_path / "run"
     for count, (killed_at, codes) in ((2, (3, [-9, -9])), (3, (0, [0, 0, 0]))):
-        trainer = {"per_device_train_batch_size": 6 // count, "save_steps": 2, "adam_epsilon": EPSILON, "fsdp": True}
+        trainer = {"per_device_train_batch_size": 6 // count, "save_steps": 2, "adam_epsilon": EPSILON, **fsdp}
         yaml = runs.write_settings(tmp_path, model, sizes=(13, 6), trainer=trainer, **more)
         options = [f"output_dir={run}", "--quiet"]
         ranks = Ranks(
-            tmp_path, "train", yaml, *options, count=count, fault=faults.fsdp_on_cpu, options=[killed_at, True]
+            tmp_path,
+            "train",
+            yaml,
+            *options,
+            count=count,
+            fault=faults.fsdp_on_cpu,
+            options=[killed_at, True, "lora" in more],
         )
         assert ranks.wait() == codes, ranks.text
     assert json.loads((run / "manifest.json").read_text())["stages"][0]["resumed_at_step"] == 2

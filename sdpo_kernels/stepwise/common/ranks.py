@@ -272,7 +272,9 @@ def _gather(answer: tuple[BaseException | None, Any]) -> list[tuple[str | None, 
     return answers
 
 
-def _gather_within(seconds: float, answer: tuple[BaseException | None, Any]) -> list[tuple[str | None, str, Any]] | None:
+def _gather_within(
+    seconds: float, answer: tuple[BaseException | None, Any]
+) -> list[tuple[str | None, str, Any]] | None:
     """`_gather` with whichever exchange the other ranks reach next; None if one does not come in time, or never will."""
     found: Future[list[tuple[str | None, str, Any]]] = Future()
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import FullyShardedDataParallelPlugin
-from accelerate.utils.fsdp_utils import fsdp2_apply_ac, fsdp2_prepare_model
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -90,8 +90,6 @@ class Cut:
             device=precision.device,
         )
         plugin.set_auto_wrap_policy(model)
-        if plugin.activation_checkpointing:
-            model = fsdp2_apply_ac(accelerator, model)
         shard_head(model, upcast=precision.dtype is not None, compiled=self.args.torch_compile)
         return fsdp2_prepare_model(accelerator, model)
 
@@ -191,14 +189,9 @@ def load_for(path: str, config: RunConfig, precision: Precision, cut: Cut | None
     return load_cut(path, config, precision, cut, trains=trains)
 
 
-def plain_name(name: str) -> str:
-    """The name of a weight without what activation checkpointing adds to it."""
-    return name.replace("._checkpoint_wrapped_module", "")
-
-
 def bare_name(name: str) -> str:
     """The name of a weight in the model itself, without what PEFT adds to it."""
-    name = plain_name(name).removeprefix("base_model.model.")
+    name = name.removeprefix("base_model.model.")
     for part in (".base_layer", ".original_module", ".modules_to_save.default"):
         name = name.replace(part, "")
     return name
@@ -223,7 +216,7 @@ def _fill(model: Any, stored: Stored, path: str, adapter: set[str]) -> None:
     with torch.no_grad():
         for name, weight in [*model.named_parameters(), *model.named_buffers()]:
             bare = bare_name(name)
-            if plain_name(name) in adapter or (bare not in stored.keys and not isinstance(weight, DTensor)):
+            if name in adapter or (bare not in stored.keys and not isinstance(weight, DTensor)):
                 continue
             if bare not in stored.keys:
                 raise UserError(f"model: {path} cannot be cut by FSDP2: {name} is not in its files")
@@ -249,7 +242,7 @@ def _fill_one(weight: Tensor, stored: Stored, name: str) -> None:
 def _hash(model: nn.Module, dtypes: dict[str, torch.dtype], adapter: set[str], *, new: bool) -> str:
     """`weights_hash` of the model as `load_model` would load it, without the adapter if it is new. Collective."""
     reshard(model)
-    named = {plain_name(name): value for name, value in model.state_dict().items()}
+    named = dict(model.state_dict())
     if new:
         named = {bare_name(name): value for name, value in named.items() if name not in adapter}
 

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from sdpo_kernels.integrations.cut_weights import is_cut
 from sdpo_kernels.integrations.cut_weights import own as shard
+from sdpo_kernels.integrations.lm_head import unwrap
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.models.cut import fsdp_policy, shard_head
 from sdpo_kernels.stepwise.models.cut_saving import whole_trained
@@ -109,6 +110,17 @@ def check_way(trainer: Any) -> None:
         )
 
 
+def checkpoint_layers(model: Any) -> None:
+    """Let the model's layers be computed again in the backward, as `fsdp_config: {activation_checkpointing: true}` asks.
+
+    accelerate would wrap them, which renames their weights: PEFT finds none of an adapter then, and saves none.
+    ValueError if the model cannot.
+    """
+    base: Any = unwrap(model)
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def prepare_fsdp(trainer: Any) -> None:
     """Configure FSDP2 as `cut` does, if the model is not cut yet, and let every rank save its own shards."""
     if not trainer.is_fsdp_enabled:
@@ -117,9 +129,12 @@ def prepare_fsdp(trainer: Any) -> None:
     plugin = trainer.accelerator.state.fsdp_plugin
     plugin.state_dict_config = plugin.optim_state_dict_config = None  # those of the default, whole state dicts
     plugin.set_state_dict_type("SHARDED_STATE_DICT")
+    if plugin.activation_checkpointing:
+        checkpoint_layers(trainer.model)
+        plugin.activation_checkpointing = False
     if is_cut(trainer.model):
         # done already: accelerate would look for the layers under the names that they had before
-        plugin.activation_checkpointing, plugin.auto_wrap_policy = False, None
+        plugin.auto_wrap_policy = None
         return
 
     plugin.mixed_precision_policy = fsdp_policy(trainer.args)
