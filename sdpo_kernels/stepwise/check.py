@@ -22,13 +22,14 @@ from sdpo_kernels.stepwise.memory.table import plan_lines
 from sdpo_kernels.stepwise.memory.target import Target
 from sdpo_kernels.stepwise.post.after_run import check_start
 from sdpo_kernels.stepwise.prepare import Prepared, prepare, schedules_of
-from sdpo_kernels.stepwise.record.changes import processes_of, refused_settings
+from sdpo_kernels.stepwise.record.changes import FILES, processes_of, refused_settings
 from sdpo_kernels.stepwise.record.environment import run_backend
 from sdpo_kernels.stepwise.record.expo_record import FOLDER
 from sdpo_kernels.stepwise.record.manifest import different_settings
 from sdpo_kernels.stepwise.record.template_time import template_time
 from sdpo_kernels.stepwise.settings.reference import EmaSettings
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
+from sdpo_kernels.stepwise.settings.trainer_files import trainer_files
 
 _ORDERS = {
     "given": "the order of the file",
@@ -213,7 +214,7 @@ def _state(config: RunConfig, now: datetime) -> str:
     # only the config is compared: some orders need scores before the stages' data is known
     manifest = read_json(path)
     header: dict[str, Any] = {"config": config.model_dump(mode="json"), "processes": processes_of(manifest)}
-    header["template_time"] = now.isoformat()
+    header |= {"template_time": now.isoformat(), FILES: trainer_files(config)}
     if differences := refused_settings(manifest, header):
         raise UserError(different_settings(path.parent, differences))
     stages = manifest.get("stages", [])

@@ -34,6 +34,7 @@ from sdpo_kernels.stepwise.report.run_report import stage_table, write_report
 from sdpo_kernels.stepwise.settings.mistakes import show
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
+from sdpo_kernels.stepwise.settings.trainer_files import trainer_files, with_content
 from sdpo_kernels.stepwise.stage import train_stage
 from sdpo_kernels.stepwise.state import Run, Stage, open_run
 from sdpo_kernels.stepwise.training.finished_stages import (
@@ -73,7 +74,7 @@ def run(config: RunConfig, reporter: Reporter | None = None) -> Record:
 
 def _require_same_settings(config: RunConfig) -> None:
     """UserError, on all ranks, if one was started with other settings than rank 0: they would train apart."""
-    first, *others = ranks.exchange(config.model_dump(mode="json"))
+    first, *others = ranks.exchange(with_content(config.model_dump(mode="json"), trainer_files(config)))
     for rank, other in enumerate(others, 1):
         for key in first:
             if other[key] != first[key]:

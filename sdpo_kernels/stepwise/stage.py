@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from sdpo_kernels.stepwise.common.errors import Interrupted, UserError
 from sdpo_kernels.stepwise.common.memory import reset_peak_memory
 from sdpo_kernels.stepwise.models.load import add_adapter, release_memory
 from sdpo_kernels.stepwise.models.precision import asks_for_deepspeed, asks_for_fsdp
+from sdpo_kernels.stepwise.models.sharded import check_checkpoint
 from sdpo_kernels.stepwise.prepare import generated_stage
 from sdpo_kernels.stepwise.record.manifest import Record
 from sdpo_kernels.stepwise.record.samples import PAIRS_FILE
@@ -71,6 +73,8 @@ def _train(stage: Stage) -> None:
 
     # only rank 0 looks, so that all ranks resume from the same checkpoint
     checkpoint = ranks.on_first(lambda: _newest_checkpoint(stage))
+    if checkpoint is not None:
+        ranks.agree(partial(check_checkpoint, checkpoint, stage.args))  # before anything is scored
     step = None if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     if checkpoint is not None and stage.run.config.reference != "none" and not (stage.work / REFERENCE_FILE).exists():
         stage.run.reporter.warn(f"{stage.label}: its {REFERENCE_FILE} is missing and is recomputed")

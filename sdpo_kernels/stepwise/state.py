@@ -20,6 +20,7 @@ from sdpo_kernels.stepwise.data.order import StageData
 from sdpo_kernels.stepwise.data.prompts import prompts_hash
 from sdpo_kernels.stepwise.data.schedule import Schedule
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
+from sdpo_kernels.stepwise.record.changes import FILES
 from sdpo_kernels.stepwise.record.environment import environment_warning, run_environment
 from sdpo_kernels.stepwise.record.manifest import Manifest, MetricsFile, Record
 from sdpo_kernels.stepwise.record.template_time import recorded_time
@@ -29,6 +30,7 @@ from sdpo_kernels.stepwise.references.stage_references import StageReferences
 from sdpo_kernels.stepwise.settings.run_file import CONFIG, dump_config
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
+from sdpo_kernels.stepwise.settings.trainer_files import trainer_files
 from sdpo_kernels.version import __version__
 
 _CONFIG_COMMENT = f"""\
@@ -195,6 +197,8 @@ def open_run(
         "config": config.model_dump(mode="json"),
         "eval_data_hash": None if eval_tokens is None else eval_tokens.content_hash(),
     }
+    if files := trainer_files(config):
+        header[FILES] = files
     records = [_planned_record(config, index, stage) for index, stage in enumerate(stages, 1)]
 
     # every rank gets rank 0's manifest, which may be on a disk that others see a moment later

@@ -25,6 +25,7 @@ from sdpo_kernels.integrations.cut_weights import is_cut
 from sdpo_kernels.integrations.lm_head import find_head
 from sdpo_kernels.stepwise import run as run_module
 from sdpo_kernels.stepwise.common import ranks as ranks_module
+from sdpo_kernels.stepwise.models import cut_saving
 from sdpo_kernels.stepwise.models.load import weights_hash
 from sdpo_kernels.stepwise.models.zero import partition
 from sdpo_kernels.stepwise.training import publish
@@ -160,19 +161,24 @@ def other_beta_in(rank: int, victim: int) -> None:
         sys.argv.append("beta=0.2")
 
 
-def die_scoring(rank: int, victim: int) -> None:
-    """kill -9 one rank before its second batch of the references of a cut model."""
+def die_in(rank: int, victim: int, place: str) -> None:
+    """kill -9 one rank of a cut model: at its second batch of the references, backward of a step, or piece to save."""
     fsdp_on_cpu(rank)
     from sdpo_kernels.stepwise.data.batches import Batch
 
-    genuine, calls = Batch.logps, iter(range(1000))
+    holder, name = {
+        "scoring": (Batch, "logps"),
+        "training": (torch.Tensor, "backward"),
+        "saving": (cut_saving, "pieces"),
+    }[place]
+    genuine, calls = getattr(holder, name), iter(range(1000))
 
-    def logps(self: Batch, *args: Any) -> Any:
+    def dying(*args: Any, **kwargs: Any) -> Any:
         if rank == victim and next(calls) == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return genuine(self, *args)
+        return genuine(*args, **kwargs)
 
-    Batch.logps = logps
+    setattr(holder, name, dying)
 
 
 def no_grace(rank: int) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from sdpo_kernels.stepwise.check import check_run
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.progress import Reporter
+from sdpo_kernels.stepwise.record.changes import refused_settings
 from sdpo_kernels.stepwise.run import run
 from sdpo_kernels.stepwise.settings.run_file import load_config
 from tests.stepwise import runs
@@ -74,6 +75,36 @@ def test_a_copys_config_trains_in_the_copy(tmp_path, model, whole, monkeypatch):
     assert runs.fingerprint(tmp_path / "run") == before
     assert load_config(copy / "config.yaml", [f"output_dir={tmp_path}/third"]).output_dir == f"{tmp_path}/third"
     assert load_config(shutil.copy(copy / "config.yaml", tmp_path)).output_dir == str(copy)
+
+
+def test_a_file_that_trainer_names_is_compared_by_what_is_in_it(tmp_path, model, monkeypatch):
+    file = tmp_path / "accelerate.json"
+    file.write_text(json.dumps({"non_blocking": False}))
+    config = runs.configured(tmp_path, model, SIZES, trainer={"accelerator_config": str(file)})
+    stopped(monkeypatch, config, stage="s1", step=2)
+
+    file.write_text(json.dumps({"non_blocking": True}))
+    for again in (runs.train, lambda config: check_run(config, Reporter(quiet=True))):
+        with pytest.raises(UserError, match=r"trainer.accelerator_config.non_blocking: false -> true \(the steps"):
+            again(config)
+    file.write_text(json.dumps({"non_blocking": False}))
+    moved = file.rename(tmp_path / "moved.json")
+    trainer = config.trainer | {"accelerator_config": str(moved)}
+    manifest = runs.train(config.model_copy(update={"trainer": trainer}))
+    assert manifest["stages"][0]["resumed_at_step"] == 1
+    assert manifest["trainer_files"] == {str(moved): {"non_blocking": False}}
+
+
+def test_what_deepspeed_only_logs_may_change():
+    def run_of(content: dict) -> dict:
+        config = {"trainer": {"deepspeed": "zero.json"}, "stages": [{"name": "s1"}]}
+        stages = [{"name": "s1", "state": "training"}]
+        return {"config": config, "stages": stages, "trainer_files": {"zero.json": content}}
+
+    before = {"zero_optimization": {"stage": 2}, "wall_clock_breakdown": False}
+    assert refused_settings(run_of(before), run_of(before | {"wall_clock_breakdown": True})) == []
+    (line,) = refused_settings(run_of(before), run_of(before | {"zero_optimization": {"stage": 3}}))
+    assert line.startswith("trainer.deepspeed.zero_optimization.stage: 2 -> 3")
 
 
 def test_another_model_in_the_place_of_the_first_is_refused(tmp_path, model, monkeypatch):

@@ -261,9 +261,10 @@ def test_ranks_with_other_settings_are_an_error(whole, tmp_path):
     assert "beta: was 0.2 on rank 1 and 0.1 on rank 0" in ranks.texts[0]
 
 
-def test_a_rank_that_dies_while_references_are_scored_ends_the_other(whole, tmp_path):
-    """Each forward of a cut model needs all ranks."""
-    ranks = two_with(whole[2], tmp_path / "run", "trainer.fsdp=true", fault=faults.die_scoring, options=[1])
+@pytest.mark.parametrize("place", ["scoring", "training", "saving"])
+def test_a_rank_that_dies_ends_the_other(whole, tmp_path, place):
+    """Each forward of a cut model needs all ranks, and so does each piece of a weight that is written."""
+    ranks = two_with(whole[2], tmp_path / "run", "trainer.fsdp=true", fault=faults.die_in, options=[1, place])
     assert ranks.wait()[1] == -9, ranks.text
     assert ranks.texts[0].count("another process of this run has ended") == 1
     assert "Traceback" not in ranks.text

@@ -275,7 +275,7 @@ def _gather(answer: tuple[BaseException | None, Any]) -> list[tuple[str | None, 
 def _gather_within(
     seconds: float, answer: tuple[BaseException | None, Any]
 ) -> list[tuple[str | None, str, Any]] | None:
-    """`_gather` with whichever exchange the other ranks reach next; None if one does not come in time, or never will."""
+    """`_gather` with whichever exchange the other ranks reach next; None if one of them does not come in time."""
     found: Future[list[tuple[str | None, str, Any]]] = Future()
 
     def gather() -> None:

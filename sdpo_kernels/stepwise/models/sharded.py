@@ -6,23 +6,27 @@ FSDP2 is configured.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
+from transformers import TrainingArguments
 
 from sdpo_kernels.integrations.cut_weights import is_cut
 from sdpo_kernels.integrations.cut_weights import own as shard
 from sdpo_kernels.integrations.lm_head import unwrap
 from sdpo_kernels.stepwise.common import ranks
+from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.models.cut import fsdp_policy, shard_head
 from sdpo_kernels.stepwise.models.cut_saving import whole_trained
-from sdpo_kernels.stepwise.models.precision import asks_for_fsdp
+from sdpo_kernels.stepwise.models.precision import asks_for_deepspeed, asks_for_fsdp
 from sdpo_kernels.stepwise.models.quantized import quantized_layers
 from sdpo_kernels.stepwise.models.tensor_parallel import whole_weights
-from sdpo_kernels.stepwise.models.zero import check_zero, optimizer_weights, partition
+from sdpo_kernels.stepwise.models.zero import check_zero, optimizer_weights, partition, require_its_checkpoint
 
 
 def own(weight: Tensor) -> Tensor:
@@ -83,6 +87,9 @@ def check_way(trainer: Any) -> None:
         raise ValueError("fsdp: needs several GPUs; without them accelerate silently trains plain DDP")
     if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise ValueError("fsdp_config.version: was 1, must be 2")
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    if getattr(plugin, "activation_checkpointing_offload", False):
+        raise ValueError("fsdp: activation_checkpointing_offload: was true (by accelerate's launcher), must be false")
     kind = (trainer.args.fsdp_config or {}).get("state_dict_type", "SHARDED_STATE_DICT")
     if trainer.is_fsdp_enabled and kind != "SHARDED_STATE_DICT":
         raise ValueError(
@@ -111,7 +118,7 @@ def check_way(trainer: Any) -> None:
 
 
 def checkpoint_layers(model: Any) -> None:
-    """Let the model's layers be computed again in the backward, as `fsdp_config: {activation_checkpointing: true}` asks.
+    """Let the model's layers be computed again in the backward, as fsdp_config's activation_checkpointing asks.
 
     accelerate would wrap them, which renames their weights: PEFT finds none of an adapter then, and saves none.
     ValueError if the model cannot.
@@ -119,6 +126,22 @@ def checkpoint_layers(model: Any) -> None:
     base: Any = unwrap(model)
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def check_checkpoint(checkpoint: Path, args: TrainingArguments) -> None:
+    """UserError, which says what to do, for a checkpoint that a stage with these arguments cannot resume from."""
+    if asks_for_deepspeed(args):
+        require_its_checkpoint(checkpoint)
+        return
+
+    shards = checkpoint / f"{FSDP_MODEL_NAME}_0"
+    if asks_for_fsdp(args) and not (shards / ".metadata").exists():
+        raise UserError(
+            f"trainer.fsdp: {checkpoint} has no {shards.name}: an earlier version or a run without FSDP2 saved it, not "
+            "shard by shard; finish the stage as it was started, or delete this checkpoint to train the stage anew"
+        )
+    if shards.exists() and not asks_for_fsdp(args):
+        raise UserError(f"trainer.fsdp: {checkpoint} was saved with FSDP2, must be resumed with it")
 
 
 def prepare_fsdp(trainer: Any) -> None:

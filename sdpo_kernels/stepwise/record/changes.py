@@ -14,8 +14,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from sdpo_kernels.stepwise.settings.run_file import config_diff, with_new_defaults
+from sdpo_kernels.stepwise.settings.trainer_files import with_content
 
 Record = dict[str, Any]
+
+FILES = "trainer_files"  # in a manifest: the content of the JSON files that `trainer` names, if it names any
 
 # the keys of a stage's record that are fixed once it has started
 PLANNED = ("name", "prompts", "pairs", "dropped", "data_hash", "beta", "loss", "reference", "policy")
@@ -31,6 +34,10 @@ _FREE_OF_TRAINER = {
     "activation_checkpointing", "activation_checkpointing_kwargs",
     "report_to", "run_name", "project", "debug", "ddp_timeout", "enable_jit_checkpoint",
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
+}  # fmt: skip
+_FREE_OF_DEEPSPEED = {
+    "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "flops_profiler",
+    "tensorboard", "wandb", "comet", "csv_monitor",
 }  # fmt: skip
 _FREE_OF_GENERATION = {"url", "api_key_env", "requests", "timeout", "python", "options"}  # of a source
 _FREE_PREFIXES = ("logging_", "log_", "save_", "eval_", "trackio_")
@@ -85,6 +92,10 @@ def refused_settings(data: Record, header: Record) -> list[str]:
     old, new = with_new_defaults(data.get("config", {})), header["config"]
     if "prefix_sharing" in new and "prefix_sharing" not in data.get("config", {}):
         old = old | {"prefix_sharing": new["prefix_sharing"]}  # an earlier version's run goes on either way
+
+    # by what is in the files that `trainer` names; runs of earlier versions have only their names
+    if FILES in data:
+        old, new = (with_content(c, d.get(FILES, {})) for c, d in ((old, data), (new, header)))
 
     # the stages of tiers are not in the file, and those of ranked orders are in another order
     names = [stage["name"] for stage in new["stages"]]
@@ -159,6 +170,8 @@ def _of_stage(config: Record, stage: Record, processes: int | None) -> Record:
         for key, value in trainer.items()
         if key not in _FREE_OF_TRAINER and not key.startswith(_FREE_PREFIXES)
     }
+    if isinstance(kept.get("deepspeed"), dict):
+        kept["deepspeed"] = {key: v for key, v in kept["deepspeed"].items() if key not in _FREE_OF_DEEPSPEED}
     return own | {"beta": beta, "trainer": kept}
 
 

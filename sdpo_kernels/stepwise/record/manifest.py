@@ -13,7 +13,7 @@ from pathlib import Path
 from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.files import read_json, replace_file, sync, write_json
-from sdpo_kernels.stepwise.record.changes import Record, processes_of, refused_changes, started_stages
+from sdpo_kernels.stepwise.record.changes import FILES, Record, processes_of, refused_changes, started_stages
 
 
 @dataclass
@@ -70,6 +70,9 @@ def _brought_up(before: Record, header: Record, stages: list[Record]) -> Record:
         return {**header, "initial_eval": None, "stages": stages}  # nothing is trained yet: a new run
 
     data = before | {"config": header["config"], "stages": [*before["stages"][:started], *stages[started:]]}
+    data.pop(FILES, None)
+    if FILES in header:
+        data[FILES] = header[FILES]
     if processes_of(header) != processes_of(before):
         data["processes"] = processes_of(header)
     if header["eval_data_hash"] not in (None, before.get("eval_data_hash")):

@@ -24,7 +24,6 @@ from sdpo_kernels.stepwise.data.batches import Batch
 from sdpo_kernels.stepwise.data.rank_batches import share_batches
 from sdpo_kernels.stepwise.data.schedule import Schedule
 from sdpo_kernels.stepwise.models.sharded import not_finite
-from sdpo_kernels.stepwise.models.zero import require_its_checkpoint
 from sdpo_kernels.stepwise.references.ema import EmaReference
 from sdpo_kernels.stepwise.training.checkpoints import AtomicCheckpoints, is_complete
 from sdpo_kernels.stepwise.training.sharded_models import ShardedModels
@@ -299,8 +298,6 @@ class StageTrainer(AtomicCheckpoints, ShardedModels, Trainer):
     def resume(self, checkpoint: Path) -> None:
         """Resume training from `checkpoint`."""
         self.guard = None  # the policy is no longer its reference
-        if self.is_deepspeed_enabled:
-            require_its_checkpoint(checkpoint)
 
         # the file has the pending metrics of all ranks, and the next log gathers them again: they go to rank 0 only
         if ranks.is_first():
