@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.models.trial import try_run
@@ -73,6 +74,19 @@ def test_in_mixed_precision_with_a_tied_head_and_accumulation_a_stage_starts_fro
         first = next(row for row in runs.metrics(tmp_path / "run") if row["stage/name"] == record["name"])
         assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert "lm_head.weight" not in load_file(tmp_path / "run/stage-2-s2/model.safetensors")
+
+
+def test_a_mixture_of_experts_with_the_loss_of_its_router(tmp_path):
+    """Its experts are divided as transformers' plan says; it is trained and saved as one process does."""
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": len(runs.VOCABULARY)}
+    config = MixtralConfig(num_local_experts=4, output_router_logits=True, **shape, **HEADS)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    runs.make_tokenizer().save_pretrained(tmp_path / "model")
+    whole = trained(tmp_path, tmp_path / "model", 1, 4, sizes=(8, 4))
+    ranks = Ranks(tmp_path, "train", divided(tmp_path, tmp_path / "model", sizes=(8, 4)), "--quiet")
+    assert ranks.wait() == [0, 0], ranks.text
+    assert deviation(whole, tmp_path / "run") < NEAR
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {

@@ -122,7 +122,7 @@ def joined(start: Callable[[], object], tp_size: int = 1) -> Iterator[None]:
     _state.joined, _state.tp_size = True, tp_size
 
     try:
-        with _lost_connections():
+        with lost_connections():
             yield
             wait()
     except (UserError, Interrupted) as error:
@@ -139,7 +139,7 @@ def joined(start: Callable[[], object], tp_size: int = 1) -> Iterator[None]:
 
 
 @contextmanager
-def _lost_connections() -> Iterator[None]:
+def lost_connections() -> Iterator[None]:
     """Turn the many errors with which torch reports a broken connection into LostProcess."""
     try:
         yield

@@ -107,9 +107,15 @@ def publish(stage: Stage, staging: Path, record: Record, checkpoint: Path) -> No
 
 @contextmanager
 def _nothing_lost(stage: Stage, checkpoint: Path) -> Iterator[None]:
-    """Turn whatever fails within the block into a UserError that says where the trained weights are."""
+    """Turn whatever fails within the block into a UserError that says where the trained weights are.
+
+    A process that is gone is none of it: its own message has the cause.
+    """
     try:
-        yield
+        with ranks.lost_connections():
+            yield
+    except ranks.LostProcess:
+        raise
     except Exception as error:  # of transformers, PEFT, safetensors, the disk
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
