@@ -254,6 +254,13 @@ def test_fsdp2_trains_the_same_as_one_process(whole, tmp_path, model):
     assert manifest["stages"][0]["resumed_at_step"] == 2
 
 
+def test_a_loss_that_becomes_nan_is_said_once(whole, tmp_path):
+    """Both ranks find it at the same step."""
+    ranks = two_with(whole[2], tmp_path / "run", "trainer.learning_rate=1e30", fault=faults.no_grace)
+    assert ranks.wait() == [2, 2], ranks.text
+    assert ranks.text.count("error: stage s1: the l") == ranks.text.count("error:") == 1
+
+
 def test_ranks_with_other_settings_are_an_error(whole, tmp_path):
     ranks = two(whole[2], tmp_path / "run", faults.other_beta_in, [1])
     assert ranks.wait()[0] == 2, ranks.text

@@ -191,6 +191,12 @@ def exchange(value: T) -> list[T]:
     return [value] if world_size() == 1 else _raise_or_values(_gather((None, value)))
 
 
+def everywhere(error: UserError) -> UserError:
+    """`error`, which every rank raises at this place, also in training: rank 0 alone prints it."""
+    _state.agreed = error
+    return error
+
+
 def wait() -> None:
     """Wait until all ranks are here."""
     exchange(None)

@@ -249,11 +249,12 @@ class StageTrainer(AtomicCheckpoints, ShardedModels, Trainer):
         """UserError if a loss was NaN or infinite: the weights are NaN now, or will be after the next step."""
         broken = self._all_finite is not None and not bool(self._all_finite)
         if ranks.total(int(broken)) > 0:
-            raise UserError(
+            error = UserError(
                 f"stage {self.stage}: the loss became NaN or infinite at step {self.state.global_step} or shortly "
                 "before; the last complete checkpoint is kept. Usual causes: a learning rate that is too "
                 "high, overflow in fp16 (use bf16), or a model with broken weights"
             )
+            raise ranks.everywhere(error)
         self._all_finite = None
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -282,10 +283,11 @@ class StageTrainer(AtomicCheckpoints, ShardedModels, Trainer):
         """UserError if the last update made a weight NaN or infinite, though every loss was finite before it."""
         broken = [name for found in ranks.exchange(not_finite(self.model)) for name in found]
         if broken:
-            raise UserError(
+            error = UserError(
                 f"stage {self.stage}: the last step made weights NaN or infinite, first {broken[0]}; "
                 "lower the learning rate"
             )
+            raise ranks.everywhere(error)
 
     def write_extra(self, checkpoint: Path) -> None:
         """Save what makes a resumed run equal to one never stopped: metrics since the last log, a moving reference."""
