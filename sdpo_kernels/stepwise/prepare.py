@@ -209,7 +209,7 @@ def _prompts(config: RunConfig, stage: StageConfig, prepared: Prepared) -> Stage
     # a missing judge or answer is reported now, not when the stage starts hours later
     try:
         warnings = check_source(stage.source, prompts, config.trust_remote_code)
-        answers, more = check_generation(stage.source, prompts)
+        answers, more = check_generation(config, stage, prompts)
         prepared.warnings += [f"stage {stage.name}: source: {warning}" for warning in warnings + more]
     except UserError as error:
         raise UserError(f"stage {stage.name}: source: {error}") from error

@@ -339,6 +339,21 @@ def test_the_command_that_expos_message_names_scales_the_adapter(tmp_path, wide,
         assert torch.equal(after[name], weight * 1.5 if "lora_B" in name else weight)
 
 
+def test_merged_weights_of_a_quantised_base_are_extrapolated_from_another_stage_alone(tmp_path, wide):
+    """From the base most of the difference is its rounding, which would grow by alpha."""
+    settings = settings_of(tmp_path, lora={"r": 4, "publish": "merged"})
+    runs.train(runs.configured(tmp_path, wide, (4, 4), **settings))
+    first, second = (tmp_path / "run" / name for name in ("stage-1-s1", "stage-2-s2"))
+    with pytest.raises(
+        UserError, match=rf"^{second}: was trained on a base that was quantised, .*give {second}/adapter"
+    ):
+        extrapolate(wide, second, tmp_path / "new", 0.5)
+    assert not (tmp_path / "new").exists()
+
+    extrapolate(first, second, tmp_path / "new", 0.5)
+    assert (tmp_path / "new" / "model.safetensors").exists()
+
+
 def test_the_model_card_says_what_the_folder_has(tmp_path, wide):
     runs.train(runs.configured(tmp_path, wide, (4,), **settings_of(tmp_path)))
     card = (tmp_path / "run" / "stage-1-s1" / "README.md").read_text()

@@ -50,6 +50,7 @@ class Activations:
     layers: list[Layer] = field(default_factory=list)
     outside: Layer = field(default_factory=Layer)  # embedding, positions, last norm
     forward_work: int = 0  # the most that the heaviest layer has at once without gradient
+    forward_fixed: int = 0  # of that, what does not grow with the tokens: an expert's weights with their adapter's
     backward_work: int = 0  # the same in its forward and backward, with what it keeps and its weights' gradients
     heaviest: int = 0  # its number
     hidden_dtype: torch.dtype = torch.float32  # of the hidden states that enter the head
@@ -91,6 +92,8 @@ def trace(model: Any, batch: MicroBatch, autocast: torch.dtype | None, device: s
         found.hidden_dtype = hidden.dtype
         found.heaviest = max(range(len(layers)), key=lambda i: found.layers[i].kept)
         _work(layers[found.heaviest], recorder.calls[found.heaviest], autocast, found)
+        if device != "cpu":
+            _fixed(layers[found.heaviest], recorder.calls[found.heaviest], autocast, found, group.length)
     return found
 
 
@@ -180,11 +183,8 @@ def _work(layer: nn.Module, call: tuple[Any, Any], autocast: torch.dtype | None,
     _copy_pieces(call, (args, kwargs))
 
     existing = [*tensors, *layer.parameters(), *layer.buffers()]
-    mixed = torch.autocast("cpu", autocast, autocast is not None)
-    with torch.no_grad(), LiveBytes(existing) as live, mixed:
-        layer(*args, **kwargs)
     copies = found.layers[found.heaviest].copies
-    found.forward_work = max(found.forward_work, live.peak - copies)
+    found.forward_work = max(found.forward_work, _forward_peak(layer, (args, kwargs), autocast) - copies)
 
     tensors[0].requires_grad_()
     with LiveBytes(existing) as live:
@@ -194,6 +194,35 @@ def _work(layer: nn.Module, call: tuple[Any, Any], autocast: torch.dtype | None,
         out.backward(torch.ones_like(out))
     found.backward_work = max(found.backward_work, live.peak)
     layer.zero_grad()
+
+
+def _forward_peak(layer: nn.Module, call: tuple[Any, Any], autocast: torch.dtype | None) -> int:
+    """The most that a layer has at once in a forward without gradient, besides its weights and what enters it."""
+    args, kwargs = call
+    existing = [
+        *(leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor)),
+        *layer.parameters(),
+        *layer.buffers(),
+    ]
+    mixed = torch.autocast("cpu", autocast, autocast is not None)
+    with torch.no_grad(), LiveBytes(existing) as live, mixed:
+        layer(*args, **kwargs)
+    return live.peak
+
+
+def _fixed(
+    layer: nn.Module, call: tuple[Any, Any], autocast: torch.dtype | None, found: Activations, tokens: int
+) -> None:
+    """Run the layer with half of the tokens in a row: what is not halved does not depend on them."""
+
+    def half(tensor: Tensor) -> Tensor:
+        along = next((d for d, size in enumerate(tensor.shape) if size == tokens), None)
+        return tensor.detach() if along is None else tensor.detach().narrow(along, 0, tokens // 2)
+
+    if tokens > 1:
+        peak = _forward_peak(layer, tree_map_only(Tensor, half, call), autocast)
+        peak -= found.layers[found.heaviest].copies
+        found.forward_fixed = max(0, 2 * peak - found.forward_work)
 
 
 def _copy_pieces(from_call: Any, to_call: Any) -> None:

@@ -12,6 +12,8 @@ from sdpo_kernels.stepwise.memory.plan import Plan
 from sdpo_kernels.stepwise.memory.setup import Setup
 from sdpo_kernels.stepwise.settings.lora import LoraSettings
 
+WORTH = 0.99  # of what a run takes: shorter sequences must bring it below that
+
 
 @dataclass(frozen=True)
 class Change:
@@ -31,7 +33,9 @@ def changes(task: Task, plan: Plan, *, quantises: bool) -> Iterator[Change]:
             continue
 
         change = Change(together[0], task.plan(alone[1]), task.plan(together[1]))
-        if change.together.total >= so_far.total:
+        # the end of long answers is not worth a hundredth, unless that is what lacks
+        needed = WORTH if suggest is _shorter and not change.together.fits else 1
+        if change.together.total >= so_far.total * needed:
             continue
         so_far = change.together
         yield change
@@ -71,20 +75,20 @@ def _shorter(setup: Setup) -> Suggestion:
 
 
 def _sharded(setup: Setup) -> Suggestion:
-    if setup.sharded or setup.gpus == 1 or setup.follows:
+    if setup.sharded or setup.gpus == 1 or setup.follows or setup.tp > 1:
         return None
     return "trainer: {fsdp: true}", replace(setup, sharded=True, syncs_each=setup.accumulation > 1)
 
 
 def _lora(setup: Setup) -> Suggestion:
-    if setup.lora is not None:
+    if setup.lora is not None or setup.tp > 1:
         return None
     return "lora: {r: 16}, dtype: bfloat16", replace(setup, lora=LoraSettings(), dtype=torch.bfloat16)
 
 
 def _qlora(setup: Setup) -> Suggestion:
     """Each GPU has the whole base, in four bits."""
-    if setup.quantization is not None:
+    if setup.quantization is not None or setup.tp > 1:
         return None
     lora = setup.lora or LoraSettings()
     settings = {"bits": 4, "double": True}

@@ -78,7 +78,7 @@ class Moments:
             "weights": self._share(sizes.weights),
             "optimizer": self._share(sizes.states),
             "reference": 2 * sizes.gradients if setup.follows else 0,  # ema: the average and the reference
-            "gradients": sizes.gradients if setup.gpus > 1 and not setup.sharded else 0,  # DDP's buckets
+            "gradients": sizes.gradients if setup.replicas > 1 and not setup.sharded else 0,  # DDP's buckets
         }
         parts = {part: always.get(part, 0) + changing.get(part, 0) for part in PARTS}
         return Moment(name, {part: size for part, size in parts.items() if size}, scratch)
@@ -86,14 +86,15 @@ class Moments:
     def _scoring(self) -> Moment:
         """References before training, without the optimizer; evaluations while training, with it."""
         ratio = self.scored / self.batch.tokens
-        layer = self.found.forward_work + self.found.layers[self.found.heaviest].entering
+        growing = self.found.forward_work - self.found.forward_fixed + self.found.layers[self.found.heaviest].entering
+        layer = int(growing * ratio) + self.found.forward_fixed + self.sizes.unpacked
         rows = int(self.batch.rows * ratio)
         case = replace(self._head_case(), tokens=self.scored, rows=rows, trains=False)
         memory = HeadMemory.of(case)
         head = memory.kept - memory.stash + memory.forward
 
         # the layers are done when the head begins
-        at_work = {"activations": int(layer * ratio)} if layer * ratio > head else {"head": head}
+        at_work = {"activations": layer} if layer > head else {"head": head}
         changing = at_work | {
             "rounded weights": sum(part.copies for part in self.found.layers),
             "gathered weights": self._gathered(len(self.found.layers) - 1),

@@ -77,13 +77,14 @@ def plan_run(
 
     Stages with equal settings are planned by their largest micro-batch. A stage that generates its pairs is planned
     with pairs of max_length. If pairs change their stage before training (orders margin and random), the longest of all
-    stages are taken together. NotPlanned for DeepSpeed, and if the model's code needs values.
+    stages are taken together. NotPlanned for DeepSpeed, for another `tp_size` than GPUs, and if the model's code needs
+    values.
     """
     if config.trainer.get("deepspeed"):
         raise NotPlanned("DeepSpeed divides weights and states in its own way")
     packed = config.batching == "packed"
     device = "cuda" if target is not None or torch.cuda.is_available() else "cpu"
-    goal = target or Target(ranks.launched())
+    goal = _goal(config, target)
     evaluated = None if eval_tokens is None else Lengths.of(eval_tokens)
 
     # of stages with equal settings the largest micro-batch counts
@@ -92,7 +93,7 @@ def plan_run(
         args = training_arguments(config, stage.config, Path(config.output_dir), Path(config.output_dir))
         setup = Setup.of(config, args, goal.gpus, device, goal.memory)
         task = Task(model_config, lengths, packed, shared, evaluated, config.trust_remote_code)
-        schedule = Schedule.of(len(lengths.chosen), args, goal.gpus) if _order_is_known(config, stage) else None
+        schedule = Schedule.of(len(lengths.chosen), args, setup.replicas) if _order_is_known(config, stage) else None
         task, batch = _largest(task, setup, schedule)
 
         before = next((number for number, other in enumerate(found) if other[2] == setup), None)
@@ -103,6 +104,16 @@ def plan_run(
 
     plans = [PlannedRun(name, task, task.plan(setup, batch)) for name, task, setup, batch in found]
     return max(plans, key=lambda planned: planned.plan.total)
+
+
+def _goal(config: RunConfig, target: Target | None) -> Target:
+    """The GPUs to plan for; with `tp_size` that many, as a run needs them. NotPlanned if the target has others."""
+    goal = target or Target(ranks.launched())
+    if config.tp_size == 1:
+        return goal
+    if goal.gpus not in (1, config.tp_size):
+        raise NotPlanned(f"tp_size: was {config.tp_size} with {goal.gpus} GPUs, must be as many")
+    return replace(goal, gpus=config.tp_size)
 
 
 def _order_is_known(config: RunConfig, stage: StageData) -> bool:
@@ -129,5 +140,5 @@ def _largest(task: Task, setup: Setup, schedule: Schedule | None) -> tuple[Task,
     """The task with the pairs that the steps train on, and its largest micro-batch; without a schedule the longest."""
     if schedule is None or schedule.batches == 0:
         return task, longest(task.lengths, setup.pairs, packed=task.packed, shared=task.shared)
-    batch = largest(task.lengths, schedule, setup.gpus, packed=task.packed, shared=task.shared)
+    batch = largest(task.lengths, schedule, setup.replicas, packed=task.packed, shared=task.shared)
     return replace(task, lengths=task.lengths.take(schedule.used())), batch

@@ -33,6 +33,7 @@ class Setup:
     evaluates: bool = False  # while it trains, next to the optimizer's states
     max_length: int = 1024
     gpus: int = 1
+    tp: int = 1  # how many of them hold one model together (tp_size)
     sharded: bool = False  # FSDP2
     reshards: bool = True  # a layer's weights are dropped again after its forward
     syncs_each: bool = False  # FSDP2 reduces gradients after each micro-batch, not once a step
@@ -59,6 +60,7 @@ class Setup:
             evaluates=str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no",
             max_length=config.max_length,
             gpus=gpus,
+            tp=config.tp_size,
             sharded=asks_for_fsdp(args) and gpus > 1,
             reshards=fsdp.get("reshard_after_forward", True) is not False,
             syncs_each=bool(accumulation.get("sync_each_batch", False)),
@@ -66,6 +68,11 @@ class Setup:
             device=device,
             memory=memory,
         )
+
+    @property
+    def replicas(self) -> int:
+        """How many parts a batch is split into."""
+        return self.gpus // self.tp
 
     @property
     def autocast(self) -> torch.dtype | None:

@@ -21,6 +21,7 @@ from sdpo_kernels.stepwise.memory.activations import Activations, fake, outermos
 from sdpo_kernels.stepwise.memory.batch import MicroBatch
 from sdpo_kernels.stepwise.memory.quantised import quantised_weights
 from sdpo_kernels.stepwise.memory.setup import Setup
+from sdpo_kernels.stepwise.memory.tensor_parallel import divide, one_part
 from sdpo_kernels.stepwise.models.load import Loaded, add_adapter
 from sdpo_kernels.stepwise.models.optimizer_states import OptimizerStates
 
@@ -36,7 +37,7 @@ class LayerSizes:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The weights of a model, in bytes."""
+    """The weights of a model, in bytes; with tensor parallelism those of one rank."""
 
     numbers: int  # how many there are
     trained: int  # how many are trained
@@ -69,6 +70,8 @@ def measure(
         add_adapter(loaded, setup.lora)
         model = loaded.model
     sizes = _sizes(model, setup)
+    with one_part(unwrap(model), setup.tp):
+        part = _sizes(model, setup)
 
     # for the trace the weights are in the dtype that the products see
     with fake():
@@ -79,7 +82,8 @@ def measure(
     if setup.quantization is not None:
         for layer in found.layers:
             layer.copies = layer.cached
-    return sizes, found
+    divide(found, sizes, part)
+    return part, found
 
 
 def _make_fake(model: nn.Module, setup: Setup) -> None:
@@ -105,6 +109,8 @@ def _sizes(model: Any, setup: Setup) -> Sizes:
     weights = list(model.parameters())
     trained = [weight for weight in weights if weight.requires_grad]
 
+    wide = 4 if (setup.quantization or {}).get("compute_dtype") == "float32" else 2
+
     # FSDP2 in mixed precision keeps trained weights in float32
     item = 4 if setup.sharded and setup.compute is not None else 0
     base: Any = unwrap(model)
@@ -125,7 +131,7 @@ def _sizes(model: Any, setup: Setup) -> Sizes:
         width=head_weight.shape[1],
         head_dtype=head_weight.dtype,
         tied=tied,
-        unpacked=max((2 * w.numel() for w in weights if of_body.get(id(w))), default=0),
+        unpacked=max((wide * w.numel() for w in weights if of_body.get(id(w))), default=0),
     )
 
 

@@ -80,6 +80,10 @@ def _legend(plan: Plan) -> list[str]:
         "scoring: references and evaluation; forward, backward: at its end; head, layer: in its backward; step: the",
         "optimizer's. The largest of these is what a GPU needs.",
     ]
+    if plan.setup.tp > 1:
+        found.append(
+            f"tp_size {plan.setup.tp}: weights and what belongs to them are a rank's part; activations are whole."
+        )
     if not plan.knows_optimizer:
         found.append(f"trainer.optim {plan.setup.optimizer}: its states are not known here; Adam's are assumed.")
     return found

@@ -22,6 +22,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from sdpo_kernels.integrations.causal_lm import unwrap
 from sdpo_kernels.stepwise.common.errors import UserError
+from sdpo_kernels.stepwise.common.units import write_part
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 
 _CLASSES = ("Linear4bit", "Linear8bitLt")  # of bitsandbytes.nn, which is not imported here: it may be missing
@@ -40,6 +41,21 @@ def check_quantization(config: RunConfig, model_config: Any) -> None:
         )
     if config.quantization is not None and not is_bitsandbytes_available():
         raise UserError("quantization: needs bitsandbytes; run: pip install sdpo-kernels[qlora]")
+
+
+def quantization_warnings(config: RunConfig, model: nn.Module) -> list[str]:
+    """What to know about a quantised base; `model` is as it would be without quantization, and without an adapter."""
+    base: Any = unwrap(model)
+    ends = {id(part.weight) for part in (base.get_input_embeddings(), base.get_output_embeddings()) if part is not None}
+    linear = {id(m.weight) for m in base.modules() if isinstance(m, (nn.Linear, Conv1D))}
+    sizes = {id(weight): weight.numel() for weight in base.parameters() if id(weight) not in ends}
+    kept = sum(size for key, size in sizes.items() if key not in linear)
+    if config.quantization is None or kept <= sum(sizes.values()) / 10:
+        return []
+    return [
+        f"quantization: {write_part(kept, sum(sizes.values()))} weights between embedding and head stay in "
+        f"{config.dtype}: only linear layers are quantised, and a mixture's experts are none in this transformers"
+    ]
 
 
 def loading_options(config: RunConfig, device: torch.device) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from sdpo_kernels.integrations.router_loss import find_router_loss
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.models.disk import Space, check_space
 from sdpo_kernels.stepwise.models.load import Loaded, add_adapter, load_error, pretrained
-from sdpo_kernels.stepwise.models.quantized import check_adapted, check_quantization
+from sdpo_kernels.stepwise.models.quantized import check_adapted, check_quantization, quantization_warnings
 from sdpo_kernels.stepwise.models.saving import copy_beside, keep_generation_config
 from sdpo_kernels.stepwise.models.tensor_parallel import require_divisible
 from sdpo_kernels.stepwise.record.model_cards import expo_card, model_card
@@ -63,6 +63,7 @@ def try_run(config: RunConfig, tokenizer: PreTrainedTokenizerBase, model_config:
 
     kept = keep_generation_config(model)
     warnings = [] if kept is None else [f"model: its generation config is saved unchanged, despite {kept}"]
+    warnings += quantization_warnings(config, model)
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

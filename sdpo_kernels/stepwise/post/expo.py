@@ -66,6 +66,7 @@ def extrapolate(start: Path, aligned: Path, output: Path, alpha: float, notes: S
             _require_base(aligned, start)
             _scale_adapter(after, staging, alpha)
         else:
+            _refuse_quantised(aligned, start)
             _extrapolate_model(before, after, staging, alpha)
         replace_file(staging / "README.md", expo_card(start, aligned, alpha, notes, after.is_adapter).encode())
         publish_folder(staging, output)
@@ -73,6 +74,20 @@ def extrapolate(start: Path, aligned: Path, output: Path, alpha: float, notes: S
         raise UserError(f"{output}: cannot be written: {error.strerror or error}") from error
     finally:
         remove_folder(staging)
+
+
+def _refuse_quantised(aligned: Path, start: Path) -> None:
+    """UserError for merged weights of a run with `quantization`: most of what they differ by is the base's rounding."""
+    run = aligned.absolute().parent
+    manifest = run / "manifest.json"
+    config = read_json(manifest).get("config", {}) if manifest.is_file() and (aligned / ADAPTER).is_dir() else {}
+
+    # two stages of the run have the same base
+    if config.get("quantization") and start.absolute().parent != run:
+        raise UserError(
+            f"{aligned}: was trained on a base that was quantised, so most of what its weights differ by from those of "
+            f"{start} is that rounding; give {aligned / ADAPTER}"
+        )
 
 
 def require_free(output: Path) -> None:

@@ -23,7 +23,11 @@ from transformers import AutoConfig, GenerationConfig
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.files import empty_folder, read_json, write_json
 from sdpo_kernels.stepwise.models.load import ADAPTER, release_memory
+from sdpo_kernels.stepwise.models.precision import Precision
 from sdpo_kernels.stepwise.settings.generation import GenerationSettings
+from sdpo_kernels.stepwise.settings.mistakes import show
+from sdpo_kernels.stepwise.settings.run_settings import RunConfig, StageConfig
+from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
 from sdpo_kernels.stepwise.sources.context import SourceContext
 from sdpo_kernels.stepwise.sources.engine import (
     Answers,
@@ -62,6 +66,31 @@ def check_vllm(settings: GenerationSettings) -> None:
             f"generation.engine: was 'vllm', but the package vllm is not installed for {python}; install it there, or "
             "in an environment of its own (it needs its own version of torch), whose Python generation.python names"
         )
+
+
+def check_adapter(config: RunConfig, stage: StageConfig) -> None:
+    """UserError if vLLM cannot sample from the adapter that a stage starts from: it would be found out hours later.
+
+    Its products of adapters are of 16 bits, and it has neither DoRA, nor biases, nor modules that are trained whole.
+    """
+    lora, source = config.lora, stage.source
+    assert source is not None
+    if lora is None or stage is config.stages[0] or (config.dtype == "float32" and config.publishes_merged):
+        return
+
+    why = f"vLLM samples stage {stage.name} from the adapter of the stage before, and has"
+    way = "; merged weights can be sampled from: dtype: float32, lora: {publish: merged}"
+    for name in ("use_dora", "bias", "modules_to_save", "trainable_token_indices"):
+        if (value := lora.more.get(name)) not in (None, False, "none"):
+            raise UserError(f"lora.{name}: was {show(value)}, must be left out: {why} none{way}")
+    if (rank := max([lora.r, *(lora.more.get("rank_pattern") or {}).values()])) > _RANKS[-1]:
+        raise UserError(f"lora.r: was {rank}, must be at most {_RANKS[-1]}: {why} no larger one{way}")
+
+    # what VllmEngine.dtype will be
+    args = training_arguments(config, stage, Path(config.output_dir), Path(config.output_dir))
+    computes = str(Precision.of(args).dtype or config.dtype).removeprefix("torch.")
+    if source.generation.options.get("dtype", computes) == "float32":
+        raise UserError(f"dtype: was 'float32', must be bfloat16 (or trainer.bf16: true): {why} 16 bits for it{way}")
 
 
 class VllmEngine:

@@ -9,18 +9,18 @@ from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.units import counted
 from sdpo_kernels.stepwise.data.prompts import PromptRow
+from sdpo_kernels.stepwise.settings.run_settings import RunConfig, StageConfig
 from sdpo_kernels.stepwise.settings.source import (
     ActiveSource,
     DiscriminatorSource,
     ExecutionSource,
     RankedSource,
-    Sampling,
     SelfAugmentedSource,
 )
 from sdpo_kernels.stepwise.sources import active, discriminator, execution, ranked, self_augmented
 from sdpo_kernels.stepwise.sources.context import PairRow, SourceContext, write_rows
 from sdpo_kernels.stepwise.sources.engine_url import check_url
-from sdpo_kernels.stepwise.sources.engine_vllm import check_vllm
+from sdpo_kernels.stepwise.sources.engine_vllm import check_adapter, check_vllm
 from sdpo_kernels.stepwise.sources.judges import check_reward_model, function_judge
 from sdpo_kernels.stepwise.state import Stage
 
@@ -51,17 +51,19 @@ def check_source(settings: object, prompts: list[PromptRow], trust_remote_code: 
     return []
 
 
-def check_generation(settings: Sampling, prompts: list[PromptRow]) -> tuple[str | None, list[str]]:
-    """What answers the prompts, if it is not transformers, and warnings about it. UserError if it cannot.
+def check_generation(config: RunConfig, stage: StageConfig, prompts: list[PromptRow]) -> tuple[str | None, list[str]]:
+    """What answers a stage's prompts, if it is not transformers, and warnings about it. UserError if it cannot.
 
     Only rank 0 looks: it alone will ask, and only its node may have vLLM or reach the server.
     """
-    engine = settings.generation.engine
-    if engine == "transformers" or not ranks.launched_first():
+    assert stage.source is not None
+    settings = stage.source.generation
+    if settings.engine == "transformers" or not ranks.launched_first():
         return None, []
-    if engine == "url":
-        return check_url(settings.generation, prompts)
-    check_vllm(settings.generation)
+    if settings.engine == "url":
+        return check_url(settings, prompts)
+    check_vllm(settings)
+    check_adapter(config, stage)
     return "answers are sampled from the policy by vLLM, in a process of its own", []
 
 

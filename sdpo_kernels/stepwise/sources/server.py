@@ -97,8 +97,9 @@ class Server:
         if self.key is not None:
             headers["Authorization"] = f"Bearer {self.key}"
         request = urllib.request.Request(f"{self.url}{path}", body, headers)
+        end = time.monotonic() + self.timeout
         with self._open(request, timeout=self.timeout) as reply:
-            content = reply.read()
+            content = _read(reply, end)
         try:
             return json.loads(content)
         except ValueError:
@@ -119,6 +120,21 @@ class Server:
     def _safe(self, text: str) -> str:
         """A server's text for a message: cut, and without the key, which some servers repeat."""
         return (text.replace(self.key, "<key>") if self.key else text)[:_SHOWN]
+
+
+def _read(reply: Any, end: float) -> bytes:
+    """The whole content. TimeoutError at `end`, by `time.monotonic`: a socket's own timeout starts anew at every byte.
+
+    Gateways send spaces to a client that waits for a slow model.
+    """
+    found = []
+    while piece := reply.read1(1 << 16):
+        found.append(piece)
+        if time.monotonic() > end:
+            raise TimeoutError
+    if reply.length:  # read1 does not say that the connection broke
+        raise http.client.IncompleteRead(b"".join(found), reply.length)
+    return b"".join(found)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -9,6 +9,7 @@ complete. The program's standard input is a pipe that nothing is written to; it 
 the training process dies.
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -30,6 +31,7 @@ def main(folder: Path) -> None:
     if job["adapter"] is not None:
         from vllm.lora.request import LoRARequest
 
+        _require_patterns(Path(job["adapter"]), vllm.__version__)
         request = LoRARequest("policy", 1, job["adapter"])
         more = {"enable_lora": True}
     model = vllm.LLM(**more | job["llm"])
@@ -43,6 +45,17 @@ def main(folder: Path) -> None:
         )
         answers = [[[list(one.token_ids), one.finish_reason] for one in output.outputs] for output in outputs]
         _write(folder / f"{batch['number']}.json", {"by": f"vLLM {vllm.__version__}", "answers": answers})
+
+
+def _require_patterns(adapter: Path, version: str) -> None:
+    """End if this vLLM would scale all modules of the adapter alike, whatever its patterns say, as 0.10 does."""
+    config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+    if not (config.get("rank_pattern") or config.get("alpha_pattern")):
+        return
+    from vllm.lora.peft_helper import PEFTHelper
+
+    if "alpha_pattern" not in {field.name for field in dataclasses.fields(PEFTHelper)}:
+        sys.exit(f"vLLM {version} ignores rank_pattern and alpha_pattern of an adapter: install a newer one, as 0.33")
 
 
 def _write(path: Path, value: object) -> None:

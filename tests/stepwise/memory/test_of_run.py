@@ -13,10 +13,11 @@ from tests.stepwise import runs
 TARGET = Target(gpus=2)
 
 
-def planned(config, change=lambda stages: stages):
+def planned(config, change=lambda stages: stages, target=TARGET, tp_size=1):
     prepared = prepare(config)
+    config = config.model_copy(update={"tp_size": tp_size})
     stages = change(prepared.stages)
-    return plan_run(config, prepared.model_config, stages, prepared.eval_tokens, TARGET, shared=False)
+    return plan_run(config, prepared.model_config, stages, prepared.eval_tokens, target, shared=False)
 
 
 @pytest.fixture
@@ -67,6 +68,18 @@ def test_deepspeed_is_not_planned(config):
     config = config.model_copy(update={"trainer": config.trainer | {"deepspeed": "zero2.json"}})
     with pytest.raises(NotPlanned, match="DeepSpeed divides weights and states in its own way"):
         plan_run(config, None, [], None, TARGET, shared=False)
+
+
+def test_ranks_of_a_tensor_parallel_model_work_on_the_same_pairs(config):
+    """Without a number of GPUs the plan is for as many as a run needs."""
+    alone = planned(config, target=Target()).plan
+    for target in (TARGET, Target(), None):
+        found = planned(config, target=target, tp_size=2).plan
+        assert (found.setup.gpus, found.setup.tp, found.batch) == (2, 2, alone.batch)
+        assert found.moments[-1].parts["gradients"] == found.sizes.gradients  # no buckets of DDP
+        assert found.sizes.weights < alone.sizes.weights
+    with pytest.raises(NotPlanned, match="tp_size: was 2 with 8 GPUs, must be as many"):
+        planned(config, target=Target(8), tp_size=2)
 
 
 def test_the_setup_is_that_of_the_settings(tmp_path, model):

@@ -1,9 +1,11 @@
 """Weights are counted exactly, and a layer's activations are those of the formula in docs/memory.md."""
 
+from dataclasses import replace
+
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from sdpo_kernels.stepwise.memory.batch import Lengths, longest
 from sdpo_kernels.stepwise.memory.setup import Setup
@@ -13,12 +15,12 @@ from sdpo_kernels.stepwise.settings.lora import LoraSettings
 BATCH = longest(Lengths.longest(33), 1, packed=True, shared=False)
 
 
-def config(**options) -> LlamaConfig:
+def config(family=LlamaConfig, **options):
     settings = {
         "vocab_size": 100, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2,
     }  # fmt: skip
-    return LlamaConfig(**settings | options)
+    return family(**settings | options)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -63,6 +65,38 @@ def test_quantised_linear_layers(settings, a_weight):
     assert sizes.numbers == whole.numbers
     assert whole.weights - sizes.weights == linear * (2 - a_weight)
     assert sizes.unpacked == 2 * 1024**2
+    exact, _ = measure(square, BATCH, replace(setup, quantization=settings | {"compute_dtype": "float32"}))
+    assert exact.unpacked == 4 * 1024**2
+
+
+@pytest.mark.parametrize("family", [LlamaConfig, MixtralConfig])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_rank_of_a_tensor_parallel_model_has_its_part_of_every_matrix(family, tied):
+    """Norms and a mixture's router are whole on each rank. Autocast's copies are of the parts."""
+    settings = config(family, tie_word_embeddings=tied)
+    whole, before = measure(settings, BATCH, Setup(compute=torch.bfloat16))
+    part, after = measure(settings, BATCH, Setup(compute=torch.bfloat16, gpus=2, tp=2))
+    real = AutoModelForCausalLM.from_config(settings)
+    small = sum(w.numel() for name, w in real.named_parameters() if "norm" in name or "mlp.gate.weight" in name)
+    assert part.numbers == (whole.numbers - small) / 2 + small
+    assert (part.weights, part.gradients, part.states) == (4 * part.numbers, 4 * part.numbers, 8 * part.numbers)
+    assert (part.vocabulary, part.head_gradient) == (50, whole.head_gradient / 2)
+    assert [layer.kept for layer in after.layers] == [layer.kept for layer in before.layers]
+    assert after.layers[0].copies == pytest.approx(before.layers[0].copies / 2, rel=0.02)
+    assert before.backward_work - after.backward_work == whole.layers[0].gradients - part.layers[0].gradients
+
+
+@pytest.mark.parametrize("family", [LlamaConfig, MixtralConfig])
+def test_scoring_more_tokens_takes_more_of_what_grows_with_them(family):
+    """PEFT adds their adapter's product to experts whenever they work: that does not grow, and would be most."""
+    setup = Setup(dtype=torch.bfloat16, lora=LoraSettings(), compute=torch.bfloat16)
+    few, many = (
+        measure(config(family), longest(Lengths.longest(tokens), 1, packed=True, shared=False), setup)[1]
+        for tokens in (129, 1025)
+    )
+    growing = few.forward_work - few.forward_fixed
+    assert few.forward_fixed + 8 * growing == pytest.approx(many.forward_work, rel=0.1)
+    assert (few.forward_fixed > few.forward_work / 5) == (family is MixtralConfig)
 
 
 @pytest.mark.parametrize(

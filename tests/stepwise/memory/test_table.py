@@ -58,7 +58,6 @@ def test_each_change_brings_what_a_plan_with_it_says(plan):
     assert list(found) == [
         "trainer: {gradient_checkpointing: true}",
         "trainer: {per_device_train_batch_size: 1, gradient_accumulation_steps: 4}",
-        "max_length: 512",
         "trainer: {fsdp: true}",
         "lora: {r: 16}, dtype: bfloat16",  # sharded over two GPUs it is smaller than a whole base in four bits
     ]
@@ -67,7 +66,7 @@ def test_each_change_brings_what_a_plan_with_it_says(plan):
     assert lora.alone.setup.dtype == torch.bfloat16
     assert not lora.alone.setup.sharded
     sharded = found["trainer: {fsdp: true}"].together.setup
-    assert (sharded.sharded, sharded.pairs, sharded.max_length, sharded.syncs_each) == (True, 1, 512, True)
+    assert (sharded.sharded, sharded.pairs, sharded.max_length, sharded.syncs_each) == (True, 1, 1024, True)
     assert all(change.together.total < plan.total for change in found.values())
 
 
@@ -86,6 +85,24 @@ def test_scoring_fewer_pairs_is_a_change_where_scoring_takes_most():
     first = next(changes(TASK, plan, quantises=True))
     assert first.text == "trainer: {per_device_eval_batch_size: 1}"
     assert first.alone.total < plan.total
+
+
+def test_shorter_sequences_are_offered_where_they_bring_something():
+    """With one short pair at a time the weights take nearly all. What is cut is lost, so it must be worth that."""
+    setup = replace(SETUP, gpus=1, checkpointing=True, pairs=1, scored_pairs=1, memory=2**28)
+    adapted = replace(setup, lora=LoraSettings(), dtype=torch.bfloat16)
+    longer = replace(TASK, lengths=Lengths(*(np.full(8, n) for n in (1000, 1000, 200, 1600))))
+    for task, start, offered in ((TASK, setup, False), (longer, adapted, True)):
+        texts = [change.text for change in changes(task, task.plan(start), quantises=False)]
+        assert ("max_length: 512" in texts) == offered
+
+
+def test_a_plan_with_tensor_parallelism_offers_what_goes_with_it():
+    setup = replace(SETUP, tp=2, memory=2**28)
+    plan = TASK.plan(setup)
+    lines = plan_lines(PlannedRun("s1", TASK, plan), Target(2, setup.memory), quantises=True)
+    assert "tp_size 2: weights and what belongs to them are a rank's part; activations are whole." in lines
+    assert not [text for text in lines if "lora" in text or "fsdp" in text]
 
 
 def test_fsdp2_divides_what_it_shards():

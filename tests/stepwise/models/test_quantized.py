@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MixtralConfig
 from transformers.utils import is_bitsandbytes_available
 
 from sdpo_kernels.integrations import packed_attention
@@ -209,3 +209,20 @@ def test_what_is_not_quantised_can_be_trained_whole(tmp_path, wide, part):
     settings = {"target_modules": ["q_proj"], "modules_to_save": [part]}
     runs.train(runs.configured(tmp_path, wide, (4,), lora=settings, quantization={}))
     assert (tmp_path / "run" / "stage-1-s1" / "adapter").is_dir()
+
+
+def test_experts_are_no_linear_layers_and_the_run_says_so(tmp_path, wide):
+    """What is loaded has them in the run's dtype. Of a Llama only the norms are left."""
+    options = {"vocab_size": len(runs.VOCABULARY), "num_hidden_layers": 1, "num_attention_heads": 2}
+    mixture = MixtralConfig(hidden_size=64, intermediate_size=64, num_key_value_heads=2, num_local_experts=4, **options)
+    AutoModelForCausalLM.from_config(mixture).save_pretrained(tmp_path / "m")
+    runs.make_tokenizer().save_pretrained(tmp_path / "m")
+    config, found = loaded(tmp_path, tmp_path / "m", {})
+    kept = sum(w.numel() for n, w in found.model.model.layers.named_parameters() if w.dtype == torch.float32)
+    kept += found.model.model.norm.weight.numel()
+    (warning,) = try_run(config, load_module.load_tokenizer(config), mixture)
+    assert warning.startswith(f"quantization: {kept:,} of ")
+    assert "weights between embedding and head stay in float32: only linear layers are quantised" in warning
+
+    config = runs.configured(tmp_path, wide, lora=LORA, quantization={})
+    assert try_run(config, load_module.load_tokenizer(config), AutoModelForCausalLM.from_pretrained(wide).config) == []

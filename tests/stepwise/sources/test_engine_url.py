@@ -324,6 +324,45 @@ def test_a_server_that_takes_too_long(tmp_path, model, monkeypatch):
     assert len(tries) == 2
 
 
+def test_a_server_that_sends_a_byte_now_and_then_takes_too_long_as_well(tmp_path, model, monkeypatch):
+    """Gateways send spaces to keep a connection open; a socket's own timeout begins anew at each of them."""
+    monkeypatch.setattr(server, "TRIES", 1)
+
+    def fault(handler, body):
+        handler.send_response(200)
+        handler.end_headers()
+        for _ in range(20):
+            handler.wfile.write(b" ")
+            time.sleep(0.1)
+        handler.close_connection = True
+        handler.wfile.write(json.dumps({"choices": [{"text": "late", "finish_reason": "stop"}] * 3}).encode())
+        return True
+
+    with TinyServer(model, fault=fault) as tiny:
+        ctx = asked(tmp_path, model, tiny.url, PROMPTS[:1], generation={"timeout": 0.3, "model": "tiny"})
+        with pytest.raises(UserError, match=r"no answer within 0.3 s \(generation.timeout\)"):
+            generation.sample(ctx, 3)
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again(tmp_path, model):
+    broken = []
+
+    def fault(handler, body):
+        if broken:
+            return False
+        handler.send_response(200)
+        handler.send_header("Content-Length", "100")
+        handler.end_headers()
+        handler.wfile.write(b'{"choices": [')
+        broken.append(body)
+        handler.close_connection = True
+        return True
+
+    with TinyServer(model, fault=fault) as tiny:
+        assert len(generation.sample(asked(tmp_path, model, tiny.url, PROMPTS[:1]), 3)) == 1
+    assert (len(broken), len(tiny.requests)) == (1, 1)
+
+
 def test_a_wrong_or_missing_key_is_reported_before_training_and_never_shown(tmp_path, model, monkeypatch):
     monkeypatch.setenv("TINY_KEY", "sk-right")
     with TinyServer(model, key="sk-right") as tiny:

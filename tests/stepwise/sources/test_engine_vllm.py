@@ -177,7 +177,8 @@ def test_weights_are_computed_with_in_the_precision_of_training(tmp_path, model,
 def test_a_base_is_sampled_from_with_its_adapter(tmp_path, model, stub, dtype, publish):
     """Merged into a bfloat16 base, small changes would be lost; merged in float32 they are kept, if they are there."""
     lora = {"r": 5, "alpha": 8, "publish": publish}
-    run(vllm_config(tmp_path, model, 2, {"lora": lora, "dtype": dtype}), QUIET)
+    options = {"dtype": "bfloat16"} if publish == "adapter" else {}
+    run(vllm_config(tmp_path, model, 2, {"lora": lora, "dtype": dtype}, generation={"options": options}), QUIET)
     second, call = stub.models[1], stub.calls[1]
     stage = tmp_path / "run/stage-1-s1"
     if (dtype, publish) == ("float32", "merged"):
@@ -185,6 +186,37 @@ def test_a_base_is_sampled_from_with_its_adapter(tmp_path, model, stub, dtype, p
     else:
         assert (second["model"], second["enable_lora"], second["max_lora_rank"]) == (str(model), True, 8)
         assert call["lora"] == {"lora_name": "policy", "lora_int_id": 1, "lora_path": str(stage / "adapter")}
+
+
+NOT_OF_VLLM = [
+    ({"dtype": "bfloat16"}, {"use_dora": True}, "lora.use_dora: was true, must be left out: vLLM samples stage s2"),
+    ({"dtype": "bfloat16"}, {"modules_to_save": ["lm_head"]}, r"lora.modules_to_save: was \[.lm_head.\], must be"),
+    ({"dtype": "bfloat16"}, {"rank_pattern": {"q_proj": 513}}, "lora.r: was 513, must be at most 512: vLLM samples"),
+    ({}, {"publish": "adapter"}, r"dtype: was 'float32', must be bfloat16 \(or trainer.bf16: true\): vLLM samples st"),
+]
+
+
+@pytest.mark.parametrize(("settings", "lora", "message"), NOT_OF_VLLM)
+def test_adapters_that_vllm_does_not_have_are_an_error_before_the_first_stage(
+    tmp_path, model, stub, settings, lora, message
+):
+    """vLLM would say so when the second stage samples. With merged weights, or a single stage, nothing is wrong."""
+    settings = settings | {"lora": {"r": 4, **lora}}
+    with pytest.raises(UserError, match=f"stage s2: source: {message}.*merged weights can be sampled from: dtype: fl"):
+        check_run(vllm_config(tmp_path, model, 2, settings), QUIET)
+    check_run(vllm_config(tmp_path, model, 1, settings), QUIET)
+    merged = settings | {"dtype": "float32", "lora": {"r": 4, **lora, "publish": "merged"}}
+    check_run(vllm_config(tmp_path, model, 2, merged), QUIET)
+
+
+def test_patterns_of_ranks_need_a_vllm_that_reads_them(tmp_path, model, stub):
+    stub.does("old")
+    settings = {"dtype": "bfloat16", "lora": {"r": 4, "rank_pattern": {"q_proj": 8}}}
+    with pytest.raises(UserError, match=r"exit code 1; .*\n  vLLM 0\.33\.0 ignores rank_pattern and alpha_pattern of"):
+        run(vllm_config(tmp_path, model, 2, settings), QUIET)
+    stub.does("")
+    run(vllm_config(tmp_path, model, 2, settings), QUIET)
+    assert stub.models[-1]["max_lora_rank"] == 8
 
 
 def test_a_quantised_base_is_another_one_than_vllms(tmp_path, model):
