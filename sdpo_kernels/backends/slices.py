@@ -122,8 +122,8 @@ def slice_backward(
 ) -> Gradients:
     """The gradients of a slice; the slice's part of dX is in float32, since it is added to those of the others.
 
-    A frozen head costs no product for dW. No direction is kept for it (`Keep.direction`): it would take as many products
-    as a stash does, and one less only where the stash does not fit.
+    A frozen head costs no product for dW. No direction is kept for it (`Keep.direction`): it would take as many
+    products as a stash does, and one less only where the stash does not fit.
     """
     if needs.hidden:
         call = replace(call, hidden=call.hidden.to(product_dtype(call.dtype)))
