@@ -81,6 +81,7 @@ def sharded_linear_logps(
 
     The gradients of `weight_shard` and `bias_shard` are summed over the rows of all ranks: divide them by the number of
     ranks if gradients of other parameters are averaged, as FSDP does. An error on one rank leaves the others waiting.
+    On CUDA the host waits for the device once a forward: the ranks tell each other how many targets they ask for.
 
     Raises:
         ValueError: naming the argument, what it was and what it should be.
