@@ -260,7 +260,8 @@ def vocab_parallel_section(report: Report) -> list[str]:
         f"Shape: {described(report['shape'])}; each process has all rows and half of the vocabulary. The two processes "
         f"share the machine's {cores} cores and one memory, so times are those of small ranks with free links, and "
         "what counts is how the cases stand to each other. sent, extra: of one process. error: the largest of a "
-        "log-prob against float64.",
+        "log-prob against float64. On a chip without bf16 instructions torch's bf16 products are very slow, those of "
+        "both `loss_parallel` cases, too: there `naive_fp32` alone is a fair rival in time.",
         markdown(headings, lines),
     ]
 
