@@ -198,7 +198,7 @@ def check_inputs(
     if bias is not None and bias.shape != (weight.shape[0],):
         raise ValueError(f"bias: was of shape {list(bias.shape)}, must be [{weight.shape[0]}], weight's V")
     if rows is not None:
-        _check_rows(rows, hidden)
+        check_rows(rows, hidden)
     check_outputs(outputs)
 
     # the reference's rows go through the same products, so they must look the same
@@ -212,7 +212,7 @@ def check_inputs(
     return _check_dtypes(hidden, weight, bias)
 
 
-def _check_rows(rows: ScoredRows, hidden: Tensor) -> None:
+def check_rows(rows: ScoredRows, hidden: Tensor) -> None:
     """Its values are checked on the CPU only: on CUDA that would synchronise."""
     if not (rows.index.dim() == 1 and rows.index.dtype == torch.int64):
         raise ValueError(f"rows: its index was {_describe(rows.index)}, must be int64 of shape [N_scored]")

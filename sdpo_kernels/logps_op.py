@@ -18,7 +18,7 @@ from torch import Tensor
 from sdpo_kernels.backends import get_backend
 from sdpo_kernels.backends.base import EXTRAS, HeadCall, Keep, Needs, Saved
 from sdpo_kernels.head import Head, product_dtype
-from sdpo_kernels.rows import IGNORE_INDEX, check_targets
+from sdpo_kernels.rows import IGNORE_INDEX, busy_rows, check_ascending, check_targets
 
 
 class Inputs(NamedTuple):
@@ -109,8 +109,7 @@ def _linear_logps(
         index = (targets != IGNORE_INDEX).nonzero().squeeze(1)
     head = Head(logit_scale, softcap, temperature)
     call = _scored(hidden, weight, targets, bias, index, head, dtype, outputs, kept_rows, ref_hidden)
-    if index.is_cuda:
-        torch._assert_async((index[1:] > index[:-1]).all(), "rows: its index must be ascending")
+    check_ascending(index)
     check_targets(call.targets, call.weight.shape[0])
 
     out = get_backend(backend).forward(call, Keep.decode(keep))
@@ -194,8 +193,11 @@ def _linear_logps_backward(
     """Gradients of hidden, weight and bias, contiguous; of size 0 if not needed."""
     if index is None:
         index = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-    index, rows = _busy_rows(index, grad_logps, grad_entropy)
-    if rows is None and index.shape[0] != kept.shape[0]:  # the forward did not know the number of scored rows
+    of_entropy = None if grad_entropy is None else grad_entropy.index_select(0, index)
+    rows = busy_rows(grad_logps.index_select(0, index), of_entropy)
+    if rows is not None:
+        index = index[rows]
+    elif index.shape[0] != kept.shape[0]:  # the forward did not know the number of scored rows
         rows = torch.arange(index.shape[0], device=index.device)
     head = Head(logit_scale, softcap, temperature)
     call = _scored(hidden, weight, targets, bias, index, head, dtype, "", 0)
@@ -307,18 +309,3 @@ def _scored(
         ref_hidden = None if ref_hidden is None else ref_hidden.index_select(0, index)
     names = tuple(name for name in EXTRAS if name in outputs.split(","))
     return HeadCall(hidden, weight, bias, targets, head, dtype, names, kept_rows, ref_hidden)
-
-
-def _busy_rows(index: Tensor, grad_logps: Tensor, grad_entropy: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """On CPU, leave out rows whose coefficients are exactly 0: they would add work to the GEMMs and change nothing.
-
-    Returns the remaining part of `index`, and which of its entries remain; None: all.
-    """
-    if index.is_cuda:
-        return index, None  # finding them would synchronise with the device
-    busy = grad_logps.index_select(0, index) != 0
-    if grad_entropy is not None:
-        busy |= grad_entropy.index_select(0, index) != 0
-    if bool(busy.all()):
-        return index, None
-    return index[busy], busy.nonzero().squeeze(1)

@@ -52,6 +52,29 @@ def check_targets(scored: Tensor, n_columns: int) -> None:
         raise ValueError(f"targets: was {wrong}, must be in [0, {n_columns}) or {IGNORE_INDEX} (not scored)")
 
 
+def check_ascending(index: Tensor) -> None:
+    """Rows must ascend, or results would be added up wrongly; on CUDA a device assert, without waiting.
+
+    On the CPU `logps.check_rows` has compared the index with the batch, too.
+    """
+    if index.is_cuda:
+        torch._assert_async((index[1:] > index[:-1]).all(), "rows: its index must be ascending")
+
+
+def busy_rows(grad_logps: Tensor, grad_entropy: Tensor | None) -> Tensor | None:
+    """Which rows have a coefficient other than 0, [M] int64; None: all.
+
+    On the CPU the others are left out: they would add work to the GEMMs and change nothing, except that 0 times a NaN
+    of a row's hidden state would be NaN. On CUDA, where finding them would synchronise with the device, all remain.
+    """
+    if grad_logps.is_cuda:
+        return None
+    busy = grad_logps != 0
+    if grad_entropy is not None:
+        busy |= grad_entropy != 0
+    return None if bool(busy.all()) else busy.nonzero().squeeze(1)
+
+
 def all_rows(labels: Tensor, cu_seqlens: Tensor | None = None) -> ScoredRows:
     """Every row, scored or not, with the counts of the scored ones: no shape depends on data, as compile requires.
 

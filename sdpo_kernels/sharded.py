@@ -43,8 +43,8 @@ from sdpo_kernels.backends.base import (
     SliceForward,
 )
 from sdpo_kernels.head import Head, product_dtype
-from sdpo_kernels.logps import LinearLogps, check_outputs, stash_budget
-from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows, check_targets
+from sdpo_kernels.logps import LinearLogps, check_outputs, check_rows, stash_budget
+from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows, busy_rows, check_ascending, check_targets, segment_sum
 
 
 def sharded_linear_logps(
@@ -81,11 +81,14 @@ def sharded_linear_logps(
 
     The gradients of `weight_shard` and `bias_shard` are summed over the rows of all ranks: divide them by the number of
     ranks if gradients of other parameters are averaged, as FSDP does. An error on one rank leaves the others waiting.
+    On CUDA the host waits for the device once a forward: the ranks tell each other how many targets they ask for.
 
     Raises:
         ValueError: naming the argument, what it was and what it should be.
     """
     _check(hidden, weight_shard, targets, bias_shard, outputs, chunk_columns)
+    if rows is not None:
+        check_rows(rows, hidden)
     if shard_rows is None:
         shard_rows = _gather_shard_rows(weight_shard, group)
     collectives.check_sizes("shard_rows", shard_rows, len(weight_shard), group)
@@ -95,6 +98,7 @@ def sharded_linear_logps(
     if n_columns == 0:
         raise ValueError("weight_shard: was empty on every rank, must have at least one row (V >= 1)")
     index = (targets != IGNORE_INDEX).nonzero().squeeze(1) if rows is None else rows.index
+    check_ascending(index)
     scored = targets[index]
     check_targets(scored, n_columns)
 
@@ -177,10 +181,13 @@ class _Targets(NamedTuple):
 
     @classmethod
     def of(cls, scored: Tensor, shard_rows: Sequence[int]) -> _Targets:
-        ends = torch.tensor(shard_rows, device=scored.device).cumsum(0)
-        owner = torch.searchsorted(ends, scored, right=True)
-        starts = ends - torch.tensor(shard_rows, device=scored.device)
-        return cls(owner, scored - starts[owner])
+        owner, row, end = torch.zeros_like(scored), scored, 0
+        # from the host's own numbers: a tensor of them on the device would have to be waited for
+        for rows in shard_rows[:-1]:
+            end += rows
+            beyond = scored >= end
+            owner, row = owner + beyond, row - rows * beyond
+        return cls(owner, row)
 
     def in_chunk(self, chunk: _Chunk) -> Tensor:
         """[N] the targets' columns in the chunk, -1 where it has not got them."""
@@ -244,24 +251,31 @@ class _Call(NamedTuple):
         if chunk.owner in (None, dist.get_rank(self.group)):
             total[chunk.first : chunk.first + chunk.rows] = mine
 
-    def rows_of_targets(self, shard: Tensor, targets: _Targets, dtype: torch.dtype) -> Tensor:
-        """The targets' rows of the whole tensor that `shard` is a part of, [N, …]: their owners round and send them."""
+    def rows_of_targets(self, shards: Sequence[tuple[Tensor, torch.dtype]], targets: _Targets) -> list[Tensor]:
+        """The targets' rows [N, …] of the whole tensors that `shards` are parts of: their owners round and send them.
+
+        The host waits for the device here, once a forward: how many rows go to which rank depends on the targets.
+        """
         order = targets.owner.argsort(stable=True)
-        asks = torch.bincount(targets.owner, minlength=len(self.shard_rows))
+        asks = segment_sum(torch.ones_like(order), targets.owner, len(self.shard_rows))
         gives = torch.empty_like(asks)
         dist.all_to_all_single(gives, asks, group=self.group)
-        n_asks, n_gives = asks.tolist(), gives.tolist()
+        n_asks, n_gives = torch.stack([asks, gives]).tolist()
 
         rows = targets.row.new_empty(sum(n_gives))
         dist.all_to_all_single(rows, targets.row[order], n_gives, n_asks, group=self.group)
-        found = shard.new_empty((len(order), *shard.shape[1:]), dtype=dtype)
-        dist.all_to_all_single(found, shard[rows].to(dtype).contiguous(), n_asks, n_gives, group=self.group)
-        return torch.empty_like(found).index_copy_(0, order, found)
+        answers = []
+        for shard, dtype in shards:
+            found = shard.new_empty((len(order), *shard.shape[1:]), dtype=dtype)
+            dist.all_to_all_single(found, shard[rows].to(dtype).contiguous(), n_asks, n_gives, group=self.group)
+            answers.append(torch.empty_like(found).index_copy_(0, order, found))
+        return answers
 
     def target_logits(self, x: Tensor, weight: Tensor, bias: Tensor | None, targets: _Targets) -> Tensor:
         """[N] float64: each row with its own row of the head."""
-        own = self.rows_of_targets(weight, targets, self.dtype)
-        own_bias = None if bias is None else self.rows_of_targets(bias, targets, bias.dtype)
+        shards = [(weight, self.dtype)] + ([] if bias is None else [(bias, bias.dtype)])
+        own, *more = self.rows_of_targets(shards, targets)
+        own_bias = more[0] if more else None
         columns = torch.arange(len(x), device=x.device)
         if not len(x):
             return x.new_empty(0, dtype=torch.float64)
@@ -330,21 +344,28 @@ class _ShardedLogps(torch.autograd.Function):
         coefficient = torch.zeros_like(logps) if grad_logps is None else grad_logps
         grad_entropy = dict(zip(call.outputs, grad_extras, strict=True)).get("entropy")
 
+        # rows without a coefficient take no part, though every rank walks all chunks
+        busy, n_rows = busy_rows(coefficient, grad_entropy), len(hidden)
+        x, scored, logps, lse, entropy, coefficient, grad_entropy = slices.taken(
+            busy, hidden, scored, logps, lse, entropy, coefficient, grad_entropy
+        )
         # the same condition on all ranks, or a collective would wait for ever
         targets, exact = _Targets.of(scored, call.shard_rows), product_dtype(call.dtype)
-        dx = torch.zeros_like(hidden, dtype=exact) if needed.hidden else None
+        if needed.hidden:
+            x = x.to(exact)
+        dx = torch.zeros_like(x) if needed.hidden else None
         dw = torch.empty_like(weight) if needed.weight else None
         db = torch.empty_like(bias) if needed.bias else None
         for place, rows, row_bias in call.walk(weight, bias):
             chunk = call.plan[place]
-            one = call.slice_call(hidden, rows, row_bias, targets.in_chunk(chunk))
+            one = call.slice_call(x, rows, row_bias, targets.in_chunk(chunk))
             # so that their gradients are float32, too: they are added to those of other ranks
             if dw is not None:
                 one = replace(one, weight=rows.to(exact))
             if db is not None and row_bias is not None:
                 one = replace(one, bias=row_bias.to(exact))
-            state = slices.state_of(call.backend, lse, ks[place])
-            saved = Saved(logps, state, entropy, stashes[place], None, ctx.keeps[place])
+            state = slices.state_of(call.backend, lse, *slices.taken(busy, ks[place]))
+            saved = Saved(logps, state, entropy, stashes[place], busy, ctx.keeps[place])
             found = slices.slice_backward(call.backend, one, saved, coefficient, grad_entropy, needed)
 
             # parameters' gradients are summed over ranks; dX is this rank's own
@@ -355,4 +376,4 @@ class _ShardedLogps(torch.autograd.Function):
             if db is not None and found.bias is not None:
                 call.add_up(found.bias, chunk, db)
             del one, rows, row_bias, found
-        return None if dx is None else dx.to(hidden.dtype), dw, db, None, None
+        return None if dx is None else slices.spread(dx.to(hidden.dtype), busy, n_rows), dw, db, None, None

@@ -24,10 +24,20 @@ from torch import Tensor
 
 from sdpo_kernels import collectives
 from sdpo_kernels.backends import choose_slice_backend, slices
-from sdpo_kernels.backends.base import EXTRAS, Backend, HeadCall, Keep, Needs, Request, Saved, SliceForward
+from sdpo_kernels.backends.base import (
+    EXTRAS,
+    Backend,
+    Gradients,
+    HeadCall,
+    Keep,
+    Needs,
+    Request,
+    Saved,
+    SliceForward,
+)
 from sdpo_kernels.head import Head, product_dtype
 from sdpo_kernels.logps import LinearLogps, check_inputs, check_stash_bytes, columns_to_keep
-from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows, check_targets
+from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows, busy_rows, check_ascending, check_targets
 
 
 def vocab_parallel_linear_logps(
@@ -90,6 +100,7 @@ def vocab_parallel_linear_logps(
         slice_rows = _agree(hidden, weight_slice, bias_slice, targets, rows, options, group, problem)
     collectives.check_sizes("slice_rows", slice_rows, len(weight_slice), group)
 
+    check_ascending(index)
     scored = targets.index_select(0, index)
     check_targets(scored, sum(slice_rows))
 
@@ -188,6 +199,7 @@ class _Call(NamedTuple):
     def rows_of(self, hidden: Tensor, index: Tensor) -> Tensor:
         """The scored rows [N_scored, H]; with sequence parallelism those of all ranks."""
         if self.sequence_parallel:
+            hidden = hidden.to(self.dtype)  # as the products round it: under autocast half the bytes to send
             whole = hidden.new_empty((len(hidden) * len(self.slice_rows), hidden.shape[1]))
             collectives.all_gather(whole, hidden.contiguous(), self.group)
             hidden = whole
@@ -251,19 +263,24 @@ class _VocabParallelLogps(torch.autograd.Function):
         if grad_logps is None and grad_entropy is None:
             return (None,) * 6
 
-        # hidden's rows are gathered again rather than kept
-        x = call.rows_of(hidden, index)
-        part, dw, db = None, None, None
-        if len(weight):
-            own = call.head_call(x, weight, bias, scored)
-            saved = Saved(logps, slices.state_of(call.backend, lse, k), entropy, kept, None, call.keep)
-            coefficient = torch.zeros_like(logps) if grad_logps is None else grad_logps
-            found = slices.slice_backward(call.backend, own, saved, coefficient, grad_entropy, needs)
-            part, dw, db = found.hidden, found.weight, found.bias
+        coefficient = torch.zeros_like(logps) if grad_logps is None else grad_logps
+        busy = busy_rows(coefficient, grad_entropy)
+        # hidden's rows are gathered again rather than kept, also by a rank without columns
+        x = call.rows_of(hidden, *slices.taken(busy, index))
 
-        dx = None
+        found = Gradients(None, None, None)
+        if len(weight):
+            state = slices.state_of(call.backend, lse, k)
+            scored, state, logps, entropy, coefficient, grad_entropy = slices.taken(
+                busy, scored, state, logps, entropy, coefficient, grad_entropy
+            )
+            own, saved = call.head_call(x, weight, bias, scored), Saved(logps, state, entropy, kept, busy, call.keep)
+            found = slices.slice_backward(call.backend, own, saved, coefficient, grad_entropy, needs)
+
+        dx, dw, db = found
         if needs.hidden:
-            dx = call.hidden_gradient(torch.zeros_like(x, dtype=logps.dtype) if part is None else part, hidden, index)
+            part = x.new_zeros(x.shape, dtype=product_dtype(call.dtype)) if dx is None else dx
+            dx = call.hidden_gradient(slices.spread(part, busy, len(index)), hidden, index)
         if needs.weight and dw is None:
             dw = torch.zeros_like(weight)
         if needs.bias and db is None and bias is not None:

@@ -13,7 +13,7 @@ from benchmarks import page, pictures
 ROOT = Path(__file__).resolve().parents[1]
 ABOUT: dict[str, Any] = {
     "date": "2026-01-02T03:04:05+00:00",
-    "machine": {"processor": "a chip", "threads": 2, "device": "cpu", "load_average": 0.5},
+    "machine": {"processor": "a chip", "cores": 2, "threads": 2, "device": "cpu", "load_average": 0.5},
     "versions": {"python": "3.11.7", "torch": "2.13.0"},
     "commit": "0123456789ab",
 }
@@ -38,6 +38,13 @@ REPORTS: dict[str, dict[str, Any]] = {
     "sharded": {
         "shape": {"rows": 5},
         "results": [RAN | {"case": "gathered", "received_bytes": 2**21, "extra_bytes": 2**22}],
+    },
+    "vocab_parallel": {
+        "shape": {"rows": 5},
+        "results": [
+            RAN | {"case": case, "median_s": seconds, "received_bytes": 2**19, "extra_bytes": 2**22}
+            for case, seconds in (("ours", 0.5), ("loss_parallel", 0.75))
+        ],
     },
     "stages": {"results": [STAGE], "sdpo_minus_dpo": [0.25, -0.125]},
 }
@@ -67,6 +74,8 @@ def test_the_page_shows_every_report_and_its_origin(made):
     assert "| grammar | trl | 500.0 | 250.0 … 1000.0 | 1234 | – | 1 | 1.50 |" in text
     assert "| full1 | 3,000 / 2.0 | 2,000 / 1.6 | 1.50 | 1.50 | 1.25 | 60 % | 75 % |" in text
     assert "| `gathered` | 500 | 250 … 1000 | 2 | 4 |" in text
+    assert "| `loss_parallel` | 750 | 250 … 1000 | 1.50 | 0.50 | 4 | 1.2e-01 |" in text
+    assert "The two processes share the machine's 2 cores" in text
     assert "seed by seed: +25.0, -12.5." in text
     assert "Not measured yet: `python -m benchmarks.floor`." in text
 

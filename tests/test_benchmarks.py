@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import accuracy, head, measure, scaling, stages
+from benchmarks import accuracy, head, measure, scaling, sharded, stages, vocab_parallel
 from benchmarks.problem import (
     IGNORE_INDEX,
     CannotRun,
@@ -224,3 +224,37 @@ def test_cases_take_turns_and_one_that_cannot_run_is_tried_once(monkeypatch, cap
     assert "naive: not measured, it is too slow" in shown
     report = head.measure_all(head.parse(["--rounds=1", "--cases", "ours"]))
     assert "ratio_to_floor" not in report["results"][0]  # no floor was measured
+
+
+SMALL = ["--rows=16", "--width=32", "--vocab=301", "--rounds=1"]
+
+
+@pytest.mark.slow
+def test_a_vocabulary_over_two_processes_beside_torchs_own(tmp_path, capsys):
+    """Bytes by hand: 24 a row of the sums and logits, and dX; torch's are 8 or 16 a row, and dX or the logits."""
+    path = tmp_path / "vocab_parallel.json"
+    assert vocab_parallel.main([*SMALL, f"--json={path}"]) == 0
+    found = {result["case"]: result for result in json.loads(path.read_text())["results"]}
+    rows, dx = 16, 16 * 32
+    assert found["ours"]["received_bytes"] == found["ours_without_stash"]["received_bytes"] == 24 * rows + 4 * dx
+    # its maxima and sums are float32, the target's log-prob and dX are in the dtype of the logits and of the product
+    assert found["loss_parallel"]["received_bytes"] == (4 + 4 + 2) * rows + 2 * dx
+    assert found["loss_parallel_fp32"]["received_bytes"] == (4 + 4 + 4) * rows + 2 * dx
+    # slices are padded to one size
+    assert found["naive"]["received_bytes"] == 2 * rows * 151 + 2 * dx
+    assert found["naive_fp32"]["received_bytes"] == 4 * rows * 151 + 4 * dx
+    assert found["ours"]["error_nat"] < 1e-2 * found["loss_parallel_fp32"]["error_nat"]
+    assert found["naive_fp32"]["error_nat"] < 1e-2 * found["naive"]["error_nat"]
+    assert "loss_parallel_fp32" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_head_sharded_over_two_processes(tmp_path):
+    """Bytes of the gathered side by hand: half of the padded head, and half of its gradient in float32."""
+    path = tmp_path / "sharded.json"
+    assert sharded.main([*SMALL, f"--json={path}"]) == 0
+    found = {result["case"]: result for result in json.loads(path.read_text())["results"]}
+    assert list(found) == ["sharded", "sharded_without_stash", "gathered"]
+    assert found["gathered"]["received_bytes"] == 151 * 32 * (2 + 4)
+    # the targets' rows of the head come twice, and the head itself in each pass
+    assert 151 * 32 * (2 + 2 + 4) < found["sharded"]["received_bytes"] < 151 * 32 * (2 + 2 + 4) + 2 * 16 * (32 + 8)

@@ -11,10 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sdpo_kernels import fused_linear_dpo, linear_logps, vocab_parallel
+from sdpo_kernels import collectives, fused_linear_dpo, linear_logps
 from sdpo_kernels.backends import BACKENDS
 from sdpo_kernels.backends.base import EXTRAS
 from sdpo_kernels.vocab_parallel import vocab_parallel_linear_logps
+from tests.exact import HIDDEN, TARGETS, exact_cases, multiples, root_mean_square, rounded
 from tests.reference import Case, check, random_case
 
 pytestmark = pytest.mark.xdist_group("vocab parallel")
@@ -22,6 +23,8 @@ SLICES = {1: (1000,), 2: (512, 488), 4: (256, 256, 256, 232)}
 UNEVEN = {1: (3,), 2: (3, 0), 4: (2, 0, 1, 0)}  # fewer rows of the head than ranks
 NATIVE = BACKENDS["native"].unavailable_reason is None
 LORA = 4
+EXACT = (256, 256, 256, 242)
+BF16 = (torch.bfloat16, rounded)
 
 
 def cases() -> dict[str, tuple[Case, dict[int, tuple[int, ...]], dict[str, Any]]]:
@@ -76,9 +79,14 @@ def one_process(rank: int, folder: Path) -> None:
         results[f"lora {count}"] = lora(SLICES[count], rank, group)
         results[f"autocast {count}"] = autocast(SLICES[count], rank, group)
         results[f"dpo {count}"] = dpo(SLICES[count], rank, group)
+        results[f"poisoned {count}"] = sliced(poisoned_case(), SLICES[count], rank, group)
+        results[f"poisoned without a stash {count}"] = sliced(
+            poisoned_case(), SLICES[count], rank, group, stash_bytes=0
+        )
     results["errors"] = errors(rank)
     results["twice"] = twice(rank)
     results["sent"] = sent(rank)
+    results["exact"] = exact(rank)
     torch.save(results, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -196,27 +204,61 @@ def twice(rank: int) -> str:
     return str(caught.value)
 
 
-def sent(rank: int) -> dict[str, int]:
-    """Bytes that a rank gives to each collective in a forward and a backward: 32 scored rows, H 24, one extra."""
+SENDS = (
+    (dist, "all_reduce", 0),
+    (dist, "all_gather", 1),
+    (collectives, "all_gather", 1),
+    (collectives, "reduce_scatter", 1),
+)
+
+
+def sent(rank: int) -> dict[str, dict[str, int]]:
+    """Bytes that a rank gives to each collective in a forward and a backward: 32 scored rows, H 24, in four ways."""
+    known: dict[str, Any] = {"slice_rows": SLICES[4]}
+    return {
+        "all": bytes_of(rank, ("hidden", "weight"), outputs=("mean_logits",), **known),
+        "frozen head": bytes_of(rank, ("hidden",), **known),
+        "head alone": bytes_of(rank, ("weight",), **known),
+        "sequence parallel": bytes_of(rank, ("hidden", "weight"), sequence_parallel=True, **known),
+        "sequence parallel, autocast": bytes_of(
+            rank, ("hidden", "weight"), autocast=True, sequence_parallel=True, **known
+        ),
+    }
+
+
+def bytes_of(rank: int, trains: tuple[str, ...], autocast: bool = False, **options: Any) -> dict[str, int]:
     found: dict[str, int] = {}
 
-    def counting(name: str, place: int) -> None:
-        real = getattr(dist, name)
-
+    def counting(real: Any, name: str, place: int) -> Any:
         def counted(*args: Any, **kwargs: Any) -> Any:
             found[name] = found.get(name, 0) + args[place].numel() * args[place].element_size()
             return real(*args, **kwargs)
 
-        setattr(vocab_parallel.dist, name, counted)
+        return counted
 
-    for name, place in (("all_reduce", 0), ("all_gather", 1)):
-        counting(name, place)
     case = random_case(32, 24, 1000)
-    x = case.hidden.requires_grad_()
-    options: dict[str, Any] = {"slice_rows": SLICES[4], "outputs": ("mean_logits",)}
-    out = vocab_parallel_linear_logps(x, share(case.weight, SLICES[4], rank), case.targets, **options)
-    out.logps.sum().backward()
+    x = case.hidden.chunk(4)[rank] if options.get("sequence_parallel") else case.hidden
+    x, w = x.clone().requires_grad_("hidden" in trains), share(case.weight, SLICES[4], rank)
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name, place in SENDS:
+            patch.setattr(module, name, counting(getattr(module, name), name, place))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = vocab_parallel_linear_logps(x, w.requires_grad_("weight" in trains), case.targets, **options)
+        out.logps.sum().backward()
     return found
+
+
+def poisoned_case() -> Case:
+    """Rows whose hidden states are not numbers, and whose log-probs count for nothing."""
+    case = random_case(9, 16, 1000, trains=("hidden", "weight"))
+    case.hidden[3], case.hidden[5, 2] = torch.nan, torch.inf
+    case.grad[3] = case.grad[5] = 0
+    return case
+
+
+def exact(rank: int) -> list[dict[str, Any]]:
+    """The gradients of the cases of `tests/exact.py`, whose V of 1010 is cut in four."""
+    return [sliced(case, EXACT, rank, dist.group.WORLD) for case in exact_cases()]
 
 
 @pytest.fixture(scope="module")
@@ -338,6 +380,41 @@ def test_a_second_derivative_is_an_error(results):
 
 
 def test_the_bytes_that_are_sent(results):
-    """N 32, H 24: 8·N of the targets' logits and 4·N·H of dX are summed, 16·N and the extra's 8·N are gathered."""
+    """N 32, H 24: 8·N of the targets' logits and 4·N·H of dX are summed, 16·N and the extra's 8·N are gathered.
+
+    A frozen head adds nothing, and a hidden state that needs no gradient saves dX. With sequence parallelism a rank
+    gives its N / 4 rows to the forward and to the backward, under autocast in its dtype.
+    """
+    n, h = 32, 24
+    sums = {"all_reduce": 8 * n, "all_gather": 16 * n}
+    rows = 2 * n // 4 * h
     for result in results:
-        assert result["sent"] == {"all_reduce": 8 * 32 + 4 * 32 * 24, "all_gather": 24 * 32}
+        found = result["sent"]
+        assert found["all"] == {"all_reduce": 8 * n + 4 * n * h, "all_gather": 24 * n}
+        assert found["frozen head"] == {"all_reduce": 8 * n + 4 * n * h, "all_gather": 16 * n}
+        assert found["head alone"] == sums
+        scattered = sums | {"reduce_scatter": 4 * n * h}
+        assert found["sequence parallel"] == scattered | {"all_gather": 16 * n + 4 * rows}
+        assert found["sequence parallel, autocast"] == scattered | {"all_gather": 16 * n + 2 * rows}
+
+
+@pytest.mark.parametrize("stash", ["poisoned", "poisoned without a stash"])
+@pytest.mark.parametrize("count", SLICES)
+def test_rows_that_count_for_nothing_may_be_nan(results, count, stash):
+    case = poisoned_case()
+    whole = case.ours()
+    parts = [results[rank][f"{stash} {count}"] for rank in range(count)]
+    assert all(bool(whole[name].isfinite().all()) for name in ("d_hidden", "d_weight"))
+    for part in parts:
+        torch.testing.assert_close(part["d_hidden"], whole["d_hidden"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sum(part["d_weight"] for part in parts), whole["d_weight"], rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_gradients_are_rounded_once(results):
+    """dX is summed over four ranks before it is rounded: the error of one rounding, as without ranks."""
+    found = [
+        multiples(case, {"d_hidden": result[0]["d_hidden"], "d_weight": sum(r["d_weight"] for r in result)}, *BF16)
+        for case, *result in zip(exact_cases(), *(r["exact"] for r in results), strict=True)
+    ]
+    assert all(one.hidden <= HIDDEN for one in found), found
+    assert root_mean_square(one.targets for one in found) <= TARGETS

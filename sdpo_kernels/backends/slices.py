@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -120,9 +120,24 @@ def check_first_derivative() -> None:
 def slice_backward(
     backend: Backend, call: HeadCall, saved: Saved, grad_logps: Tensor, grad_entropy: Tensor | None, needs: Needs
 ) -> Gradients:
-    """The gradients of a slice; the slice's part of dX is in float32, since it is added to those of the others."""
-    exact = replace(call, hidden=call.hidden.to(product_dtype(call.dtype)))
-    return backend.backward(exact, saved, grad_logps, grad_entropy, needs)
+    """The gradients of a slice; the slice's part of dX is in float32, since it is added to those of the others.
+
+    A frozen head costs no product for dW. No direction is kept for it (`Keep.direction`): it would take as many
+    products as a stash does, and one less only where the stash does not fit.
+    """
+    if needs.hidden:
+        call = replace(call, hidden=call.hidden.to(product_dtype(call.dtype)))
+    return backend.backward(call, saved, grad_logps, grad_entropy, needs)
+
+
+def taken(rows: Tensor | None, *tensors: Any) -> list[Any]:
+    """Those rows of each tensor, as `rows.busy_rows` gives them; None: all. A tensor may be None."""
+    return [t if t is None or rows is None else t.index_select(0, rows) for t in tensors]
+
+
+def spread(part: Tensor, rows: Tensor | None, n_rows: int) -> Tensor:
+    """The inverse of `taken`: [n_rows, …] with 0 in the other rows."""
+    return part if rows is None else part.new_zeros((n_rows, *part.shape[1:])).index_copy_(0, rows, part)
 
 
 def _given(value: Tensor | None) -> Tensor:

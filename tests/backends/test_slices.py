@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sdpo_kernels.backends import BACKENDS, precision
 from sdpo_kernels.backends.base import EXTRAS
 from tests.reference import Case, check, chunk_columns, random_case, skip_unless_served
 from tests.sliced import Sliced
@@ -122,3 +123,28 @@ def test_gradients_if_a_slice_is_minus_infinity_with_its_targets(stash_bytes, ea
     assert all(bool(whole[name].isfinite().all()) for name in ("d_hidden", "d_weight", "d_bias"))
     for name, cut in case.ours(Sliced([0, 64, 128])).items():
         torch.testing.assert_close(cut, whole[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("trains", [("hidden",), ("weight",), ("hidden", "weight")], ids="-".join)
+def test_a_gradient_that_is_not_needed_is_not_computed(trains, each_backend, monkeypatch):
+    """Neither a product nor a copy of the hidden states in float32, which a part of dX is summed from."""
+    case = random_case(24, 16, 200, dtype=torch.bfloat16, trains=trains, settings={"backend": each_backend})
+    backend, seen, shapes = BACKENDS[each_backend], [], []
+    backward, matmul = backend.backward, precision.matmul
+
+    def recorded(call, *arguments):
+        shapes.clear()
+        found = backward(call, *arguments)
+        seen.append((call.hidden.dtype, found))
+        return found
+
+    monkeypatch.setattr(backend, "backward", recorded)
+    monkeypatch.setattr(precision, "matmul", lambda a, b: (shapes.append((len(a), b.shape[1])), matmul(a, b))[1])
+    case.ours(Sliced([0, 64]))
+    assert len(seen) == 2
+    for dtype, found in seen:
+        assert dtype == (torch.float32 if "hidden" in trains else torch.bfloat16)
+        assert (found.hidden is not None, found.weight is not None) == ("hidden" in trains, "weight" in trains)
+    if each_backend == "eager":
+        products = {(24, 136)} | ({(24, 16)} if "hidden" in trains else set())
+        assert set(shapes) == products | ({(136, 16)} if "weight" in trains else set())

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from sdpo_kernels import fused_linear_dpo, linear_logps
+from sdpo_kernels.rows import ScoredRows
+from sdpo_kernels.sharded import sharded_linear_logps
+from sdpo_kernels.vocab_parallel import vocab_parallel_linear_logps
 from tests.cuda.common import DEVICE, ON_CUDA, needs_cuda, problem, run_alone
 
 
@@ -28,6 +31,39 @@ def test_a_target_out_of_range_is_refused():
     assert done.returncode != 0
     assert "not refused" not in done.stdout
     assert "targets: must be in [0, 50)" in done.stdout + done.stderr
+
+
+def call_with_rows_that_do_not_ascend(name: str, device: str, folder: str) -> str:
+    """A row that stands twice in the index of `rows`."""
+    index = torch.tensor([1, 1], device=device)
+    rows = ScoredRows(index, torch.zeros_like(index), torch.tensor([2], device=device))
+    hidden, weight = torch.randn(4, 8, device=device), torch.randn(50, 8, device=device)
+    targets = torch.arange(4, device=device)
+    kind = "nccl" if device == "cuda" else "gloo"
+    torch.distributed.init_process_group(kind, init_method=f"file://{folder}/store", rank=0, world_size=1)
+    try:
+        if name == "vocab_parallel":
+            vocab_parallel_linear_logps(hidden, weight, targets, rows=rows, slice_rows=[50])
+        else:
+            sharded_linear_logps(hidden, weight, targets, rows=rows, shard_rows=[50])
+        if device == "cuda":
+            torch.cuda.synchronize()
+    finally:
+        torch.distributed.destroy_process_group()
+    return "not refused"
+
+
+@pytest.mark.parametrize("name", ["vocab_parallel", "sharded"])
+def test_rows_that_do_not_ascend_are_refused_for_a_divided_head(name, tmp_path):
+    """On CUDA by a device assert, as `linear_logps` refuses them."""
+    if not ON_CUDA:
+        with pytest.raises(ValueError, match=r"rows: its index was not ascending"):
+            call_with_rows_that_do_not_ascend(name, DEVICE, str(tmp_path))
+        return
+    done = run_alone(f"tests.cuda.test_once.call_with_rows_that_do_not_ascend({name!r}, {DEVICE!r}, {str(tmp_path)!r})")
+    assert done.returncode != 0
+    assert "not refused" not in done.stdout
+    assert "rows: its index must be ascending" in done.stdout + done.stderr
 
 
 @needs_cuda

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import weakref
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,10 @@ from sdpo_kernels import collectives, linear_logps, sharded
 from sdpo_kernels.backends import BACKENDS
 from sdpo_kernels.integrations.lm_head import LMHead
 from sdpo_kernels.integrations.sharded_head import sharded_head_logps
+from sdpo_kernels.rows import ScoredRows
 from sdpo_kernels.sharded import sharded_linear_logps
+from tests.exact import HIDDEN, TARGETS, exact_cases, multiples, root_mean_square, rounded
+from tests.reference import Case, check
 
 pytestmark = pytest.mark.xdist_group("sharded head")
 H, V = 16, 65
@@ -37,6 +41,8 @@ CASES = {  # dtype, options, whether the head trains
     "bias": (torch.float32, {"bias": True}, True),
     "nothing here": (torch.float32, {"bias": True, "shards": (V, 0), "rows": ((0, 0), (0, 20))}, True),
 }
+BF16 = (torch.bfloat16, rounded)
+SENDERS = ("all_to_all_single", "broadcast", "reduce")
 NOT_ARGUMENTS = ("bias", *LAYOUT)
 
 
@@ -83,6 +89,10 @@ def one_process(rank: int, folder: Path) -> None:
     results["largest"] = max(sent)
     results["errors"] = [refusal(targets=torch.full((2,), 80)), refusal(outputs=("perplexity",))]
     results["errors"].append(refusal(shard_rows=[60, 20]))
+    results["errors"].append(refusal(rows=ScoredRows(torch.tensor([1, 1]), torch.zeros(2).long(), torch.tensor([2]))))
+    results["poisoned"] = of_poisoned(rank)
+    results["collectives"] = collectives_of(rank)
+    results["exact"] = of_exact_cases(rank)
     results["fsdp"] = of_fsdp(rank)
     results["in bfloat16"] = in_bfloat16(rank)
     results["autocast"] = under_autocast(rank)
@@ -186,6 +196,69 @@ def under_autocast(rank: int):
     return out.logps, sent
 
 
+def poisoned():
+    """Rows whose hidden states are not numbers, and whose log-probs count for nothing."""
+    hidden, weight, targets, coefficient = problem(torch.float32)
+    hidden[2], hidden[13, 4] = torch.nan, torch.inf
+    coefficient[[2, 13]] = 0
+    return hidden, weight, targets, coefficient
+
+
+def of_poisoned(rank: int):
+    """Gradients with a stash and without."""
+    found = []
+    for stash_bytes in ("auto", 0):
+        hidden, weight, targets, coefficient = poisoned()
+        own = slice(*LAYOUT["rows"][rank])
+        x, w = hidden[own].clone().requires_grad_(), weight.split(LAYOUT["shards"])[rank].clone().requires_grad_()
+        out = sharded_linear_logps(x, w, targets[own], chunk_columns=10, stash_bytes=stash_bytes)
+        out.logps.backward(coefficient[own])
+        found.append((x.grad, w.grad))
+    return found
+
+
+def of_exact_cases(rank: int):
+    """dX and dW of the cases of `tests/exact.py`, half of the rows and about half of the head on each rank."""
+    found = []
+    for case in exact_cases():
+        own, grad = slice(48 * rank, 48 * rank + 48), case.grad[48 * rank : 48 * rank + 48]
+        x, w = case.hidden[own].clone().requires_grad_(), case.weight.split(512)[rank].clone().requires_grad_()
+        bias = None if case.bias is None else case.bias.split(512)[rank]
+        out = sharded_linear_logps(x, w, case.targets[own], bias_shard=bias, **case.head)
+        out.logps.backward(grad.float())
+        found.append((x.grad, w.grad))
+    return found
+
+
+def collectives_of(rank: int):
+    """How often a forward and a backward call each collective, for a head with a bias."""
+    found = {}
+    for name, of_hidden, of_head in (("frozen head", True, False), ("head alone", False, True)):
+        hidden, weight, targets, _ = problem(torch.float32)
+        own, count = slice(*LAYOUT["rows"][rank]), Counter()
+        shards = [t.split(LAYOUT["shards"])[rank].clone() for t in (weight, bias_of({"bias": True}, torch.float32))]
+        shard, bias = (t.requires_grad_(of_head) for t in shards)
+        with pytest.MonkeyPatch.context() as patch:
+            for module, names in ((collectives, ("all_gather", "reduce_scatter")), (dist, SENDERS)):
+                for each in names:
+                    patch.setattr(module, each, counted(count, each, getattr(module, each)))
+            x = hidden[own].clone().requires_grad_(of_hidden)
+            out = sharded_linear_logps(
+                x, shard, targets[own], bias_shard=bias, chunk_columns=10, shard_rows=LAYOUT["shards"]
+            )
+            out.logps.sum().backward()
+        found[name] = dict(count)
+    return found
+
+
+def counted(count, name, real):
+    def call(*args, **kwargs):
+        count[name] += 1
+        return real(*args, **kwargs)
+
+    return call
+
+
 def of_whole_blocks(rank: int):
     """Shards and chunks of whole blocks of 64 columns."""
     hidden, weight, targets = blocks_problem()
@@ -209,42 +282,30 @@ def results(tmp_path_factory):
 
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients_are_those_of_the_whole_head(results, name):
+    case = whole_case(name)
+    check(case, joined(case, [r[name] for r in results]), slack=256 if case.hidden.dtype == torch.float64 else 4)
+
+
+def whole_case(name: str) -> Case:
+    """The case as one process has it."""
     dtype, options, trains = CASES[name]
-    plain, exact = whole_head(name, dtype), whole_head(name, torch.float64)
-    found = [torch.cat(parts) for parts in zip(*(r[name][0] for r in results), strict=True)]
-    torch.testing.assert_close(found, plain[0], rtol=1e-6, atol=1e-6)
-    for place, wanted in ((1, True), (2, trains), (3, bool(options.get("bias")))):
-        if wanted:
-            gradient = torch.cat([r[name][place] for r in results])
-            assert gradient.dtype == dtype
-            own_error = (plain[place].double() - exact[place]).abs().max()
-            terms = H if dtype == torch.float64 else 1  # there `exact` is of the same precision, and own_error 0
-            floor = terms * torch.finfo(dtype).eps * exact[place].abs().max()
-            assert (gradient.double() - exact[place]).abs().max() <= 3 * own_error + floor
-        else:
-            assert [r[name][place] for r in results] == [None, None]
-
-
-def whole_head(name: str, dtype: torch.dtype):
-    """Values and gradients in this process, which has the whole head and batch, in `dtype`."""
-    made_in, options, trains = CASES[name]
-    hidden, weight, targets, coefficient = problem(made_in)
-    x, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(trains)
-    bias = bias_of(options, made_in)
-    bias = None if bias is None else bias.to(dtype).requires_grad_()
-    given = {key: value for key, value in options.items() if key not in NOT_ARGUMENTS}
-    whole = linear_logps(x, w, targets, bias=bias, backend="eager", **given)
+    hidden, weight, targets, coefficient = problem(dtype)
     rows = (LAYOUT | options)["rows"]
-    sum(loss_of(part, coefficient[own]) for part, own in parts_of(whole, rows)).backward()
-    values = [value.detach() for value in whole if value is not None]
-    return values, x.grad, w.grad, None if bias is None else bias.grad
+    head = {key: options[key] for key in ("softcap", "logit_scale", "temperature", "outputs") if key in options}
+    case = Case(hidden, weight, targets, bias_of(options, dtype), grad=coefficient.double(), **head)
+    case.trains = ("hidden", "weight", "bias") if trains else ("hidden",)
+    if "entropy" in case.outputs:  # as in `loss_of`
+        case.grad_entropy = torch.cat([coefficient[slice(*own)].flip(0) for own in rows]).double()
+    return case
 
 
-def parts_of(whole, rows):
-    """Each rank's part of the full outputs."""
-    for first, last in rows:
-        own = slice(first, last)
-        yield type(whole)(*(None if value is None else value[own] for value in whole)), own
+def joined(case: Case, parts: list) -> dict:
+    """The ranks' results as those of one process."""
+    values = [torch.cat(each) for each in zip(*(part[0] for part in parts), strict=True)]
+    names = [f"d_{name}" for name in ("hidden", "weight", "bias") if name != "bias" or case.bias is not None]
+    gradients = [[part[1 + place] for part in parts] for place in range(len(names))]
+    whole = [None if None in each else torch.cat(each) for each in gradients]
+    return dict(zip(["logps", *case.outputs, *names], [*values, *whole], strict=True))
 
 
 @pytest.mark.skipif(BACKENDS["native"].unavailable_reason is not None, reason="eager's sums depend on its chunks")
@@ -293,17 +354,54 @@ def test_two_chunks_of_the_head_are_in_memory_at_a_time(results):
 
 
 def test_mismatched_arguments_are_errors(results):
-    for target, output, rows in (r["errors"] for r in results):
-        assert rows.startswith("shard_rows: was [60, 20], must be a number of rows for each of 2 ranks, 40 for this")
+    for target, output, sizes, rows in (r["errors"] for r in results):
+        assert rows.startswith("rows: its index was not ascending, must hold each scored row once")
+        assert sizes.startswith("shard_rows: was [60, 20], must be a number of rows for each of 2 ranks, 40 for this")
         assert target.startswith("targets: was 80, must be in [0, 80)")
         assert output.startswith("outputs: was ('perplexity',), must be a sequence of names from")
 
 
 def test_a_head_sharded_by_fsdp_averages_its_gradients(results):
-    values, d_hidden, d_weight, d_bias = whole_head("bias", torch.float32)
-    near = {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close(torch.cat([r["fsdp"][0] for r in results]), values[0], **near)
-    torch.testing.assert_close(torch.cat([r["fsdp"][1] for r in results]), d_hidden, **near)
+    case = whole_case("bias")
+    ours = [([r["fsdp"][0]], r["fsdp"][1], None, None) for r in results]
+    found = joined(case, ours)
     for r in results:
-        torch.testing.assert_close(2 * r["fsdp"][2], d_weight, **near)
-        torch.testing.assert_close(2 * r["fsdp"][3], d_bias, **near)
+        check(case, found | {"d_weight": 2 * r["fsdp"][2], "d_bias": 2 * r["fsdp"][3]})
+
+
+def test_rows_that_count_for_nothing_may_be_nan(results):
+    hidden, weight, targets, coefficient = poisoned()
+    x, w = hidden.requires_grad_(), weight.requires_grad_()
+    linear_logps(x, w, targets).logps.backward(coefficient)
+    assert bool(w.grad.isfinite().all())
+    for parts in zip(*(r["poisoned"] for r in results), strict=True):
+        for found, truth in zip(zip(*parts, strict=True), (x.grad, w.grad), strict=True):
+            torch.testing.assert_close(torch.cat(found), truth, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_sent_for_each_gradient(results):
+    """Every chunk in both passes, and what belongs to dW where the head trains; targets' rows once."""
+    # chunks of both ranks, and those of the longer shard's end
+    passes, both, ends = 2, 6, 1
+    walk = {"all_to_all_single": 4, "all_gather": passes * both * 2, "broadcast": passes * ends * 2}
+    for r in results:
+        assert r["collectives"]["frozen head"] == walk
+        assert r["collectives"]["head alone"] == walk | {"reduce_scatter": both * 2, "reduce": ends * 2}
+
+
+def test_bfloat16_gradients_are_rounded_once(results):
+    """dW is summed over the ranks before it is rounded: the error of one rounding, as without ranks."""
+    found = [
+        multiples(
+            case, {"d_hidden": torch.cat([x for x, _ in parts]), "d_weight": torch.cat([w for _, w in parts])}, *BF16
+        )
+        for case, *parts in zip(exact_cases(), *(r["exact"] for r in results), strict=True)
+    ]
+    assert all(one.hidden <= HIDDEN for one in found), found
+    assert root_mean_square(one.targets for one in found) <= TARGETS
+
+
+def test_a_targets_owner_may_be_followed_by_ranks_without_rows():
+    targets = sharded._Targets.of(torch.tensor([0, 2, 3, 6]), (0, 3, 0, 4, 0))
+    assert targets.owner.tolist() == [1, 1, 3, 3]
+    assert targets.row.tolist() == [0, 2, 0, 3]
