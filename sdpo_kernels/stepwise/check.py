@@ -180,7 +180,7 @@ def _against_sharing(prepared: Prepared) -> str | None:
 
 
 def _schedules(prepared: Prepared, processes: int) -> dict[str, Schedule]:
-    """The schedules by stage on so many processes, without stages that generate their pairs: their number is not known."""
+    """The schedules by stage on so many processes, without stages whose pairs are generated: not known yet."""
     known = [schedules_of(prepared.config, stage, processes) for stage in prepared.stages if stage.prompts is None]
     return {name: schedule for of_stage in known for name, schedule in of_stage.items()}
 

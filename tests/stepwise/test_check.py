@@ -256,7 +256,7 @@ def test_a_plan_for_other_gpus_needs_neither_weights_nor_disk(tmp_path, model, m
     monkeypatch.setattr("sdpo_kernels.stepwise.models.disk.shutil.disk_usage", lambda path: SimpleNamespace(free=0))
     stream = io.StringIO()
     config = runs.configured(tmp_path, folder, trainer={"per_device_train_batch_size": 1})
-    check_run(config, Reporter(console=Console(file=stream, width=200)), Target(4, 2**30))
+    check_run(config, Reporter(console=Console(file=stream, width=200)), Target(4, 2**32))
     text = stream.getvalue()
     assert "m has no weights; its config alone was checked" in text
     assert "are free on the disk" in text
