@@ -19,7 +19,7 @@ def test_known_and_future_keys_pass(key):
 
 
 def test_a_key_one_level_too_high_says_where_it_belongs():
-    with pytest.raises(SettingErrors, match="it belongs to trainer.fsdp_config: {reshard_after_forward: …}"):
+    with pytest.raises(SettingErrors, match=r"it belongs to trainer.fsdp_config: \{reshard_after_forward: …\}"):
         check_trainer({"reshard_after_forward": True})
 
 
