@@ -48,9 +48,9 @@ def train(config: ConfigFile, overrides: Overrides = None, quiet: Quiet = False)
     settings = load_config(config, given)
     try:
         run(settings, reporter)
-    except KeyboardInterrupt:
-        # training steps handle the signal themselves and save; outside of them there is nothing to save
-        raise Interrupted("stopped; run the same command again to resume") from None
+    except KeyboardInterrupt as stop:
+        # training steps handle the signal themselves and save, or say what is lost; outside of them nothing is
+        raise Interrupted(str(stop) or "stopped; run the same command again to resume") from None
 
 
 @app.command(context_settings=_TAKES_OVERRIDES)

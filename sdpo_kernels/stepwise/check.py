@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from sdpo_kernels.integrations.attention_by_sequence import PACKED
+from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.files import read_json
 from sdpo_kernels.stepwise.common.progress import Reporter
@@ -40,7 +41,7 @@ _ORDERS = {
 
 
 def check_run(config: RunConfig, reporter: Reporter, target: Target | None = None) -> None:
-    """Print what `sdpo train` would do. Writes nothing. With a `target` the memory plan is for its GPUs.
+    """Print what `sdpo train` would do. Writes nothing. With a `target` steps and memory plan are those of its GPUs.
 
     1. Read all input and try what training will need, as a run does.
     2. Print warnings, the table of stages, the main settings and the memory plan.
@@ -51,12 +52,13 @@ def check_run(config: RunConfig, reporter: Reporter, target: Target | None = Non
     # the post-step first, as in a run: it needs no data
     check_start(config)
     now = template_time(config)
-    prepared = prepare(config, now, reporter)
+    prepared = prepare(config, now, reporter, elsewhere=target is not None)
 
     prepared.say_warnings(reporter)
     for line in prepared.skipped:
         reporter.say(f"skipped  {line}")
-    reporter.say(_table(prepared))
+    processes = (ranks.launched() if target is None else target.gpus) // config.tp_size or 1
+    reporter.say(_table(prepared, processes))
     for source, names in prepared.unused.items():
         reporter.say(f"unused     {source}: {', '.join(names)}")
 
@@ -72,20 +74,38 @@ def check_run(config: RunConfig, reporter: Reporter, target: Target | None = Non
     if config.quantization is not None:
         reporter.say(f"base       {config.quantization.text}; its head and embeddings in {config.dtype}")
     if config.lora is not None:
+        lora = config.lora
+        targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
+        reporter.say(f"lora       rank {lora.r}, alpha {lora.alpha:g}, on {targets}")
         what = "the adapter and merged weights" if config.publishes_merged else "the adapter alone"
         reporter.say(f"publishes  {what} (lora.publish: {config.lora.publish})")
     if expo := config.expo:
         reporter.say(f"post       expo from {expo.start}, {expo.alpha_text}, into {config.output_dir}/{FOLDER}")
-    _say_reference(prepared, reporter)
+    if config.samples:
+        reporter.say(f"samples    every model answers {counted(config.samples, 'prompt')} of eval_data")
+    for stage in prepared.stages:
+        if stage.prompts is not None:
+            reporter.say(f"source     {stage.config.name}: {_source(stage.config.source)}")
+    _say_reference(prepared, processes, reporter)
     reporter.say(f"prompts    {_sharing(prepared)}")
     if reads_clock(prepared.tokenizer):
         reporter.say(f"clock      the chat template reads the date: {now.isoformat()} throughout the run")
     prepared.say_notes(reporter)
-    for note in (schedule.note(name) for name, schedule in _schedules(prepared).items()):
+    for note in (schedule.note(name) for name, schedule in _schedules(prepared, processes).items()):
         if note is not None:
             reporter.say(f"note       {note}")
     _say_memory(prepared, target, reporter)
     reporter.say(_state(config, now))
+
+
+def _source(source: Any) -> str:
+    """What generates a stage's pairs, in one line: its kind, its sampling and what judges."""
+    generation = source.generation
+    by = generation.url if generation.engine == "url" else generation.engine
+    judge = getattr(source, "judge", None) or getattr(source, "reward_model", None)
+    number = f"{counted(source.samples, 'sample')} a prompt, " if hasattr(source, "samples") else ""
+    sampling = f"temperature {source.temperature:g}, top_p {source.top_p:g}, at most {source.max_new_tokens} tokens"
+    return f"{source.kind}, {number}{sampling}, by {by}{'' if judge is None else f'; judged by {judge}'}"
 
 
 def _say_memory(prepared: Prepared, target: Target | None, reporter: Reporter) -> None:
@@ -109,7 +129,7 @@ def planned(prepared: Prepared, target: Target | None) -> PlannedRun:
     )
 
 
-def _say_reference(prepared: Prepared, reporter: Reporter) -> None:
+def _say_reference(prepared: Prepared, processes: int, reporter: Reporter) -> None:
     """Print the further settings of the reference with `multi` and `ema`."""
     config = prepared.config
     if config.multi is not None:
@@ -124,7 +144,7 @@ def _say_reference(prepared: Prepared, reporter: Reporter) -> None:
         period = following.period
         if period is None:
             return
-        moves = {name: (schedule.steps - 1) // period for name, schedule in _schedules(prepared).items()}
+        moves = {name: (schedule.steps - 1) // period for name, schedule in _schedules(prepared, processes).items()}
         reporter.say(f"           moves every {period} steps: {', '.join(f'{n} {k} times' for n, k in moves.items())}")
         if moves and not any(moves.values()):
             reporter.warn(f"ema.sync_steps: {period} is more than the steps of any stage: the reference never moves")
@@ -160,14 +180,15 @@ def _against_sharing(prepared: Prepared) -> str | None:
     return None
 
 
-def _schedules(prepared: Prepared) -> dict[str, Schedule]:
-    """The schedules by stage, without stages that generate their pairs: how many they will have is not known yet."""
-    known = [schedules_of(prepared.config, stage) for stage in prepared.stages if stage.prompts is None]
+def _schedules(prepared: Prepared, processes: int) -> dict[str, Schedule]:
+    """The schedules by stage on so many processes, without stages whose pairs are generated: not known yet."""
+    known = [schedules_of(prepared.config, stage, processes) for stage in prepared.stages if stage.prompts is None]
     return {name: schedule for of_stage in known for name, schedule in of_stage.items()}
 
 
-def _table(prepared: Prepared) -> Table:
-    table = Table(title="stages")
+def _table(prepared: Prepared, processes: int) -> Table:
+    # the number of processes decides how many steps there are
+    table = Table(title="stages" if processes == 1 else f"stages, with the steps of {processes} processes")
     for name in ("stage", "pairs", "dropped", "tokens", "scored", "longest", "steps", "beta"):
         # 80 columns hold nine letters; a longer name is folded, as a cut one says less
         is_name = name == "stage"
@@ -185,7 +206,7 @@ def _table(prepared: Prepared) -> Table:
             table.add_row(stage.config.name, generated, *[""] * 5, f"{prepared.config.stage_beta(stage.config):g}")
             continue
 
-        schedules = schedules_of(prepared.config, stage).values()
+        schedules = schedules_of(prepared.config, stage, processes).values()
         cells = (
             len(tokens.dropped),
             int(tokens.lengths.sum()),
@@ -219,4 +240,7 @@ def _state(config: RunConfig, now: datetime) -> str:
         raise UserError(different_settings(path.parent, differences))
     stages = manifest.get("stages", [])
     done = sum(stage.get("state") == "done" for stage in stages)
-    return f"output     {config.output_dir}: {done} of {len(stages)} stages done"
+    # a tier of `order: margin` is no stage of the file
+    known = {stage["name"] for stage in stages}
+    more = 0 if config.tiers is not None else sum(stage.name not in known for stage in config.stages)
+    return f"output     {config.output_dir}: {done} of {len(stages) + more} stages done"

@@ -74,7 +74,13 @@ class Prepared:
         return len(rows)
 
 
-def prepare(config: RunConfig, template_time: datetime | None = None, reporter: Reporter | None = None) -> Prepared:
+def prepare(
+    config: RunConfig,
+    template_time: datetime | None = None,
+    reporter: Reporter | None = None,
+    *,
+    elsewhere: bool = False,
+) -> Prepared:
     """Read and tokenize all data of a run, with `template_time` as the time that chat templates read (None: now).
 
     1. Load the tokenizer and the model's config, but no weights.
@@ -84,7 +90,8 @@ def prepare(config: RunConfig, template_time: datetime | None = None, reporter: 
     5. Try what training will need later: the adapter, saving, Trainer's own parts, disk space (`models/trial.py`).
     6. Collect warnings about pairs and prompts that stages share, or that are evaluated too.
 
-    `reporter` shows what is going on. UserError for whatever the user can fix. On several ranks each reads everything.
+    `reporter` shows what is going on; `elsewhere`: the run is planned for another machine (`try_run`). UserError for
+    whatever the user can fix. On several ranks each reads everything.
     """
     prepared = _started(config, template_time, reporter)
 
@@ -111,7 +118,7 @@ def prepare(config: RunConfig, template_time: datetime | None = None, reporter: 
 
     # what would stop the run hours later stops it now
     with prepared.reporter.waiting("trying what training needs: model, saving, trainer, disk space"):
-        prepared.warnings += try_run(config, prepared.tokenizer, prepared.model_config)
+        prepared.warnings += try_run(config, prepared.tokenizer, prepared.model_config, elsewhere=elsewhere)
     for data in prepared.stages:
         _check_steps(config, data)
 
@@ -176,8 +183,12 @@ def _started(config: RunConfig, template_time: datetime | None, reporter: Report
     return Prepared(config, tokenizer, model_config, [], None, template_time, reporter=reporter)
 
 
-def schedules_of(config: RunConfig, stage: StageData) -> dict[str, Schedule]:
-    """The steps of a stage and the pairs they train on, by its name; of a stage that will be split, of each tier."""
+def schedules_of(config: RunConfig, stage: StageData, processes: int | None = None) -> dict[str, Schedule]:
+    """The steps of a stage and the pairs they train on, by its name; of a stage that will be split, of each tier.
+
+    `processes` is how many work on different pairs, by default those of this run.
+    """
+    processes = processes or ranks.data_world_size()
     folder, name, count = Path(config.output_dir), stage.config.name, len(stage.tokens)
     sizes = {name: count}
     if config.tiers is not None:
@@ -185,7 +196,7 @@ def schedules_of(config: RunConfig, stage: StageData) -> dict[str, Schedule]:
         sizes = {tier_name(name, number): len(part) for number, part in enumerate(parts, 1)}
 
     args = training_arguments(config, stage.config, folder, folder)
-    return {name: Schedule.of(size, args, ranks.data_world_size()) for name, size in sizes.items()}
+    return {name: Schedule.of(size, args, processes) for name, size in sizes.items()}
 
 
 def _check_steps(config: RunConfig, stage: StageData) -> None:

@@ -43,6 +43,7 @@ from sdpo_kernels.stepwise.training.finished_stages import (
     missing_weights,
     needs_evaluation,
 )
+from sdpo_kernels.stepwise.training.launcher import require_launcher, way_in_words
 
 
 def run(config: RunConfig, reporter: Reporter | None = None) -> Record:
@@ -63,8 +64,9 @@ def run(config: RunConfig, reporter: Reporter | None = None) -> Record:
     folder = Path(config.output_dir)
     if config.tp_size not in (1, ranks.launched()):
         raise UserError(
-            f"tp_size: was {config.tp_size} with {ranks.launched()} processes, must be as many as the processes: "
-            "several tensor-parallel models side by side are not supported (docs/distributed.md)"
+            f"tp_size: was {config.tp_size}, must be the number of processes, which is {ranks.launched()}: start "
+            f"them with torchrun --nproc_per_node {config.tp_size} -m sdpo_kernels … "
+            "(docs/distributed.md)"
         )
     # TrainingArguments initializes torch.distributed, with the backend and timeout in the settings
     with ranks.joined(lambda: training_arguments(config, config.stages[0], folder, folder).device, config.tp_size):
@@ -92,6 +94,7 @@ def _run(config: RunConfig, folder: Path, reporter: Reporter) -> Record:
     prepared.say_notes(reporter)
 
     with locked(folder):
+        ranks.agree(lambda: require_launcher(config, folder))
         ordered = order_stages(config, prepared.stages, _ranking(prepared, folder, reporter))
         # in place of the unordered ones, so that the tokens are in memory once
         prepared.stages = stages = _in_first_order(config, ordered, folder, reporter)
@@ -109,6 +112,8 @@ def _run(config: RunConfig, folder: Path, reporter: Reporter) -> Record:
             return state.manifest.data
 
         reporter.say(f"backend: {run_backend(config)}")
+        if ranks.world_size() > 1:
+            reporter.say(f"processes: {way_in_words(config, folder)}")
         _train(state, stages, missing)
         ranks.on_first(lambda: run_post(state))
         if ranks.is_first():

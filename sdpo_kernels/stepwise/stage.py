@@ -6,7 +6,6 @@ rename. Only one model, its optimizer and two cached floats a pair are resident.
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,6 @@ from sdpo_kernels.stepwise.common import ranks
 from sdpo_kernels.stepwise.common.errors import Interrupted, UserError
 from sdpo_kernels.stepwise.common.memory import reset_peak_memory
 from sdpo_kernels.stepwise.models.load import add_adapter, release_memory
-from sdpo_kernels.stepwise.models.precision import asks_for_deepspeed, asks_for_fsdp
 from sdpo_kernels.stepwise.models.sharded import check_checkpoint
 from sdpo_kernels.stepwise.prepare import generated_stage
 from sdpo_kernels.stepwise.record.manifest import Record
@@ -114,20 +112,13 @@ def prepare_trainer(stage: Stage) -> tuple[StageTrainer, Tensor]:
     """The Trainer at the stage's start, and the reference's log-probs [n, 2] that its pairs are compared with.
 
     1. Score the references of the pairs that are trained on, or read them from the cache if the stage resumes.
-    2. Check that they are those the stage started with, and record them in the manifest.
+    2. Check that they are those the stage started with.
     3. With LoRA, add an adapter to the policy.
-    4. Make the Trainer.
+    4. Make the Trainer, and record in the manifest that the stage has started.
 
     UserError if a model cannot be loaded or has changed, if there is no batch, or if transformers refuses a setting.
     """
     config = stage.run.config
-    if asks_for_fsdp(stage.args) and ranks.launched() == 1:
-        raise UserError("trainer.fsdp: needs several processes; start them with torchrun (docs/distributed.md)")
-    if asks_for_deepspeed(stage.args) and "RANK" not in os.environ:
-        raise UserError(
-            "trainer.deepspeed: needs a launcher, also for one process: torchrun --nproc_per_node 1 -m sdpo_kernels …"
-        )
-
     if stage.schedule.batches == 0:
         raise UserError(f"stage {stage.name}: trainer.dataloader_drop_last drops its only batch; set it to false")
     start = stage.references.score()
@@ -142,11 +133,13 @@ def prepare_trainer(stage: Stage) -> tuple[StageTrainer, Tensor]:
             f"stage {stage.name}: the weights of its reference have changed since the stage started; "
             "put them back, or choose another output_dir"
         )
-    stage.update({"state": "training", **start.record})
 
     if config.lora is not None:
         add_adapter(start.loaded, config.lora)
-    return make_trainer(stage, start), start.ref_logps
+    trainer = make_trainer(stage, start)
+    # only now: of a stage that has started, a setting that Trainer refuses could not be corrected
+    stage.update({"state": "training", **start.record})
+    return trainer, start.ref_logps
 
 
 def _newest_checkpoint(stage: Stage) -> Path | None:

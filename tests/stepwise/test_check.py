@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -246,3 +247,28 @@ def test_the_memory_plan(tmp_path, model):
     assert "memory of each of 2 GPUs in KiB, with the largest micro-batch (4 pairs, " in text
     assert "It does not fit: " in text  # what is assumed for CUDA takes all of it
     assert "trainer: {fsdp: true}" in text
+
+
+def test_a_plan_for_other_gpus_needs_neither_weights_nor_disk(tmp_path, model, monkeypatch):
+    folder = tmp_path / "m"
+    shutil.copytree(model, folder)
+    (folder / "model.safetensors").unlink()
+    monkeypatch.setattr("sdpo_kernels.stepwise.models.disk.shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+    stream = io.StringIO()
+    config = runs.configured(tmp_path, folder, trainer={"per_device_train_batch_size": 1})
+    check_run(config, Reporter(console=Console(file=stream, width=200)), Target(4, 2**32))
+    text = stream.getvalue()
+    assert "m has no weights; its config alone was checked" in text
+    assert "are free on the disk" in text
+    assert "It fits" in text
+    assert row(text, "s1")[6] == "3"  # 12 pairs, four processes
+
+
+def test_a_stage_that_was_added_counts_and_lora_and_samples_are_named(tmp_path, model):
+    evaluation = runs.write_rows(tmp_path / "e.jsonl", runs.make_rows(3, seed=9))
+    settings = {"lora": {"r": 2, "alpha": 4}, "samples": 1, "eval_data": str(evaluation)}
+    runs.train(runs.configured(tmp_path, model, sizes=(4,), **settings))
+    text = checked(runs.configured(tmp_path, model, sizes=(4, 4), **settings))
+    assert "1 of 2 stages done" in text
+    assert "lora       rank 2, alpha 4, on all-linear" in text
+    assert "samples    every model answers 1 prompt of eval_data" in text

@@ -304,6 +304,8 @@ def test_fsdp_that_would_be_plain_ddp_is_an_error(whole, tmp_path):
     ranks = two_with(whole[2], tmp_path / "run", "trainer.fsdp=true")
     assert ranks.wait()[0] == 2, ranks.text
     assert "fsdp: needs several GPUs" in ranks.texts[0]
+    stages = json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]
+    assert {stage["state"] for stage in stages} == {"pending"}  # so that the setting can be corrected
 
 
 def test_fsdp_with_whole_checkpoints_is_an_error(whole, tmp_path):

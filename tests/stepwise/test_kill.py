@@ -301,7 +301,7 @@ def test_two_stops_in_one_step_do_not_wait_for_it(world, tmp_path):
     run = tmp_path / "run"
     child = world.start(run, stops_itself, ["s2", 3, signal.SIGINT, True])
     assert child.wait() == 130
-    assert "stopped; run the same command again to resume" in child.text
+    assert "stopped at once: the steps since the last checkpoint are lost" in child.text
     assert "Traceback" not in child.text
     world.check_ends_the_same(run)
 

@@ -111,5 +111,5 @@ def test_heads_that_cannot_be_divided_are_found_before_the_weights_are_read(tmp_
 
 def test_it_must_be_the_number_of_processes(tmp_path, model):
     config = runs.configured(tmp_path, model, tp_size=2)
-    with pytest.raises(UserError, match="tp_size: was 2 with 1 processes, must be as many as the processes"):
+    with pytest.raises(UserError, match="tp_size: was 2, must be the number of processes, which is 1"):
         runs.train(config)

@@ -39,8 +39,13 @@ from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
 
 
-def try_run(config: RunConfig, tokenizer: PreTrainedTokenizerBase, model_config: Any) -> list[str]:
+def try_run(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, model_config: Any, *, elsewhere: bool = False
+) -> list[str]:
     """Try what a run does after its data is read, without weights; returns warnings.
+
+    With `elsewhere` the run is planned for another machine: a local model may lack its weights, and a disk that is too
+    small is a warning.
 
     1. Look for the library that `quantization` needs; a model that is stored quantised is refused.
     2. Build the model on the meta device, unquantised; its head must be one the fused kernels can use, and so must its
@@ -54,7 +59,11 @@ def try_run(config: RunConfig, tokenizer: PreTrainedTokenizerBase, model_config:
     """
     check_quantization(config, model_config)
     require_divisible(config.tp_size, model_config)
-    model = _on_meta(config, model_config)
+    warnings = []
+    has_files = not elsewhere or any(Path(config.model).glob("*.safetensors*"))
+    if Path(config.model).is_dir() and not has_files:
+        warnings.append(f"model: {config.model} has no weights; its config alone was checked")
+    model = _on_meta(config, model_config, compares=has_files)
     try:
         find_head(model)
         find_router_loss(model)
@@ -62,7 +71,8 @@ def try_run(config: RunConfig, tokenizer: PreTrainedTokenizerBase, model_config:
         raise UserError(f"model: {config.model} cannot be trained: {error}") from error
 
     kept = keep_generation_config(model)
-    warnings = [] if kept is None else [f"model: its generation config is saved unchanged, despite {kept}"]
+    if kept is not None:
+        warnings.append(f"model: its generation config is saved unchanged, despite {kept}")
     warnings += quantization_warnings(config, model)
 
     with tempfile.TemporaryDirectory() as name:
@@ -81,14 +91,19 @@ def try_run(config: RunConfig, tokenizer: PreTrainedTokenizerBase, model_config:
             spaces.append(Space.of(config, loaded.model, args))
 
     largest = max(spaces, key=lambda space: space.checkpoint)
-    warning = check_space(largest, Path(config.output_dir), config.tiers or len(config.stages))
+    try:
+        warning = check_space(largest, Path(config.output_dir), config.tiers or len(config.stages))
+    except UserError as error:
+        if not elsewhere:
+            raise
+        warning = str(error)
     return warnings if warning is None else [*warnings, warning]
 
 
-def _on_meta(config: RunConfig, model_config: Any) -> Any:
-    """The run's model without weights. Of a local model the names and shapes of its weights are compared too."""
+def _on_meta(config: RunConfig, model_config: Any, *, compares: bool = True) -> Any:
+    """The run's model without weights. Of a local model the names and shapes of its weights are compared, too."""
     with _quiet():
-        if Path(config.model).is_dir():
+        if compares and Path(config.model).is_dir():
             return pretrained(config.model, config, device_map="meta")
 
         # a hub model's weights are downloaded when training starts, and compared then

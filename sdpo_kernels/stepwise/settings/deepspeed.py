@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 from transformers import TrainingArguments
@@ -21,6 +22,9 @@ def deepspeed_config(given: str | dict[str, Any]) -> dict[str, Any]:
 
     ValueError if it cannot be read, or for something in it that this driver cannot train with.
     """
+    # without it accelerate's message names neither the setting nor what to install
+    if find_spec("deepspeed") is None:
+        raise ValueError("deepspeed: the package is not installed; run: pip install deepspeed")
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     read = HfDeepSpeedConfig(given)  # as transformers will read it

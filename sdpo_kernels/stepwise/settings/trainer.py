@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from sdpo_kernels.stepwise.settings.fsdp import FSDP_KEYS, check_fsdp_config
 from sdpo_kernels.stepwise.settings.mistakes import SettingErrors, did_you_mean, show
 
 DEFAULT_TRAINER: dict[str, Any] = {
@@ -174,9 +175,13 @@ def _check_field(name: str, value: Any) -> Any:
     if name in REMOVED and name not in fields:
         raise ValueError(f"was removed in transformers 5: {REMOVED[name]}")
     if name not in fields:
+        if name.removeprefix("fsdp_") in FSDP_KEYS:
+            raise ValueError(f"unknown key; it belongs to trainer.fsdp_config: {{{name}: …}}")
         raise ValueError(f"unknown key; {did_you_mean(name, trainer_fields())}")
 
     value = convert(_field_types()[name], value)
+    if name == "fsdp_config" and isinstance(value, dict):
+        check_fsdp_config(value)
 
     # some fields list their choices in the metadata, as plain strings
     choices = list(fields[name].metadata.get("choices") or ())

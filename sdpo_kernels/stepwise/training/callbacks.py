@@ -19,6 +19,11 @@ from sdpo_kernels.stepwise.common.units import write_bytes
 from sdpo_kernels.stepwise.record.manifest import MetricsFile
 from sdpo_kernels.stepwise.training.trainer import StageTrainer
 
+STOPPED_AT_ONCE = (
+    "stopped at once: the steps since the last checkpoint are lost and will be trained again; run the same "
+    "command again to resume"
+)
+
 
 class MetricsWriter(TrainerCallback):
     """Writes every logged step to metrics.jsonl."""
@@ -109,7 +114,7 @@ class StopOnSignal(TrainerCallback):
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self.signalled:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(STOPPED_AT_ONCE)
         self.signalled = self.requested = True
         self.say("stopping after this step, which is saved; Ctrl-C again stops at once, without saving")
 
