@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 
 from sdpo_kernels.backends.triton import kernels
 from sdpo_kernels.backends.triton.epilogue import ELEMENTS, PAIRS_AT_ONCE, pair_kernel
-from sdpo_kernels.backends.triton.launch import COMPILED, REDO_ELEMENTS, ROWS_AT_ONCE
+from sdpo_kernels.backends.triton.launch import COMPILED, REDO_ELEMENTS, ROWS_AT_ONCE, TILES_AT_ONCE
 from sdpo_kernels.backends.triton.redo import redo_kernel
 from sdpo_kernels.backends.triton.targets import BLOCK, add_kernel
 from sdpo_kernels.backends.triton.tiles import tiles_of
@@ -83,9 +83,9 @@ def logits_kernel(arch: int, dtype: str, capped: bool, bias: bool, sums: bool, e
         name: f"tensordesc<{dtype}[{shape[0]}, {shape[1]}]>" if tile.descriptors else f"*{dtype}"
         for name, shape in matrix.items()
     }
-    types |= {"bias": f"*{dtype}", "targets": "*i64", "stash": f"*{dtype}", "before": "fp32", "after": "fp32"}
-    types |= dict.fromkeys(("shift", "sums", "parts", "gemm_target"), "*fp32")
-    types |= dict.fromkeys(("n_rows", "n_columns", "stash_rows", "first_tile", *DIVISIBLE), "i32")
+    types |= {"bias": f"*{dtype}", "targets": "*i64", "stash": f"*{dtype}", "before": "fp32", "by": "fp32"}
+    types |= {"shift": "*fp64"} | dict.fromkeys(("sums", "parts", "gemm_target"), "*fp32")
+    types |= dict.fromkeys(("n_rows", "n_columns", "stash_rows", "first_column", *DIVISIBLE), "i32")
     constants: dict[str, Any] = {
         "BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "GROUP": tile.group, "CAPPED": capped,
         "HAS_BIAS": bias, "SUMS": sums, "EXTRAS": extras, "STORE": store, "DESCRIPTORS": tile.descriptors,
@@ -129,19 +129,19 @@ def test_the_logits_kernel_keeps_to_registers_and_uses_the_matrix_units(arch, dt
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_kernels_of_rows(arch, dtype, capped, tmp_path):
     pointers = {"x": dtype, "w": dtype, "bias": dtype, "targets": "i64", "stash": dtype, "state": "fp64", "redo": "i8"}
-    pointers["parts"] = "fp64"
+    pointers |= {"parts": "fp64", "target_logits": "fp64"}
     pointers |= {"order": "i64", "first": "i64"}
-    floats = ("target_logits", "sums", "logps", "entropy", "log_sum_sq", "mean_logits", "direction", "out", "t")
+    floats = ("sums", "logps", "entropy", "log_sum_sq", "mean_logits", "direction", "out", "t")
     types = {name: f"*{kind}" for name, kind in pointers.items()} | dict.fromkeys(floats, "*fp32")
     types |= dict.fromkeys(("n_rows", "n_columns", "n_tiles", "kept_rows", *DIVISIBLE), "i32")
-    types |= dict.fromkeys(("before", "after"), "fp32")
+    types |= dict.fromkeys(("before", "by"), "fp32")
     head = {"CAPPED": capped, "HAS_BIAS": True}
     redo = {"BJ": REDO_ELEMENTS // 4096, "BH": 4096, "EXTRAS": True, "STORE": True, "DIRECTION": True}
     sliced = types | dict.fromkeys(("entropy", "log_sum_sq", "mean_logits"), "*fp64")
     for function, constants, warps in (
         (kernels.target_logits_kernel, {"BLOCK": 1024} | head, 4),
-        (kernels.finalize_kernel, {"BLOCK": ROWS_AT_ONCE, "EXTRAS": True, "SLICE": False}, 4),
-        (kernels.finalize_kernel, {"BLOCK": ROWS_AT_ONCE, "EXTRAS": True, "SLICE": True}, 4),
+        (kernels.finalize_kernel, {"BLOCK": ROWS_AT_ONCE, "TILES": TILES_AT_ONCE, "EXTRAS": True, "SLICE": False}, 4),
+        (kernels.finalize_kernel, {"BLOCK": ROWS_AT_ONCE, "TILES": TILES_AT_ONCE, "EXTRAS": True, "SLICE": True}, 4),
         (add_kernel, {"BLOCK": BLOCK}, 4),
         (redo_kernel, redo | head | {"SLICE": False}, 8),
         (redo_kernel, redo | head | {"SLICE": True, "DIRECTION": False}, 8),
