@@ -59,7 +59,7 @@ def chunk_columns(call: HeadCall, tile_columns: int) -> int:
 
 
 def _forward_columns(rows: Rows, direction: Tensor | None) -> int:
-    """Columns per launch of a forward: all, unless W is cast or S is in scratch memory, or the extras' sums are many."""
+    """Columns per launch of a forward: all, unless W is cast, S is in scratch memory or the extras' sums are many."""
     call, tile = rows.call, rows.tile.columns
     if call.weight.dtype == call.dtype and direction is None:
         columns = -(-call.weight.shape[0] // tile) * tile

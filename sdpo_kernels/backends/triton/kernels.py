@@ -204,15 +204,19 @@ def logits_kernel(
             parts + column_tile.to(tl.int64) * PARTS * n_rows, gemm_target, e, u, t, by, rows, row_there, target,
             in_tile, counted, plain, n_rows, BN,
         )  # fmt: skip
-    # S, up to the stash's last column; offsets inside of a tile fit int32
+    # S, up to the stash's last row and column; offsets inside of a tile fit int32
     stored = stash_columns - stash_start - column_tile * BN
     if STORE and stored > 0:
-        corner = stash + (row_tile * BM).to(tl.int64) * stash_stride + stash_start + column_tile * BN
-        tl.store(
-            corner + tl.arange(0, BM)[:, None] * stash_stride + in_tile[None, :],
-            (e * slope).to(stash.dtype.element_ty),
-            (rows < stash_rows)[:, None] & (in_tile < stored)[None, :],
-        )
+        value = (e * slope).to(stash.dtype if DESCRIPTORS else stash.dtype.element_ty)
+        if DESCRIPTORS:
+            stash.store([row_tile * BM, stash_start + column_tile * BN], value)
+        else:
+            corner = stash + (row_tile * BM).to(tl.int64) * stash_stride + stash_start + column_tile * BN
+            tl.store(
+                corner + tl.arange(0, BM)[:, None] * stash_stride + in_tile[None, :],
+                value,
+                (rows < stash_rows)[:, None] & (in_tile < stored)[None, :],
+            )
 
 
 @triton.jit

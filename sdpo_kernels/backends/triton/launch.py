@@ -141,12 +141,12 @@ def logits(
     before, by, capped = head_numbers(call)
     bias = None if rows.bias is None else rows.bias[start : start + n_columns]
     grid = (triton.cdiv(n_rows, tile.rows) * triton.cdiv(n_columns, tile.columns),)
-    left, right, described = operands(rows.x, weight, tile)
+    left, right, out, described = operands(rows.x, weight, stash, tile)
 
     kernels.logits_kernel[grid](
         left, right, bias, rows.targets, shift,
         None if sums is None else sums.sums, None if sums is None else sums.parts,
-        None if sums is None else sums.gemm_target, stash,
+        None if sums is None else sums.gemm_target, out,
         n_rows, n_columns, rows.x.shape[1], rows.x.stride(0), weight.stride(0),
         *(stash.shape if stash is not None else (0, 0)), 0 if stash is None else stash.stride(0), stash_start,
         start,
@@ -162,18 +162,21 @@ def logits(
         sums.fold(triton.cdiv(n_columns, tile.columns))
 
 
-def operands(x: Tensor, weight: Tensor, tile: Tile) -> tuple[object, object, bool]:
+def operands(x: Tensor, weight: Tensor, stash: Tensor | None, tile: Tile) -> tuple[object, object, object, bool]:
     """Tensor descriptors if the tile uses them (Hopper and later) and the strides allow it; else pointers."""
     # of an expanded or overlapping matrix, a row begins before the last one ends
-    separate = all(t.stride(0) >= t.shape[1] for t in (x, weight))
-    aligned = all(t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in (x, weight))
+    matrices = [t for t in (x, weight, stash) if t is not None]
+    separate = all(t.stride(0) >= t.shape[1] for t in matrices)
+    aligned = all(t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in matrices)
     if not (tile.descriptors and separate and aligned):
-        return x, weight, False
+        return x, weight, stash, False
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    left = TensorDescriptor(x, list(x.shape), list(x.stride()), [tile.rows, tile.depth])
-    right = TensorDescriptor(weight, list(weight.shape), list(weight.stride()), [tile.columns, tile.depth])
-    return left, right, True
+    def described(t: Tensor, rows: int, columns: int) -> object:
+        return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, columns])
+
+    left, right = described(x, tile.rows, tile.depth), described(weight, tile.columns, tile.depth)
+    return left, right, None if stash is None else described(stash, tile.rows, tile.columns), True
 
 
 @dataclass

@@ -161,7 +161,10 @@ def few_logits(
     w, bias, left, start, target, n_columns, width, w_stride, before, by,
     BJ: tl.constexpr, BH: tl.constexpr, CAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """BJ logits of one row in units of ln 2, their slopes, their rows of w [BJ, BH], and which count: in range and not the target."""
+    """BJ logits of one row in units of ln 2, their slopes, their rows of w [BJ, BH], and which count.
+
+    Those count that are in range and not the target.
+    """
     columns = (start + tl.arange(0, BJ)).to(tl.int64)
     hidden = tl.arange(0, BH)
     inside = columns < n_columns
