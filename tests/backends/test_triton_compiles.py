@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,12 +18,12 @@ from triton.compiler import ASTSource
 
 from sdpo_kernels.backends.triton import kernels
 from sdpo_kernels.backends.triton.epilogue import ELEMENTS, PAIRS_AT_ONCE, pair_kernel
-from sdpo_kernels.backends.triton.launch import COMPILED, REDO_ELEMENTS, ROWS_AT_ONCE
+from sdpo_kernels.backends.triton.launch import COMPILED, REDO_ELEMENTS, ROWS_AT_ONCE, TILES_AT_ONCE
 from sdpo_kernels.backends.triton.redo import redo_kernel
 from sdpo_kernels.backends.triton.targets import BLOCK, add_kernel
 from sdpo_kernels.backends.triton.tiles import tiles_of
+from tests.backends.machine_code import epilogue_length, is_in_registers, stack_bytes
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 ARCHITECTURES = (80, 90, 100, 120)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # the limit per block, in bytes
 DIVISIBLE = (
@@ -55,37 +53,16 @@ def compiled(
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def inspected(kernel: Any, tmp_path: Path, option: str) -> str:
-    """What cuobjdump says of the kernel's machine code."""
-    binary = tmp_path / "kernel.cubin"
-    binary.write_bytes(kernel.asm["cubin"])
-    return subprocess.run([str(CUOBJDUMP), option, str(binary)], capture_output=True, text=True, check=True).stdout
-
-
-def stack_bytes(kernel: Any, tmp_path: Path) -> int:
-    """Bytes of stack per thread: spilled registers show up here."""
-    (found,) = re.findall(r"STACK:(\d+)", inspected(kernel, tmp_path, "-res-usage"))
-    return int(found)
-
-
-def is_in_registers(kernel: Any, tmp_path: Path) -> bool:
-    """No spilled register: nothing is read from the stack.
-
-    On sm_120, Triton 3.6 reserves 8 bytes of stack and writes to them, and nothing reads them.
-    """
-    return stack_bytes(kernel, tmp_path) == 0 or not re.search(r"\bLDL", inspected(kernel, tmp_path, "-sass"))
-
-
 def logits_kernel(arch: int, dtype: str, capped: bool, bias: bool, sums: bool, extras: bool, store: bool) -> Any:
     tile = tiles_of(arch // 10, dtype == "bf16", capped, extras)
-    matrix = {"x": (tile.rows, tile.depth), "w": (tile.columns, tile.depth)}
+    matrix = {"x": (tile.rows, tile.depth), "w": (tile.columns, tile.depth), "stash": (tile.rows, tile.columns)}
     types = {
         name: f"tensordesc<{dtype}[{shape[0]}, {shape[1]}]>" if tile.descriptors else f"*{dtype}"
         for name, shape in matrix.items()
     }
-    types |= {"bias": f"*{dtype}", "targets": "*i64", "stash": f"*{dtype}", "before": "fp32", "after": "fp32"}
-    types |= dict.fromkeys(("shift", "sums", "parts", "gemm_target"), "*fp32")
-    types |= dict.fromkeys(("n_rows", "n_columns", "stash_rows", "first_tile", *DIVISIBLE), "i32")
+    types |= {"bias": f"*{dtype}", "targets": "*i64", "before": "fp32", "by": "fp32"}
+    types |= {"shift": "*fp64"} | dict.fromkeys(("sums", "parts", "gemm_target"), "*fp32")
+    types |= dict.fromkeys(("n_rows", "n_columns", "stash_rows", "first_column", *DIVISIBLE), "i32")
     constants: dict[str, Any] = {
         "BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "GROUP": tile.group, "CAPPED": capped,
         "HAS_BIAS": bias, "SUMS": sums, "EXTRAS": extras, "STORE": store, "DESCRIPTORS": tile.descriptors,
@@ -119,9 +96,25 @@ def test_the_logits_kernel_keeps_to_registers_and_uses_the_matrix_units(arch, dt
         assert {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}[arch] in ptx
         if arch >= 90:
             assert "cp.async.bulk.tensor" in ptx
+    # S in 128-bit pieces, or by the copy engine
     if WAYS[way][-1]:
-        assert re.search(r"st\.global\.v4\.b32", ptx)  # S in 128-bit pieces
+        described = tiles_of(arch // 10, dtype == "bf16", WAYS[way][0], WAYS[way][3]).descriptors
+        assert re.search(r"cp\.async\.bulk\.tensor\.\dd\.global" if described else r"st\.global\.v4\.b32", ptx)
     assert "tf32" not in ptx
+
+
+# one multiply-add, one exponential, one sum, and half a conversion where S is stored: 3.9, 4.9, 3.6; then with a tanh
+# and its slope 34.8, with the extras 21.2, with both 56
+EPILOGUES = {"reference": 4.0, "policy": 5.0, "recompute": 3.75, "softcap": 36.0, "extras": 22.0, "all": 60.0}
+
+
+@pytest.mark.parametrize("way", EPILOGUES)
+def test_instructions_of_an_element_after_its_product(way, tmp_path):
+    """On Hopper. Each takes 256 cycles of a plain tile, whose products at H = 4096 take 65,536."""
+    capped, _, _, extras, _ = WAYS[way]
+    tile = tiles_of(9, True, capped, extras)
+    elements = tile.rows * tile.columns // (32 * tile.warps)  # of a thread
+    assert epilogue_length(logits_kernel(90, "bf16", *WAYS[way]), tmp_path) <= EPILOGUES[way] * elements
 
 
 @pytest.mark.parametrize("capped", [False, True])
@@ -129,19 +122,19 @@ def test_the_logits_kernel_keeps_to_registers_and_uses_the_matrix_units(arch, dt
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_kernels_of_rows(arch, dtype, capped, tmp_path):
     pointers = {"x": dtype, "w": dtype, "bias": dtype, "targets": "i64", "stash": dtype, "state": "fp64", "redo": "i8"}
-    pointers["parts"] = "fp64"
+    pointers |= {"parts": "fp64", "target_logits": "fp64"}
     pointers |= {"order": "i64", "first": "i64"}
-    floats = ("target_logits", "sums", "logps", "entropy", "log_sum_sq", "mean_logits", "direction", "out", "t")
+    floats = ("sums", "logps", "entropy", "log_sum_sq", "mean_logits", "direction", "out", "t")
     types = {name: f"*{kind}" for name, kind in pointers.items()} | dict.fromkeys(floats, "*fp32")
     types |= dict.fromkeys(("n_rows", "n_columns", "n_tiles", "kept_rows", *DIVISIBLE), "i32")
-    types |= dict.fromkeys(("before", "after"), "fp32")
+    types |= dict.fromkeys(("before", "by"), "fp32")
     head = {"CAPPED": capped, "HAS_BIAS": True}
     redo = {"BJ": REDO_ELEMENTS // 4096, "BH": 4096, "EXTRAS": True, "STORE": True, "DIRECTION": True}
     sliced = types | dict.fromkeys(("entropy", "log_sum_sq", "mean_logits"), "*fp64")
     for function, constants, warps in (
         (kernels.target_logits_kernel, {"BLOCK": 1024} | head, 4),
-        (kernels.finalize_kernel, {"BLOCK": ROWS_AT_ONCE, "EXTRAS": True, "SLICE": False}, 4),
-        (kernels.finalize_kernel, {"BLOCK": ROWS_AT_ONCE, "EXTRAS": True, "SLICE": True}, 4),
+        (kernels.finalize_kernel, {"BLOCK": ROWS_AT_ONCE, "TILES": TILES_AT_ONCE, "EXTRAS": True, "SLICE": False}, 4),
+        (kernels.finalize_kernel, {"BLOCK": ROWS_AT_ONCE, "TILES": TILES_AT_ONCE, "EXTRAS": True, "SLICE": True}, 4),
         (add_kernel, {"BLOCK": BLOCK}, 4),
         (redo_kernel, redo | head | {"SLICE": False}, 8),
         (redo_kernel, redo | head | {"SLICE": True, "DIRECTION": False}, 8),

@@ -87,11 +87,13 @@ def test_many_pairs_are_a_loop_not_a_larger_kernel(launches):
     ids=["rows one after the other", "expanded", "overlapping", "not aligned"],
 )
 def test_the_copy_engine_takes_separate_and_aligned_rows(x, described):
-    weight = torch.zeros(100, 16)
-    for left, right in ((x, weight), (weight, x)):
-        found = launch.operands(left, right, HOPPER)
-        assert found[2] is described
-        assert (found[:2] == (left, right)) is not described
+    other = torch.zeros(100, 16)
+    for matrices in ((x, other, other), (other, x, other), (other, other, x)):
+        *found, is_described = launch.operands(*matrices, HOPPER)
+        assert is_described is described
+        assert all((one is matrix) is not described for one, matrix in zip(found, matrices, strict=True))
+    *_, out, is_described = launch.operands(x, other, None, HOPPER)
+    assert (out, is_described) == (None, described)
 
 
 def test_rocm_is_refused_with_the_reason(monkeypatch):

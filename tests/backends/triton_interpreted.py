@@ -300,8 +300,13 @@ def test_slices_with_rows_out_of_range(stash_bytes, outputs):
 
     # without a stash, a row's sum and its S come from products in different orders: 2e-5 of logits of 300
     case.settings["stash_bytes"] = ALL * stash_bytes
-    for name, whole in case.ours().items():
-        torch.testing.assert_close(cut[name], whole, rtol=1e-5, atol=1e-5)
+    truth, whole = case.truth(), case.ours()
+    for name, right in truth.items():
+        if right is None or right.dtype == torch.bool:
+            assert right is None or torch.equal(cut[name], whole[name])
+            continue
+        slack = 8 * EPS * max(1.0, right.abs().max().item())
+        assert error(cut[name], right) <= 1.25 * error(whole[name], right) + slack, name
 
 
 @pytest.mark.parametrize("stash_bytes", [0, 1])

@@ -58,10 +58,14 @@ def chunk_columns(call: HeadCall, tile_columns: int) -> int:
     return min(max(1, columns // tile_columns), everything) * tile_columns
 
 
-def _forward_columns(rows: Rows) -> int:
-    """Columns per chunk of a forward; the extras' partial sums must fit PART_ELEMENTS."""
-    columns, tile = chunk_columns(rows.call, rows.tile.columns), rows.tile.columns
-    if not rows.call.outputs:
+def _forward_columns(rows: Rows, direction: Tensor | None) -> int:
+    """Columns per launch of a forward: all, unless W is cast, S is in scratch memory or the extras' sums are many."""
+    call, tile = rows.call, rows.tile.columns
+    if call.weight.dtype == call.dtype and direction is None:
+        columns = -(-call.weight.shape[0] // tile) * tile
+    else:
+        columns = chunk_columns(call, tile)
+    if not call.outputs:
         return columns
     return min(columns, max(1, PART_ELEMENTS // (4 * max(1, rows.x.shape[0]))) * tile)
 
@@ -100,7 +104,7 @@ def forward(call: HeadCall, keep: Keep) -> HeadForward:
 def _sums(rows: Rows, stash: Tensor | None, direction: Tensor | None) -> tuple[Sums, launch.Finished]:
     """The walk and what follows from its sums; rows out of range are recomputed before anything reads them."""
     n_columns, tile = rows.call.weight.shape[0], rows.tile
-    sums = Sums.of(rows, -(-n_columns // tile.columns), _forward_columns(rows) // tile.columns)
+    sums = Sums.of(rows, -(-n_columns // tile.columns), _forward_columns(rows, direction) // tile.columns)
     with precision.full(rows.x.device):
         _walk(rows, sums, stash, direction)
 
@@ -144,8 +148,8 @@ def _buffer_to_keep(rows: Rows, keep: Keep) -> Tensor | None:
 
 def _walk(rows: Rows, sums: Sums, stash: Tensor | None, direction: Tensor | None) -> None:
     """All tiles of the vocabulary; S goes to the stash, or through scratch memory into `direction`, or nowhere."""
-    call, n_rows, keep = rows.call, rows.call.hidden.shape[0], 0 if stash is None else stash.shape[1]
-    step = _forward_columns(rows)
+    call, n_rows = rows.call, rows.call.hidden.shape[0]
+    step = _forward_columns(rows, direction)
     scratch = None if direction is None else rows.x.new_empty(n_rows * step)
 
     for start, stop in chunks(call, 0, step, step):
@@ -158,12 +162,7 @@ def _walk(rows: Rows, sums: Sums, stash: Tensor | None, direction: Tensor | None
             direction += precision.matmul(s[:, : stop - start], weight)
             continue
 
-        # tiles that overlap the stash, then the others
-        stored = min(-(-max(keep - start, 0) // rows.tile.columns) * rows.tile.columns, stop - start)
-        if stored:
-            launch.logits(rows, weight[:stored], start, rows.target_logits, sums, stash, start)
-        if stored < stop - start:
-            launch.logits(rows, weight[stored:], start + stored, rows.target_logits, sums, None)
+        launch.logits(rows, weight, start, rows.target_logits, sums, stash, start)
 
 
 def _stashed(saved: Saved, start: int, stop: int) -> Tensor:

@@ -1,16 +1,19 @@
 """The Triton kernels: target logits, tiles of logits with their epilogue, finalising rows; redo.py has one more.
 
-The arithmetic is exp-direct (docs/architecture.md), with y a row's target column and z its logits:
+The arithmetic is exp-direct (docs/architecture.md), with y a row's target column and z its logits. A logit is
+z = u·s·ln 2 with u = x·w + b, or its tanh under softcap, and s = scale·log2(e) in float32:
 
-    1. k = z_y, by a dot product of its own                                       target_logits_kernel
-    2. E_j = 2**-58 · exp(z_j − k) for every column but the target's (2⁻⁵⁸),
-       S_j = E_j · c_j with c = dz/da; a tile stores S and its rows' sums of E    logits_kernel
-    3. o = Σ E over all tiles, logp = -log1p(2**58 · o), logsumexp, extras        finalize_kernel
-    4. rows whose o is above LARGEST_SUM again, with k = their logsumexp          redo.py
-    5. S_y = 0: the target's own term is added outside of S, in float32           targets.py
+    1. z_y, by a dot product of its own, in float64                                 target_logits_kernel
+    2. c = z_y·log2(e) + 58 in float32, and k = (c − 58)·ln 2 exactly; then with one fused multiply-add
+       E_j = 2**(u_j·s − c) = 2**-58 · exp(z_j − k) (2⁻⁵⁸), for every column but the target's;
+       S_j = E_j · slope; a tile stores S and its rows' sums of E                   logits_kernel
+    3. o = Σ E over all tiles, logp = -log1p(2**58 · o · exp(k − z_y)), logsumexp, extras   finalize_kernel
+    4. rows whose o is above LARGEST_SUM again, with k = their logsumexp            redo.py
+    5. S_y = 0: the target's own term is added outside of S, in float32             targets.py
 
 No maximum is needed for rows in range, so one pass over the products is enough, and 1 − p comes from o without
-cancellation. `launch.py` calls these. Row and column offsets are int64. Only tests set `UPCAST`: the interpreter's dot
+cancellation. z_y has the same rounded s as every other logit, so s costs a factor of 1 ± 6e-8 of the temperature and
+nothing else. `launch.py` calls these. Row and column offsets are int64. Only tests set `UPCAST`: the interpreter's dot
 multiplies the bit patterns of bfloat16.
 """
 
@@ -20,37 +23,54 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 SHIFT_BITS = tl.constexpr(58.0)
 SHIFT = tl.constexpr(40.202536192073015)  # 58 · ln 2 = 58 * log(2)
 LARGEST_SUM = tl.constexpr(1e20)  # above it (log-prob below about −86) a row is recomputed with k = logsumexp
-PARTS = tl.constexpr(4)  # for the extras: Σ E·(z − k), 2**58 · Σ E² (2⁵⁸), Σ z, max z without the target
+# for the extras: Σ E·(z − k), 2**58 · Σ E² (2⁵⁸), Σ z, max z without the target
+PARTS = tl.constexpr(4)
+HALF_SHIFT = tl.constexpr(536870912.0)  # 2**29
 
 
 @triton.jit
 def tanh_and_slope(u):
     """tanh(u) and 1 − tanh(u)**2, neither by a difference of near numbers; the interpreter has no libdevice."""
-    # 1 − q cancels near u = 0: a Taylor series there
+    # tanh|u| = 1 − 2q/(1 + q); that cancels near u = 0: a Taylor series there
     q = tl.exp2(tl.abs(u) * (-2.0 * LOG2E))
-    far = (1.0 - q) / (1.0 + q)
+    inverse = tl.rsqrt((1.0 + q) * (1.0 + q))
+    part = q * inverse
+    far = 1.0 - 2.0 * part
     square = u * u
     near = 1.0 - square * (1.0 / 3 - square * (2.0 / 15 - square * (17.0 / 315 - square * (62.0 / 2835))))
-    tanh = tl.where(tl.abs(u) < 0.25, u * near, tl.where(u < 0, -far, far))
-    return tanh, 4.0 * q / ((1.0 + q) * (1.0 + q))
+    tanh = tl.where(square < 0.0625, u * near, tl.where(u < 0, -far, far))
+    return tanh, 4.0 * part * inverse
 
 
 @triton.jit
-def transform(a, before, after, CAPPED: tl.constexpr):
-    """The logit z of a = x·w + b, and its slope up to the factor scale/temperature."""
+def transform(a, before, CAPPED: tl.constexpr):
+    """u of a = x·w + b, whose logit is u times a number: tanh(a·before) and its slope, or a itself and 1."""
     if CAPPED:
-        tanh, slope = tanh_and_slope(a * before)
-        return tanh * after, slope
-    return a * before, tl.full(a.shape, 1.0, tl.float32)
+        return tanh_and_slope(a * before)
+    return a, tl.full(a.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def shift_of(k):
+    """c of k [N] float64: k·log2(e) + 58, rounded so that float32 has both c and c − 58."""
+    c = (k * LOG2E + SHIFT_BITS).to(tl.float32)
+    return (c - SHIFT_BITS) + SHIFT_BITS
+
+
+@triton.jit
+def k_of(c):
+    """The k, in float64, that the E of a tile with `c` have."""
+    return (c.to(tl.float64) - SHIFT_BITS) * LN2
 
 
 @triton.jit
 def target_logits_kernel(
-    x, w, bias, targets, target_logits,  # [N, H], [V, H], [V], [N] int64 → [N] float32
-    width, x_stride, w_stride, before, after,
+    x, w, bias, targets, target_logits,  # [N, H], [V, H], [V], [N] int64 → [N] float64
+    width, x_stride, w_stride, before, by,
     BLOCK: tl.constexpr, CAPPED: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """z_y of one row per program, by a dot product in float32, in which bfloat16 products are exact.
@@ -59,8 +79,9 @@ def target_logits_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
+    one = tl.arange(0, 1)
     if target < 0:
-        tl.store(target_logits + row, 0.0)
+        tl.store(target_logits + row + one, tl.zeros([1], tl.float64))
         return
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, width, BLOCK):
@@ -72,15 +93,11 @@ def target_logits_kernel(
             tl.float32
         )
 
-    a = tl.sum(total, 0)
+    a = tl.sum(total, 0) + tl.zeros([1], tl.float32)
     if HAS_BIAS:
         a += tl.load(bias + target).to(tl.float32)
-    if CAPPED:
-        tanh, _ = tanh_and_slope(a * before)
-        z = tanh * after
-    else:
-        z = a * before
-    tl.store(target_logits + row, z)
+    u, _ = transform(a, before, CAPPED)
+    tl.store(target_logits + row + one, u.to(tl.float64) * tl.cast(by, tl.float64) * LN2)
 
 
 @triton.jit
@@ -121,27 +138,32 @@ def tile_of(program, n_rows, n_columns, BM: tl.constexpr, BN: tl.constexpr, GROU
 
 
 @triton.jit
-def store_parts(parts, gemm_target, e, z, k, rows, row_there, target, at_target, inside, counted, first_column, n_rows,
+def store_parts(parts, gemm_target, e, u, t, by, rows, row_there, target, columns, counted, plain, n_rows,
                 BN: tl.constexpr):  # fmt: skip
     """What the extras need of a tile, for each row: PARTS, and the target's logit if it is in this tile."""
-    # where E is 0 the logit may be −inf, and 0 · (−inf) is NaN
+    # where E is 0 the exponent may be −inf, and 0 · (−inf) is NaN
     to = parts + rows
-    tl.store(to, tl.sum(tl.where(e == 0.0, 0.0, e * (z - k[:, None])), 1), row_there)
-    squares = tl.where(counted, tl.exp2(2.0 * (z - k[:, None]) * LOG2E - SHIFT_BITS), 0.0)
-    tl.store(to + n_rows, tl.sum(squares, 1), row_there)
-    tl.store(to + 2 * n_rows, tl.sum(tl.where(inside[None, :], z, 0.0), 1), row_there)
-    tl.store(to + 3 * n_rows, tl.max(tl.where(counted, z, float("-inf")), 1), row_there)
-    in_tile = row_there & (target >= first_column) & (target < first_column + BN)
-    tl.store(gemm_target + rows, tl.sum(tl.where(at_target, z, 0.0), 1), in_tile)
+    tl.store(to, tl.sum(e * tl.maximum(t + SHIFT_BITS, -1e30), 1) * LN2, row_there)
+    half = e * HALF_SHIFT
+    tl.store(to + n_rows, tl.sum(half * half, 1), row_there)
+    tl.store(to + 2 * n_rows, tl.sum(u, 1) * (by * LN2), row_there)
+    z = u * by
+    if plain:
+        top = tl.max(z, 1)
+    else:
+        top = tl.max(tl.where(counted, z, float("-inf")), 1)
+        found = tl.sum(tl.where(columns[None, :] == target[:, None], z, 0.0), 1)
+        tl.store(gemm_target + rows, found * LN2, row_there & (target >= 0) & (target < BN))
+    tl.store(to + 3 * n_rows, top * LN2, row_there)
 
 
 # otherwise every kind of batch size is compiled separately
-@triton.jit(do_not_specialize=["n_rows", "n_columns", "stash_rows", "first_tile"])
+@triton.jit(do_not_specialize=["n_rows", "n_columns", "stash_rows", "first_column"])
 def logits_kernel(
-    x, w, bias, targets, shift,  # [N, H], [C, H], [C], [N] int64 relative to this chunk, [N] float32: k
+    x, w, bias, targets, shift,  # [N, H], [C, H], [C], [N] int64, [N] float64: k
     sums, parts, gemm_target, stash,  # [tiles of all chunks, N], [tiles of this one, 4, N], [N], [N, stash_stride]
-    n_rows, n_columns, width, x_stride, w_stride, stash_rows, stash_columns, stash_stride, stash_start, first_tile,
-    before, after,
+    n_rows, n_columns, width, x_stride, w_stride, stash_rows, stash_columns, stash_stride, stash_start, first_column,
+    before, by,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     CAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, SUMS: tl.constexpr, EXTRAS: tl.constexpr, STORE: tl.constexpr,
     DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr,
@@ -155,35 +177,46 @@ def logits_kernel(
 
     rows = row_tile * BM + tl.arange(0, BM)
     columns = column_tile * BN + tl.arange(0, BN)
-    row_there, inside = rows < n_rows, columns < n_columns
+    row_there = rows < n_rows
     if HAS_BIAS:
-        acc += tl.load(bias + columns, inside, other=0.0).to(tl.float32)[None, :]
-    z, slope = transform(acc, before, after, CAPPED)
+        acc += tl.load(bias + columns, columns < n_columns, other=0.0).to(tl.float32)[None, :]
+    u, slope = transform(acc, before, CAPPED)
 
-    # E, without the target's column and without padding; at_target is compared here because doing it in store_parts,
-    # after its stores, makes the compiler spill registers
-    target = tl.load(targets + rows, row_there, other=-1)
-    k = tl.load(shift + rows, row_there, other=0.0)
-    at_target = columns[None, :] == target[:, None]
-    counted = inside[None, :] & (columns[None, :] != target[:, None])
-    e = tl.where(counted, tl.exp2((z - k[:, None]) * LOG2E - SHIFT_BITS), 0.0)
+    # the target's place in this tile, if it is here
+    target = (tl.load(targets + rows, row_there, other=-1) - first_column - column_tile * BN).to(tl.int32)
+    c = shift_of(tl.load(shift + rows, row_there, other=0.0))
+    in_tile = tl.arange(0, BN)
+    last = tl.minimum(n_columns - column_tile * BN, BN)
+    # most tiles have no row's target and no padding
+    plain = (tl.max(((target >= 0) & (target < BN)).to(tl.int32), 0) == 0) & (last == BN)
+
+    t = tl.fma(u, by, -c[:, None])
+    e = tl.exp2(t)
+    counted = (in_tile[None, :] < last) & (in_tile[None, :] != target[:, None])
+    if not plain:
+        e = tl.where(counted, e, 0.0)
 
     if SUMS:
-        out = (first_tile + column_tile).to(tl.int64)
+        out = (first_column // BN + column_tile).to(tl.int64)
         tl.store(sums + out * n_rows + rows, tl.sum(e, 1), row_there)
     if EXTRAS:
         store_parts(
-            parts + column_tile.to(tl.int64) * PARTS * n_rows, gemm_target, e, z, k, rows, row_there, target, at_target,
-            inside, counted, column_tile * BN, n_rows, BN,
+            parts + column_tile.to(tl.int64) * PARTS * n_rows, gemm_target, e, u, t, by, rows, row_there, target,
+            in_tile, counted, plain, n_rows, BN,
         )  # fmt: skip
-    # S, up to the stash's last column
-    if STORE:
-        to = stash + rows.to(tl.int64)[:, None] * stash_stride + (stash_start + columns)[None, :]
-        tl.store(
-            to,
-            (e * slope).to(stash.dtype.element_ty),
-            (rows < stash_rows)[:, None] & ((stash_start + columns)[None, :] < stash_columns),
-        )
+    # S, up to the stash's last row and column; offsets inside of a tile fit int32
+    stored = stash_columns - stash_start - column_tile * BN
+    if STORE and stored > 0:
+        value = (e * slope).to(stash.dtype if DESCRIPTORS else stash.dtype.element_ty)
+        if DESCRIPTORS:
+            stash.store([row_tile * BM, stash_start + column_tile * BN], value)
+        else:
+            corner = stash + (row_tile * BM).to(tl.int64) * stash_stride + stash_start + column_tile * BN
+            tl.store(
+                corner + tl.arange(0, BM)[:, None] * stash_stride + in_tile[None, :],
+                value,
+                (rows < stash_rows)[:, None] & (in_tile < stored)[None, :],
+            )
 
 
 @triton.jit
@@ -202,10 +235,10 @@ def logp_of(target, rest):
 # otherwise every kind of batch size is compiled separately
 @triton.jit(do_not_specialize=["n_rows", "n_tiles", "n_columns"])
 def finalize_kernel(
-    sums, parts, target_logits,  # [tiles, N], [4, N] float64, [N]
+    sums, parts, target_logits,  # [tiles, N], [4, N] float64, [N] float64
     logps, state, entropy, log_sum_sq, mean_logits, redo,  # [N], [N, 2], [N] each, [N] int8
     n_rows, n_tiles, n_columns,
-    BLOCK: tl.constexpr, EXTRAS: tl.constexpr, SLICE: tl.constexpr,
+    BLOCK: tl.constexpr, TILES: tl.constexpr, EXTRAS: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """Each row's results, in float64: log-prob, logsumexp and k, the extras; and which rows are out of range.
 
@@ -216,26 +249,28 @@ def finalize_kernel(
     """
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = rows < n_rows
-    k = tl.load(target_logits + rows, there, other=0.0)
+    target = tl.load(target_logits + rows, there, other=0.0)
+    k = k_of(shift_of(target))
 
     # every sum over tiles has a fixed order: no atomics
     o = tl.zeros([BLOCK], tl.float64)
     mean, squares, total = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
-    for tile in range(n_tiles):
-        o += tl.load(sums + tl.cast(tile, tl.int64) * n_rows + rows, there, other=0.0).to(tl.float64)
+    for first in range(0, n_tiles, TILES):
+        tiles = first + tl.arange(0, TILES)
+        at = sums + tiles.to(tl.int64)[:, None] * n_rows + rows[None, :]
+        o += tl.sum(tl.load(at, (tiles < n_tiles)[:, None] & there[None, :], other=0.0).to(tl.float64), 0)
     if EXTRAS:
         mean = tl.load(parts + rows, there, other=0.0)
         squares = tl.load(parts + n_rows + rows, there, other=0.0)
         total = tl.load(parts + 2 * n_rows + rows, there, other=0.0)
 
     # o overflowed, or k is no finite number: redo_kernel recomputes the row
-    target = k.to(tl.float64)
     infinite = (tl.abs(k) == float("inf")) | (squares == float("inf"))
     tl.store(redo + rows, ((o > LARGEST_SUM) | infinite).to(tl.int8), there)
 
     if SLICE:
         tl.store(state + 2 * rows, o, there)
-        tl.store(state + 2 * rows + 1, target, there)
+        tl.store(state + 2 * rows + 1, k, there)
         if EXTRAS:  # q_j = E_j/o
             some = o > 0
             tl.store(entropy + rows, tl.where(some, mean / o - tl.log(o) - SHIFT, 0.0 * o), there)
@@ -243,19 +278,19 @@ def finalize_kernel(
             tl.store(mean_logits + rows, total, there)
         return
 
-    rest = tl.log(o) + target + SHIFT
+    rest = tl.log(o) + k + SHIFT
     logp = logp_of(target, rest)
     lse = target - logp
     tl.store(logps + rows, logp.to(tl.float32), there)
     tl.store(state + 2 * rows, lse, there)
-    tl.store(state + 2 * rows + 1, target, there)
+    tl.store(state + 2 * rows + 1, k, there)
 
     # the target's own terms are added to those of the rest
     if EXTRAS:
-        share = tl.exp(target - lse + SHIFT)  # p_j = share·E_j
+        share = tl.exp(k - lse + SHIFT)  # p_j = share·E_j
         p = tl.exp(logp)
-        h = tl.where(p > 0, -p * logp, 0.0) - share * (mean + (target - lse) * o)
+        h = tl.where(p > 0, -p * logp, 0.0) - share * (mean + (k - lse) * o)
         tl.store(entropy + rows, h.to(tl.float32), there)
-        square_sum = p * p + squares * tl.exp(2.0 * (target - lse) + SHIFT)
+        square_sum = p * p + squares * tl.exp(2.0 * (k - lse) + SHIFT)
         tl.store(log_sum_sq + rows, tl.log(square_sum).to(tl.float32), there)
         tl.store(mean_logits + rows, (total / n_columns).to(tl.float32), there)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +16,7 @@ from sdpo_kernels.backends.triton.redo import redo_kernel
 from sdpo_kernels.backends.triton.tiles import Tile, candidates, fastest, is_autotuned, tile_for
 
 ROWS_AT_ONCE = 128  # of the kernels that work on [N] alone
+TILES_AT_ONCE = 16  # whose sums finalize reads together
 REDO_ELEMENTS = 16384  # of w that a program of the redo kernel holds
 COMPILED = {"enable_fp_fusion": True}  # Triton 3.9 has no fused multiply-add unless it is asked for
 
@@ -28,7 +30,7 @@ class Rows:
     weight: Tensor  # [V, H] of unit stride, in its own dtype
     bias: Tensor | None  # [V] of unit stride
     targets: Tensor  # [N] int64
-    target_logits: Tensor  # [N] float32: z_y, and k of the first pass
+    target_logits: Tensor  # [N] float64: z_y, and but for rounding k of the first pass
     tile: Tile
 
     is_slice: bool = False  # the targets' logits were given
@@ -46,14 +48,14 @@ class Rows:
         # softcap's tanh and the extras need registers, so their tiles are smaller
         tile = tile_for(x.device, x.dtype, call.head.softcap is not None, bool(call.outputs))
         given = target_logits is not None
-        found = x.new_empty(x.shape[0], dtype=torch.float32) if target_logits is None else target_logits.float()
+        found = x.new_empty(x.shape[0], dtype=torch.float64) if target_logits is None else target_logits.double()
         rows = cls(call, x, weight, bias, targets.contiguous(), found, tile, given)
 
-        before, after, capped = head_numbers(call)
+        before, by, capped = head_numbers(call)
         if forward and not given and x.shape[0]:
             kernels.target_logits_kernel[(x.shape[0],)](
                 x, weight, bias, rows.targets, rows.target_logits,
-                x.shape[1], x.stride(0), weight.stride(0), before, after,
+                x.shape[1], x.stride(0), weight.stride(0), before, by,
                 BLOCK=max(16, min(1024, triton.next_power_of_2(x.shape[1]))), CAPPED=capped, HAS_BIAS=bias is not None,
                 **COMPILED,
             )  # fmt: skip
@@ -84,11 +86,11 @@ def unit_stride(matrix: Tensor) -> Tensor:
 
 
 def head_numbers(call: HeadCall) -> tuple[float, float, bool]:
-    """The factor of a before tanh, the factor after it, and whether there is a tanh; else scale/temperature and 1."""
+    """The factor of a before tanh, that of what comes out in units of ln 2, and whether there is a tanh at all."""
     head = call.head
     if head.softcap is None:
-        return head.logit_scale / head.temperature, 1.0, False
-    return head.logit_scale / head.softcap, head.softcap / head.temperature, True
+        return 1.0, head.logit_scale / head.temperature / math.log(2), False
+    return head.logit_scale / head.softcap, head.softcap / head.temperature / math.log(2), True
 
 
 @dataclass
@@ -136,20 +138,19 @@ def logits(
     if n_rows == 0:
         return
 
-    # targets are relative to the chunk, so that a kernel need not know where it is
-    before, after, capped = head_numbers(call)
+    before, by, capped = head_numbers(call)
     bias = None if rows.bias is None else rows.bias[start : start + n_columns]
     grid = (triton.cdiv(n_rows, tile.rows) * triton.cdiv(n_columns, tile.columns),)
-    left, right, described = operands(rows.x, weight, tile)
+    left, right, out, described = operands(rows.x, weight, stash, tile)
 
     kernels.logits_kernel[grid](
-        left, right, bias, rows.targets - start, shift,
+        left, right, bias, rows.targets, shift,
         None if sums is None else sums.sums, None if sums is None else sums.parts,
-        None if sums is None else sums.gemm_target, stash,
+        None if sums is None else sums.gemm_target, out,
         n_rows, n_columns, rows.x.shape[1], rows.x.stride(0), weight.stride(0),
         *(stash.shape if stash is not None else (0, 0)), 0 if stash is None else stash.stride(0), stash_start,
-        start // tile.columns,
-        before, after,
+        start,
+        before, by,
         BM=tile.rows, BN=tile.columns, BK=tile.depth, GROUP=tile.group, CAPPED=capped, HAS_BIAS=bias is not None,
         SUMS=sums is not None, EXTRAS=sums is not None and sums.parts is not None, STORE=stash is not None,
         DESCRIPTORS=described, UPCAST=not rows.x.is_cuda, num_warps=tile.warps, num_stages=tile.stages,
@@ -161,18 +162,21 @@ def logits(
         sums.fold(triton.cdiv(n_columns, tile.columns))
 
 
-def operands(x: Tensor, weight: Tensor, tile: Tile) -> tuple[object, object, bool]:
+def operands(x: Tensor, weight: Tensor, stash: Tensor | None, tile: Tile) -> tuple[object, object, object, bool]:
     """Tensor descriptors if the tile uses them (Hopper and later) and the strides allow it; else pointers."""
     # of an expanded or overlapping matrix, a row begins before the last one ends
-    separate = all(t.stride(0) >= t.shape[1] for t in (x, weight))
-    aligned = all(t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in (x, weight))
+    matrices = [t for t in (x, weight, stash) if t is not None]
+    separate = all(t.stride(0) >= t.shape[1] for t in matrices)
+    aligned = all(t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in matrices)
     if not (tile.descriptors and separate and aligned):
-        return x, weight, False
+        return x, weight, stash, False
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    left = TensorDescriptor(x, list(x.shape), list(x.stride()), [tile.rows, tile.depth])
-    right = TensorDescriptor(weight, list(weight.shape), list(weight.stride()), [tile.columns, tile.depth])
-    return left, right, True
+    def described(t: Tensor, rows: int, columns: int) -> object:
+        return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, columns])
+
+    left, right = described(x, tile.rows, tile.depth), described(weight, tile.columns, tile.depth)
+    return left, right, None if stash is None else described(stash, tile.rows, tile.columns), True
 
 
 @dataclass
@@ -209,7 +213,7 @@ def finalize(rows: Rows, sums: Sums) -> Finished:
         kernels.finalize_kernel[(triton.cdiv(n, ROWS_AT_ONCE),)](
             sums.sums, sums.folded, rows.target_logits, out.logps, out.state, out.entropy, out.log_sum_sq,
             out.mean_logits, out.redo, n, sums.sums.shape[0], rows.call.weight.shape[0],
-            BLOCK=ROWS_AT_ONCE, EXTRAS=extras, SLICE=rows.is_slice, **COMPILED,
+            BLOCK=ROWS_AT_ONCE, TILES=TILES_AT_ONCE, EXTRAS=extras, SLICE=rows.is_slice, **COMPILED,
         )  # fmt: skip
     return out
 
@@ -222,13 +226,13 @@ def redo(rows: Rows, found: Finished, stash: Tensor | None, direction: Tensor | 
         return
 
     # one program holds a whole row of x and BJ rows of w
-    before, after, capped = head_numbers(call)
+    before, by, capped = head_numbers(call)
     bh = max(16, triton.next_power_of_2(width))
     redo_kernel[(n,)](
         found.redo, rows.x, rows.weight, rows.bias, rows.targets, rows.target_logits, found.logps, found.state,
         found.entropy, found.log_sum_sq, found.mean_logits, stash, direction,
         rows.weight.shape[0], width, rows.x.stride(0), rows.weight.stride(0), call.hidden.shape[0],
-        0 if stash is None else stash.shape[1], 0 if stash is None else stash.stride(0), before, after,
+        0 if stash is None else stash.shape[1], 0 if stash is None else stash.stride(0), before, by,
         BJ=max(1, min(64, REDO_ELEMENTS // bh)), BH=bh, CAPPED=capped, HAS_BIAS=rows.bias is not None,
         EXTRAS=found.entropy is not None, STORE=stash is not None, DIRECTION=direction is not None,
         SLICE=rows.is_slice, num_warps=8,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sdpo_kernels.backends.triton.kernels import LOG2E, SHIFT, SHIFT_BITS, logp_of, transform
+from sdpo_kernels.backends.triton.kernels import LN2, SHIFT, k_of, logp_of, shift_of, transform
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def row_result(target, rest):
 def redo_kernel(
     redo, x, w, bias, targets, target_logits,  # all V columns here
     logps, state, entropy, log_sum_sq, mean_logits, stash, direction,  # direction [N, width]: Σ 2⁻⁵⁸·p_j·c_j·W_j
-    n_columns, width, x_stride, w_stride, kept_rows, stash_columns, stash_stride, before, after,
+    n_columns, width, x_stride, w_stride, kept_rows, stash_columns, stash_stride, before, by,
     BJ: tl.constexpr, BH: tl.constexpr, CAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, EXTRAS: tl.constexpr,
     STORE: tl.constexpr, DIRECTION: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
@@ -44,28 +44,29 @@ def redo_kernel(
     hidden = tl.arange(0, BH)
     left = tl.load(x + row * x_stride + hidden, hidden < width, other=0.0).to(tl.float32)
     top, total, mean, squares, z_sum = online_sums(
-        w, bias, left, target, n_columns, width, w_stride, before, after, BJ, BH, CAPPED, HAS_BIAS, EXTRAS,
+        w, bias, left, target, n_columns, width, w_stride, before, by, BJ, BH, CAPPED, HAS_BIAS, EXTRAS,
         x.dtype.element_ty,
     )  # fmt: skip
 
-    at_target = tl.load(target_logits + row).to(tl.float64)
-    rest = tl.log(total.to(tl.float64)) + top.to(tl.float64)
+    at_target = tl.load(target_logits + row)
+    base = top.to(tl.float64) * LN2
+    rest = tl.log(total.to(tl.float64)) + base
     one = tl.arange(0, 1)
     if SLICE:
-        k = store_slice(
+        c = store_slice(
             state + 2 * row, entropy + row if EXTRAS else None, log_sum_sq + row if EXTRAS else None,
             mean_logits + row if EXTRAS else None, rest, total, mean, squares, z_sum, EXTRAS,
         )  # fmt: skip
     else:
         logp, lse = row_result(at_target, rest)
-        k = lse.to(tl.float32)
+        c = shift_of(lse)
         tl.store(logps + row + one, logp.to(tl.float32))
         tl.store(state + 2 * row + one, lse)
-        tl.store(state + 2 * row + 1 + one, k.to(tl.float64))
+        tl.store(state + 2 * row + 1 + one, k_of(c))
 
     # as in finalize_kernel, relative to the maximum instead of k
     if EXTRAS and not SLICE:
-        p, base = tl.exp(logp), top.to(tl.float64)
+        p = tl.exp(logp)
         share = tl.exp(base - lse)
         h = tl.where(p > 0, -p * logp, 0.0) - share * (mean.to(tl.float64) + (base - lse) * total.to(tl.float64))
         tl.store(entropy + row + one, h.to(tl.float32))
@@ -75,8 +76,8 @@ def redo_kernel(
     # rows of a reference, which follow the policy's, keep nothing
     if (STORE or DIRECTION) and row < kept_rows:
         gathered = stored_row(
-            stash + row * stash_stride if STORE else None, w, bias, left, target, k, n_columns, width, w_stride,
-            stash_columns, before, after, BJ, BH, CAPPED, HAS_BIAS, STORE, DIRECTION, x.dtype.element_ty,
+            stash + row * stash_stride if STORE else None, w, bias, left, target, c, n_columns, width, w_stride,
+            stash_columns, before, by, BJ, BH, CAPPED, HAS_BIAS, STORE, DIRECTION, x.dtype.element_ty,
         )  # fmt: skip
         if DIRECTION:
             tl.store(direction + row * width + hidden, gathered, hidden < width)
@@ -86,39 +87,43 @@ def redo_kernel(
 def store_slice(
     state, mean_log_prob, sum_sq_probs, sum_logits, rest, total, mean, squares, z_sum, EXTRAS: tl.constexpr
 ):
-    """A slice's o and k of one row, and the fields of base.SliceForward; returns k, as slice_row of row_math.h."""
+    """A slice's o and k of one row, and the fields of base.SliceForward; returns c, as slice_row of row_math.h."""
     one = tl.arange(0, 1)
     finite = (tl.abs(rest) < float("inf")) & (rest == rest)
-    k = tl.where(finite, rest, tl.where(rest == -float("inf"), -1e30, 0.0)).to(tl.float32)
-    tl.store(state + one, tl.exp(rest - k.to(tl.float64) - SHIFT))
-    tl.store(state + 1 + one, k.to(tl.float64))
+    k = tl.where(finite, rest, tl.where(rest == -float("inf"), -1e30, 0.0))
+    c = shift_of(k)
+    tl.store(state + one, tl.exp(rest - k_of(c) - SHIFT))
+    tl.store(state + 1 + one, k_of(c))
     if EXTRAS:
         some, sum_ = total > 0.0, total.to(tl.float64)
         tl.store(mean_log_prob + one, tl.where(some, mean.to(tl.float64) / sum_ - tl.log(sum_), 0.0 * sum_))
         tl.store(sum_sq_probs + one, tl.where(some, squares.to(tl.float64) / (sum_ * sum_), 0.0 * sum_))
         tl.store(sum_logits + one, z_sum)
-    return k
+    return c
 
 
 @triton.jit
 def online_sums(
-    w, bias, left, target, n_columns, width, w_stride, before, after,
+    w, bias, left, target, n_columns, width, w_stride, before, by,
     BJ: tl.constexpr, BH: tl.constexpr, CAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, EXTRAS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """max z, Σ e, Σ e·(z − max), Σ e² with e = exp(z − max) over one row without the target, and Σ z with it."""
+    """max z, Σ e, Σ e·(z − max), Σ e² with e = exp(z − max) over one row without the target, and Σ z with it.
+
+    The maximum is in units of ln 2, as all z are here.
+    """
     top, total = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)
     mean, squares, z_sum = tl.zeros([1], tl.float32), tl.zeros([1], tl.float32), tl.zeros([1], tl.float64)
     for start in range(0, n_columns, BJ):
         z, _, _, counted = few_logits(
-            w, bias, left, start, target, n_columns, width, w_stride, before, after, BJ, BH, CAPPED, HAS_BIAS, DTYPE,
+            w, bias, left, start, target, n_columns, width, w_stride, before, by, BJ, BH, CAPPED, HAS_BIAS, DTYPE,
         )  # fmt: skip
 
         # what was summed so far is relative to the old maximum: rescale it to the new one
         new = tl.maximum(top, tl.max(tl.where(counted, z, float("-inf")), 0))
         base = tl.where(new == float("-inf"), 0.0, new)
-        e = tl.where(counted, tl.exp2((z - base) * LOG2E), 0.0)
-        shrink = tl.where(top == float("-inf"), 0.0, tl.exp2((top - base) * LOG2E))
+        e = tl.where(counted, tl.exp2(z - base), 0.0)
+        shrink = tl.where(top == float("-inf"), 0.0, tl.exp2(top - base))
         if EXTRAS:
             moved = tl.where(top == float("-inf"), 0.0, top - base)
             mean = (mean + moved * total) * shrink + tl.sum(tl.where(e == 0.0, 0.0, e * (z - base)), 0)
@@ -127,22 +132,22 @@ def online_sums(
             z_sum += tl.sum(tl.where(columns < n_columns, z, 0.0), 0).to(tl.float64)
         total = total * shrink + tl.sum(e, 0)
         top = new
-    return top, total, mean, squares, z_sum
+    return top, total, mean * LN2, squares, z_sum * LN2
 
 
 @triton.jit
 def stored_row(
-    stash, w, bias, left, target, k, n_columns, width, w_stride, stash_columns, before, after,
+    stash, w, bias, left, target, c, n_columns, width, w_stride, stash_columns, before, by,
     BJ: tl.constexpr, BH: tl.constexpr, CAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, STORE: tl.constexpr,
     DIRECTION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Store one row of S with the shift k to its row `stash`; returns Σ S_j·W_j [BH], 0 without DIRECTION."""
+    """Store one row of S with the shift c to its row `stash`; returns Σ S_j·W_j [BH], 0 without DIRECTION."""
     gathered = tl.zeros([BH], tl.float32)
     for start in range(0, n_columns, BJ):
         z, slope, right, counted = few_logits(
-            w, bias, left, start, target, n_columns, width, w_stride, before, after, BJ, BH, CAPPED, HAS_BIAS, DTYPE,
+            w, bias, left, start, target, n_columns, width, w_stride, before, by, BJ, BH, CAPPED, HAS_BIAS, DTYPE,
         )  # fmt: skip
-        s = tl.where(counted, tl.exp2((z - k) * LOG2E - SHIFT_BITS) * slope, 0.0)
+        s = tl.where(counted, tl.exp2(z - c) * slope, 0.0)
         columns = start + tl.arange(0, BJ)
         if STORE:
             tl.store(stash + columns, s.to(stash.dtype.element_ty), columns < tl.minimum(stash_columns, n_columns))
@@ -153,10 +158,13 @@ def stored_row(
 
 @triton.jit
 def few_logits(
-    w, bias, left, start, target, n_columns, width, w_stride, before, after,
+    w, bias, left, start, target, n_columns, width, w_stride, before, by,
     BJ: tl.constexpr, BH: tl.constexpr, CAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """BJ logits of one row, their slopes, their rows of w [BJ, BH], and which count: in range and not the target."""
+    """BJ logits of one row in units of ln 2, their slopes, their rows of w [BJ, BH], and which count.
+
+    Those count that are in range and not the target.
+    """
     columns = (start + tl.arange(0, BJ)).to(tl.int64)
     hidden = tl.arange(0, BH)
     inside = columns < n_columns
@@ -165,5 +173,5 @@ def few_logits(
     a = tl.sum(right * left[None, :], 1)
     if HAS_BIAS:
         a += tl.load(bias + columns, inside, other=0.0).to(tl.float32)
-    z, slope = transform(a, before, after, CAPPED)
-    return z, slope, right, inside & (columns != target)
+    u, slope = transform(a, before, CAPPED)
+    return u * by, slope, right, inside & (columns != target)

@@ -22,11 +22,11 @@ FROM_SQRT_2 = 0x800000 - 0x3504F3  # added to a float's bits: mantissas from √
 
 @dataclass
 class Factors:
-    """Of each row [N], float32: dX = r ⊙ (S·W) + t ⊙ W[y], with S relative to k."""
+    """Of each row [N]: dX = r ⊙ (S·W) + t ⊙ W[y], with S relative to k."""
 
-    r: Tensor
-    k: Tensor
-    t: Tensor
+    r: Tensor  # float32
+    k: Tensor  # float64
+    t: Tensor  # float32
 
 
 def factors_of(call: HeadCall, saved: Saved, grad_logps: Tensor) -> Factors:
@@ -44,7 +44,7 @@ def factors_of(call: HeadCall, saved: Saved, grad_logps: Tensor) -> Factors:
         usual = (r.abs() > 1e-30) & (r.abs() < 1e30)  # neither 0 nor NaN
         k = torch.where(usual, k + (power.double() / r).log(), k)
         r = torch.where(usual, power, r)
-    return Factors(r, k.float(), t)
+    return Factors(r, k.contiguous(), t)
 
 
 def target_slope(call: HeadCall, target_logits: Tensor) -> Tensor:

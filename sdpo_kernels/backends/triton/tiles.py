@@ -41,13 +41,14 @@ PLAIN = {  # bfloat16, by major architecture
 }
 HEAVY = {  # bfloat16 with softcap or extras
     8: Tile(64, 128, 32, 8, 8, 4),
-    9: Tile(128, 64, 64, 8, 8, 3, descriptors=True),
+    9: Tile(128, 128, 64, 8, 8, 3, descriptors=True),
     10: Tile(128, 64, 64, 8, 8, 3, descriptors=True),
     12: Tile(64, 128, 32, 8, 8, 3, descriptors=True),
 }
 HEAVIEST = HEAVY | {  # bfloat16 with softcap and extras
+    9: replace(HEAVY[9], columns=64),
     10: replace(HEAVY[10], columns=32),
-    12: replace(HEAVY[12], columns=64),
+    12: replace(HEAVY[12], columns=64, warps=4),
 }
 OTHERS = [  # SDPO_AUTOTUNE=1 times these and the hand-picked tile, with descriptors if that one has them
     Tile(128, 128, 64, 8, 4, 4),
