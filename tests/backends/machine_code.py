@@ -35,24 +35,29 @@ def is_in_registers(kernel: Any, tmp_path: Path) -> bool:
     return stack_bytes(kernel, tmp_path) == 0 or not re.search(r"\bLDL", inspected(kernel, tmp_path, "-sass"))
 
 
-def epilogue_length(kernel: Any, tmp_path: Path) -> int:
+def epilogue_length(kernel: Any, tmp_path: Path, through: str = "") -> int:
     """Instructions of a thread from the last of Hopper's matrix instructions (GMMA) to the end, on the shortest path.
 
-    That path is a tile's without a target or padding, where the branches around their masks are taken.
+    That is a tile's without a target or padding, where the branches around their masks are taken. With `through`, an
+    opcode, the shortest path that has it.
     """
     found = INSTRUCTION.findall(inspected(kernel, tmp_path, "-sass"))
     places = {int(address, 16): place for place, (address, _) in enumerate(found)}
     code = [text for _, text in found]
     first = 1 + max(place for place, text in enumerate(code) if "GMMA" in text)
 
-    # from the end backwards; only jumps forward can shorten a path
-    left: dict[int, int] = {}
+    # from the end backwards: the shortest path from here to the end, and the shortest one through the opcode
+    any_left, right_left = {len(code): FAR}, {len(code): FAR}
     for place in range(len(code) - 1, first - 1, -1):
-        text, after = code[place], left.get(place + 1, FAR)
+        text, is_right = code[place], through in code[place]
+        after = [place + 1]
         jump = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
-        if jump is not None:
+        if jump is not None:  # only a jump forward shortens a path
             to = places.get(int(jump[1], 16), -1)
-            there = left.get(to, FAR) if to > place else FAR
-            after = min(after, there) if text.startswith("@") else there
-        left[place] = 1 if text.startswith("EXIT") else min(FAR, 1 + after)
-    return left[first]
+            after = [*(after if text.startswith("@") else []), *([to] if to > place else [])]
+        ends = text.startswith("EXIT")
+        shortest = 0 if ends else min((any_left[to] for to in after), default=FAR)
+        shortest_right = FAR if ends else min((right_left[to] for to in after), default=FAR)
+        any_left[place] = min(FAR, 1 + shortest)
+        right_left[place] = min(FAR, 1 + (shortest if is_right else shortest_right))
+    return right_left[first]

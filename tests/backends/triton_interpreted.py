@@ -280,6 +280,18 @@ def test_autotuning_takes_the_fastest_tile_once_and_the_answers_stay_right(monke
         triton_case(70, 24, 100, dtype=torch.bfloat16).ours()
 
 
+@pytest.mark.parametrize("stash_bytes", [0, 4 * 35 * 64, ALL])
+@pytest.mark.parametrize("pieces", [2, 4])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_pieces_of_a_tile(softcap, pieces, stash_bytes, monkeypatch):
+    """Targets, padding, bias and the stash's border may be in any of the pieces."""
+    monkeypatch.setattr(tile_choice, "INTERPRETED", replace(INTERPRETED, pieces=pieces))
+    for outputs, trains in ((EXTRAS, ()), ((), ("hidden", "weight", "bias"))):
+        case = triton_case(35, 17, 150, bias=True, softcap=softcap, outputs=outputs, trains=trains)
+        case.settings["stash_bytes"] = stash_bytes
+        checked(case)
+
+
 @settings(max_examples=30)
 @given(cases(), st.sets(st.integers(1, 89), max_size=3))
 def test_slices_of_the_vocabulary(case, borders):

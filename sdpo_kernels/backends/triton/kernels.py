@@ -138,23 +138,61 @@ def tile_of(program, n_rows, n_columns, BM: tl.constexpr, BN: tl.constexpr, GROU
 
 
 @triton.jit
-def store_parts(parts, gemm_target, e, u, t, by, rows, row_there, target, columns, counted, plain, n_rows,
-                BN: tl.constexpr):  # fmt: skip
-    """What the extras need of a tile, for each row: PARTS, and the target's logit if it is in this tile."""
-    # where E is 0 the exponent may be −inf, and 0 · (−inf) is NaN
-    to = parts + rows
-    tl.store(to, tl.sum(e * tl.maximum(t + SHIFT_BITS, -1e30), 1) * LN2, row_there)
-    half = e * HALF_SHIFT
-    tl.store(to + n_rows, tl.sum(half * half, 1), row_there)
-    tl.store(to + 2 * n_rows, tl.sum(u, 1) * (by * LN2), row_there)
-    z = u * by
-    if plain:
-        top = tl.max(z, 1)
-    else:
-        top = tl.max(tl.where(counted, z, float("-inf")), 1)
-        found = tl.sum(tl.where(columns[None, :] == target[:, None], z, 0.0), 1)
-        tl.store(gemm_target + rows, found * LN2, row_there & (target >= 0) & (target < BN))
-    tl.store(to + 3 * n_rows, top * LN2, row_there)
+def halves(tile):
+    """The left and right half of a tile's columns; on Hopper no register moves."""
+    return tl.split(tl.permute(tl.reshape(tile, [tile.shape[0], 2, tile.shape[1] // 2]), (0, 2, 1)))
+
+
+@triton.jit
+def epilogue(
+    acc, sums, stash,  # [BM, BC] products of a piece of the tile, 6 × [BM] what the pieces before it summed up
+    bias, row_start, column_start, targets, c, plain, n_columns,  # targets [BM] int32 relative to column_start
+    stash_rows, stash_columns, stash_stride, stash_start, before, by,
+    CAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, EXTRAS: tl.constexpr, STORE: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """S of a piece, stored up to the stash's last row and column; returns Σ E and for the extras the PARTS and z_y."""
+    BM: tl.constexpr = acc.shape[0]
+    BC: tl.constexpr = acc.shape[1]
+    columns = tl.arange(0, BC)
+    if HAS_BIAS:
+        acc += tl.load(bias + column_start + columns, column_start + columns < n_columns, other=0.0).to(tl.float32)[
+            None
+        ]
+    u, slope = transform(acc, before, CAPPED)
+
+    # `plain`: no row's target is here, and no padding
+    t = tl.fma(u, by, -c[:, None])
+    e = tl.exp2(t)
+    counted = (column_start + columns < n_columns)[None, :] & (columns[None, :] != targets[:, None])
+    if not plain:
+        e = tl.where(counted, e, 0.0)
+
+    o, mean, squares, total, top, found = sums
+    o += tl.sum(e, 1)
+    if EXTRAS:
+        # where E is 0 the exponent may be −inf, and 0 · (−inf) is NaN
+        mean += tl.sum(e * tl.maximum(t + SHIFT_BITS, -1e30), 1)
+        half = e * HALF_SHIFT
+        squares += tl.sum(half * half, 1)
+        total += tl.sum(u, 1)
+        z = u * by
+        if not plain:
+            found += tl.sum(tl.where(columns[None, :] == targets[:, None], z, 0.0), 1)
+            z = tl.where(counted, z, float("-inf"))
+        top = tl.maximum(top, tl.max(z, 1))
+
+    # offsets inside of a piece fit int32
+    stored = stash_columns - stash_start - column_start
+    if STORE and stored > 0:
+        value = (e * slope).to(stash.dtype if DESCRIPTORS else stash.dtype.element_ty)
+        if DESCRIPTORS:
+            stash.store([row_start, stash_start + column_start], value)
+        else:
+            corner = stash + row_start.to(tl.int64) * stash_stride + stash_start + column_start
+            rows = tl.arange(0, BM)
+            there = (row_start + rows < stash_rows)[:, None] & (columns < stored)[None, :]
+            tl.store(corner + rows[:, None] * stash_stride + columns[None, :], value, there)
+    return o, mean, squares, total, top, found
 
 
 # otherwise every kind of batch size is compiled separately
@@ -166,7 +204,7 @@ def logits_kernel(
     before, by,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     CAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, SUMS: tl.constexpr, EXTRAS: tl.constexpr, STORE: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PIECES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """A tile of logits of a chunk of C columns: its row sums of E, what the extras need, and S."""
     row_tile, column_tile = tile_of(tl.program_id(0), n_rows, n_columns, BM, BN, GROUP)
@@ -175,48 +213,41 @@ def logits_kernel(
         BM, BN, BK, DESCRIPTORS, UPCAST,
     )  # fmt: skip
 
+    # the target's place in this tile, if it is here; most tiles have no row's target and no padding
     rows = row_tile * BM + tl.arange(0, BM)
-    columns = column_tile * BN + tl.arange(0, BN)
-    row_there = rows < n_rows
-    if HAS_BIAS:
-        acc += tl.load(bias + columns, columns < n_columns, other=0.0).to(tl.float32)[None, :]
-    u, slope = transform(acc, before, CAPPED)
+    there, column = rows < n_rows, column_tile * BN
+    target = (tl.load(targets + rows, there, other=-1) - first_column - column).to(tl.int32)
+    c = shift_of(tl.load(shift + rows, there, other=0.0))
+    here = (target >= 0) & (target < BN)
+    plain = (tl.max(here.to(tl.int32), 0) == 0) & (column + BN <= n_columns)
 
-    # the target's place in this tile, if it is here
-    target = (tl.load(targets + rows, row_there, other=-1) - first_column - column_tile * BN).to(tl.int32)
-    c = shift_of(tl.load(shift + rows, row_there, other=0.0))
-    in_tile = tl.arange(0, BN)
-    last = tl.minimum(n_columns - column_tile * BN, BN)
-    # most tiles have no row's target and no padding
-    plain = (tl.max(((target >= 0) & (target < BN)).to(tl.int32), 0) == 0) & (last == BN)
-
-    t = tl.fma(u, by, -c[:, None])
-    e = tl.exp2(t)
-    counted = (in_tile[None, :] < last) & (in_tile[None, :] != target[:, None])
-    if not plain:
-        e = tl.where(counted, e, 0.0)
-
-    if SUMS:
-        out = (first_column // BN + column_tile).to(tl.int64)
-        tl.store(sums + out * n_rows + rows, tl.sum(e, 1), row_there)
-    if EXTRAS:
-        store_parts(
-            parts + column_tile.to(tl.int64) * PARTS * n_rows, gemm_target, e, u, t, by, rows, row_there, target,
-            in_tile, counted, plain, n_rows, BN,
+    # a heavy epilogue goes by pieces of the tile, so that its registers hold only one piece's values
+    none = tl.zeros([BM], tl.float32)
+    found = (none, none, none, none, none + float("-inf"), none)
+    pieces = (acc,)
+    if PIECES == 2:
+        pieces = halves(acc)
+    if PIECES == 4:
+        left, right = halves(acc)
+        pieces = halves(left) + halves(right)
+    for piece in tl.static_range(PIECES):
+        at = piece * (BN // PIECES)
+        found = epilogue(
+            pieces[piece], found, stash, bias, row_tile * BM, column + at, target - at, c, plain, n_columns,
+            stash_rows, stash_columns, stash_stride, stash_start, before, by,
+            CAPPED, HAS_BIAS, EXTRAS, STORE, DESCRIPTORS,
         )  # fmt: skip
-    # S, up to the stash's last row and column; offsets inside of a tile fit int32
-    stored = stash_columns - stash_start - column_tile * BN
-    if STORE and stored > 0:
-        value = (e * slope).to(stash.dtype if DESCRIPTORS else stash.dtype.element_ty)
-        if DESCRIPTORS:
-            stash.store([row_tile * BM, stash_start + column_tile * BN], value)
-        else:
-            corner = stash + (row_tile * BM).to(tl.int64) * stash_stride + stash_start + column_tile * BN
-            tl.store(
-                corner + tl.arange(0, BM)[:, None] * stash_stride + in_tile[None, :],
-                value,
-                (rows < stash_rows)[:, None] & (in_tile < stored)[None, :],
-            )
+
+    o, mean, squares, total, top, at_target = found
+    if SUMS:
+        tl.store(sums + (first_column // BN + column_tile).to(tl.int64) * n_rows + rows, o, there)
+    if EXTRAS:
+        to = parts + column_tile.to(tl.int64) * PARTS * n_rows + rows
+        tl.store(to, mean * LN2, there)
+        tl.store(to + n_rows, squares, there)
+        tl.store(to + 2 * n_rows, total * (by * LN2), there)
+        tl.store(to + 3 * n_rows, top * LN2, there)
+        tl.store(gemm_target + rows, at_target * LN2, there & here)
 
 
 @triton.jit

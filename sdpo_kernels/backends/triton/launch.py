@@ -153,8 +153,8 @@ def logits(
         before, by,
         BM=tile.rows, BN=tile.columns, BK=tile.depth, GROUP=tile.group, CAPPED=capped, HAS_BIAS=bias is not None,
         SUMS=sums is not None, EXTRAS=sums is not None and sums.parts is not None, STORE=stash is not None,
-        DESCRIPTORS=described, UPCAST=not rows.x.is_cuda, num_warps=tile.warps, num_stages=tile.stages,
-        **COMPILED,
+        DESCRIPTORS=described, PIECES=tile.pieces, UPCAST=not rows.x.is_cuda, num_warps=tile.warps,
+        num_stages=tile.stages, **COMPILED,
     )  # fmt: skip
 
     # the next chunk writes over the parts
@@ -176,7 +176,7 @@ def operands(x: Tensor, weight: Tensor, stash: Tensor | None, tile: Tile) -> tup
         return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, columns])
 
     left, right = described(x, tile.rows, tile.depth), described(weight, tile.columns, tile.depth)
-    return left, right, None if stash is None else described(stash, tile.rows, tile.columns), True
+    return left, right, None if stash is None else described(stash, tile.rows, tile.columns // tile.pieces), True
 
 
 @dataclass

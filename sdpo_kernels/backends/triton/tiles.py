@@ -20,7 +20,10 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows, columns and depth of a tile, row tiles that share columns, warps, pipeline stages, tensor descriptors."""
+    """Rows, columns and depth of a tile, row tiles that share columns, warps, pipeline stages.
+
+    `descriptors` asks for tensor descriptors, `pieces` of columns (1, 2 or 4) go through the epilogue one by one.
+    """
 
     rows: int
     columns: int
@@ -29,10 +32,11 @@ class Tile:
     warps: int
     stages: int
     descriptors: bool = False
+    pieces: int = 1
 
 
 FLOAT32 = Tile(64, 64, 32, 8, 4, 3)
-FLOAT32_HEAVY = replace(FLOAT32, warps=8)  # with extras
+FLOAT32_HEAVY = replace(FLOAT32, warps=8, pieces=4)  # with extras
 PLAIN = {  # bfloat16, by major architecture
     8: Tile(128, 128, 32, 8, 4, 4),
     9: Tile(128, 256, 64, 8, 8, 3, descriptors=True),
@@ -41,12 +45,12 @@ PLAIN = {  # bfloat16, by major architecture
 }
 HEAVY = {  # bfloat16 with softcap or extras
     8: Tile(64, 128, 32, 8, 8, 4),
-    9: Tile(128, 128, 64, 8, 8, 3, descriptors=True),
+    9: Tile(128, 256, 64, 8, 8, 3, descriptors=True, pieces=4),
     10: Tile(128, 64, 64, 8, 8, 3, descriptors=True),
     12: Tile(64, 128, 32, 8, 8, 3, descriptors=True),
 }
 HEAVIEST = HEAVY | {  # bfloat16 with softcap and extras
-    9: replace(HEAVY[9], columns=64),
+    9: replace(HEAVY[9], columns=128, pieces=2),
     10: replace(HEAVY[10], columns=32),
     12: replace(HEAVY[12], columns=64, warps=4),
 }
