@@ -41,11 +41,6 @@ def rounded(tensor: Tensor) -> Tensor:
     return to_dtype(tensor, torch.bfloat16)
 
 
-def truncated(tensor: Tensor) -> Tensor:
-    """The same, but towards 0, as Triton's interpreter does."""
-    return (tensor.float().view(torch.int32) & -65536).view(torch.float32).double()
-
-
 def to_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """float64 numbers rounded once to `dtype`, still float64."""
     return tensor.to(dtype).double()

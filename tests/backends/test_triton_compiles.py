@@ -18,6 +18,7 @@ from triton.compiler import ASTSource
 
 from sdpo_kernels.backends.triton import kernels
 from sdpo_kernels.backends.triton.epilogue import ELEMENTS, PAIRS_AT_ONCE, pair_kernel
+from sdpo_kernels.backends.triton.gradients import factors_kernel, finish_kernel
 from sdpo_kernels.backends.triton.launch import COMPILED, REDO_ELEMENTS, ROWS_AT_ONCE, TILES_AT_ONCE
 from sdpo_kernels.backends.triton.redo import redo_kernel
 from sdpo_kernels.backends.triton.targets import BLOCK, add_kernel
@@ -128,11 +129,25 @@ def test_instructions_of_an_element_after_its_product(way, tmp_path):
 def test_the_kernels_of_rows(arch, dtype, capped, tmp_path):
     pointers = {"x": dtype, "w": dtype, "bias": dtype, "targets": "i64", "stash": dtype, "state": "fp64", "redo": "i8"}
     pointers |= {"parts": "fp64", "target_logits": "fp64"}
-    pointers |= {"order": "i64", "first": "i64"}
-    floats = ("sums", "logps", "entropy", "log_sum_sq", "mean_logits", "direction", "out", "t")
+    pointers |= {"k_out": "fp64", "scaled": dtype, "order": "i64", "first": "i64"}
+    floats = (
+        "sums",
+        "logps",
+        "entropy",
+        "log_sum_sq",
+        "mean_logits",
+        "direction",
+        "out",
+        "t",
+        "r",
+        "r_out",
+        "t_out",
+        "products",
+        "grad",
+    )
     types = {name: f"*{kind}" for name, kind in pointers.items()} | dict.fromkeys(floats, "*fp32")
     types |= dict.fromkeys(("n_rows", "n_columns", "n_tiles", "kept_rows", *DIVISIBLE), "i32")
-    types |= dict.fromkeys(("before", "by"), "fp32")
+    types |= dict.fromkeys(("before", "by", "gain", "inverse_cap"), "fp32")
     head = {"CAPPED": capped, "HAS_BIAS": True}
     redo = {"BJ": REDO_ELEMENTS // 4096, "BH": 4096, "EXTRAS": True, "STORE": True, "DIRECTION": True}
     sliced = types | dict.fromkeys(("entropy", "log_sum_sq", "mean_logits"), "*fp64")
@@ -141,6 +156,8 @@ def test_the_kernels_of_rows(arch, dtype, capped, tmp_path):
         (kernels.finalize_kernel, {"BLOCK": ROWS_AT_ONCE, "TILES": TILES_AT_ONCE, "EXTRAS": True, "SLICE": False}, 4),
         (kernels.finalize_kernel, {"BLOCK": ROWS_AT_ONCE, "TILES": TILES_AT_ONCE, "EXTRAS": True, "SLICE": True}, 4),
         (add_kernel, {"BLOCK": BLOCK}, 4),
+        (factors_kernel, {"BLOCK": BLOCK, "POWER": True, "HAS_GRAD": True, "SCALES": True, "CAPPED": capped}, 4),
+        (finish_kernel, {"BLOCK": BLOCK, "BF16": dtype == "bf16"}, 4),
         (redo_kernel, redo | head | {"SLICE": False}, 8),
         (redo_kernel, redo | head | {"SLICE": True, "DIRECTION": False}, 8),
     ):

@@ -6,18 +6,23 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
 from sdpo_kernels import backends
 from sdpo_kernels.backends.base import EXTRAS, HeadCall, Keep, Needs, PairOutputs, Request, Saved
-from sdpo_kernels.backends.triton import backend, epilogue, kernels, launch, targets
+from sdpo_kernels.backends.triton import backend, epilogue, gradients, kernels, launch, targets
 from sdpo_kernels.backends.triton.tiles import PLAIN
 from sdpo_kernels.head import Head
 
 HOPPER = PLAIN[9]
+LAUNCHED: list[str] = []
 KERNELS = {
-    name: module for module in (kernels, launch, epilogue, targets) for name in vars(module) if name.endswith("_kernel")
+    name: module
+    for module in (kernels, launch, epilogue, gradients, targets)
+    for name in vars(module)
+    if name.endswith("_kernel")
 }
 
 
@@ -28,7 +33,11 @@ class Noted:
         self.name, self.launches = name, launches
 
     def __getitem__(self, grid: Any) -> Any:
-        return lambda *inputs, **options: self.launches.update({self.name: options})
+        def launched(*inputs: Any, **options: Any) -> None:
+            self.launches[self.name] = options
+            LAUNCHED.append(self.name)
+
+        return launched
 
 
 @pytest.fixture
@@ -40,15 +49,46 @@ def launches(monkeypatch) -> dict[str, dict[str, Any]]:
     return found
 
 
-def launch_a_step() -> None:
-    """Forward and backward of 6 rows and a head of 100 columns, on the CPU."""
+def launch_a_step(frozen: bool = False) -> tuple[int, int]:
+    """Forward and backward of 6 rows and a head of 100 columns, on the CPU; returns the launches of each on a GPU."""
     call = HeadCall(
         hidden=torch.zeros(6, 16), weight=torch.zeros(100, 16), bias=None, targets=torch.zeros(6, dtype=torch.int64),
         head=Head(), dtype=torch.float32, outputs=(), kept_rows=6,
     )  # fmt: skip
-    out = backend.forward(call, Keep.columns(64))
-    saved = Saved(torch.zeros(6), torch.zeros(6, 2, dtype=torch.float64), None, out.kept, None, Keep.columns(64))
-    backend.backward(call, saved, torch.ones(6), None, Needs(True, True, False))
+    keep, grad = Keep.direction() if frozen else Keep.columns(128), torch.ones(6)
+    LAUNCHED.clear()
+    with Launches() as forward:
+        out = backend.forward(call, keep)
+    of_kernels = len(LAUNCHED)
+
+    saved = Saved(torch.zeros(6), torch.zeros(6, 2, dtype=torch.float64), None, out.kept, None, keep)
+    with Launches() as backward:
+        backend.backward(call, saved, grad, None, Needs(True, not frozen, False))
+    return forward.count + of_kernels, backward.count + len(LAUNCHED) - of_kernels
+
+
+class Launches(TorchDispatchMode):
+    """Counts torch's own operators that would be launched: all but views, empty results and fresh memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = op(*args, **(kwargs or {}))
+        if op.name().startswith(("aten::empty", "aten::new_empty")):
+            return out
+        results = [one for one in (out if isinstance(out, (tuple, list)) else [out]) if one.numel()]
+        given = {one.untyped_storage().data_ptr() for one in args if isinstance(one, torch.Tensor)}
+        fresh = [one for one in results if op._schema.is_mutable or one.untyped_storage().data_ptr() not in given]
+        self.count += bool(fresh)
+        return out
+
+
+def test_launches_of_a_small_step(launches):
+    """Before the kernels of gradients.py: 6 and 29, frozen 24 and 1."""
+    assert launch_a_step() == (5, 8)
+    assert launch_a_step(frozen=True) == (9, 1)
 
 
 def pair_outputs(n_pairs: int) -> PairOutputs:

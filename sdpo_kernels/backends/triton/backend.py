@@ -24,7 +24,6 @@ from torch import Tensor
 from sdpo_kernels.backends import precision
 from sdpo_kernels.backends.base import (
     EXTRAS,
-    SHIFT,
     Gradients,
     HeadCall,
     HeadForward,
@@ -35,8 +34,9 @@ from sdpo_kernels.backends.base import (
 )
 from sdpo_kernels.backends.eager import EagerBackend
 from sdpo_kernels.backends.triton import launch
+from sdpo_kernels.backends.triton.gradients import factors_of, finish
 from sdpo_kernels.backends.triton.launch import Rows, Sums
-from sdpo_kernels.backends.triton.targets import SortedRows, factors_of, target_slope
+from sdpo_kernels.backends.triton.targets import SortedRows
 
 CHUNK_ELEMENTS = 2**28  # of S in one chunk: 512 MiB in bfloat16
 PART_ELEMENTS = 2**24  # of the extras' partial sums: 64 MiB
@@ -79,7 +79,7 @@ def forward(call: HeadCall, keep: Keep) -> HeadForward:
     stash = None if kept is None or keep.is_direction else kept[:n_rows]
     sums, found = _sums(rows, stash, direction)
     if direction is not None:
-        _finish_direction(call, found.logps[:n_rows], found.state[:n_rows], direction)
+        _finish_direction(call, found.logps[:n_rows], found.state[:n_rows], direction, keep)
 
     # the reference's rows come after the policy's: only their log-probs are returned
     extras = {
@@ -179,14 +179,10 @@ def _scratch_of(scratch: Tensor, rows: Rows, n_columns: int) -> Tensor:
     return scratch[: n_rows * width].view(n_rows, width)
 
 
-def _finish_direction(call: HeadCall, logps: Tensor, state: Tensor, direction: Tensor) -> None:
-    """d logp / d hidden = gain·((1 − p)·c·W[y] − 2**58·exp(k − lse)·Σ S_j W_j) (2⁵⁸), written over the sum."""
-    gain = call.head.logit_scale / call.head.temperature
-    lse, k = state[:, 0], state[:, 1]
-    of_sum = (-gain * (k - lse + SHIFT).exp()).float()
-    of_target = (gain * -torch.expm1(logps.double()) * target_slope(call, lse + logps)).float()
-    w_target = call.weight.index_select(0, call.targets).to(call.dtype).float()
-    direction.mul_(of_sum.unsqueeze(1)).addcmul_(of_target.unsqueeze(1), w_target)
+def _finish_direction(call: HeadCall, logps: Tensor, state: Tensor, direction: Tensor, keep: Keep) -> None:
+    """d logp / d hidden from Σ S_j W_j, written over it: the gradient of the rows with a coefficient of 1."""
+    by = factors_of(call, Saved(logps, state, None, None, None, keep), None, None)
+    finish(call, direction, by, out=direction)
 
 
 def backward(call: HeadCall, saved: Saved, grad_logps: Tensor, grad_entropy: Tensor | None, needs: Needs) -> Gradients:
@@ -205,9 +201,8 @@ def backward(call: HeadCall, saved: Saved, grad_logps: Tensor, grad_entropy: Ten
 def _backward(call: HeadCall, saved: Saved, grad_logps: Tensor, needs: Needs) -> Gradients:
     # S is the gradient of logp up to one factor r per row, which goes to the [N, H] side of each product
     rows = Rows.of(call, forward=False)
-    by = factors_of(call, saved, grad_logps)
-    scaled_x = (rows.x.float() * by.r.unsqueeze(1)).to(rows.x.dtype) if needs.weight else None
-    dx = torch.zeros_like(rows.x, dtype=torch.float32) if needs.hidden else None
+    by = factors_of(call, saved, grad_logps, rows.x if needs.weight else None)
+    dx: Tensor | None = None
     dw = torch.empty_like(call.weight, memory_format=torch.contiguous_format) if needs.weight else None
     db = by.r.new_empty(call.weight.shape[0]) if needs.bias else None
     by_target = SortedRows.of(rows.targets, call.weight.shape[0], by.t) if needs.weight or needs.bias else None
@@ -231,19 +226,19 @@ def _backward(call: HeadCall, saved: Saved, grad_logps: Tensor, needs: Needs) ->
             launch.logits(rows, weight, start, by.k, None, s)
             s = s[:, : stop - start]
 
-        if dx is not None:
+        if needs.hidden:
             assert weight is not None
-            dx += precision.matmul(s, weight)
+            product = precision.matmul(s, weight)
+            dx = product if dx is None else dx.add_(product)
         if dw is not None:
-            assert scaled_x is not None
+            assert by.scaled_x is not None
             assert by_target is not None
-            _weight_gradient(dw, start, s, scaled_x, rows.x, by_target)
+            _weight_gradient(dw, start, s, by.scaled_x, rows.x, by_target)
         if db is not None:
             db[start:stop] = precision.vector_matmul(by.r, s)
 
     if dx is not None:
-        w_target = call.weight.index_select(0, call.known_targets).to(call.dtype).float()
-        dx = dx.mul_(by.r.unsqueeze(1)).addcmul_(by.t.unsqueeze(1), w_target).to(call.hidden.dtype)
+        dx = finish(call, dx, by, out=torch.empty_like(dx, dtype=call.hidden.dtype))
     if db is not None:
         assert by_target is not None
         by_target.add_to(db.unsqueeze(1), torch.ones_like(by.t).unsqueeze(1), 0)

@@ -1,7 +1,7 @@
-"""The targets' own terms of the backward, which are never rounded to bfloat16: the factors of rows, and dW's terms.
+"""The targets' own terms of dW and db, which are never rounded to bfloat16.
 
-With t = g·gain·(1 − p)·c of a row, dX gets t·W[y], row y of dW gets t·x and db_y gets t. Rows that share a target are
-summed in ascending order, so that a repeated run gives the same bits.
+With t = g·gain·(1 − p)·c of a row, row y of dW gets t·x and db_y gets t. Rows that share a target are summed in
+ascending order, so that a repeated run gives the same bits.
 """
 
 from __future__ import annotations
@@ -13,47 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdpo_kernels.backends.base import SHIFT, HeadCall, Saved
 from sdpo_kernels.backends.triton.launch import COMPILED
 
 BLOCK = 1024  # columns of H that a program adds
-FROM_SQRT_2 = 0x800000 - 0x3504F3  # added to a float's bits: mantissas from √2 on round up to the next power of 2
-
-
-@dataclass
-class Factors:
-    """Of each row [N]: dX = r ⊙ (S·W) + t ⊙ W[y], with S relative to k."""
-
-    r: Tensor  # float32
-    k: Tensor  # float64
-    t: Tensor  # float32
-
-
-def factors_of(call: HeadCall, saved: Saved, grad_logps: Tensor) -> Factors:
-    """The factors of a backward; if nothing is stashed, r is a power of 2, so that r ⊙ X is exact in bfloat16."""
-    gain, lse, k = call.head.logit_scale / call.head.temperature, saved.state[:, 0], saved.state[:, 1]
-    grad, logps = grad_logps.double(), saved.logps.double()
-    r = (-gain * grad * (k - lse + SHIFT).exp()).float()
-    t = (gain * grad * -torch.expm1(logps) * target_slope(call, lse + logps)).float()
-    if call.is_slice:
-        t = t.masked_fill(call.targets < 0, 0.0)
-
-    # the stash has been stored with the forward's k
-    if call.dtype == torch.bfloat16 and saved.keep.n_columns == 0:
-        power = ((r.view(torch.int32) + FROM_SQRT_2) & -0x800000).view(torch.float32)
-        usual = (r.abs() > 1e-30) & (r.abs() < 1e30)  # neither 0 nor NaN
-        k = torch.where(usual, k + (power.double() / r).log(), k)
-        r = torch.where(usual, power, r)
-    return Factors(r, k.contiguous(), t)
-
-
-def target_slope(call: HeadCall, target_logits: Tensor) -> Tensor:
-    """dz/da at the target, read back from z: 1 − tanh², without cancellation."""
-    softcap = call.head.softcap
-    if softcap is None:
-        return torch.ones_like(target_logits)
-    tanh = target_logits * (call.head.temperature / softcap)
-    return ((1 - tanh) * (1 + tanh)).clamp_(min=0)
 
 
 @dataclass
