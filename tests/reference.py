@@ -233,7 +233,7 @@ def chunk_columns(columns: int) -> Iterator[None]:
     """Make the eager walk use chunks of `columns` columns, so that small shapes have several."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(eager, "CHUNK_ELEMENTS", 1)
-        patch.setattr(eager, "MIN_CHUNK_COLUMNS", columns)
+        patch.setattr(eager, "CHUNK_MULTIPLE", columns)
         yield
 
 

@@ -25,13 +25,14 @@ logger = logging.getLogger(__name__)
 
 BACKENDS: dict[str, Backend] = {"native": NativeBackend(), "triton": TritonBackend(), "eager": EagerBackend()}
 AUTO_ORDER = ("triton", "native", "eager")  # fastest first
-NOT_AUTO = {("native", "cuda")}  # only on explicit request: not yet measured against the others
+# only on explicit request: not yet measured against the others. "rows" (existing logits) have no other kernels there
+NOT_AUTO = {("native", "cuda", "head"), ("native", "cuda", "pairs")}
 ENVIRONMENT_VARIABLE = "SDPO_BACKEND"  # overrides "auto", never an explicit choice
 
 
 def choose_backend(name: str, request: Request) -> Backend:
     """The backend for `request`. Raises ValueError for an unknown name or a named backend that cannot serve it."""
-    return _choose(name, request.device, lambda backend: backend.supports(request), request)
+    return _choose(name, request.device, "head", lambda backend: backend.supports(request), request)
 
 
 def choose_slice_backend(name: str, request: Request) -> Backend:
@@ -44,28 +45,31 @@ def choose_slice_backend(name: str, request: Request) -> Backend:
 
 def auto_choice(request: Request) -> tuple[Backend, list[tuple[str, str]]]:
     """What "auto" gives for `request`, and the backends for its device that were skipped, each with the reason."""
-    return _first_serving("auto", request.device, lambda backend: backend.supports(request), request)
+    return _first_serving("auto", request.device, "head", lambda backend: backend.supports(request), request)
 
 
 def choose_backend_of_rows(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     """The backend for existing rows: logits of `dtype` on `device`, or log-probs to be summed over pairs."""
-    return _choose(name, device, lambda backend: backend.supports_rows(device, dtype), f"rows of {dtype} on {device}")
+    asked = f"rows of {dtype} on {device}"
+    return _choose(name, device, "rows", lambda backend: backend.supports_rows(device, dtype), asked)
 
 
 def pair_backend(name: str, device: torch.device) -> Backend | None:
     """The backend whose pair epilogue serves `device`; None: autograd through losses/."""
     if name == "auto":
         name = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
-    candidates = _auto_order(device) if name == "auto" else [name]
+    candidates = _auto_order(device, "pairs") if name == "auto" else [name]
     return next((b for b in map(get_backend, candidates) if b.supports_pairs(device) is None), None)
 
 
-def _auto_order(device: torch.device) -> list[str]:
-    return [name for name in AUTO_ORDER if (name, device.type) not in NOT_AUTO]
+def _auto_order(device: torch.device, operation: str) -> list[str]:
+    return [name for name in AUTO_ORDER if (name, device.type, operation) not in NOT_AUTO]
 
 
-def _choose(name: str, device: torch.device, reason_against: Callable[[Backend], str | None], asked: object) -> Backend:
-    backend, skipped = _first_serving(name, device, reason_against, asked)
+def _choose(
+    name: str, device: torch.device, operation: str, reason_against: Callable[[Backend], str | None], asked: object
+) -> Backend:
+    backend, skipped = _first_serving(name, device, operation, reason_against, asked)
     # torch.compile cannot trace a log call
     if backend.name == AUTO_ORDER[-1] and not torch.compiler.is_compiling():
         for skipped_name, reason in skipped:
@@ -74,7 +78,7 @@ def _choose(name: str, device: torch.device, reason_against: Callable[[Backend],
 
 
 def _first_serving(
-    name: str, device: torch.device, reason_against: Callable[[Backend], str | None], asked: object
+    name: str, device: torch.device, operation: str, reason_against: Callable[[Backend], str | None], asked: object
 ) -> tuple[Backend, list[tuple[str, str]]]:
     """The backend that serves, and those that "auto" skipped before it."""
     if name == "auto":
@@ -89,7 +93,7 @@ def _first_serving(
         return backend, []
 
     skipped: list[tuple[str, str]] = []
-    for candidate in _auto_order(device):
+    for candidate in _auto_order(device, operation):
         backend = BACKENDS[candidate]
         if backend.device_types is not None and device.type not in backend.device_types:
             continue  # not a fallback: it was never meant for this device

@@ -29,7 +29,7 @@ from sdpo_kernels.head import product_dtype
 
 CHUNK_ELEMENTS = 2**23  # logits plus weights of one chunk: 32 MiB in float32
 CUDA_CHUNK = 8  # times as much on a CUDA device, where large products are faster
-MIN_CHUNK_COLUMNS = 128
+CHUNK_MULTIPLE = 128  # of columns: whole tiles of matrix products and aligned rows
 
 
 class EagerBackend:
@@ -185,7 +185,7 @@ def vocabulary_chunks(call: HeadCall, border: int = 0) -> Iterator[tuple[int, in
     """(start, stop) of the walk's chunks; they depend on shapes and kind of device only, and one ends at `border`."""
     n_columns, width = call.weight.shape
     elements = CHUNK_ELEMENTS * (CUDA_CHUNK if call.hidden.is_cuda else 1)
-    step = max(MIN_CHUNK_COLUMNS, elements // (call.hidden.shape[0] + width))
+    step = max(1, elements // (call.hidden.shape[0] + width) // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
     for first, last in ((0, border), (border, n_columns)):
         for start in range(first, last, step):
             yield start, min(start + step, last)

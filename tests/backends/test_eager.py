@@ -37,7 +37,7 @@ def test_it_is_registered_and_chosen():
     st.integers(0, 40), st.integers(1, 30), st.integers(1, 3000), st.floats(0, 1),
     st.sampled_from([1, 100, 10**5]), st.sampled_from([1, 7, 128]),
 )  # fmt: skip
-def test_chunks_cover_the_vocabulary_once_and_stop_at_the_border(n_rows, width, n_columns, share, elements, least):
+def test_chunks_cover_the_vocabulary_once_and_stop_at_the_border(n_rows, width, n_columns, share, elements, multiple):
     call = HeadCall(
         torch.empty(n_rows, width, device="meta"), torch.empty(n_columns, width, device="meta"), None,
         torch.empty(0), Head(), torch.float32, (), n_rows,
@@ -45,7 +45,7 @@ def test_chunks_cover_the_vocabulary_once_and_stop_at_the_border(n_rows, width, 
     border = int(share * n_columns)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(eager, "CHUNK_ELEMENTS", elements)
-        patch.setattr(eager, "MIN_CHUNK_COLUMNS", least)
+        patch.setattr(eager, "CHUNK_MULTIPLE", multiple)
         chunks = list(vocabulary_chunks(call, border))
     starts, stops = zip(*chunks, strict=True)
     assert starts[0] == 0
@@ -54,7 +54,8 @@ def test_chunks_cover_the_vocabulary_once_and_stop_at_the_border(n_rows, width, 
     assert all(start < stop for start, stop in chunks)
     assert border in {0, *stops}
     widest = max(stop - start for start, stop in chunks)
-    assert widest <= max(least, elements // (n_rows + width))
+    assert widest <= max(multiple, elements // (n_rows + width))
+    assert all((stop - start) % multiple == 0 or stop in (border, n_columns) for start, stop in chunks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -62,6 +62,19 @@ def test_auto_prefers_it_on_the_cpu(monkeypatch):
     assert backends.choose_backend_of_rows("auto", torch.device("cpu"), torch.bfloat16).name == "native"
 
 
+def test_auto_takes_it_on_cuda_for_existing_logits_only(monkeypatch):
+    """Triton serves the head and the pairs there, and has no kernels for existing logits."""
+    monkeypatch.delenv("SDPO_BACKEND", raising=False)
+    monkeypatch.setattr(native.NativeBackend, "_library", lambda backend, device: None)
+    cuda = torch.device("cuda")
+    assert backends.choose_backend_of_rows("auto", cuda, torch.bfloat16).name == "native"
+    assert backends.choose_backend_of_rows("auto", cuda, torch.float16).name == "eager"
+    request = request_of(device=cuda)
+    monkeypatch.setattr(backends, "AUTO_ORDER", ("native", "eager"))
+    assert backends.choose_backend("auto", request).name == "eager"
+    assert backends.pair_backend("auto", cuda) is None
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
