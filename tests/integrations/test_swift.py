@@ -264,7 +264,8 @@ def test_what_is_left_to_ms_swift(options, reason, caplog):
     assert not is_attached(model)
     (message,) = caplog.messages
     assert message.startswith(f"ms-swift's DPOTrainer builds logits as without patch(): {reason}")
-    assert torch.equal(found["chosen_logps"], wanted["chosen_logps"])
+    # torch's own products may differ in the last bit from one call to the next
+    torch.testing.assert_close(found["chosen_logps"], wanted["chosen_logps"], rtol=1e-6, atol=0)
 
 
 def test_zero3_several_devices_and_other_tuners_are_left_to_ms_swift(monkeypatch, caplog):
