@@ -260,7 +260,7 @@ def test_all_stash_sizes_agree():
             assert error(a, b) <= 4 * EPS * size(b)
 
 
-def test_sequences_may_be_stored_in_any_order_if_rows_say_so():
+def test_sequences_may_be_stored_in_any_order_if_rows_say_so(each_backend):
     """c0, r0, c1, r1: `segment` says which sequence a row belongs to."""
     batch = Batch(2, 6, 5, 40, seed=2).cast(torch.float32)
     ref = batch.sums(batch.ref_hidden, batch.ref_weight, None)
@@ -271,7 +271,9 @@ def test_sequences_may_be_stored_in_any_order_if_rows_say_so():
     rows = ScoredRows(rows.index, torch.tensor(stored)[rows.segment], rows.counts[stored])
     out, found = with_gradients(batch, ref_logps=ref, rows=rows)
     assert [torch.equal(a, b) for a, b in zip(out, wanted, strict=True)] == [True] * len(wanted)
-    assert torch.equal(found[0], gradients[0][stored])
+    # torch's products may depend on where a row stands, in the last bits; native's do not
+    eps = 0.0 if each_backend == "native" else 8 * torch.finfo(torch.float32).eps
+    torch.testing.assert_close(found[0], gradients[0][stored], rtol=eps, atol=eps * gradients[0].abs().max().item())
 
 
 @pytest.mark.parametrize("given_rows", [False, True], ids=["rows found", "rows given"])

@@ -280,16 +280,23 @@ def test_a_rank_that_dies_ends_the_other(whole, tmp_path, place):
 @pytest.mark.parametrize("command", ["check", "score", "report"])
 def test_a_command_of_one_process_is_done_once(whole, command):
     """The other rank waits, prints nothing and ends with the same code."""
-    folder, one, _, expected = whole
-    arguments = {"check": [one], "score": [one, f"output_dir={expected}", "--json"], "report": [expected]}[command]
-    alone, ranks = (Ranks(folder, command, *arguments, count=count, fault=faults.no_grace) for count in (1, 2))
+    folder, one, two, expected = whole
+
+    def run(config: Path, count: int) -> Ranks:
+        of = {"check": [config], "score": [config, f"output_dir={expected}", "--json"], "report": [expected]}
+        return Ranks(folder, command, *of[command], count=count, fault=faults.no_grace)
+
+    # with half the batch a process, two take as many steps; the plan of the memory is that of as many as there are
+    alone, ranks = run(one, 1), run(two, 2)
     assert [child.wait() for child in [*alone.children, *ranks.children]] == [0, 0, 0], ranks.text
-    # the plan of the memory is that of as many processes as there are
-    assert [_without_memory(text) for text in ranks.texts] == [_without_memory(alone.texts[0]), ""]
+    assert ranks.texts[1] == ""
+    assert _of_one(ranks.texts[0]) == _of_one(alone.texts[0])
+    assert ("with the steps of 2 processes" in ranks.texts[0]) == (command == "check")
 
 
-def _without_memory(text: str) -> str:
-    return re.sub(r"^memory .*\n( .*\n)*", "", text, flags=re.M)
+def _of_one(text: str) -> str:
+    text = re.sub(r"^memory .*\n( .*\n)*", "", text, flags=re.MULTILINE)
+    return text.replace(", with the steps of 2 processes", "")
 
 
 def test_a_command_that_fails_says_so_once(whole):
