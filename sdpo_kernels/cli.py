@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -45,12 +46,16 @@ def train(config: ConfigFile, overrides: Overrides = None, quiet: Quiet = False)
         from sdpo_kernels.stepwise.run import run
         from sdpo_kernels.stepwise.settings.run_file import load_config
 
+        gc.freeze()  # what is imported stays: collections between stages scan the rest, in 1 ms instead of 300
+
     settings = load_config(config, given)
     try:
         run(settings, reporter)
     except KeyboardInterrupt as stop:
         # training steps handle the signal themselves and save, or say what is lost; outside of them nothing is
         raise Interrupted(str(stop) or "stopped; run the same command again to resume") from None
+    finally:
+        gc.unfreeze()  # libraries complain at exit of objects that were not collected
 
 
 @app.command(context_settings=_TAKES_OVERRIDES)

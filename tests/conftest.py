@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,20 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _thawed_at_the_end() -> Iterator[None]:
+    """Libraries complain at exit of objects that were not collected."""
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen_imports() -> None:
+    """What is imported so far stays: a run collects garbage eight times, 0.3 s each if it scans all of that."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

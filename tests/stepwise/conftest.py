@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 
 import pytest
@@ -15,13 +14,9 @@ from tests.stepwise import runs
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
-    """Runs are compared bit for bit with those of children, which have one thread; gc need not scan the imports."""
+    """Runs are compared bit for bit with those of children, which have one thread."""
     torch.set_num_threads(1)
     disable_progress_bar()  # `main` does so only if transformers is not imported yet
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
