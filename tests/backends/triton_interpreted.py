@@ -119,7 +119,7 @@ def test_all_logits_negative(trains, stash_bytes):
 
 @pytest.mark.parametrize("stash_bytes", [0, 4 * 20 * 64, ALL])
 @pytest.mark.parametrize("trains", [("hidden", "weight", "bias"), ("hidden",)], ids="+".join)
-@pytest.mark.parametrize("gap", [100.0, 160.0, 400.0])
+@pytest.mark.parametrize("gap", [100.0, 400.0])
 def test_rows_in_and_out_of_range(gap, trains, stash_bytes):
     case = triton_case(20, 12, 150, bias=True, trains=trains, settings={"stash_bytes": stash_bytes})
     case.bias[7] = -gap
@@ -128,8 +128,7 @@ def test_rows_in_and_out_of_range(gap, trains, stash_bytes):
     assert ours["logps"][0] < 12 - gap
 
 
-@pytest.mark.parametrize("stash_bytes", [0, ALL])
-@pytest.mark.parametrize("head", ["bias", "softcap", "ignored"])
+@pytest.mark.parametrize(("head", "stash_bytes"), [("bias", 0), ("softcap", ALL), ("ignored", 0), ("ignored", ALL)])
 def test_gradients_exact_at_the_target(head, stash_bytes):
     """See tests/exact.py."""
     check_exact([exact_case(head, backend="triton", stash_bytes=stash_bytes)], stashed=stash_bytes > 0)
@@ -295,9 +294,10 @@ def test_autotuning_takes_the_fastest_tile_once_and_the_answers_stay_right(monke
         triton_case(70, 24, 100, dtype=torch.bfloat16).ours()
 
 
-@pytest.mark.parametrize("stash_bytes", [0, 4 * 35 * 64, ALL])
-@pytest.mark.parametrize("pieces", [2, 4])
-@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize(
+    ("softcap", "pieces", "stash_bytes"),
+    [(None, 2, ALL), (None, 4, 4 * 35 * 64), (5.0, 2, 0), (5.0, 4, ALL)],
+)
 def test_pieces_of_a_tile(softcap, pieces, stash_bytes, monkeypatch):
     """Targets, padding, bias and the stash's border may be in any of the pieces."""
     monkeypatch.setattr(tile_choice, "INTERPRETED", replace(INTERPRETED, pieces=pieces))
