@@ -10,8 +10,8 @@
 //     5. for a frozen head d logp / d hidden
 //
 // A slice of the vocabulary (the other columns are other calls' or other devices'): z_y is given, targets in other
-// slices are −1, and the state is (o, k) of the slice's own columns. Rows out of range have the log-sum of these columns
-// as their k. The backward takes the log-prob and logsumexp over all slices, and the slice's k.
+// slices are −1, and the state is (o, k) of the slice's own columns. Rows out of range have the log-sum of these
+// columns as their k. The backward takes the log-prob and logsumexp over all slices, and the slice's k.
 //
 // Backward: S_ij = E_ij·c_ij with c = dz/da up to `gain`, 0 at the target y. With r = −g·gain/(o + 2⁻⁵⁸·e^(z_y − k))
 // and t = g·gain·(1 − p)·c_y, chunk by chunk, from the stash or from recomputed logits:
@@ -35,7 +35,8 @@ void for_chunks(int64_t blocks, int64_t border, int64_t step_before, int64_t ste
   for (int64_t first = border; first < blocks; first += step_after) f(first, std::min(step_after, blocks - first));
 }
 
-// Writes logps [N] (not of a slice), state [N][2] (logsumexp and k of each row; of a slice o and k), and what `kept` asks for.
+// Writes logps [N] (not of a slice), state [N][2] (logsumexp and k of each row; of a slice o and k), and what `kept`
+// asks for.
 template <class Leaves>
 void forward(Leaves& leaves, const Call& call, const Kept& kept, float* logps, double* state) {
   leaves.begin_forward(call);

@@ -62,9 +62,9 @@ class Leaves {
   Buffer<Unit> x_copy;
   const double* target_logits = nullptr;  // [N] z_y
   Buffer<double> own_target_logits;
-  Buffer<float> shift;           // [N] k
-  Buffer<double> total;          // [N] o
-  Buffer<float> sums;            // [blocks][N]
+  Buffer<float> shift;   // [N] k
+  Buffer<double> total;  // [N] o
+  Buffer<float> sums;    // [blocks][N]
   int64_t sums_size = 0;
   Buffer<float> hidden_sum;        // [N][sum_stride]
   Buffer<float> r;                 // [N]
