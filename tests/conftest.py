@@ -33,7 +33,7 @@ def _thawed_at_the_end() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _frozen_imports() -> None:
-    """What is imported so far stays: a run collects garbage eight times, 0.3 s each if it scans all of that."""
+    """What is imported so far stays: a run collects garbage eight times, most of its time if that is scanned."""
     gc.collect()
     gc.freeze()
 

@@ -307,6 +307,13 @@ def test_pieces_of_a_tile(softcap, pieces, stash_bytes, monkeypatch):
         checked(case)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("trains", [("hidden", "weight"), ("hidden",)], ids="+".join)
+def test_rows_wider_than_the_blocks_of_the_small_kernels(trains, dtype):
+    """Target logits, factors, r ⊙ X and the last steps of dX take 1024 columns of H at a time."""
+    checked(triton_case(5, 1030, 40, dtype=dtype, trains=trains, masked=0.3, scale=0.1))
+
+
 @settings(max_examples=30)
 @given(cases(), st.sets(st.integers(1, 89), max_size=3))
 def test_slices_of_the_vocabulary(case, borders):

@@ -139,7 +139,7 @@ def tile_of(program, n_rows, n_columns, BM: tl.constexpr, BN: tl.constexpr, GROU
 
 @triton.jit
 def halves(tile):
-    """The left and right half of a tile's columns; on Hopper no register moves."""
+    """The left and right half of a tile's columns; on Hopper none of it goes through shared memory."""
     return tl.split(tl.permute(tl.reshape(tile, [tile.shape[0], 2, tile.shape[1] // 2]), (0, 2, 1)))
 
 
