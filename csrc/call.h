@@ -55,8 +55,10 @@ struct Kept {
 // Which gradients a backward writes; null: not wanted.
 struct Gradients {
   void* hidden;  // [N, H] in hidden's type
-  void* weight;  // [V, H] in weight's type
+  void* weight;  // [V, H'] in weight's type
   float* bias;   // [V]
+  Matrix
+      weight_hidden;  // [N, H'] the columns of hidden that the weight's gradient is wanted for: all, or the last ones
 };
 
 // The rows sorted by their targets, and the targets' coefficients: Y and t of walk.h. Rows that share a target are in

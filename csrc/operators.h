@@ -73,7 +73,7 @@ void define_operators(Library& m) {
   m.def(
       "linear_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float scale, float softcap, "
       "float temperature, bool bf16, Tensor logps, Tensor state, Tensor? stash, Tensor? row_of, Tensor grad, "
-      "Tensor(a!)? grad_hidden, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias) -> ()");
+      "Tensor weight_hidden, Tensor(a!)? grad_hidden, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias) -> ()");
   m.def("logits_forward(Tensor logits, Tensor targets, float temperature, Tensor(a!) logps, Tensor(b!) lse) -> ()");
   m.def(
       "logits_backward(Tensor grad, Tensor logits, Tensor targets, Tensor logps, Tensor lse, float temperature, "

@@ -44,11 +44,13 @@ void target_logits(Tensor hidden, Tensor weight, MaybeTensor bias, Tensor target
 
 void linear_backward(Tensor hidden, Tensor weight, MaybeTensor bias, Tensor targets, double scale, double softcap,
                      double temperature, bool bf16, Tensor logps, Tensor state, MaybeTensor stash, MaybeTensor row_of,
-                     Tensor grad, MaybeTensor grad_hidden, MaybeTensor grad_weight, MaybeTensor grad_bias) {
+                     Tensor grad, Tensor weight_hidden, MaybeTensor grad_hidden, MaybeTensor grad_weight,
+                     MaybeTensor grad_bias) {
   const cpu::Kernels& kernels = cpu::kernels_for(bf16);
   cpu::Leaves leaves(kernels);
   Kept kept = make_kept(stash, kernels.bf16, stash ? stash->size(0) : 0, row_of, std::nullopt);
-  Gradients wanted{pointer<void>(grad_hidden), pointer<void>(grad_weight), pointer<float>(grad_bias)};
+  Gradients wanted{pointer<void>(grad_hidden), pointer<void>(grad_weight), pointer<float>(grad_bias),
+                   matrix(weight_hidden, bf16)};
   backward(leaves, make_call(hidden, weight, bias, targets, scale, softcap, temperature, bf16), kept,
            pointer<float>(logps), pointer<double>(state), pointer<float>(grad), wanted);
 }

@@ -53,6 +53,7 @@ def linear_logps(
     outputs: Sequence[str] = (),
     rows: ScoredRows | None = None,
     ref_hidden: Tensor | None = None,
+    lora_b: Tensor | None = None,
     backend: str = "auto",
     stash_bytes: int | str = "auto",
 ) -> LinearLogps:
@@ -70,6 +71,9 @@ def linear_logps(
         ref_hidden: [N, H], hidden's dtype: a reference's hidden states that go into the same head (a LoRA model with
             its adapter off). They are scored for the same targets in the same pass over the vocabulary, without
             gradient.
+        lora_b: [V, r], weight's dtype, a LoRA on the head: hidden is then [N, H + r], [x, s·A·x] side by side, and is
+            multiplied by [W, B]. Neither W + s·B·A nor, of a frozen W, a [V, H] gradient is ever built. On CUDA r is
+            best a multiple of 8 (pad both with zeros).
         backend: "auto" or a backend's name; the environment variable SDPO_BACKEND overrides "auto".
         stash_bytes: memory that the forward may use to save the backward recomputing logits; 0 for none. "auto" is
             min(2·N·V, 4·V·H, an eighth of the device's memory).
@@ -89,7 +93,7 @@ def linear_logps(
         tensor([-4.6052,  0.0000, -4.6052])
     """
     head = Head(logit_scale, softcap, temperature)
-    dtype = check_inputs(hidden, weight, targets, bias, outputs, rows, ref_hidden)
+    dtype = check_inputs(hidden, weight, targets, bias, outputs, rows, ref_hidden, lora_b)
     names = tuple(name for name in EXTRAS if name in outputs)
     # by metadata alone, so that a compiled graph chooses once
     chosen = choose_backend(backend, Request(hidden.device, dtype, weight.dtype, head, names))
@@ -101,12 +105,13 @@ def linear_logps(
     else:
         index = (targets != IGNORE_INDEX).nonzero().squeeze(1)
     n_rows = hidden.shape[0] if index is None else index.shape[0]
-    keep = _keep(chosen, hidden, weight, bias, n_rows, names, dtype, stash_bytes)
+    head_trains = any(t is not None and t.requires_grad for t in (weight, bias, lora_b))
+    keep = _keep(chosen, hidden, weight, head_trains, n_rows, names, dtype, stash_bytes)
 
     op = logps_op.linear_logps_finding_op if index is None else logps_op.linear_logps_op
     found = op(
         hidden, weight, targets, bias, index, logit_scale, softcap, temperature, ",".join(names), dtype, chosen.name,
-        keep.encode(), None if ref_hidden is None else ref_hidden.detach(),
+        keep.encode(), None if ref_hidden is None else ref_hidden.detach(), lora_b,
     )  # fmt: skip
     out = logps_op.Outputs(*found)
     requested = {name: getattr(out, name) for name in names}
@@ -117,7 +122,7 @@ def _keep(
     backend: Backend,
     hidden: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
+    head_trains: bool,
     n_rows: int,
     outputs: tuple[str, ...],
     dtype: torch.dtype,
@@ -125,7 +130,6 @@ def _keep(
 ) -> Keep:
     """What the forward keeps for the backward."""
     check_stash_bytes(stash_bytes)
-    head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
     if not torch.is_grad_enabled() or not (hidden.requires_grad or head_trains):
         return Keep.nothing()
     # the direction is that of the log-prob alone: a gradient of the entropy needs the walk
@@ -183,11 +187,14 @@ def check_inputs(
     outputs: Sequence[str],
     rows: ScoredRows | None,
     ref_hidden: Tensor | None,
+    lora_b: Tensor | None = None,
 ) -> torch.dtype:
     """Raise ValueError for shapes, dtypes or devices that do not match; return the dtype operands are rounded to."""
     if hidden.dim() != 2:
         raise ValueError(f"hidden: was of shape {list(hidden.shape)}, must be [N, H]")
     n_rows, width = hidden.shape
+    if lora_b is not None:
+        width -= _check_lora(lora_b, hidden, weight)
     if weight.dim() != 2 or weight.shape[1] != width:
         raise ValueError(f"weight: was of shape {list(weight.shape)}, must be [V, {width}], hidden's H")
     if weight.shape[0] == 0:
@@ -204,7 +211,7 @@ def check_inputs(
     # the reference's rows go through the same products, so they must look the same
     if ref_hidden is not None and (ref_hidden.shape, ref_hidden.dtype) != (hidden.shape, hidden.dtype):
         raise ValueError(f"ref_hidden: was {_describe(ref_hidden)}, must be {_describe(hidden)} as hidden is")
-    others = {"ref_hidden": ref_hidden, "weight": weight, "targets": targets, "bias": bias}
+    others = {"ref_hidden": ref_hidden, "weight": weight, "targets": targets, "bias": bias, "lora_b": lora_b}
     others["rows"] = None if rows is None else rows.index
     for name, tensor in others.items():
         if tensor is not None and tensor.device != hidden.device:
@@ -226,6 +233,16 @@ def check_rows(rows: ScoredRows, hidden: Tensor) -> None:
     if bool(outside.any()):
         wrong = rows.index[outside][0].item()
         raise ValueError(f"rows: its index held {wrong}, must be in [0, {n_rows}), the rows of hidden")
+
+
+def _check_lora(lora_b: Tensor, hidden: Tensor, weight: Tensor) -> int:
+    """The number of hidden's columns that belong to it."""
+    rows = weight.shape[:1]
+    if lora_b.dim() != 2 or lora_b.shape[:1] != rows or not 0 < lora_b.shape[1] <= hidden.shape[1]:
+        raise ValueError(f"lora_b: was of shape {list(lora_b.shape)}, must be [{rows[0]}, r], weight's V and 0 < r < H")
+    if lora_b.dtype != weight.dtype:
+        raise ValueError(f"lora_b: was of dtype {lora_b.dtype}, must be {weight.dtype} as weight is")
+    return lora_b.shape[1]
 
 
 def check_outputs(outputs: Sequence[str]) -> None:

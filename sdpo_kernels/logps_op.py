@@ -40,6 +40,7 @@ class Inputs(NamedTuple):
     backend: Any = None
     keep: Any = None
     ref_hidden: Any = None
+    lora_b: Any = None
 
 
 class Outputs(NamedTuple):
@@ -67,6 +68,7 @@ class _SavedTensors(NamedTuple):
     state: Tensor
     entropy: Tensor
     kept: Tensor
+    lora_b: Tensor | None
 
 
 class _Options(NamedTuple):
@@ -81,7 +83,7 @@ class _Options(NamedTuple):
 
 
 def _linear_logps(
-    hidden: Tensor,  # [N, H]
+    hidden: Tensor,  # [N, H], with lora_b [N, H + r]
     weight: Tensor,  # [V, H]
     targets: Tensor,  # [N]
     bias: Tensor | None,  # [V]
@@ -93,7 +95,8 @@ def _linear_logps(
     dtype: torch.dtype,  # what operands are rounded to
     backend: str,
     keep: int,  # Keep.encode()
-    ref_hidden: Tensor | None,  # [N, H], scored by the same head without gradient
+    ref_hidden: Tensor | None,  # as hidden, scored by the same head without gradient
+    lora_b: Tensor | None,  # [V, r], further columns of the weight
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`Outputs`, as a plain tuple.
 
@@ -108,6 +111,7 @@ def _linear_logps(
     if index is None:
         index = (targets != IGNORE_INDEX).nonzero().squeeze(1)
     head = Head(logit_scale, softcap, temperature)
+    weight = _whole(weight, lora_b)
     call = _scored(hidden, weight, targets, bias, index, head, dtype, outputs, kept_rows, ref_hidden)
     check_ascending(index)
     check_targets(call.targets, call.weight.shape[0])
@@ -182,15 +186,16 @@ def _linear_logps_backward(
     state: Tensor,
     entropy: Tensor,
     kept: Tensor,
+    lora_b: Tensor | None,
     logit_scale: float,
     softcap: float | None,
     temperature: float,
     dtype: torch.dtype,
     backend: str,
     keep: int,
-    needs: list[bool],  # base.Needs
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias, contiguous; of size 0 if not needed."""
+    needs: list[bool],  # gradients of hidden, weight, bias and lora_b
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight, bias and lora_b, contiguous; of size 0 if not needed."""
     if index is None:
         index = (targets != IGNORE_INDEX).nonzero().squeeze(1)
     of_entropy = None if grad_entropy is None else grad_entropy.index_select(0, index)
@@ -200,7 +205,7 @@ def _linear_logps_backward(
     elif index.shape[0] != kept.shape[0]:  # the forward did not know the number of scored rows
         rows = torch.arange(index.shape[0], device=index.device)
     head = Head(logit_scale, softcap, temperature)
-    call = _scored(hidden, weight, targets, bias, index, head, dtype, "", 0)
+    call = _scored(hidden, _whole(weight, lora_b), targets, bias, index, head, dtype, "", 0)
 
     def scored(vector: Tensor) -> Tensor:
         return vector.index_select(0, index)
@@ -214,28 +219,34 @@ def _linear_logps_backward(
         keep=Keep.decode(keep),
     )
     h = None if grad_entropy is None else scored(grad_entropy)
-    dx, dw, db = get_backend(backend).backward(call, saved, scored(grad_logps), h, Needs(*needs))
+    of_hidden, of_weight, of_bias, of_lora = needs
+    # a LoRA alone: the frozen columns before its own get no product
+    wanted = Needs(of_hidden, of_weight or of_lora, of_bias, 0 if of_weight else weight.shape[1] if of_lora else 0)
+    dx, dw, db = get_backend(backend).backward(call, saved, scored(grad_logps), h, wanted)
 
     # rows that were left out get no gradient
     if dx is not None and index.shape[0] != hidden.shape[0]:
         dx = hidden.new_zeros(hidden.shape).index_copy_(0, index, dx)
-    none = hidden.new_empty(0)
-    return (
-        none if dx is None else dx.contiguous(),
-        none.clone() if dw is None else dw,  # an op's outputs may not share memory
-        none.clone() if db is None else db,
-    )
+    d_lora: Tensor | None = None
+    if dw is not None and lora_b is not None:
+        d_lora, dw = dw[:, -lora_b.shape[1] :], dw[:, : weight.shape[1]] if of_weight else None
+
+    def own(gradient: Tensor | None) -> Tensor:
+        # an op's outputs may not share memory
+        return hidden.new_empty(0) if gradient is None else gradient.contiguous()
+
+    return own(dx), own(dw), own(db), own(d_lora if of_lora else None)
 
 
 def _fake_linear_logps_backward(
-    grad_logps, grad_entropy, hidden, weight, targets, bias, index, logps, state, entropy, kept, logit_scale, softcap,
-    temperature, dtype, backend, keep, needs,
+    grad_logps, grad_entropy, hidden, weight, targets, bias, index, logps, state, entropy, kept, lora_b, logit_scale,
+    softcap, temperature, dtype, backend, keep, needs,
 ):  # fmt: skip
     def like(tensor: Tensor | None, needed: bool) -> Tensor:
         return tensor.new_empty(tensor.shape) if needed and tensor is not None else hidden.new_empty(0)
 
-    wanted = Needs(*needs)
-    return like(hidden, wanted.hidden), like(weight, wanted.weight), like(bias, wanted.bias)
+    of_hidden, of_weight, of_bias, of_lora = needs
+    return like(hidden, of_hidden), like(weight, of_weight), like(bias, of_bias), like(lora_b, of_lora)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -249,7 +260,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     # the inputs themselves, [N]-sized vectors, and what `keep` asked for
     saved = _SavedTensors(
         hidden=given.hidden, weight=given.weight, targets=given.targets, bias=given.bias, index=given.index,
-        logps=out.logps, state=out.state, entropy=out.entropy, kept=out.kept,
+        logps=out.logps, state=out.state, entropy=out.entropy, kept=out.kept, lora_b=given.lora_b,
     )  # fmt: skip
     ctx.save_for_backward(*saved)
     ctx.options = _Options(given.logit_scale, given.softcap, given.temperature, given.dtype, given.backend, given.keep)
@@ -263,14 +274,13 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_logps is None:
         grad_logps = torch.zeros_like(saved.logps)
 
-    # only these three inputs are differentiable
+    # only these four inputs are differentiable
     needed = Inputs(*ctx.needs_input_grad)
-    needs = Needs(needed.hidden, needed.weight, needed.bias)
+    needs = [needed.hidden, needed.weight, needed.bias, needed.lora_b]
     backward_op = linear_logps_backward_op if saved.index is not None else linear_logps_finding_backward_op
-    dx, dw, db = backward_op(grad_logps, grad.entropy, *saved, *options, list(needs))
-    return Inputs(
-        hidden=dx if needs.hidden else None, weight=dw if needs.weight else None, bias=db if needs.bias else None
-    )[:]
+    found = backward_op(grad_logps, grad.entropy, *saved, *options, needs)
+    dx, dw, db, d_lora = (gradient if need else None for gradient, need in zip(found, needs, strict=True))
+    return Inputs(hidden=dx, weight=dw, bias=db, lora_b=d_lora)[:]
 
 
 def _define(name: str, function: Any, fake: Any, tags: Sequence[torch.Tag] = ()) -> Any:
@@ -289,6 +299,11 @@ linear_logps_finding_backward_op = _define(
 )
 for op in (linear_logps_op, linear_logps_finding_op):
     op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _whole(weight: Tensor, lora_b: Tensor | None) -> Tensor:
+    """[V, H + r]: for the time of a call only, not until the backward."""
+    return weight if lora_b is None else torch.cat([weight, lora_b], 1)
 
 
 def _scored(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sdpo_kernels import backends, linear_logps, logps_op
 from sdpo_kernels.backends.base import EXTRAS, Keep
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
+from tests.lora_cases import check_lora
 from tests.reference import Case, check, chunk_columns, random_case, scored_rows, skip_unless_served
 
 pytestmark = pytest.mark.usefixtures("each_backend")
@@ -123,6 +124,26 @@ def test_a_reference_with_the_same_head_is_scored_in_the_same_call(dtype, trains
     for name, value in alone.items():
         assert value is both[name] or torch.equal(both[name], value), name
     assert ref_hidden.grad is None
+
+
+@pytest.mark.parametrize("stash_bytes", [0, ALL])
+@pytest.mark.parametrize("base_trains", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_lora_on_the_head(dtype, base_trains, stash_bytes, each_backend):
+    check_lora(each_backend, dtype, stash_bytes, base_trains, temperature=0.8, softcap=5.0)
+
+
+def test_a_gradient_of_entropy_through_a_lora_on_the_head(each_backend):
+    check_lora(each_backend, torch.float32, 0, False, outputs=("entropy",))
+
+
+def test_the_head_with_its_lora_is_not_kept_for_the_backward():
+    hidden, weight, lora_b = torch.randn(4, 10), torch.randn(90, 8), torch.randn(90, 2, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        linear_logps(hidden, weight, torch.arange(4), lora_b=lora_b, stash_bytes=0)
+    assert torch.Size([90, 2]) in kept
+    assert torch.Size([90, 10]) not in kept
 
 
 def test_a_mismatched_reference_is_an_error():
@@ -279,6 +300,11 @@ META = torch.device("meta")
         ({"bias": torch.zeros(8)}, r"bias: was of shape \[8\], must be \[9\]"),
         ({"bias": torch.zeros(9).bfloat16()}, r"bias: was of dtype torch.bfloat16, must be torch.float32"),
         ({"bias": torch.zeros(9, device=META)}, r"bias: was on meta, must be on cpu"),
+        ({"lora_b": torch.zeros(8, 1)}, r"lora_b: was of shape \[8, 1\], must be \[9, r\]"),
+        ({"lora_b": torch.zeros(9, 0)}, r"lora_b: was of shape \[9, 0\], must be \[9, r\]"),
+        ({"lora_b": torch.zeros(9, 1)}, r"weight: was of shape \[9, 3\], must be \[V, 2\]"),
+        ({"lora_b": torch.zeros(9, 1).bfloat16()}, r"lora_b: was of dtype torch.bfloat16, must be torch.float32"),
+        ({"lora_b": torch.zeros(9, 1, device=META), "weight": torch.zeros(9, 2)}, r"lora_b: was on meta, must be on cpu"),
         ({"temperature": 0.0}, r"temperature: was 0.0, must be a finite number above 0"),
         ({"logit_scale": 0.0}, r"logit_scale: was 0.0, must be a finite number other than 0"),
         ({"softcap": -1.0}, r"softcap: was -1.0, must be a finite number above 0, or None"),

@@ -162,12 +162,13 @@ def test_full_precision_that_cannot_begin_leaves_nothing_behind(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("given", [False, True], ids=["rows found", "rows given"])
 @pytest.mark.parametrize(
-    ("keep", "outputs", "trains"),
+    ("keep", "outputs", "trains"),  # hidden, weight, bias and lora_b
     [
-        (Keep.nothing(), ",".join(EXTRAS), (True, True, True)),
-        (Keep.columns(64), "", (True, True, False)),
-        (Keep.columns(192), "", (False, True, True)),
-        (Keep.direction(), "", (True, False, False)),
+        (Keep.nothing(), ",".join(EXTRAS), (True, True, True, False)),
+        (Keep.columns(64), "", (True, True, False, True)),
+        (Keep.columns(64), "", (True, False, True, True)),
+        (Keep.columns(192), "", (False, True, True, False)),
+        (Keep.direction(), "", (True, False, False, False)),
     ],
 )
 def test_opcheck(keep, outputs, trains, given, dtype, each_backend):
@@ -175,8 +176,11 @@ def test_opcheck(keep, outputs, trains, given, dtype, each_backend):
     case = random_case(5, 4, 130, bias=True, dtype=dtype)
     case.targets[2] = IGNORE_INDEX
     index = scored_rows(case.targets).index if given else None
-    hidden, weight, bias = (
-        t.requires_grad_(wanted) for t, wanted in zip((case.hidden, case.weight, case.bias), trains, strict=True)
+    lora_b = case.weight[:, 2:].contiguous() if trains[3] else None
+    weight = case.weight if lora_b is None else case.weight[:, :2].contiguous()
+    tensors = (case.hidden, weight, case.bias, lora_b)
+    hidden, weight, bias, lora_b = (
+        None if t is None else t.requires_grad_(wanted) for t, wanted in zip(tensors, trains, strict=True)
     )
     settings = (1.5, 20.0, 0.8)
     args = (
@@ -191,6 +195,7 @@ def test_opcheck(keep, outputs, trains, given, dtype, each_backend):
         each_backend,
         keep.encode(),
         case.hidden.detach() if given else None,
+        lora_b,
     )
     torch.library.opcheck(logps_op.linear_logps_op, args)
     with torch.no_grad():
@@ -198,7 +203,7 @@ def test_opcheck(keep, outputs, trains, given, dtype, each_backend):
         grad_entropy = torch.ones(5) if "entropy" in outputs else None
         backward = (
             torch.ones(5), grad_entropy, hidden, weight, case.targets, bias, index, logps, state, entropy, kept,
-            *settings, dtype, each_backend, keep.encode(), list(trains),
+            lora_b, *settings, dtype, each_backend, keep.encode(), list(trains),
         )  # fmt: skip
         torch.library.opcheck(logps_op.linear_logps_backward_op, backward)
 

@@ -59,7 +59,7 @@ struct WeightGradient {
   const Unit* x;         // [n_rows][x_units]
   int64_t x_units;
   Targets targets;
-  void* out;  // [V, H] contiguous
+  void* out;  // [V, width] contiguous
   int64_t n_columns, width;
   bool out_bf16;
 };

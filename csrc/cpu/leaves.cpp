@@ -50,7 +50,8 @@ int64_t Leaves::stash_blocks(int64_t kept) const { return std::max<int64_t>(kept
 void Leaves::begin_forward(const Call& the_call) {
   call = the_call;
   n_rows = call.hidden.rows;
-  load_rows();
+  x_units = on.units(call.hidden.columns);
+  x = load_rows(call.hidden, x_copy);
   shift = make_buffer<float>(n_rows);
   total = make_buffer<double>(n_rows);
   std::memset(total.get(), 0, n_rows * sizeof(double));
@@ -69,18 +70,16 @@ void Leaves::begin_forward(const Call& the_call) {
   std::fill_n(row_extras, n_rows, RowExtras{});
 }
 
-void Leaves::load_rows() {
-  x_units = on.units(call.hidden.columns);
-  const Matrix& hidden = call.hidden;
-  bool as_it_lies = hidden.bf16 == on.bf16 && !hidden.round && hidden.stride == hidden.columns &&
-                    x_units * 4 == hidden.columns * int64_t(bytes_of(hidden));
-  if (as_it_lies) {
-    x = static_cast<const Unit*>(hidden.data);
-    return;
-  }
-  x_copy = make_buffer<Unit>(n_rows * x_units);
-  parallel_rows(n_rows, 16, [&](int64_t begin, int64_t end) { on.load_rows(hidden, begin, end, x_copy.get()); });
-  x = x_copy.get();
+// Rows of units: where they lie, if they are such rows, or in `copy`.
+const Unit* Leaves::load_rows(const Matrix& from, Buffer<Unit>& copy) const {
+  int64_t units = on.units(from.columns);
+  bool as_it_lies = from.bf16 == on.bf16 && !from.round && from.stride == from.columns &&
+                    units * 4 == from.columns * int64_t(bytes_of(from));
+  if (as_it_lies) return static_cast<const Unit*>(from.data);
+
+  copy = make_buffer<Unit>(n_rows * units);
+  parallel_rows(n_rows, 16, [&](int64_t begin, int64_t end) { on.load_rows(from, begin, end, copy.get()); });
+  return copy.get();
 }
 
 // From operands rounded like those of the products.
@@ -302,7 +301,8 @@ void Leaves::begin_backward(const Call& the_call, bool stashed, const float* log
                             const float* grad, const Gradients& wanted) {
   call = the_call;
   n_rows = call.hidden.rows;
-  load_rows();
+  x_units = on.units(call.hidden.columns);
+  x = load_rows(call.hidden, x_copy);
   shift = make_buffer<float>(n_rows);
   r = make_buffer<float>(n_rows);
   t = make_buffer<float>(n_rows);
@@ -319,10 +319,14 @@ void Leaves::begin_backward(const Call& the_call, bool stashed, const float* log
   if (wanted.hidden) start_hidden_gradient();
   if (wanted.weight || wanted.bias) sort_targets();
   if (!wanted.weight) return;
-  int64_t panels = panels_of(call.hidden.columns), panel_units = on.units(n_rows) * PANEL;
+
+  weight_hidden = wanted.weight_hidden;
+  bool is_all = weight_hidden.columns == call.hidden.columns;
+  weight_x = is_all ? x : load_rows(weight_hidden, weight_x_copy);
+  int64_t width = weight_hidden.columns, panels = panels_of(width), panel_units = on.units(n_rows) * PANEL;
   scaled_x = make_buffer<Unit>(panels * panel_units);
   parallel_tasks(panels, 0, [&](int64_t panel, void*) {
-    on.scale_rows(x, n_rows, x_units, call.hidden.columns, r.get(), panel, scaled_x.get() + panel * panel_units);
+    on.scale_rows(weight_x, n_rows, on.units(width), width, r.get(), panel, scaled_x.get() + panel * panel_units);
   });
 }
 
@@ -340,12 +344,12 @@ void Leaves::weight_gradient(int64_t first, int64_t count, const Blocks& s, void
                       n_rows,
                       first,
                       scaled_x.get(),
-                      x,
-                      x_units,
+                      weight_x,
+                      on.units(weight_hidden.columns),
                       sorted_targets(),
                       out,
                       call.weight.rows,
-                      call.hidden.columns,
+                      weight_hidden.columns,
                       call.weight.bf16};
   parallel_tasks(count, on.weight_gradient_scratch(task),
                  [&](int64_t block, void* memory) { on.weight_gradient(task, block, memory); });

@@ -44,7 +44,7 @@ class Leaves {
   void finish_hidden_gradient(void* out);
 
  private:
-  void load_rows();
+  const Unit* load_rows(const Matrix& from, Buffer<Unit>& copy) const;
   void start_hidden_gradient();
   void run_logits(Logits task, int64_t count);
   void sort_targets();
@@ -60,6 +60,9 @@ class Leaves {
   int64_t n_rows = 0, x_units = 0, sum_stride = 0;
   const Unit* x = nullptr;  // [N][x_units]
   Buffer<Unit> x_copy;
+  Matrix weight_hidden{};          // of Gradients
+  const Unit* weight_x = nullptr;  // the same, as rows of units
+  Buffer<Unit> weight_x_copy;
   const double* target_logits = nullptr;  // [N] z_y
   Buffer<double> own_target_logits;
   Buffer<float> shift;   // [N] k
@@ -70,7 +73,7 @@ class Leaves {
   Buffer<float> r;                 // [N]
   Buffer<float> t;                 // [N] coefficients of the targets
   std::vector<int64_t> by_target;  // [N] rows in the order of their targets, then of their numbers
-  Buffer<Unit> scaled_x;           // panels of r ⊙ X
+  Buffer<Unit> scaled_x;           // panels of r ⊙ weight_x
   Buffer<char> scratch_s;
 };
 

@@ -49,12 +49,15 @@ void Leaves::begin(const Call& the_call) {
   call = the_call;
   n_rows = call.hidden.rows, width = call.hidden.columns;
   stream = host.stream();
-  x = call.hidden;
+  x = converted(call.hidden, x_copy);
+}
 
-  if (call.hidden.bf16 == bf16) return;
-  x_copy = host.allocate(n_rows * width * element());
-  convert_rows(call.hidden, x_copy.get(), bf16, stream);
-  x = {x_copy.get(), n_rows, width, width, bf16, false};
+// The rows in the operands' type: where they lie, or in `copy`.
+Matrix Leaves::converted(const Matrix& rows, Memory& copy) {
+  if (rows.bf16 == bf16) return rows;
+  copy = host.allocate(rows.rows * rows.columns * element());
+  convert_rows(rows, copy.get(), bf16, stream);
+  return {copy.get(), rows.rows, rows.columns, rows.columns, bf16, false};
 }
 
 void Leaves::begin_forward(const Call& the_call) {
@@ -180,29 +183,31 @@ void Leaves::begin_backward(const Call& the_call, bool stashed, const float* log
     sort_targets(call.targets, n_rows, by_target, stream);
   }
   if (!wanted.weight) return;
-  scaled_x = host.allocate(n_rows * width * element());
-  scale_rows(x, r, scaled_x.get(), stream);
+  bool is_all = wanted.weight_hidden.columns == width;
+  weight_x = is_all ? x : converted(wanted.weight_hidden, weight_x_copy);
+  scaled_x = host.allocate(n_rows * weight_x.columns * element());
+  scale_rows(weight_x, r, scaled_x.get(), stream);
 }
 
 void Leaves::weight_gradient(int64_t first, int64_t count, const Blocks& s, void* out) {
-  int64_t begin = first * PANEL, end = columns_until(first + count);
-  View right{scaled_x.get(), n_rows, width, width, 1, bf16};
+  int64_t begin = first * PANEL, end = columns_until(first + count), across = weight_x.columns;
+  View right{scaled_x.get(), n_rows, across, across, 1, bf16};
   if (!call.weight.bf16) {
-    float* rows = static_cast<float*>(out) + begin * width;
-    host.product(view_of(s, end - begin).transposed(), right, {rows, end - begin, width, width, 1, false});
-    add_to_weight(sorted_targets(), x, begin, end - begin, rows, stream);
+    float* rows = static_cast<float*>(out) + begin * across;
+    host.product(view_of(s, end - begin).transposed(), right, {rows, end - begin, across, across, 1, false});
+    add_to_weight(sorted_targets(), weight_x, begin, end - begin, rows, stream);
     return;
   }
 
   // the targets' terms are added before the sums are rounded
-  int64_t at_once = columns_at_once(width);
-  if (!weight_sum) weight_sum = host.allocate(at_once * width * int64_t(sizeof(float)));
+  int64_t at_once = columns_at_once(across);
+  if (!weight_sum) weight_sum = host.allocate(at_once * across * int64_t(sizeof(float)));
   for (int64_t column = begin; column < end; column += at_once) {
     int64_t columns = std::min(at_once, end - column);
-    View sum{weight_sum.get(), columns, width, width, 1, false};
+    View sum{weight_sum.get(), columns, across, across, 1, false};
     host.product(view_of(part(s, (column - begin) / PANEL), columns).transposed(), right, sum);
-    finish_weight(static_cast<float*>(sum.data), sorted_targets(), x, column, columns,
-                  static_cast<uint16_t*>(out) + column * width, stream);
+    finish_weight(static_cast<float*>(sum.data), sorted_targets(), weight_x, column, columns,
+                  static_cast<uint16_t*>(out) + column * across, stream);
   }
 }
 

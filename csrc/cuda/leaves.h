@@ -41,6 +41,7 @@ class Leaves {
   using Memory = std::shared_ptr<void>;
 
   void begin(const Call& call);
+  Matrix converted(const Matrix& rows, Memory& copy);
   int64_t element() const { return bf16 ? 2 : 4; }
   int64_t columns_until(int64_t block) const { return std::min(block * PANEL, call.weight.rows); }
   int64_t columns_at_once(int64_t height) const;
@@ -54,16 +55,17 @@ class Leaves {
   bool bf16;  // of the operands
   Call call{};
   int64_t n_rows = 0, width = 0;
-  Matrix x{};  // [N, H] hidden in the operands' type
+  Matrix x{};         // [N, H] hidden in the operands' type
+  Matrix weight_x{};  // [N, H'] those of its columns that dW is wanted for
   cudaStream_t stream = nullptr;
   int64_t slabs = 0;  // of the last chunk's sums
   bool started = false;
-  const double* target_logits = nullptr;             // [N] z_y
-  double* total = nullptr;                           // [N] o
-  float* shift = nullptr;                            // [N] k
-  float *r = nullptr, *t = nullptr;                  // [N]
-  int64_t* by_target = nullptr;                      // [N] rows in the order of their targets
-  Memory x_copy, scaled_x, hidden_sum, hidden_part;  // [N, H]
+  const double* target_logits = nullptr;                            // [N] z_y
+  double* total = nullptr;                                          // [N] o
+  float* shift = nullptr;                                           // [N] k
+  float *r = nullptr, *t = nullptr;                                 // [N]
+  int64_t* by_target = nullptr;                                     // [N] rows in the order of their targets
+  Memory x_copy, weight_x_copy, scaled_x, hidden_sum, hidden_part;  // [N, H], [N, H']
   Memory target_memory, total_memory, shift_memory, r_memory, t_memory, by_target_memory;
   Memory products, sums, scratch_s, weight_copy, weight_sum;
   int64_t sums_size = 0, weight_size = 0;

@@ -77,13 +77,16 @@ void target_logits(Tensor hidden, Tensor weight, MaybeTensor bias, Tensor target
 // `row_of` must be absent: on CUDA the caller gathers the rows.
 void linear_backward(Tensor hidden, Tensor weight, MaybeTensor bias, Tensor targets, double scale, double softcap,
                      double temperature, bool bf16, Tensor logps, Tensor state, MaybeTensor stash, MaybeTensor row_of,
-                     Tensor grad, MaybeTensor grad_hidden, MaybeTensor grad_weight, MaybeTensor grad_bias) {
+                     Tensor grad, Tensor weight_hidden, MaybeTensor grad_hidden, MaybeTensor grad_weight,
+                     MaybeTensor grad_bias) {
   if (row_of) throw std::runtime_error("sdpo_kernels: row_of: must be None on CUDA");
-  same_device(hidden, weight, bias, targets, logps, state, stash, grad, grad_hidden, grad_weight, grad_bias);
+  same_device(hidden, weight, bias, targets, logps, state, stash, grad, weight_hidden, grad_hidden, grad_weight,
+              grad_bias);
   On on(hidden);
   cuda::Leaves leaves(on.device, bf16);
   Kept kept = on_cuda(make_kept(stash, bf16, hidden.size(0), std::nullopt, std::nullopt), stash);
-  Gradients wanted{pointer<void>(grad_hidden), pointer<void>(grad_weight), pointer<float>(grad_bias)};
+  Gradients wanted{pointer<void>(grad_hidden), pointer<void>(grad_weight), pointer<float>(grad_bias),
+                   matrix(weight_hidden, bf16)};
   backward(leaves, make_call(hidden, weight, bias, targets, scale, softcap, temperature, bf16), kept,
            pointer<float>(logps), pointer<double>(state), pointer<float>(grad), wanted);
 }

@@ -125,13 +125,14 @@ class Needs(NamedTuple):
     hidden: bool
     weight: bool
     bias: bool
+    from_column: int = 0  # of H: the weight's gradient is wanted for the columns from here on
 
 
 class Gradients(NamedTuple):
     """Gradients, each in the dtype of its tensor; None if not needed."""
 
     hidden: Tensor | None  # [N, H]
-    weight: Tensor | None  # [V, H]
+    weight: Tensor | None  # [V, H − Needs.from_column]
     bias: Tensor | None  # [V]
 
 

@@ -16,6 +16,7 @@ Backward:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +30,7 @@ from sdpo_kernels.head import product_dtype
 
 CHUNK_ELEMENTS = 2**23  # logits plus weights of one chunk: 32 MiB in float32
 CUDA_CHUNK = 8  # times as much on a CUDA device, where large products are faster
+FLOAT16_BITS = 15  # float16 ends just below 2**16
 CHUNK_MULTIPLE = 128  # of columns: whole tiles of matrix products and aligned rows
 
 
@@ -99,6 +101,7 @@ class EagerBackend:
         direction = kept[: x.shape[0]].zero_() if keep.is_direction else None
         stash = kept[: x.shape[0], : keep.n_columns]
 
+        scale = _scale(x.dtype, sums.rest.new_full((), _steepest(call)))
         # chunks do not depend on what is kept: policy and reference get the same bits
         for start, stop in vocabulary_chunks(call):
             w = _operand(call.weight[start:stop], call)
@@ -110,7 +113,8 @@ class EagerBackend:
             # `probs` are relative to the sum so far, so what earlier chunks added shrinks as the sum grows
             if direction is not None:
                 call.head.times_slope_(probs, z)
-                direction.mul_(shrink.unsqueeze(1)).sub_(precision.matmul(probs.to(w.dtype), w))
+                products = precision.matmul(probs.mul_(scale).to(w.dtype), w)
+                direction.mul_(shrink.unsqueeze(1)).sub_(products.div_(scale))
 
         if direction is not None:
             self._add_target_(direction, call, sums.z_target)
@@ -142,10 +146,12 @@ class EagerBackend:
     ) -> Gradients:
         x = _operand(call.hidden, call)
         dx = torch.zeros_like(x, dtype=product_dtype(call.dtype)) if needs.hidden else None
-        dw = call.weight.new_empty(call.weight.shape) if needs.weight else None
+        trained_x = x[:, needs.from_column :]
+        dw = call.weight.new_empty((call.weight.shape[0], trained_x.shape[1])) if needs.weight else None
         of_target = None if x.dtype == product_dtype(call.dtype) else torch.zeros_like(coefficient)
         db = call.bias.new_empty(call.bias.shape) if needs.bias and call.bias is not None else None
 
+        scale = _scale(x.dtype, _largest(call, coefficient, grad_entropy))
         stashed = min(saved.keep.n_columns, call.weight.shape[0])
         for start, stop in vocabulary_chunks(call, stashed):
             w = _operand(call.weight[start:stop], call)
@@ -168,11 +174,11 @@ class EagerBackend:
                 taken = _take_targets_(grad, call.targets - start)
                 of_target += taken[0]
 
-            grad = grad.to(w.dtype)
+            grad = grad.mul_(scale).to(w.dtype)
             if dw is not None:
-                dw[start:stop] = _weight_gradient(grad, x, taken)
+                dw[start:stop] = _weight_gradient(grad, scale, trained_x, taken)
             if dx is not None:
-                dx += precision.matmul(grad, w)
+                dx += precision.matmul(grad, w).div_(scale)
 
         if dx is not None and of_target is not None:
             dx.addcmul_(
@@ -204,9 +210,37 @@ def _take_targets_(grad: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(inside, value, 0.0), column
 
 
-def _weight_gradient(grad: Tensor, x: Tensor, taken: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Gradient [C, H] of a chunk's rows of W, not yet rounded, with the entries that `_take_targets_` returned."""
-    sums = precision.matmul(grad.t(), x)
+def _steepest(call: HeadCall) -> float:
+    """The largest dz/da."""
+    return abs(call.head.logit_scale / call.head.temperature)
+
+
+def _largest(call: HeadCall, coefficient: Tensor, grad_entropy: Tensor | None) -> Tensor:
+    """What no entry of dL/da exceeds: |g| for the log-prob; |h|·(1 + log V) for the entropy, p|log p + H|."""
+    if not coefficient.shape[0]:
+        return coefficient.new_zeros(())
+    bound = coefficient.abs()
+    if grad_entropy is not None:
+        bound = bound + grad_entropy.abs().to(bound.dtype) * (1.0 + math.log(call.weight.shape[0]))
+    return bound.amax() * _steepest(call)
+
+
+def _scale(dtype: torch.dtype, bound: Tensor) -> Tensor | float:
+    """What operands of at most `bound` are multiplied by: for float16 the power of 2 that makes best use of its range.
+
+    Without it, coefficients below 6e-8 would be 0 there: most of a large vocabulary's. With it that is 5e-12 of the
+    largest one.
+    """
+    if dtype != torch.float16:
+        return 1.0
+    _, exponent = torch.frexp(bound.float())
+    scale = torch.ldexp(torch.ones_like(bound, dtype=torch.float32), (FLOAT16_BITS - exponent).clamp(-126, 126))
+    return torch.where(bound.isfinite() & (bound > 0), scale, 1.0)
+
+
+def _weight_gradient(grad: Tensor, scale: Tensor | float, x: Tensor, taken: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Gradient [C, H] of a chunk's rows of W by x [N, H], not yet rounded, with what `_take_targets_` returned."""
+    sums = precision.matmul(grad.t(), x).div_(scale)
     if taken is None:
         return sums
     # index_put_ sums rows that share a target in a fixed order, on CUDA, too; index_add_ does not
@@ -229,6 +263,7 @@ def _logits(x: Tensor, w: Tensor, call: HeadCall, start: int, stop: int) -> Tens
 def _operand(tensor: Tensor, call: HeadCall) -> Tensor:
     """`tensor` rounded to the call's dtype, then cast to what the products take."""
     rounded = tensor.to(call.dtype)
-    if rounded.is_cuda and call.dtype == torch.bfloat16:
-        return rounded  # tensor cores sum bf16 products in float32; elsewhere they have to be upcast
+    # tensor cores sum products of halves in float32; elsewhere halves have to be upcast
+    if precision.multiplies(rounded.device, call.dtype):
+        return rounded
     return rounded.to(product_dtype(call.dtype))

@@ -184,7 +184,8 @@ class NativeBackend:
         # each gradient has its tensor's dtype, rounded once from float32 sums
         hidden = _known(call.hidden)
         dx = hidden.new_empty(hidden.shape) if needs.hidden else None
-        dw = call.weight.new_empty(call.weight.shape) if needs.weight else None
+        weight_hidden = hidden[:, needs.from_column :]
+        dw = call.weight.new_empty((call.weight.shape[0], weight_hidden.shape[1])) if needs.weight else None
         db = call.hidden.new_empty(call.weight.shape[0], dtype=torch.float32) if needs.bias else None
 
         # the CPU kernels skip rows of the stash by index; cuBLAS needs them next to each other
@@ -194,8 +195,9 @@ class NativeBackend:
 
         with self._full_precision(call.hidden):
             self.operators.linear_backward(
-                *_inputs(call), saved.logps, saved.state, stash, rows, grad_logps.float().contiguous(), dx, dw, db
-            )
+                *_inputs(call), saved.logps, saved.state, stash, rows, grad_logps.float().contiguous(),
+                _rows(weight_hidden), dx, dw, db,
+            )  # fmt: skip
 
         if db is not None and call.bias is not None:
             db = db.to(call.bias.dtype)

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+HALVES = ("bf16", "fp16")
+
 _lock = threading.Lock()
 _inside = 0  # how many calls need full precision now; the settings are process-wide
 _before: _Settings | None = None  # the settings that the first of them found
@@ -19,13 +21,13 @@ class _Settings(NamedTuple):
     cuda: str  # of float32 matmul there
     cpu: str
     both: str | None  # an older setting of both; None: not used, the newer ones are
-    reduced: bool  # CUDA may sum bf16 products in bf16
-    split_k: bool  # and in parts
+    halves: tuple[tuple[bool, bool], ...]  # of each of HALVES: CUDA may sum its products in it, and in parts
+    fp16_sums: bool  # CUDA may sum products of float16 in float16 throughout
 
 
 @contextmanager
 def full(device: torch.device) -> Iterator[None]:
-    """No autocast, TF32, bf16 shortcuts or bf16 split-K sums inside; the session's settings are restored afterwards.
+    """No autocast, TF32, or sums in bf16 or fp16 inside; the session's settings are restored afterwards.
 
     Calls may overlap, as in autograd's threads for several devices: the last one to leave restores the settings.
     """
@@ -53,11 +55,9 @@ def _matmuls() -> tuple[Any, Any]:
 def _begin() -> None:
     global _before
     cuda, cpu = _matmuls()
-    # torch 2.10 has one flag for reduced sums; later versions have a second one that allows split-K at all
-    split_k = getattr(cuda, "allow_bf16_reduced_precision_reduction_split_k", True)
     _before = _Settings(
-        cuda.fp32_precision, cpu.fp32_precision, _older_setting(),
-        cuda.allow_bf16_reduced_precision_reduction, split_k,
+        cuda.fp32_precision, cpu.fp32_precision, _older_setting(), tuple(_reduced(half) for half in HALVES),
+        cuda.allow_fp16_accumulation,
     )  # fmt: skip
     try:
         # where the older setting says otherwise than the newer ones, TunableOp raises
@@ -68,11 +68,27 @@ def _begin() -> None:
         for matmul in (cuda, cpu):
             if matmul.fp32_precision not in ("ieee", "none"):
                 matmul.fp32_precision = "ieee"
-        if _before.reduced:
-            cuda.allow_bf16_reduced_precision_reduction = False if split_k else (False, False)
+        for half, (_, split_k) in zip(HALVES, _before.halves, strict=True):
+            _reduce(half, False, split_k)
+        if _before.fp16_sums:
+            cuda.allow_fp16_accumulation = False
     except BaseException:
         _end()
         raise
+
+
+def _reduced(half: str) -> tuple[bool, bool]:
+    """Whether products of `half` may be summed in it, and whether in parts (split-K)."""
+    cuda, _ = _matmuls()
+    name = f"allow_{half}_reduced_precision_reduction"
+    # torch 2.10 has the first flag alone
+    return getattr(cuda, name), getattr(cuda, f"{name}_split_k", True)
+
+
+def _reduce(half: str, reduced: bool, split_k: bool) -> None:
+    if _reduced(half) != (reduced, split_k):
+        cuda, _ = _matmuls()
+        setattr(cuda, f"allow_{half}_reduced_precision_reduction", reduced if split_k else (reduced, False))
 
 
 def _older_setting() -> str | None:
@@ -96,15 +112,24 @@ def _end() -> None:
             matmul.fp32_precision = "none"  # if it was inherited, it must be inherited again
             if matmul.fp32_precision != precision:
                 matmul.fp32_precision = precision
-    if cuda.allow_bf16_reduced_precision_reduction != before.reduced:
-        cuda.allow_bf16_reduced_precision_reduction = before.reduced if before.split_k else (before.reduced, False)
+    for half, setting in zip(HALVES, before.halves, strict=True):
+        _reduce(half, *setting)
+    if cuda.allow_fp16_accumulation != before.fp16_sums:
+        cuda.allow_fp16_accumulation = before.fp16_sums
+
+
+def multiplies(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `device` multiplies bfloat16 or float16 operands as they are and sums the products in float32."""
+    if dtype not in (torch.bfloat16, torch.float16) or device.type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32 (float64 for float64): operands bfloat16 or float32."""
-    if a.dtype != torch.bfloat16:
+    """a @ b in float32 (float64 for float64): operands of one dtype."""
+    if a.dtype not in (torch.bfloat16, torch.float16):
         return torch.mm(a, b)
-    if a.is_cuda and torch.cuda.get_device_capability(a.device)[0] >= 8:
+    if multiplies(a.device, a.dtype):
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a.float(), b.float())
 

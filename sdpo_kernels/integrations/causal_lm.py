@@ -379,7 +379,10 @@ def _unreached(head: LMHead) -> list[str]:
     like = trainable[0][1]
     with torch.enable_grad():
         ones = torch.ones(1, head.width, dtype=like.dtype, device=like.device, requires_grad=True)
-        hidden, weight, bias = head.operands(ones)
-        total = (hidden.float() @ weight.float().T).sum() + (0.0 if bias is None else bias.float().sum())
+        given = head.operands(ones)
+        weight = given.weight if given.lora_b is None else torch.cat([given.weight, given.lora_b], 1)
+        total = (given.hidden.float() @ weight.float().T).sum()
+        if given.bias is not None:
+            total = total + given.bias.float().sum()
     gradients = torch.autograd.grad(total, [parameter for _, parameter in trainable], allow_unused=True)
     return [name for (name, _), gradient in zip(trainable, gradients, strict=True) if gradient is None]

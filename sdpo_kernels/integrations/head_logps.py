@@ -41,10 +41,16 @@ def head_logps(head: LMHead, hidden: Tensor, targets: Tensor, **options: Any) ->
         return sharded_head_logps(head, hidden, targets, **options)
 
     def whole(rows: Tensor) -> LinearLogps:
-        # with LoRA on the head, its features are additional columns
-        rows_in, weight, bias = head.operands(rows)
+        inputs = head.operands(rows)
         return linear_logps(
-            rows_in, weight, targets, bias=bias, logit_scale=head.logit_scale, softcap=head.softcap, **options
+            inputs.hidden,
+            inputs.weight,
+            targets,
+            bias=inputs.bias,
+            lora_b=inputs.lora_b,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+            **options,
         )
 
     return _in_forward_of(head.linear, whole, hidden) if head.is_partitioned else whole(hidden)

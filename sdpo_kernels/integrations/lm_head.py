@@ -2,7 +2,7 @@
 
     head = find_head(model)
     hidden = head.hidden(input_ids=..., position_ids=..., use_cache=False)   # [B, T, H]
-    rows, weight, bias = head.operands(hidden.flatten(0, -2))                # arguments of linear_logps
+    operands = head.operands(hidden.flatten(0, -2))                          # arguments of linear_logps
 
 PEFT adapters on the head are supported: LoRA, and a head named in `modules_to_save`.
 """
@@ -10,7 +10,7 @@ PEFT adapters on the head are supported: LoRA, and a head named in `modules_to_s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,17 @@ from torch import Tensor, nn
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier")  # Cohere; Falcon-H1
 DIVISORS = ("logits_scaling",)  # Granite
 THROUGH_ROOT = "_sdpo_through_root"  # on a body that must be called in a forward of the model (cut_weights.py)
+LORA_MULTIPLE = 8  # of columns: what CUDA's tensor descriptors and matrix products read at once
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma; RecurrentGemma; xLSTM
+
+
+class Operands(NamedTuple):
+    """Arguments of linear_logps."""
+
+    hidden: Tensor  # [N, H], with lora_b [N, H + r]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    lora_b: Tensor | None  # [V, r]
 
 
 @dataclass(frozen=True)
@@ -77,29 +87,34 @@ class LMHead:
                 bias = extra if bias is None else bias + extra
         return bias
 
-    def operands(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Rows [N, H'], weight [V, H'] and bias [V] or None, with the same product as `hidden` [N, H] and the head.
+    def operands(self, hidden: Tensor) -> Operands:
+        """What linear_logps needs for the same logits as those of `hidden` [N, H] and the head.
 
-        A LoRA of rank r is r more columns (H' = H + r), [x, s·A·x]·[W, B]ᵀ, instead of W + s·B·A: a delta below half an
-        ulp of a bfloat16 weight would be lost in the sum. Nor is the [V, H] delta ever built. Of a tensor-parallel head
-        the whole weight is gathered, on all its ranks, which have the same rows.
+        A LoRA of rank r is r more columns, [x, s·A·x]·[W, B]ᵀ, instead of W + s·B·A: a delta below half an ulp of a
+        bfloat16 weight would be lost in the sum. Nor is the [V, H] delta ever built. Zeros fill r up to a multiple of
+        LORA_MULTIPLE. Of a tensor-parallel head the whole weight is gathered, on all its ranks, which have the same
+        rows.
         """
+        base, bias = self._base(), self.bias()
+        if self.is_tensor_parallel:
+            whole: Any = bias
+            return Operands(hidden, base.weight.full_tensor(), None if whole is None else whole.full_tensor(), None)
+
         # in the dtypes of PEFT's own forward: features in the adapter's, then rounded to hidden's
-        base = self._base()
-        rows, weights = [hidden], [base.weight]
+        rows, columns = [hidden], []
         for name in self._lora_names():
             lora_a, lora_b = self.module.lora_A[name], self.module.lora_B[name]
             features = lora_a(hidden.to(lora_a.weight.dtype)) * self.module.scaling[name]
             rows.append(features.to(hidden.dtype))
-            weights.append(lora_b.weight.to(base.weight.dtype))
+            columns.append(lora_b.weight.to(base.weight.dtype))
+        if not columns:
+            return Operands(hidden, base.weight, bias, None)
 
-        if self.is_tensor_parallel:
-            bias: Any = self.bias()
-            return hidden, base.weight.full_tensor(), None if bias is None else bias.full_tensor()
-        if len(rows) == 1:
-            return hidden, base.weight, self.bias()
-        bias = self.bias()
-        return torch.cat(rows, 1), torch.cat(weights, 1), bias if bias is None else bias.to(base.weight.dtype)
+        missing = -sum(b.shape[1] for b in columns) % LORA_MULTIPLE
+        rows.append(hidden.new_zeros(hidden.shape[0], missing))
+        columns.append(base.weight.new_zeros(base.weight.shape[0], missing))
+        bias = None if bias is None else bias.to(base.weight.dtype)
+        return Operands(torch.cat(rows, 1), base.weight, bias, torch.cat(columns, 1))
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         """Names and parameters of everything trainable in the head."""

@@ -13,6 +13,7 @@ from sdpo_kernels import backends, linear_logps, logits_logps, logps_op
 from sdpo_kernels.backends.base import Keep
 from tests.backends.emulated import emulated_backend
 from tests.backends.epilogue_cases import check_pair_epilogue, pair_cases
+from tests.lora_cases import check_lora
 from tests.reference import Case, check, error, random_case, scored_rows, target_logps
 from tests.sliced import Sliced
 
@@ -176,13 +177,20 @@ def test_strided_tensors():
         assert torch.equal(value, expected[name]), name
 
 
+@pytest.mark.parametrize("stash_bytes", [0, 4 * 6 * 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("base_trains", [False, True])
+def test_a_lora_on_the_head(base_trains, dtype, stash_bytes):
+    check_lora("emulated", dtype, stash_bytes, base_trains, temperature=0.8)
+
+
 @pytest.mark.parametrize("keep", [Keep.nothing(), Keep.columns(64), Keep.columns(128), Keep.direction()])
 def test_opcheck(keep):
     case = random_case(5, 4, 100, bias=True)
     frozen = keep.is_direction
     args = (
         case.hidden.requires_grad_(), case.weight.requires_grad_(not frozen), case.targets, case.bias, None,
-        1.5, 20.0, 0.8, "", torch.float32, "emulated", keep.encode(), None,
+        1.5, 20.0, 0.8, "", torch.float32, "emulated", keep.encode(), None, None,
     )  # fmt: skip
     torch.library.opcheck(logps_op.linear_logps_op, args)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -15,6 +18,7 @@ from sdpo_kernels.head import Head
 from tests.reference import chunk_columns, error, extras_of, logits_of, random_case, size, target_logps
 
 EPS = torch.finfo(torch.float32).eps
+HALF = torch.finfo(torch.float16).eps
 KEEPS = (Keep.nothing(), Keep.columns(64), Keep.columns(320), Keep.columns(1000), Keep.direction())
 
 
@@ -125,3 +129,61 @@ def test_running_sums_over_any_chunks_are_those_of_the_whole(widths, seed, scale
     assert error(answer.state[:, 0], z.logsumexp(1)) <= 1e-12 * scale
     for name, truth in extras_of(z, targets).items():
         assert error(getattr(answer, name), truth) <= 1e-12 * scale, name
+
+
+# --- float16 as tensor cores take it ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def multiplies_float16(monkeypatch):
+    """As on CUDA: float16 operands go into the products as they are, and are summed in float32."""
+    mm = torch.mm
+    monkeypatch.setattr(eager.precision, "multiplies", lambda device, dtype: dtype == torch.float16)
+    monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype=None: mm(a.float(), b.float()))
+
+
+@pytest.mark.parametrize("outputs", [(), ("entropy",)])
+@pytest.mark.parametrize("grad", [1e-9, 1.0, 1e5])
+@pytest.mark.usefixtures("multiplies_float16")
+def test_no_float16_coefficient_is_lost(grad, outputs):
+    """Most of a vocabulary's probabilities are below what float16 has; loss scales may be above it."""
+    case = random_case(6, 8, 3000, dtype=torch.float16, outputs=outputs)
+    case.hidden.mul_(8)
+    case.hidden, case.weight = case.hidden.float(), case.weight.float()
+    case.grad = torch.full((6,), grad, dtype=torch.float64)
+    case.grad_entropy = case.grad if outputs else None
+    case.settings = {"backend": "eager"}
+    exact = case.ours()
+    with torch.autocast("cpu", dtype=torch.float16):
+        ours = case.ours()
+
+    assert error(ours["logps"], exact["logps"]) <= 4 * EPS
+    for name in ("d_hidden", "d_weight"):
+        sizes = exact[name].norm(dim=1)
+        errors = (ours[name] - exact[name]).norm(dim=1) / sizes
+        assert sizes.max() / sizes.min() > (10**6 if name == "d_weight" else 1)
+        assert errors[sizes > 2.0**-28 * sizes.max()].max() <= 4 * HALF
+        assert errors.max() < 0.1  # the smallest have fewer bits, but none is lost
+
+
+@pytest.mark.usefixtures("multiplies_float16")
+def test_a_frozen_head_in_float16():
+    case = random_case(6, 8, 3000, dtype=torch.float16, trains=("hidden",), temperature=1e-3)
+    case.settings = {"backend": "eager"}
+    exact = replace(case, hidden=case.hidden.float(), weight=case.weight.float()).ours()["d_hidden"]
+    assert error(case.ours()["d_hidden"].float() / exact.abs().max(), exact / exact.abs().max()) <= 4 * HALF
+
+
+@given(st.floats(1e-30, 1e30), st.sampled_from([torch.float32, torch.float16]))
+def test_the_scale_is_a_power_of_2_that_fills_float16(bound, dtype):
+    scale = eager._scale(dtype, torch.tensor(bound))
+    if dtype == torch.float32:
+        assert scale == 1.0
+        return
+    assert math.frexp(float(scale))[0] == 0.5
+    assert 2**14 <= bound * float(scale) <= 2**15 * (1 + EPS)
+
+
+@pytest.mark.parametrize("bound", [0.0, torch.nan, torch.inf])
+def test_a_bound_that_is_no_number_scales_nothing(bound):
+    assert eager._scale(torch.float16, torch.tensor(bound)) == 1.0

@@ -29,6 +29,7 @@ from sdpo_kernels.backends.triton import tiles as tile_choice
 from sdpo_kernels.backends.triton.tiles import INTERPRETED
 from tests.backends.epilogue_cases import check_pair_epilogue, pair_cases
 from tests.exact import ROWS, check_exact, exact_case
+from tests.lora_cases import check_lora
 from tests.reference import Case, check, error, random_case, scored_rows
 from tests.sliced import Sliced
 
@@ -250,6 +251,13 @@ def test_autocast_rounds_both_and_gives_the_weight_its_own_dtype():
     assert ours["d_weight"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("stash_bytes", [0, 4 * 6 * 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("base_trains", [False, True])
+def test_a_lora_on_the_head(base_trains, dtype, stash_bytes):
+    check_lora("triton", dtype, stash_bytes, base_trains, temperature=0.8)
+
+
 @pytest.mark.parametrize(
     ("keep", "outputs"),
     [(Keep.nothing(), "entropy"), (Keep.columns(64), ""), (Keep.columns(128), ""), (Keep.direction(), "")],
@@ -259,7 +267,7 @@ def test_opcheck(keep, outputs):
     frozen = keep.is_direction
     args = (
         case.hidden.requires_grad_(), case.weight.requires_grad_(not frozen), case.targets, case.bias, None,
-        1.5, 20.0, 0.8, outputs, torch.float32, "triton", keep.encode(), None,
+        1.5, 20.0, 0.8, outputs, torch.float32, "triton", keep.encode(), None, None,
     )  # fmt: skip
     torch.library.opcheck(logps_op.linear_logps_op, args)
 

@@ -76,5 +76,5 @@ def test_compiled_is_as_eager(mode, given_rows, backend):
 def test_opcheck(keep, backend):
     hidden, weight, targets = problem(torch.float32, 20, 16, 100)
     weight.requires_grad_(not keep.is_direction)
-    args = (hidden, weight, targets, None, None, 1.0, None, 1.0, "", torch.float32, backend, keep.encode(), None)
+    args = (hidden, weight, targets, None, None, 1.0, None, 1.0, "", torch.float32, backend, keep.encode(), None, None)
     torch.library.opcheck(logps_op.linear_logps_op, args)

@@ -355,10 +355,11 @@ def test_weight_of_an_adapted_head_is_base_plus_delta() -> None:
     hidden = torch.randn(5, 32)
     lora = model.get_base_model().lm_head
     torch.testing.assert_close(hidden @ head.weight().T, lora(hidden))
-    rows, weight, bias = head.operands(hidden)
-    assert bias is None
-    assert weight.shape == (61, 32 + 3)
-    torch.testing.assert_close(rows @ weight.T, lora(hidden))
+    given = head.operands(hidden)
+    assert given.bias is None
+    assert given.weight is lora.base_layer.weight
+    assert given.lora_b.shape == (61, 8)  # a rank of 3, filled up
+    torch.testing.assert_close(given.hidden @ torch.cat([given.weight, given.lora_b], 1).T, lora(hidden))
     gradient = torch.autograd.grad(head.weight().sum(), lora.lora_B["default"].weight)[0]
     assert float(gradient.abs().max()) > 0
 
@@ -403,8 +404,9 @@ def test_a_small_delta_on_a_bf16_head_is_not_rounded_away() -> None:
     delta = lora.get_delta_weight("default")
     assert torch.equal((lora.base_layer.weight + delta).to(torch.bfloat16), lora.base_layer.weight)
     hidden = torch.full((1, 32), 0.5, dtype=torch.bfloat16)
-    rows, weight, _ = head.operands(hidden)
-    moved = (rows.double() @ weight.double().T) - hidden.double() @ lora.base_layer.weight.double().T
+    given = head.operands(hidden)
+    whole = torch.cat([given.weight, given.lora_b], 1)
+    moved = (given.hidden.double() @ whole.double().T) - hidden.double() @ lora.base_layer.weight.double().T
     torch.testing.assert_close(moved, hidden.double() @ delta.double().T, rtol=2e-2, atol=0)
     assert check_head(model, IDS) < 0.5
 

@@ -201,9 +201,10 @@ def backward(call: HeadCall, saved: Saved, grad_logps: Tensor, grad_entropy: Ten
 def _backward(call: HeadCall, saved: Saved, grad_logps: Tensor, needs: Needs) -> Gradients:
     # S is the gradient of logp up to one factor r per row, which goes to the [N, H] side of each product
     rows = Rows.of(call, forward=False)
-    by = factors_of(call, saved, grad_logps, rows.x if needs.weight else None)
+    trained_x = rows.x[:, needs.from_column :]
+    by = factors_of(call, saved, grad_logps, trained_x if needs.weight else None)
     dx: Tensor | None = None
-    dw = torch.empty_like(call.weight, memory_format=torch.contiguous_format) if needs.weight else None
+    dw = call.weight.new_empty((call.weight.shape[0], trained_x.shape[1])) if needs.weight else None
     db = by.r.new_empty(call.weight.shape[0]) if needs.bias else None
     by_target = SortedRows.of(rows.targets, call.weight.shape[0], by.t) if needs.weight or needs.bias else None
 
@@ -233,7 +234,7 @@ def _backward(call: HeadCall, saved: Saved, grad_logps: Tensor, needs: Needs) ->
         if dw is not None:
             assert by.scaled_x is not None
             assert by_target is not None
-            _weight_gradient(dw, start, s, by.scaled_x, rows.x, by_target)
+            _weight_gradient(dw, start, s, by.scaled_x, trained_x, by_target)
         if db is not None:
             db[start:stop] = precision.vector_matmul(by.r, s)
 

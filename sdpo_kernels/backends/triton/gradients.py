@@ -29,11 +29,11 @@ class Factors:
     r: Tensor  # float32
     k: Tensor  # float64
     t: Tensor  # float32
-    scaled_x: Tensor | None  # [N, H] r ⊙ X in X's dtype, if it was asked for
+    scaled_x: Tensor | None  # r ⊙ X in X's dtype, if it was asked for
 
 
 def factors_of(call: HeadCall, saved: Saved, grad_logps: Tensor | None, x: Tensor | None) -> Factors:
-    """The factors of a backward with `grad_logps` [N], None for ones; r ⊙ X of `x` [N, H] comes with them.
+    """The factors of a backward with `grad_logps` [N], None for ones; r ⊙ X of `x` (columns of hidden) is added.
 
     If nothing is stashed, r is a power of 2, so that r ⊙ X is exact in bfloat16.
     """
@@ -48,7 +48,7 @@ def factors_of(call: HeadCall, saved: Saved, grad_logps: Tensor | None, x: Tenso
     is_power = call.dtype == torch.bfloat16 and saved.keep.n_columns == 0 and not saved.keep.is_direction
     factors_kernel[(n_rows,)](
         saved.state.contiguous(), saved.logps.contiguous(), None if grad_logps is None else grad_logps.contiguous(),
-        call.targets.contiguous(), x, r, k, t, scaled_x, call.hidden.shape[1], 0 if x is None else x.stride(0),
+        call.targets.contiguous(), x, r, k, t, scaled_x, *((0, 0) if x is None else (x.shape[1], x.stride(0))),
         head.logit_scale / head.temperature, 0.0 if head.softcap is None else head.temperature / head.softcap,
         BLOCK=BLOCK, CAPPED=head.softcap is not None, POWER=is_power, HAS_GRAD=grad_logps is not None,
         SCALES=x is not None, **COMPILED,
