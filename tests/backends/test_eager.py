@@ -162,7 +162,7 @@ def test_no_float16_coefficient_is_lost(grad, outputs):
         sizes = exact[name].norm(dim=1)
         errors = (ours[name] - exact[name]).norm(dim=1) / sizes
         assert sizes.max() / sizes.min() > (10**6 if name == "d_weight" else 1)
-        assert errors[sizes > 2.0**-28 * sizes.max()].max() <= 4 * HALF
+        assert errors[sizes > 2.0**-26 * sizes.max()].max() <= 4 * HALF
         assert errors.max() < 0.1  # the smallest have fewer bits, but none is lost
 
 
