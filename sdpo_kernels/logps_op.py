@@ -113,15 +113,17 @@ def _linear_logps(
     head = Head(logit_scale, softcap, temperature)
     weight = _whole(weight, lora_b)
     call = _scored(hidden, weight, targets, bias, index, head, dtype, outputs, kept_rows, ref_hidden)
-    check_ascending(index)
-    check_targets(call.targets, call.weight.shape[0])
+    chosen = get_backend(backend)
+    if not (hidden.is_cuda and chosen.asserts_inputs):
+        check_ascending(index)
+        check_targets(call.targets, call.weight.shape[0])
 
-    out = get_backend(backend).forward(call, Keep.decode(keep))
+    out = chosen.forward(call, Keep.decode(keep))
 
     ref_logps = out.ref_logps
     if call.ref_hidden is not None and ref_logps is None:
         alone = replace(call, hidden=call.ref_hidden, ref_hidden=None, outputs=(), kept_rows=0)
-        ref_logps = get_backend(backend).forward(alone, Keep.nothing()).logps
+        ref_logps = chosen.forward(alone, Keep.nothing()).logps
 
     # rows that are not scored get 0; if all are scored, nothing is copied
     out_dtype = product_dtype(dtype)
@@ -323,4 +325,4 @@ def _scored(
         hidden, targets = hidden.index_select(0, index), targets.index_select(0, index)
         ref_hidden = None if ref_hidden is None else ref_hidden.index_select(0, index)
     names = tuple(name for name in EXTRAS if name in outputs.split(","))
-    return HeadCall(hidden, weight, bias, targets, head, dtype, names, kept_rows, ref_hidden)
+    return HeadCall(hidden, weight, bias, targets, head, dtype, names, kept_rows, ref_hidden, index)

@@ -304,7 +304,7 @@ META = torch.device("meta")
         ({"lora_b": torch.zeros(9, 0)}, r"lora_b: was of shape \[9, 0\], must be \[9, r\]"),
         ({"lora_b": torch.zeros(9, 1)}, r"weight: was of shape \[9, 3\], must be \[V, 2\]"),
         ({"lora_b": torch.zeros(9, 1).bfloat16()}, r"lora_b: was of dtype torch.bfloat16, must be torch.float32"),
-        ({"lora_b": torch.zeros(9, 1, device=META), "weight": torch.zeros(9, 2)}, r"lora_b: was on meta, must be on cpu"),
+        ({"lora_b": torch.zeros(9, 1, device=META), "weight": torch.zeros(9, 2)}, r"lora_b: was on meta, must be on"),
         ({"temperature": 0.0}, r"temperature: was 0.0, must be a finite number above 0"),
         ({"logit_scale": 0.0}, r"logit_scale: was 0.0, must be a finite number other than 0"),
         ({"softcap": -1.0}, r"softcap: was -1.0, must be a finite number above 0, or None"),

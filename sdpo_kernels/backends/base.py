@@ -74,6 +74,7 @@ class HeadCall:
     outputs: tuple[str, ...]
     kept_rows: int  # rows of what a forward keeps: N, or more if the fake kernel could not know N; the rest is 0
     ref_hidden: Tensor | None = None  # [N, H] of a reference with this very head: only its log-probs are wanted
+    index: Tensor | None = None  # [N] int64 where the rows are in the batch, only to be checked: it must ascend
     is_slice: bool = False  # the head is a part of the vocabulary's columns
 
     @property
@@ -151,6 +152,7 @@ class Backend(Protocol):
     name: str
     device_types: tuple[str, ...] | None  # where it runs at all; None: anywhere
     state_columns: int  # float64 numbers per row that a forward saves for its backward
+    asserts_inputs: bool  # on CUDA its forward asserts that targets are in range and `index` ascends: saves launches
 
     def stash_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         """The dtype of a stash for operands of `dtype` on `device`."""

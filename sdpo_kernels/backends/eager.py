@@ -39,6 +39,7 @@ class EagerBackend:
 
     name = "eager"
     device_types: tuple[str, ...] | None = None
+    asserts_inputs = False
     state_columns = 1  # logsumexp over all columns, float64: rounded to float32, one of 20 would cost gradients 1e-6
 
     def stash_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:

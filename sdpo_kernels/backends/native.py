@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdpo_kernels.backends import native_library, precision
+from sdpo_kernels.backends import native_library, precision, redone
 from sdpo_kernels.backends.base import (
     EXTRAS,
     Gradients,
@@ -67,6 +67,7 @@ class NativeBackend:
 
     name = "native"
     device_types: tuple[str, ...] | None = ("cpu", "cuda")
+    asserts_inputs = False
     state_columns = 2  # the logsumexp, and k: what the stash's exponentials are relative to
 
     def __init__(self) -> None:
@@ -134,6 +135,7 @@ class NativeBackend:
         kept = direction if stash is None else stash
 
         row = self._forward(call, None, logps, state, stash, direction)
+        redone.count(logps)
         extras = dict.fromkeys(EXTRAS) if row is None else _extras(call, logps, row)
         return HeadForward(logps, state, **extras, kept=kept)
 

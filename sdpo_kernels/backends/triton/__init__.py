@@ -34,6 +34,7 @@ class TritonBackend:
 
     name = "triton"
     device_types: tuple[str, ...] | None = ("cuda",)
+    asserts_inputs = True
     state_columns = 2  # the logsumexp, and k: what the stash's exponentials are relative to
 
     def stash_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:

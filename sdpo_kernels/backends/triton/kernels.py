@@ -67,18 +67,24 @@ def k_of(c):
     return (c.to(tl.float64) - SHIFT_BITS) * LN2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_indexed", "n_columns"])
 def target_logits_kernel(
-    x, w, bias, targets, target_logits,  # [N, H], [V, H], [V], [N] int64 → [N] float64
-    width, x_stride, w_stride, before, by,
-    BLOCK: tl.constexpr, CAPPED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    x, w, bias, targets, index, target_logits,  # [N, H], [V, H], [V], [N] and [M] int64 → [N] float64
+    n_indexed, n_columns, width, x_stride, w_stride, before, by,
+    BLOCK: tl.constexpr, CAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """z_y of one row per program, by a dot product in float32, in which bfloat16 products are exact.
 
-    0 where the target is -1, a column of another slice.
+    Of a slice 0 where the target is -1, a column of another slice. Asserts that targets are in range, and that `index`,
+    the place in the batch of each of the first M rows, ascends.
     """
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
+    if index is not None:
+        inside = (row > 0) & (row < n_indexed)
+        before_it = tl.load(index + row - 1, inside, other=-1)
+        tl.device_assert(tl.load(index + row, inside, other=0) > before_it, "rows: its index must be ascending")
+    tl.device_assert((target >= (-1 if SLICE else 0)) & (target < n_columns), "targets: must be in [0, V) or -100")
     one = tl.arange(0, 1)
     if target < 0:
         tl.store(target_logits + row + one, tl.zeros([1], tl.float64))
@@ -267,7 +273,7 @@ def logp_of(target, rest):
 @triton.jit(do_not_specialize=["n_rows", "n_tiles", "n_columns"])
 def finalize_kernel(
     sums, parts, target_logits,  # [tiles, N], [4, N] float64, [N] float64
-    logps, state, entropy, log_sum_sq, mean_logits, redo,  # [N], [N, 2], [N] each, [N] int8
+    logps, state, entropy, log_sum_sq, mean_logits, redo, redone,  # [N], [N, 2], [N] each, [N] int8, [1] int64
     n_rows, n_tiles, n_columns,
     BLOCK: tl.constexpr, TILES: tl.constexpr, EXTRAS: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
@@ -297,7 +303,11 @@ def finalize_kernel(
 
     # o overflowed, or k is no finite number: redo_kernel recomputes the row
     infinite = (tl.abs(k) == float("inf")) | (squares == float("inf"))
-    tl.store(redo + rows, ((o > LARGEST_SUM) | infinite).to(tl.int8), there)
+    out_of_range = (((o > LARGEST_SUM) | infinite) & there).to(tl.int32)
+    tl.store(redo + rows, out_of_range.to(tl.int8), there)
+    count = tl.sum(out_of_range, 0)
+    if count > 0:
+        tl.atomic_add(redone, count.to(tl.int64))  # of integers: the order does not matter
 
     if SLICE:
         tl.store(state + 2 * rows, o, there)

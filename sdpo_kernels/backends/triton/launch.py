@@ -10,6 +10,7 @@ import triton
 import triton.testing
 from torch import Tensor
 
+from sdpo_kernels.backends import redone
 from sdpo_kernels.backends.base import HeadCall
 from sdpo_kernels.backends.triton import kernels
 from sdpo_kernels.backends.triton.redo import redo_kernel
@@ -19,6 +20,7 @@ ROWS_AT_ONCE = 128  # of the kernels that work on [N] alone
 TILES_AT_ONCE = 16  # whose sums finalize reads together
 REDO_ELEMENTS = 16384  # of w that a program of the redo kernel holds
 COMPILED = {"enable_fp_fusion": True}  # Triton 3.9 has no fused multiply-add unless it is asked for
+ASSERTING = COMPILED | {"debug": True, "sanitize_overflow": False}  # without "debug", device_assert is nothing
 
 
 @dataclass
@@ -54,10 +56,10 @@ class Rows:
         before, by, capped = head_numbers(call)
         if forward and not given and x.shape[0]:
             kernels.target_logits_kernel[(x.shape[0],)](
-                x, weight, bias, rows.targets, rows.target_logits,
-                x.shape[1], x.stride(0), weight.stride(0), before, by,
+                x, weight, bias, rows.targets, call.index, rows.target_logits,
+                call.hidden.shape[0], weight.shape[0], x.shape[1], x.stride(0), weight.stride(0), before, by,
                 BLOCK=max(16, min(1024, triton.next_power_of_2(x.shape[1]))), CAPPED=capped, HAS_BIAS=bias is not None,
-                **COMPILED,
+                SLICE=call.is_slice, **ASSERTING,
             )  # fmt: skip
 
         if x.shape[0] and is_autotuned() and x.dtype == torch.bfloat16:
@@ -212,9 +214,10 @@ def finalize(rows: Rows, sums: Sums) -> Finished:
     if n:
         kernels.finalize_kernel[(triton.cdiv(n, ROWS_AT_ONCE),)](
             sums.sums, sums.folded, rows.target_logits, out.logps, out.state, out.entropy, out.log_sum_sq,
-            out.mean_logits, out.redo, n, sums.sums.shape[0], rows.call.weight.shape[0],
+            out.mean_logits, out.redo, redone.counter(rows.x).total, n, sums.sums.shape[0], rows.call.weight.shape[0],
             BLOCK=ROWS_AT_ONCE, TILES=TILES_AT_ONCE, EXTRAS=extras, SLICE=rows.is_slice, **COMPILED,
         )  # fmt: skip
+    redone.counter(rows.x).look(n)
     return out
 
 
