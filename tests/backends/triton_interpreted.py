@@ -53,6 +53,7 @@ def asserted(builder: Any, condition: Any, message: str) -> None:
 
 interpreter._convert_float = rounded
 interpreter.InterpreterBuilder.create_assert = asserted
+interpreter.interpreter_builder.options = interpreter.InterpreterOptions(debug=True)  # assertions are looked at
 TRITON = backends.BACKENDS["triton"]
 ALL = 10**12
 EPS = torch.finfo(torch.float32).eps
