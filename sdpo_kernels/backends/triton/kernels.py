@@ -81,9 +81,9 @@ def target_logits_kernel(
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     if index is not None:
-        inside = (row > 0) & (row < n_indexed)
-        before_it = tl.load(index + row - 1, inside, other=-1)
-        tl.device_assert(tl.load(index + row, inside, other=0) > before_it, "rows: its index must be ascending")
+        follows = (row > 0) & (row < n_indexed)
+        before_it = tl.load(index + row - 1, follows, other=-1)
+        tl.device_assert(tl.load(index + row, follows, other=0) > before_it, "rows: its index must be ascending")
     tl.device_assert((target >= (-1 if SLICE else 0)) & (target < n_columns), "targets: must be in [0, V) or -100")
     one = tl.arange(0, 1)
     if target < 0:
@@ -231,11 +231,12 @@ def logits_kernel(
     none = tl.zeros([BM], tl.float32)
     found = (none, none, none, none, none + float("-inf"), none)
     pieces = (acc,)
-    if PIECES == 2:
+    if PIECES > 1:
         pieces = halves(acc)
-    if PIECES == 4:
-        left, right = halves(acc)
-        pieces = halves(left) + halves(right)
+    if PIECES > 2:
+        pieces = halves(pieces[0]) + halves(pieces[1])
+    if PIECES > 4:
+        pieces = halves(pieces[0]) + halves(pieces[1]) + halves(pieces[2]) + halves(pieces[3])
     for piece in tl.static_range(PIECES):
         at = piece * (BN // PIECES)
         found = epilogue(
