@@ -68,7 +68,7 @@ def logits_kernel(arch: int, dtype: str, capped: bool, bias: bool, sums: bool, e
     }
     types |= {"bias": f"*{dtype}", "targets": "*i64", "before": "fp32", "by": "fp32"}
     types |= {"shift": "*fp64"} | dict.fromkeys(("sums", "parts", "gemm_target"), "*fp32")
-    types |= dict.fromkeys(("n_rows", "n_columns", "stash_rows", "first_column", *DIVISIBLE), "i32")
+    types |= dict.fromkeys(("n_rows", "n_columns", "stash_rows", "first_column", "first_tile", *DIVISIBLE), "i32")
     constants: dict[str, Any] = {
         "BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "GROUP": tile.group, "CAPPED": capped,
         "HAS_BIAS": bias, "SUMS": sums, "EXTRAS": extras, "STORE": store, "DESCRIPTORS": tile.descriptors,
