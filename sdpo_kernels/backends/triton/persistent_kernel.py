@@ -124,11 +124,11 @@ def compiled(digest: str, has_sums: bool, stores: bool) -> Any:
     # fewer rows than x where those of a reference follow, fewer columns than w where the stash ends
     s = make_fake_tensor(BFloat16, (cute.sym_int(), cute.sym_int()), ALIGNED) if stores else None
     sums = make_fake_tensor(Float32, (n_rows, cute.sym_int()), leading_dim=0) if has_sums else None
-    vectors = [make_fake_tensor(Float32, (n_rows,), divisibility=4) for _ in range(2)]
+    shift, targets = (make_fake_tensor(Float32, (n_rows,), divisibility=4) for _ in range(2))
 
     return compile_gemm_kernel(
         LogitsSm90, BFloat16, (PERSISTENT_ROWS, PERSISTENT_COLUMNS), (PERSISTENT_CLUSTER, 1, 1),
         pingpong=True, persistent=True, gather_A=False, is_dynamic_persistent=False, device_capacity=HOPPER,
-        mA=x, mB=weight, mD=s, mC=None, epi_args=LogitsEpilogue.EpilogueArguments(Float32(0), *vectors, sums),
+        mA=x, mB=weight, mD=s, mC=None, epi_args=LogitsEpilogue.EpilogueArguments(Float32(0), shift, targets, sums),
         scheduler_args=make_fake_scheduler_args(False, False, None), varlen_args=None,
     )  # fmt: skip
