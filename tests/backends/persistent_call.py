@@ -1,8 +1,13 @@
-"""Calls the compiled persistent kernel with tensors of the CPU that say they are CUDA's. Run by test_persistent.py."""
+"""Calls the persistent kernel with tensors of the CPU that say they are CUDA's. Run by test_persistent.py.
+
+With a folder, the libraries in it, as on a machine without QuACK; else the kernel as QuACK compiles it.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +16,7 @@ import torch
 import tvm_ffi
 from torch import Tensor
 
+from benchmarks import packed_persistent
 from sdpo_kernels.backends.triton import persistent
 
 CUDA = 2  # DLPack's number
@@ -60,6 +66,9 @@ def on_cuda(argument: Any) -> Any:
 
 def main() -> None:
     """What launch.py passes is accepted, and what it must not pass is not."""
+    if sys.argv[1:]:
+        packed_persistent.PACKED = Path(sys.argv[1])
+        packed_persistent.use()
     compiled = persistent.kernel
     persistent.kernel = lambda *way: lambda *arguments: compiled(*way)(*on_cuda(arguments))
     torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)

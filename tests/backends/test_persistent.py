@@ -22,6 +22,7 @@ from tests.backends.machine_code import INSTRUCTION, epilogue_length, inspected,
 
 ROOT = Path(__file__).resolve().parents[2]
 INTERPRETED = Path(__file__).with_name("persistent_interpreted.py")
+CUDA_RUNTIME = Path("/usr/local/cuda/lib64/libcudart_static.a")
 WAYS = ("sums", "s", "sums+s")
 ELEMENTS = PERSISTENT_ROWS * PERSISTENT_COLUMNS // 128  # of a thread
 needs_quack = pytest.mark.skipif(importlib.util.find_spec("quack") is None, reason="quack-kernels is not installed")
@@ -70,12 +71,19 @@ def test_in_the_interpreter(part):
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory) -> dict[str, Any]:
-    """Compiled for Hopper in a process of its own: CuTe reads the chip when it is imported."""
+def folder(tmp_path_factory) -> Path:
+    """What was compiled for Hopper, in a process of its own: CuTe reads the chip when it is imported."""
     folder = tmp_path_factory.mktemp("persistent")
-    command = [sys.executable, "-m", "benchmarks.compile_persistent", str(folder)]
+    link = ["--link"] if CUDA_RUNTIME.is_file() else []
+    command = [sys.executable, "-m", "benchmarks.compile_persistent", str(folder), *link]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def kernels(folder) -> dict[str, Any]:
+    """Each kernel, as machine_code.py takes it."""
     return {name: SimpleNamespace(asm={"cubin": (folder / f"{name}.cubin").read_bytes()}) for name in WAYS}
 
 
@@ -123,9 +131,12 @@ def test_instructions_of_an_element_after_its_product(kernels, way, tmp_path):
 
 @needs_quack
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the addresses are the CPU's")
-def test_it_accepts_what_it_is_called_with():
-    """The compiled kernel checks its arguments and then asks for a driver, of which there is none."""
-    script = [sys.executable, "-m", "tests.backends.persistent_call"]
+@pytest.mark.parametrize("packed", [False, True], ids=["compiled", "packed"])
+def test_it_accepts_what_it_is_called_with(packed, folder):
+    """The kernel checks its arguments and then asks for a driver, of which there is none."""
+    if packed and not CUDA_RUNTIME.is_file():
+        pytest.skip("no CUDA runtime to link with")
+    script = [sys.executable, "-m", "tests.backends.persistent_call", *([str(folder)] if packed else [])]
     environment = os.environ | {"CUTE_DSL_ARCH": "sm_90a", "QUACK_ARCH": "90", "QUACK_CACHE_ENABLED": "0"}
     done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
