@@ -5,9 +5,9 @@ build/gpu/commit                  for results made where there is no git
 build/gpu/triton                  Triton's kernels for sm_90, compiled by SDPO_GPU_PYTHON: a Python of the machine's
                                   version (3.12) with its triton (3.6.0) and any torch. Without one, or where the
                                   machine's Triton is another one, call1 compiles them there, in several processes
-build/gpu/persistent              the persistent kernel for Hopper as libraries, compiled and linked by SDPO_QUACK_PYTHON:
-                                  a Python with the extra `quack`. Without one it is not measured. The compiler itself
-                                  would be 50 MB of the 64, these are 3
+build/gpu/persistent              the persistent kernel for Hopper as libraries, compiled by SDPO_QUACK_PYTHON, a Python
+                                  with g++, nvcc and the extra `quack`. Without one it is not measured. Its
+                                  compiler would take 50 MB of the 64, these take 3
 benchmarks/wheels                 rivals: TRL, Liger, CCE as wheels, and Liger's library for Hopper as *.tar.xz
 """
 
