@@ -61,6 +61,10 @@ OTHERS = [  # SDPO_AUTOTUNE=1 times these and the hand-picked tile, with descrip
     Tile(128, 256, 64, 8, 8, 4),
     Tile(128, 64, 64, 8, 4, 4),
 ]
+HOPPER = (9, 0)  # compute capability
+PERSISTENT_ROWS, PERSISTENT_COLUMNS = 128, 192  # the tile of persistent_kernel.py, on Hopper alone
+PERSISTENT_CLUSTER = 2  # blocks, one below the other, that share each tile of w
+PERSISTENT_GROUP = 8
 INTERPRETED = Tile(16, 32, 16, 2, 1, 1)  # small, so that small tests have many tiles
 
 _FASTEST: dict[tuple[object, ...], Tile] = {}
