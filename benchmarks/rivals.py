@@ -104,6 +104,17 @@ def liger_dpo_eager(problem: Problem) -> Callable[[], Step]:
     return _liger_step(problem, compiled=False)
 
 
+def liger_scaled(problem: Problem) -> Callable[[], Step]:
+    """DPO composed from `LigerFusedLinearScaledCrossEntropyFunction`, the NLL of each token."""
+    module = _imported("liger_kernel.ops.fused_linear_scaled_cross_entropy")
+    function = module.LigerFusedLinearScaledCrossEntropyFunction
+
+    def losses(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return function.apply(rows, weight, targets)
+
+    return _nll_step(problem, losses)
+
+
 def cce(problem: Problem) -> Callable[[], Step]:
     """DPO composed from Apple's cut cross-entropy, without its filter of small gradients, as ours has none."""
     if problem.hidden.device.type != "cuda":
@@ -211,6 +222,7 @@ RIVALS: dict[str, Rival] = {
     "trl_patched_metrics": trl_patched_metrics,
     "liger_dpo": liger_dpo,
     "liger_dpo_eager": liger_dpo_eager,
+    "liger_scaled": liger_scaled,
     "liger_sm90": liger_sm90,
     "liger_tp": liger_tp,
     "cce": cce,

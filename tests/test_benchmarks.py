@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import accuracy, head, measure, scaling, sharded, stages, vocab_parallel
+from benchmarks import accuracy, head, measure, mismatch, scaling, sharded, stages, vocab_parallel
 from benchmarks.problem import (
     IGNORE_INDEX,
     CannotRun,
@@ -112,6 +113,27 @@ def test_the_accuracy_command_lists_measured_and_skipped_cases(tmp_path, capsys)
     assert ours["nats"] < 1e-3
     assert "kernels need CUDA" in cce["skipped"]
     assert "cce: not measured" in capsys.readouterr().out
+
+
+def test_errors_of_a_tokens_probability_as_logits_grow(tmp_path, capsys):
+    """Ours as rounding to float32 explains, and the same bits whatever changes; bf16 logits are far off."""
+    path = tmp_path / "mismatch.json"
+    assert mismatch.main(["--quick", "--cases", "naive bf16", "ours", "liger scaled", f"--json={path}"]) == 0
+    results = {(one["case"], one.get("peak")): one for one in json.loads(path.read_text())["results"]}
+    if importlib.util.find_spec("liger_kernel") is None:
+        assert "make bench-env" in results.pop(("liger scaled", 5))["skipped"]
+    for peak in mismatch.QUICK["peaks"]:
+        assert results["ours", peak]["of_peak"] < 1e-6 < results["naive bf16", peak]["of_peak"]
+        assert {"repeated", "order", "batch", "stash"} <= set(results["ours", peak]["same_bits"])
+    assert results["naive bf16", 80]["probability"] > 1e-3 > results["ours", 80]["probability"]
+    assert "÷ peak" in capsys.readouterr().out
+
+
+def test_the_peak_is_as_asked_and_tokens_are_likely_ones():
+    given = mismatch.problem_of(mismatch.parse(["--quick"]), 80.0)
+    z = given.hidden.detach().flatten(0, 1).double() @ given.weight.detach().double().t()
+    assert z.amax(1).mean().item() == pytest.approx(80, rel=0.01)
+    assert z.log_softmax(1).gather(1, given.labels).mean() > -3
 
 
 def test_real_masks_are_runs_of_completion_tokens():

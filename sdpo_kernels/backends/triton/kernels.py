@@ -234,9 +234,9 @@ def logits_kernel(
     if PIECES > 1:
         pieces = halves(acc)
     if PIECES > 2:
-        pieces = halves(pieces[0]) + halves(pieces[1])
+        pieces = halves(pieces[0]) + halves(pieces[1])  # type: ignore[misc]
     if PIECES > 4:
-        pieces = halves(pieces[0]) + halves(pieces[1]) + halves(pieces[2]) + halves(pieces[3])
+        pieces = halves(pieces[0]) + halves(pieces[1]) + halves(pieces[2]) + halves(pieces[3])  # type: ignore[misc]
     for piece in tl.static_range(PIECES):
         at = piece * (BN // PIECES)
         found = epilogue(

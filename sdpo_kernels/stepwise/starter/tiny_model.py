@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from string import ascii_lowercase
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer
@@ -71,5 +72,6 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 
 def load(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """The model (evaluation mode, float32) and tokenizer in a folder from `save` or from a stage of a run."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), tokenizer
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), tokenizer
