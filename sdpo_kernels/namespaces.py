@@ -1,0 +1,6 @@
+"""The namespaces of this copy's operators at torch's dispatcher. `make hub-kernel` gives each build others."""
+
+from __future__ import annotations
+
+OPERATORS = "sdpo_kernels"  # the custom ops in Python
+NATIVE = "sdpo_native"  # the operators of csrc/; the libraries are compiled with it
