@@ -47,6 +47,7 @@ def _free(name: str) -> str:
 
 OPERATORS = _free("sdpo_kernels_{digest}")
 NATIVE = "sdpo_native_{digest}"  # compiled into the libraries, which are loaded once
+ONE_BUILD = True
 '''
 
 README = f"""---
