@@ -29,7 +29,7 @@ OLDEST := build/oldest
 TESTS ?= tests
 
 .PHONY: help demo picture screenshots test lint bench bench-env trainers serve deepspeed sanitize clang arm old-torch \
-	old-triton oldest wheel clean
+	old-triton oldest wheel hub-kernel clean
 
 demo: $(VENV)/.installed  ## train and compare SFT, DPO and stepwise DPO
 	$(BIN)/python -m examples.demo.run --output $(DEMO_OUTPUT)
@@ -134,6 +134,10 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) setup.py $(NATIVE)
 # with the CUDA library in it where nvcc is found
 wheel: $(VENV)/.installed  ## build one wheel for every Python from 3.10 on
 	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
+
+# downloads nothing and uploads nothing; `kernels` is not needed to build
+hub-kernel: $(VENV)/.installed  ## lay the kernels out for Hugging Face's loader, `kernels`: build/hub-kernel
+	$(BIN)/python -m tests.hub_kernel build/hub-kernel
 
 clean:  ## remove everything built
 	rm -rf $(VENV) build dist *.egg-info sdpo_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

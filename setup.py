@@ -14,6 +14,7 @@ Environment variables, all optional:
     SDPO_NATIVE               0: no libraries, nothing is compiled
     SDPO_REQUIRE_NATIVE       1: a library that cannot be built is an error
     SDPO_CUDA                 0: no CUDA library, which takes a quarter of a minute
+    SDPO_OPERATORS            the operators' namespace in place of sdpo_native (`make hub-kernel`)
     SDPO_SANITIZE             1: the CPU's with the address and undefined-behaviour sanitizers
 """
 
@@ -157,7 +158,7 @@ def find_compiler() -> list[str]:
 def compile_source(command: list[str], source: Path, key: bytes, objects: Path = OBJECTS) -> Path:
     """Compile `source` unless that was done: an object's name has a digest of all that it depends on."""
     if source.name == "ops.cpp":
-        command = [*command, f'-DSDPO_BUILT_FROM="{source_digest(cuda=False)}"']
+        command = [*command, f'-DSDPO_BUILT_FROM="{source_digest(cuda=False)}"', *renamed_operators()]
     digest = hashlib.sha256(key + "\0".join(command).encode() + source.read_bytes()).hexdigest()[:16]
     made = objects / f"{source.stem}-{digest}.o"
     if not made.exists():
@@ -165,6 +166,12 @@ def compile_source(command: list[str], source: Path, key: bytes, objects: Path =
         run([*command, "-c", str(source), "-o", str(whole)])
         whole.replace(made)
     return made
+
+
+def renamed_operators() -> list[str]:
+    """The option that gives the operators the namespace in SDPO_OPERATORS."""
+    name = os.environ.get("SDPO_OPERATORS")
+    return [f"-Dsdpo_native={name}"] if name else []
 
 
 def build_cpu(library: Path, torch: Path) -> None:
@@ -226,6 +233,7 @@ def cuda_command(nvcc: str, library: Path, torch: Path) -> list[str]:
         nvcc, "-shared", "-O3", "-std=c++20", "--threads=0", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden",
         *binaries, *(f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in sorted(ptx)),
         "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={STABLE_ABI}", f'-DSDPO_BUILT_FROM="{source_digest(cuda=True)}"',
+        *renamed_operators(),
         *(f"-isystem={path}" for path in torch_headers(torch)), f"-L{torch / 'lib'}",
         # kept though nothing is used yet of what a CPU torch has of it: a CUDA torch's brings libtorch_cuda
         "-Xlinker=--no-as-needed", "-ltorch", "-ltorch_cpu", "-o", str(library), *map(str, sources),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sdpo_kernels.backends import get_backend, pair_backend
 from sdpo_kernels.backends.base import PairOutputs
+from sdpo_kernels.namespaces import OPERATORS
 from sdpo_kernels.rows import ScoredRows
 
 MOST_PAIRS = 4096  # one small block computes them all
@@ -64,7 +65,7 @@ class _Inputs(NamedTuple):
     backend: Any = None
 
 
-@torch.library.custom_op("sdpo_kernels::pair_epilogue", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::pair_epilogue", mutates_args=())
 def _pair_epilogue(
     logps: Tensor,
     index: Tensor | None,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sdpo_kernels.backends import choose_backend_of_rows
 from sdpo_kernels.head import Head, product_dtype
+from sdpo_kernels.namespaces import OPERATORS
 from sdpo_kernels.rows import IGNORE_INDEX
 
 
@@ -76,7 +77,7 @@ class _Inputs(NamedTuple):
     inplace_backward: Any = None
 
 
-@torch.library.custom_op("sdpo_kernels::logits_logps", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::logits_logps", mutates_args=())
 def _logits_logps(logits: Tensor, targets: Tensor, temperature: float, inplace_backward: bool) -> tuple[Tensor, Tensor]:
     """_Outputs, as a plain tuple."""
     _check_targets(targets, logits.shape[1])
@@ -89,7 +90,7 @@ def _(logits: Tensor, targets: Tensor, temperature: float, inplace_backward: boo
     return logits.new_empty(logits.shape[0], dtype=out), logits.new_empty(logits.shape[0], dtype=torch.float64)
 
 
-@torch.library.custom_op("sdpo_kernels::logits_logps_backward", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::logits_logps_backward", mutates_args=())
 def _gradient(grad: Tensor, logits: Tensor, targets: Tensor, logps: Tensor, lse: Tensor, temperature: float) -> Tensor:
     """dL/dlogits [N, V] in logits' dtype."""
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
@@ -102,7 +103,7 @@ def _(grad: Tensor, logits: Tensor, targets: Tensor, logps: Tensor, lse: Tensor,
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("sdpo_kernels::logits_logps_backward_", mutates_args=("logits",))
+@torch.library.custom_op(f"{OPERATORS}::logits_logps_backward_", mutates_args=("logits",))
 def _gradient_(grad: Tensor, logits: Tensor, targets: Tensor, logps: Tensor, lse: Tensor, temperature: float) -> None:
     """dL/dlogits [N, V] written over `logits`."""
     _write_gradient(logits, grad, logits, targets, logps, lse, temperature)

@@ -18,6 +18,7 @@ from torch import Tensor
 from sdpo_kernels.backends import get_backend
 from sdpo_kernels.backends.base import EXTRAS, HeadCall, Keep, Needs, Saved
 from sdpo_kernels.head import Head, product_dtype
+from sdpo_kernels.namespaces import OPERATORS
 from sdpo_kernels.rows import IGNORE_INDEX, busy_rows, check_ascending, check_targets
 
 
@@ -286,7 +287,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _define(name: str, function: Any, fake: Any, tags: Sequence[torch.Tag] = ()) -> Any:
-    op = torch.library.custom_op(f"sdpo_kernels::{name}", function, mutates_args=(), tags=tags)
+    op = torch.library.custom_op(f"{OPERATORS}::{name}", function, mutates_args=(), tags=tags)
     op.register_fake(fake)
     return op
 

@@ -20,7 +20,7 @@ PACKAGE = "sdpo_kernels"
 
 # the rooms, from the ground up; a room may import from lower layers, and its own files from each other
 LAYERS = [
-    {"version", "head"},
+    {"version", "head", "namespaces"},
     {"losses", "rows"},
     {"backends"},
     {"logps", "logits"},

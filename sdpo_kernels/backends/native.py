@@ -52,7 +52,7 @@ def _cuda_unavailable_reason(device: int) -> str | None:
         raise RuntimeError(f"backend: native: {error}, or set SDPO_BACKEND=eager") from error
     if reason is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "it is built for compute capability 8.0 and later"
-    return reason or torch.ops.sdpo_native.cuda_refuses(device) or None
+    return reason or native_library.OPERATORS.cuda_refuses(device) or None
 
 
 # what torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes a second
@@ -79,12 +79,12 @@ class NativeBackend:
             self.load_error = str(error)
 
         usable = self.unavailable_reason is None and self.load_error is None
-        self.bf16_products = usable and torch.ops.sdpo_native.cpu_chip() == "avx512bf16"
+        self.bf16_products = usable and native_library.OPERATORS.cpu_chip() == "avx512bf16"
 
     @property
     def operators(self) -> Any:
         """The libraries' operators; torch's dispatcher picks the device's."""
-        return torch.ops.sdpo_native
+        return native_library.OPERATORS
 
     def on_cuda(self, tensor: Tensor) -> bool:
         """Whether the CUDA kernels serve `tensor`: their stash is stored by rows, not by blocks of columns."""

@@ -11,11 +11,14 @@ import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sdpo_kernels.backends.source_digest import source_digest
+from sdpo_kernels.namespaces import NATIVE, ONE_BUILD
 
+OPERATORS: Any = getattr(torch.ops, NATIVE)  # the libraries' operators; empty until the first one is loaded
 PACKAGE = Path(__file__).resolve().parents[1]
 CUDA_LIBRARY = PACKAGE / "_cuda.so"
 LIBRARY = Path(os.environ.get("SDPO_NATIVE_LIBRARY", PACKAGE / "_cpu.so"))  # `make sanitize` sets another one
@@ -48,14 +51,14 @@ def is_whole(library: Path) -> bool:
 
 def load() -> str | None:
     """Load the CPU library; None, or why there is none. RuntimeError if there is one that cannot be used."""
-    return _load(LIBRARY, "a C++ compiler", lambda: torch.ops.sdpo_native.built_from(), cuda=False)
+    return _load(LIBRARY, "a C++ compiler", lambda: OPERATORS.built_from(), cuda=False)
 
 
 def load_cuda() -> str | None:
     """The same for the CUDA library, after the CPU library."""
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
-    return _load(CUDA_LIBRARY, "nvcc", lambda: torch.ops.sdpo_native.cuda_built_from(), cuda=True)
+    return _load(CUDA_LIBRARY, "nvcc", lambda: OPERATORS.cuda_built_from(), cuda=True)
 
 
 def _load(library: Path, compiler: str, built_from: Callable[[], str], cuda: bool) -> str | None:
@@ -67,8 +70,11 @@ def _load(library: Path, compiler: str, built_from: Callable[[], str], cuda: boo
         raise RuntimeError(f"{library} is truncated (was its build interrupted?); to rebuild it: {how_to_build()}")
 
     try:
-        torch.ops.load_library(str(library))
-        digest = built_from()
+        digest = _registered(built_from) if ONE_BUILD else None
+        if digest is None:
+            # a second library that defines the same operators would end the process
+            torch.ops.load_library(str(library))
+            digest = built_from()
     except (OSError, AttributeError, RuntimeError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RuntimeError(f"{library} cannot be loaded ({first}); to rebuild it: {how_to_build()}") from error
@@ -77,3 +83,11 @@ def _load(library: Path, compiler: str, built_from: Callable[[], str], cuda: boo
     if is_checkout() and digest != source_digest(SOURCES, cuda):
         raise RuntimeError(f"{library} was built from other sources than {SOURCES}; to rebuild it: {how_to_build()}")
     return None
+
+
+def _registered(built_from: Callable[[], str]) -> str | None:
+    """The digest of a library that is loaded already, as by another copy of the same build; None if there is none."""
+    try:
+        return built_from()
+    except (AttributeError, RuntimeError):
+        return None

@@ -28,6 +28,7 @@ from sdpo_kernels.stepwise.record.environment import run_backend
 from sdpo_kernels.stepwise.record.expo_record import FOLDER
 from sdpo_kernels.stepwise.record.manifest import different_settings
 from sdpo_kernels.stepwise.record.template_time import template_time
+from sdpo_kernels.stepwise.references.shared_cache import cache_line
 from sdpo_kernels.stepwise.settings.reference import EmaSettings
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 from sdpo_kernels.stepwise.settings.trainer_files import trainer_files
@@ -86,6 +87,8 @@ def check_run(config: RunConfig, reporter: Reporter, target: Target | None = Non
     for stage in prepared.stages:
         if stage.prompts is not None:
             reporter.say(f"source     {stage.config.name}: {_source(stage.config.source)}")
+    if config.reference_cache is not None:
+        reporter.say(f"cache      {cache_line(config.reference_cache)}; what fits is known once weights are loaded")
     _say_reference(prepared, processes, reporter)
     reporter.say(f"prompts    {_sharing(prepared)}")
     if reads_clock(prepared.tokenizer):

@@ -31,6 +31,7 @@ from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs, tokenize_pairs
 from sdpo_kernels.stepwise.models.load import load_tokenizer
 from sdpo_kernels.stepwise.models.trial import try_run
 from sdpo_kernels.stepwise.references.multi import check_multi
+from sdpo_kernels.stepwise.references.shared_cache import check_cache_folder
 from sdpo_kernels.stepwise.settings.columns import DataEntry, entry_path
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig, StageConfig
 from sdpo_kernels.stepwise.settings.trainer import LARGEST
@@ -114,6 +115,7 @@ def prepare(
     parts += [] if prepared.eval_tokens is None else [prepared.eval_tokens]
     check_fit(config, prepared.model_config, parts)
     check_multi(config, prepared.tokenizer, parts)
+    check_cache_folder(config)
     prepared.warnings += position_warnings(prepared.model_config, parts)
 
     # what would stop the run hours later stops it now

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ def replace_file(path: Path, content: bytes) -> None:
     if not ranks.is_first():
         return
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # a number of its own, because processes on several machines may have the same id
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with temporary.open("wb") as stream:
             stream.write(content)

@@ -17,7 +17,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -42,41 +42,75 @@ def cache_key(reference_hash: str, tokens: TokenizedPairs, **settings: Any) -> s
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
+class Shared(Protocol):
+    """Scores that other runs may have computed (`shared_cache.py`)."""
+
+    def fill(self, scores: Tensor, missing: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Put what there is of the pairs `missing` into scores [n, 2]; returns those that are still missing."""
+        ...
+
+    def add(self, scores: Tensor, rows: NDArray[np.int64]) -> None:
+        """Keep these rows of scores [n, 2] for other runs."""
+        ...
+
+
 def cached_scores(
-    path: Path, key: str, wanted: NDArray[np.int64], count: int, compute: Callable[[NDArray[np.int64]], Tensor]
+    path: Path,
+    key: str,
+    wanted: NDArray[np.int64],
+    count: int,
+    compute: Callable[[NDArray[np.int64]], Tensor],
+    shared: Callable[[NDArray[np.int64]], Shared] | None = None,
 ) -> Tensor:
     """Scores [count, 2] of at least the pairs `wanted`, NaN for others that have none.
 
-    Those in `path` are taken if the file is valid for `key`. The others are `compute(missing)`, [k, 2], and are saved
-    there. UserError if these are NaN or infinite; nothing is saved then. On several ranks all call this and compute;
-    rank 0 reads and writes the file.
+    1. Those in `path` are taken if the file is valid for `key`.
+    2. Of what is missing, that in `shared(missing)` is taken.
+    3. The others are `compute(missing)`, [k, 2], and are saved in `path`, then in the shared entry.
+
+    UserError if a computed score is NaN or infinite; nothing is saved then. On several ranks all call this and compute;
+    rank 0 reads and writes the files.
     """
+    scores, missing = _stored(path, key, wanted, count)
+    if not len(missing):
+        return scores
+
+    entry = None if shared is None else shared(missing)
+    unscored = missing if entry is None else entry.fill(scores, missing)
+    if len(unscored):
+        if len(unscored) < len(wanted) and ranks.is_first():
+            logger.warning("%s: %s more pairs are scored, the others are there", path.name, f"{len(unscored):,}")
+        scores[unscored] = _finite(compute(unscored), unscored, path.name)
+
+    # the run's own file first: it must not be lost if the shared folder is full
+    write_scores(path, scores, key)
+    if entry is not None and len(unscored):
+        entry.add(scores, unscored)
+    ranks.wait()
+    return scores
+
+
+def _stored(path: Path, key: str, wanted: NDArray[np.int64], count: int) -> tuple[Tensor, NDArray[np.int64]]:
+    """Scores [count, 2] in `path`, NaN where it has none, and which of `wanted` it lacks."""
     # `compute` exchanges scores between ranks, so all of them must miss the same pairs
     scores, reason = ranks.on_first(lambda: read_scores(path, key, count, partial=True))
     if reason and ranks.is_first():
         logger.warning("%s is recomputed: %s", path.name, reason)
     if scores is None:
-        missing, scores = wanted, torch.full((count, 2), torch.nan)
-    else:
-        missing = wanted[scores[wanted, 0].isnan().numpy()]
-        if len(missing) and ranks.is_first():
-            logger.warning("%s: %s more pairs are scored, the others are there", path.name, f"{len(missing):,}")
-    if not len(missing):
-        return scores
+        return torch.full((count, 2), torch.nan), wanted
+    return scores, wanted[scores[wanted, 0].isnan().numpy()]
 
-    # one broken pair would make every loss of its batch NaN
-    found = compute(missing)
+
+def _finite(found: Tensor, pairs: NDArray[np.int64], name: str) -> Tensor:
+    """Scores [k, 2] of `pairs`; UserError if one is not finite: it would make every loss of its batch NaN."""
     bad = ~torch.isfinite(found).all(1)
     if bool(bad.any()):
         raise UserError(
-            f"{path.name}: the model scores {int(bad.sum())} of {len(missing)} pairs as NaN or infinite, the first is "
-            f"pair {int(missing[int(bad.nonzero()[0])]) + 1}; its weights are broken, or they overflow in this "
+            f"{name}: the model scores {int(bad.sum())} of {len(pairs)} pairs as NaN or infinite, the first is "
+            f"pair {int(pairs[int(bad.nonzero()[0])]) + 1}; its weights are broken, or they overflow in this "
             "precision"
         )
-    scores[missing] = found
-    write_scores(path, scores, key)
-    ranks.wait()
-    return scores
+    return found
 
 
 def write_scores(path: Path, scores: Tensor, key: str) -> None:

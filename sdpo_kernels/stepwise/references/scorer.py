@@ -8,6 +8,7 @@ At a stage's start the policy is the reference, so one forward pass replaces a s
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -36,6 +37,7 @@ from sdpo_kernels.stepwise.models.cut import Cut, load_for
 from sdpo_kernels.stepwise.models.load import Loaded
 from sdpo_kernels.stepwise.models.precision import Precision
 from sdpo_kernels.stepwise.references.cache import cache_key, cached_scores
+from sdpo_kernels.stepwise.references.shared_cache import SharedEntry, made_by
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 
 
@@ -122,10 +124,29 @@ class Scorer:
         path: Path,
         wanted: NDArray[np.int64] | None = None,
     ) -> Tensor:
-        """Like `score`, but kept in `path` under a key of everything the scores depend on.
+        """Like `score`, but kept in `path`, and in `reference_cache`, under a key of everything the scores depend on.
 
         If only the pairs `wanted` are needed, others are NaN unless the file has them.
         """
+        key, count = self._key(loaded, model_hash, tokens), len(tokens)
+        pairs = np.arange(count) if wanted is None else wanted
+
+        def compute(missing: NDArray[np.int64]) -> Tensor:
+            return self.score(loaded, tokens if len(missing) == count else tokens.take(missing), label)
+
+        folder = self.config.reference_cache
+        if folder is None:
+            return cached_scores(path, key, pairs, count, compute)
+
+        def shared(missing: NDArray[np.int64]) -> SharedEntry:
+            batches = [self.batch_size, hashlib.sha256(missing.tobytes()).hexdigest()]
+            origin = made_by(loaded, self.config, self.device, batches)
+            return SharedEntry.of(Path(folder), key, origin, lambda text: self.reporter.say(f"{label}: {text}"))
+
+        return cached_scores(path, key, pairs, count, compute, shared)
+
+    def _key(self, loaded: Loaded, model_hash: str, tokens: TokenizedPairs) -> str:
+        """The key of everything that scores within a run depend on."""
         config, model_config = self.config, cast(Any, unwrap(loaded.model).config)
 
         # Only in the key if they are used: keys of other runs must stay what they were.
@@ -139,7 +160,7 @@ class Scorer:
         if loaded.shared:
             only_some["prefix_sharing"] = True  # scores differ in their last digits
 
-        key = cache_key(
+        return cache_key(
             model_hash,
             tokens,
             **only_some,
@@ -152,12 +173,6 @@ class Scorer:
             model=model_config.to_dict() | {"_name_or_path": None},
             attention=model_config._attn_implementation,
         )
-        count = len(tokens)
-
-        def compute(missing: NDArray[np.int64]) -> Tensor:
-            return self.score(loaded, tokens if len(missing) == count else tokens.take(missing), label)
-
-        return cached_scores(path, key, np.arange(count) if wanted is None else wanted, count, compute)
 
     def score_path(self, path: str, tokens: TokenizedPairs, label: str, cache: Path | None = None) -> Tensor:
         """Load the model in `path`, score `tokens` (or read the cache), and release it."""

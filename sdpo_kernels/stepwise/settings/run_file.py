@@ -140,6 +140,7 @@ def _resolve_paths(config: RunConfig, file: str, own_folder: str | None) -> RunC
             "model": _absolute_model(config.model, f"{file}: model"),
             "multi": _absolute_models(config.multi, file),
             "output_dir": output,
+            "reference_cache": config.reference_cache and _absolute(config.reference_cache),
             "stages": stages,
             "eval_data": _absolute_entries(config.eval_data),
         }

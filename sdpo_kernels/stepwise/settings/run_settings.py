@@ -127,6 +127,8 @@ class RunConfig(Section):
             (reference log-probs of 0).
         multi: Settings of `reference: multi`.
         ema: Settings of `reference: ema`.
+        reference_cache: Folder in which log-probs of references outlive the run, for other runs on the same model and
+            pairs. By default they are in the run's own folder only.
         policy: Where a stage's weights start: 'previous' (the previous stage's model) or 'initial' (M₀).
         loss: Name of a loss, or a weighted list of {name, weight, options}.
         loss_options: Options of a loss given by name, e.g. {label_smoothing: 0.1}.
@@ -170,6 +172,7 @@ class RunConfig(Section):
     reference: Literal["previous", "initial", "ema", "multi", "none"] = "previous"
     multi: MultiSettings | None = None
     ema: EmaSettings | None = None
+    reference_cache: Text | None = None
     policy: Literal["previous", "initial"] = "previous"
     loss: Loss = "sigmoid"
     loss_options: Options = Field(default_factory=dict)

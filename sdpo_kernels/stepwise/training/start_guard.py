@@ -61,8 +61,9 @@ class StartGuard:
             cached,
             self.cache_tolerance,
             "rescoring gives {a:.6f}, the reference cache holds {b:.6f}",
-            "a stale reference cache (delete the stage's hidden folder in output_dir), or scores that depend on the "
-            "rest of the batch (batching: padded, or attention kernels that are not exact)",
+            "a stale reference cache (delete the stage's hidden folder in output_dir, and the folder of "
+            "reference_cache if it is set), or scores that depend on the rest of the batch (batching: padded, or "
+            "attention kernels that are not exact)",
         )
 
         # at equality every margin is 0, and such a loss does not depend on the data
