@@ -20,11 +20,12 @@ from typing import Any
 
 from sdpo_kernels.stepwise.common.files import empty_folder, publish_folder
 
-# for a model that knows no chat: a plain transcript
+# for a model that knows no chat; the space after "Answer:" belongs to the answer's first token
 TRANSCRIPT = (
-    "{{ bos_token }}{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ {'user': 'Question: ', 'assistant': 'Answer: '}.get(message['role'], '') }}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ 'Answer:' }}{% endif %}"
 )
 
 

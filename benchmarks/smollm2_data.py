@@ -57,3 +57,8 @@ def spread(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
 def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
     """Rows as JSON lines."""
     replace_file(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def heldout_files(folder: Path) -> list[Path]:
+    """The files of held-out pairs, in the order of the example's `eval_data`."""
+    return [folder / f"heldout_{name}.jsonl" for name in (*STAGES, "eval")]

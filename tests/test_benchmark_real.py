@@ -75,7 +75,7 @@ def test_a_model_without_a_chat_template_gets_a_transcript(tiny):
     tokenizer = runs.make_tokenizer(chat_template=TRANSCRIPT)
     turns = [{"role": "user", "content": "word1"}, {"role": "assistant", "content": "good1"}]
     text = tokenizer.apply_chat_template(turns, tokenize=False)
-    assert text == "<s>User: word1\n\nAssistant: good1</s>\n\n"
+    assert text == "<s>Question: word1\n\nAnswer: good1</s>\n\n"
     assert text.startswith(tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True))
     assert len(answer(model, tokenizer, "word1").split()) <= 24
     assert [name for name, model in MODELS.items() if model.chat_template] == ["gemma3"]
