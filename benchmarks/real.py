@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.real", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="smollm2")
-    parser.add_argument("--pairs", type=int, default=16, help="from each of the four files of the full pack")
+    parser.add_argument("--pairs", type=int, default=8, help="from each of the four files of the full pack")
     parser.add_argument("--max-length", type=int, default=1024, help="tokens of prompt and answer together")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args(arguments)
