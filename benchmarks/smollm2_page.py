@@ -41,9 +41,11 @@ The stages took {seconds} with {threads}, evaluation included.
 
 ![Held-out pair accuracy, reward margin and KL of the initial model, of each stage, and of DPO](smollm2.png)
 
-Judged on {held_out} held-out pairs, in brackets 95 % intervals over these pairs (another seed of training may change
-more). KL is from the initial model, on the answers of {kl_pairs} of them. The rewards are relative to the initial
-model, with β {beta}. {difference}
+Judged on {held_out} held-out pairs. In brackets: 95 % intervals over these pairs. Figures are means over the seeds
+{seeds}. KL is from the initial model, on the answers of {kl_pairs} of the pairs. The rewards are relative to the
+initial model, with β {beta}.
+
+{difference}
 
 Pair accuracy by the file that the held-out pairs come from:
 
@@ -75,19 +77,25 @@ def page(report: dict[str, Any]) -> str:
         total=sum(pairs.values()),
         stages=", ".join(f"{name} ({count} pairs)" for name, count in pairs.items()),
         settings=", ".join(f"{name} {value}" for name, value in settings.items()),
-        seconds=" and ".join(f"{value / 60:.0f} minutes ({name})" for name, value in report["stage_seconds"].items()),
+        seconds=" and ".join(
+            f"{sum(values) / len(values) / 60:.0f} minutes ({name})" for name, values in report["stage_seconds"].items()
+        ),
+        seeds=", ".join(map(str, report["seeds"])),
         threads="one thread" if report["machine"]["threads"] == 1 else f"{report['machine']['threads']} threads",
         table=markdown(
             ["model", "pair accuracy %", "change (points)", "reward accuracy %", "reward margin", "KL (nat a token)"],
             [cells(row) for row in rows],
         ),
-        held_out=len(rows[0]["right"]),
+        held_out=rows[0]["pairs"],
         kl_pairs=report["kl_pairs"],
         beta=settings["beta"],
         difference=difference(rows),
         by_file=markdown(
-            ["model", *FILES.values()],
-            [[name(row), *(f"{100 * row['pair_accuracy_of_files'][file]:.0f}" for file in FILES)] for row in rows],
+            ["model", *FILES.values(), "all, by seed"],
+            [
+                [name(row), *(f"{100 * row['accuracy_of_files'][file]:.0f}" for file in FILES), by_seed(row)]
+                for row in rows
+            ],
         ),
         source=source(report),
     )
@@ -96,6 +104,11 @@ def page(report: dict[str, Any]) -> str:
 def name(row: dict[str, Any]) -> str:
     """What the tables call a model."""
     return f"{row['run']}, after {row['stage']}" if row["run"] else row["stage"]
+
+
+def by_seed(row: dict[str, Any]) -> str:
+    """The pair accuracy with each seed."""
+    return ", ".join(f"{100 * value:.1f}" for value in row["pair_accuracy"]["seeds"])
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -120,9 +133,11 @@ def shown(value: dict[str, float], scale: float, digits: int, sign: str = "") ->
 
 def difference(rows: list[dict[str, Any]]) -> str:
     """What can be said of sDPO against DPO."""
-    found = next(row["accuracy_minus_dpo"] for row in rows if "accuracy_minus_dpo" in row)
-    words = "no difference can be told" if found["low"] <= 0 <= found["high"] else "a difference, with one seed"
-    return f"sDPO's pair accuracy minus DPO's, on the same pairs: {shown(found, 100, 1, '+')} points: {words}."
+    found = rows[-1]["sdpo_minus_dpo"]
+    words = "no difference can be told" if found["low"] <= 0 <= found["high"] else "more than other pairs would change"
+    seeds = ", ".join(f"{100 * value:+.1f}" for value in found["seeds"])
+    points = f"{shown(found, 100, 1, '+')} points (by seed: {seeds})"
+    return f"Pair accuracy of sDPO minus DPO, on the same pairs: {points}: {words}."
 
 
 def picture(report: dict[str, Any], path: Path) -> None:

@@ -12,6 +12,7 @@ from torch.distributions import Categorical, kl_divergence
 
 from benchmarks import real, smollm2, smollm2_data, smollm2_page
 from benchmarks.smollm2_data import STAGES, divide, heldout_files
+from sdpo_kernels.stepwise.references.scorer import Scorer
 from sdpo_kernels.stepwise.settings.run_file import load_config
 from tests.stepwise import runs
 
@@ -30,7 +31,8 @@ def chat_rows(count, seed):
 
 def test_both_runs_have_the_same_pairs_and_all_held_out_files(monkeypatch):
     monkeypatch.chdir(ROOT)
-    stepwise, whole = load_config(smollm2.EXAMPLE), load_config(smollm2.EXAMPLE, smollm2.in_one_stage())
+    stepwise, whole = (load_config(smollm2.EXAMPLE, smollm2.overrides(name, 42)) for name in ("sDPO", "DPO"))
+    assert stepwise == load_config(smollm2.EXAMPLE)
     files = tuple(str(smollm2.FOLDER / f"data/{name}.jsonl") for name in STAGES)
     assert tuple(file for stage in stepwise.stages for file in stage.data) == files
     assert [stage.data for stage in whole.stages] == [files]
@@ -93,25 +95,35 @@ def tiny(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_it_trains_both_and_judges_every_model(tiny, capsys):
-    assert smollm2.main(["--json", "found.json"]) == 0
+def test_it_trains_both_and_judges_every_model(tiny, monkeypatch):
+    genuine, scored = Scorer.score, []
+    monkeypatch.setattr(Scorer, "score", lambda *given: scored.append(given[3]) or genuine(*given))
+    command = ["--seeds", "42", "43", "--json", "found.json"]
+    assert smollm2.main(command) == 0
     found = json.loads((tiny / "found.json").read_text())
     rows = {(row["run"], row["stage"]): row for row in found["results"]}
     stages = ("orca-gsm8k", "ultrafeedback", "human-chat")
     assert list(rows) == [("", "initial model"), *(("sDPO", stage) for stage in stages), ("DPO", "all")]
     assert found["pairs"] == dict.fromkeys(stages, 8) | {"all": 24}
 
+    assert scored.count("initial model: evaluation") == 1
+
     # what the runs themselves say
-    for run, folder in (("sDPO", "sdpo"), ("DPO", "dpo")):
-        for stage in json.loads((tiny / f"runs/smollm2/{folder}/manifest.json").read_text())["stages"]:
-            row = rows[run, stage["name"]]
-            assert row["pair_accuracy"]["mean"] == pytest.approx(stage["eval"]["pair_accuracy"])
-            assert row["reward_margin"]["mean"] == pytest.approx(stage["eval"]["reward_margin"], rel=1e-5)
+    for run, name in (("sDPO", "sdpo"), ("DPO", "dpo")):
+        folders = [tiny / f"runs/smollm2/{name}{seed}" for seed in ("", "-43")]
+        for both in zip(*(json.loads((f / "manifest.json").read_text())["stages"] for f in folders), strict=True):
+            row = rows[run, both[0]["name"]]
+            accuracies = [stage["eval"]["pair_accuracy"] for stage in both]
+            assert row["pair_accuracy"]["seeds"] == pytest.approx(accuracies)
+            assert row["pair_accuracy"]["mean"] == pytest.approx(sum(accuracies) / 2)
+            margins = [stage["eval"]["reward_margin"] for stage in both]
+            assert margins[0] != margins[1]
+            assert row["reward_margin"]["mean"] == pytest.approx(sum(margins) / 2, rel=1e-5)
             assert row["kl"]["mean"] > 0
 
-    # the page says the same, and nothing is trained again
+    # nothing is trained again, and the page says the same
     before = (tiny / "runs/smollm2/dpo/manifest.json").stat().st_mtime_ns
-    assert smollm2.main(["--json", "found.json"]) == 0
+    assert smollm2.main(command) == 0
     assert (tiny / "runs/smollm2/dpo/manifest.json").stat().st_mtime_ns == before
     assert smollm2_page.main(["--results", "found.json", "--docs", str(tiny)]) == 0
     page = (tiny / "smollm2.md").read_text()
