@@ -35,7 +35,7 @@ are not exactly the original ones. From the repository's root, with ../shared/da
 
 sDPO trains on {stages}, one stage after the other; DPO trains on the same pairs at once. Both see
 each pair once, with the same settings: {settings}.
-The stages took {seconds} with {threads}, evaluation included.
+The stages of a run took {seconds} with {threads}, evaluation included, beside other work on the machine.
 
 {table}
 
