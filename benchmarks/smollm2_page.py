@@ -31,7 +31,7 @@ are not exactly the original ones. From the repository's root, with ../shared/da
     python -m benchmarks.smollm2 --prepare   # the model, and the pairs to train on and to judge by
     sdpo train examples/smollm2.yaml         # sDPO; stop it at any time, and run it again
     python -m benchmarks.smollm2 --json {results}  # both runs, as far as they are not finished, and all figures
-    python -m benchmarks.smollm2_page    # this page
+    python -m benchmarks.smollm2_page        # this page
 
 sDPO trains on {stages}, one stage after the other; DPO trains on the same pairs at once. Both see
 each pair once, with the same settings: {settings}.
@@ -41,8 +41,8 @@ The stages of a run took {seconds} with {threads}, evaluation included, beside o
 
 ![Held-out pair accuracy, reward margin and KL of the initial model, of each stage, and of DPO](smollm2.png)
 
-Judged on {held_out} held-out pairs. In brackets: 95 % intervals over these pairs. Figures are means over the seeds
-{seeds}. KL is from the initial model, on the answers of {kl_pairs} of the pairs. The rewards are relative to the
+Judged on {held_out} held-out pairs. In brackets: 95 % intervals over these pairs. Seeds, over which
+figures are means: {seeds}. KL is from the initial model, on the answers of {kl_pairs} of the pairs. The rewards are relative to the
 initial model, with β {beta}.
 
 {difference}
