@@ -193,9 +193,9 @@ def _unused(columns: dict[str, list[str]]) -> list[str]:
         sources.setdefault(", ".join(names), []).append(source)
 
     lines = []
-    for names, (first, *others) in sources.items():
+    for unread, (first, *others) in sources.items():
         more = f" and {counted(len(others), 'other')}" if others else ""
-        lines.append(f"{first}{more}: {names}")
+        lines.append(f"{first}{more}: {unread}")
     return lines
 
 
