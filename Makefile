@@ -56,7 +56,7 @@ lint: $(VENV)/.installed  ## check lint, format and types
 bench: $(VENV)/.installed  ## run a benchmark: make bench BENCH=accuracy
 	$(BIN)/python -m benchmarks.$(BENCH)
 
-bench-env: $(VENV)/.installed  ## install the rivals: TRL, Liger, CCE
+bench-env: $(VENV)/.installed  ## install the rivals (TRL, Liger, CCE) and gguf
 	$(BIN)/pip install -q --no-build-isolation -c $(CONSTRAINTS) -e ".[bench]"
 
 # one of them: make trainers TRAINERS=llamafactory

@@ -60,8 +60,8 @@ def check_run(config: RunConfig, reporter: Reporter, target: Target | None = Non
         reporter.say(f"skipped  {line}")
     processes = (ranks.launched() if target is None else target.gpus) // config.tp_size or 1
     reporter.say(_table(prepared, processes))
-    for source, names in prepared.unused.items():
-        reporter.say(f"unused     {source}: {', '.join(names)}")
+    for line in _unused(prepared.unused):
+        reporter.say(f"unused     {line}")
 
     model = prepared.model_config
     scores = "an external score" if config.score_column else "the initial model"
@@ -187,6 +187,19 @@ def _schedules(prepared: Prepared, processes: int) -> dict[str, Schedule]:
     """The schedules by stage on so many processes, without stages whose pairs are generated: not known yet."""
     known = [schedules_of(prepared.config, stage, processes) for stage in prepared.stages if stage.prompts is None]
     return {name: schedule for of_stage in known for name, schedule in of_stage.items()}
+
+
+def _unused(columns: dict[str, list[str]]) -> list[str]:
+    """A line for all sources that have the same columns which nothing reads."""
+    sources: dict[str, list[str]] = {}
+    for source, names in columns.items():
+        sources.setdefault(", ".join(names), []).append(source)
+
+    lines = []
+    for unread, (first, *others) in sources.items():
+        more = f" and {counted(len(others), 'other')}" if others else ""
+        lines.append(f"{first}{more}: {unread}")
+    return lines
 
 
 def _table(prepared: Prepared, processes: int) -> Table:

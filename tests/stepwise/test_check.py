@@ -112,6 +112,24 @@ def test_the_steps_of_tiers_are_those_of_all_of_them(tmp_path, model):
     assert "stage s1-2" not in text  # 4 of 4 pairs in 1 step, as its epoch
 
 
+def test_unused_columns_are_listed_once_for_all_files_that_have_them(tmp_path, model):
+    others = {
+        "1": {"id": 1, "source": "x"},
+        "2": {"id": 1, "source": "x"},
+        "3": {"id": 1},
+        "4": {"id": 1, "source": "x"},
+    }
+    files = {
+        name: str(runs.write_rows(tmp_path / f"d{name}.jsonl", [row | more for row in runs.make_rows(4, int(name))]))
+        for name, more in others.items()
+    }
+    stages = [{"name": "a", "data": [files["1"], files["2"]]}, {"name": "b", "data": [files["3"]]}]
+    text = checked(runs.configured(tmp_path, model, stages=stages, eval_data=files["4"])).replace("\n", "")
+    assert f"unused     {files['1']} and 2 others: id, source" in text
+    assert f"unused     {files['3']}: id" in text
+    assert text.count("unused  ") == 2
+
+
 def test_bad_rows_and_dropped_pairs_are_listed(tmp_path, model):
     rows = runs.make_rows(5)
     rows[0]["chosen"] = 7

@@ -1,0 +1,124 @@
+"""Hidden states, head and targets of a real language model: `python -m benchmarks.real --model smollm2`.
+
+Random hidden states have logits that no language model has, so they must not be used to show a gain in accuracy,
+sparsity or speed. This command gets a model (`real_models.py`), asks it a question, sends answers of real pairs
+through it, and writes what its head takes to runs/real/<model>/head.safetensors, which is never committed.
+
+    real = load("smollm2")
+    logits = real.hidden[:100] @ real.head.T      # those of the model
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.problem import DATA, CannotRun
+from sdpo_kernels import linear_logps
+
+RUNS = Path(__file__).resolve().parents[1] / "runs" / "real"
+FILES = (
+    "stage1_orca_gsm8k.jsonl.gz", "stage2_ultrafeedback.jsonl.gz", "stage3_human_chat.jsonl.gz", "eval.jsonl.gz",
+)  # fmt: skip
+HIGHEST_NATS = 2.0  # a token, of a model that is as it should be; a wrong tokenizer or weight gives 3 and more
+
+
+@dataclass(frozen=True)
+class Real:
+    """What the head takes to score P pairs of answers, one row for each of their N tokens."""
+
+    hidden: Tensor  # [N, H] float32, after the last norm: row i predicts targets[i]
+    head: Tensor  # [V, H] float32
+    targets: Tensor  # [N] int64
+    lengths: Tensor  # [2P] int64, rows of each answer: all chosen ones first, then the rejected in the same order
+
+
+def load(name: str, runs: Path = RUNS) -> Real:
+    """What `python -m benchmarks.real --model name` has written; CannotRun if it has not."""
+    from safetensors.torch import load_file
+
+    file = runs / name / "head.safetensors"
+    if not file.is_file():
+        raise CannotRun(f"{file} is missing: python -m benchmarks.real --model {name}")
+    return Real(**load_file(file))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Get the model, check it, and write its hidden states."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from benchmarks.real_models import MODELS, answer, model_folder
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.real", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, default="smollm2")
+    parser.add_argument("--pairs", type=int, default=8, help="from each of the four files of the full pack")
+    parser.add_argument("--max-length", type=int, default=1024, help="tokens of prompt and answer together")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+
+    known = MODELS[options.model]
+    print(known.licence)
+    folder = model_folder(options.model, RUNS)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    said = answer(model, tokenizer, known.question)
+    print(f"{known.question} {said!r}")
+    real = extract(model, tokenizer, [DATA / "full" / name for name in FILES], options.pairs, options.max_length)
+    nats = nats_per_token(real)
+    print(f"{len(real.targets):,} tokens of {len(real.lengths)} answers: {nats:.3f} nat a token")
+    if known.answer not in said or nats > HIGHEST_NATS:
+        raise SystemExit(f"not as it should be: the answer has {known.answer!r}, and {HIGHEST_NATS} nat are the most")
+
+    write(real, RUNS / options.model / "head.safetensors")
+    return 0
+
+
+def extract(model: Any, tokenizer: Any, files: list[Path], pairs: int, max_length: int) -> Real:
+    """The rows that score `pairs` pairs of each file, spread over it, tokenised as the driver does."""
+    from sdpo_kernels.stepwise.data.pairs import read_pairs
+    from sdpo_kernels.stepwise.data.tokenize import tokenize_pairs
+
+    chosen, rejected = [], []
+    for file in files:
+        found = read_pairs([str(file)], on_bad_row="error").pairs
+        some = found[:: max(1, len(found) // pairs)][:pairs]
+        for pair in tokenize_pairs(some, tokenizer, max_length=max_length, truncation="keep_start"):
+            chosen.append(pair.chosen)
+            rejected.append(pair.rejected)
+
+    hidden, targets = [], []
+    for sequence in chosen + rejected:
+        ids = torch.from_numpy(sequence.ids).long()
+        with torch.no_grad():
+            states = model.base_model(ids[None, :-1], use_cache=False).last_hidden_state[0]
+        hidden.append(states[sequence.prompt_length - 1 :])
+        targets.append(ids[sequence.prompt_length :])
+
+    head = model.get_output_embeddings().weight.detach()
+    return Real(torch.cat(hidden), head, torch.cat(targets), torch.tensor([len(rows) for rows in targets]))
+
+
+def nats_per_token(real: Real) -> float:
+    """How many nats a target costs on average."""
+    return -linear_logps(real.hidden, real.head, real.targets).logps.double().mean().item()
+
+
+def write(real: Real, file: Path) -> None:
+    """Write `real` to a safetensors file, atomically."""
+    from safetensors.torch import save
+
+    from sdpo_kernels.stepwise.common.files import replace_file
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(file, save({field.name: getattr(real, field.name).contiguous() for field in fields(real)}))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
