@@ -38,7 +38,7 @@ picture: demo  ## the picture that README shows
 	cp $(DEMO_OUTPUT)/comparison.png docs/demo.png
 
 # light and wide, dark and narrow; Blink's preferredColorScheme is 0 for dark and 1 for light
-screenshots: demo  ## the screenshots of a report that docs/running.md shows (needs chromium)
+screenshots: demo  ## the screenshots of a report that docs/report.md shows (needs chromium)
 	$(CHROMIUM) --window-size=1200,1480 --blink-settings=preferredColorScheme=1 --screenshot=docs/report-wide.png \
 		file://$(abspath $(DEMO_OUTPUT))/sdpo/report.html
 	$(CHROMIUM) --window-size=390,1480 --blink-settings=preferredColorScheme=0 --screenshot=docs/report-narrow.png \
