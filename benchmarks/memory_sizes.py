@@ -1,7 +1,9 @@
-"""Memory by model size: the planner of `sdpo check` over known models and ways to train, `python -m benchmarks.memory_sizes`.
+"""Memory by model size: the planner of `sdpo check` over known models and ways to train.
 
-Writes benchmarks/results/memory-sizes.json and docs/memory_by_size.md; with `--page` the page alone, from that file. The
-architectures are written down here, so that no model is needed. Nothing is measured, and no GPU is needed.
+    python -m benchmarks.memory_sizes          # plan; benchmarks/results/memory-sizes.json and docs/memory_by_size.md
+    python -m benchmarks.memory_sizes --page   # the page alone, from that file
+
+The architectures are written down here, so that no model is needed. Nothing is measured, and no GPU is needed.
 """
 
 from __future__ import annotations

@@ -14,7 +14,16 @@ from typing import Any
 import griffe
 from pydantic import BaseModel
 
-from sdpo_kernels.stepwise.settings import columns, generation, lora, post, quantization, reference, run_settings, source
+from sdpo_kernels.stepwise.settings import (
+    columns,
+    generation,
+    lora,
+    post,
+    quantization,
+    reference,
+    run_settings,
+    source,
+)
 from sdpo_kernels.stepwise.settings.trainer import DEFAULT_TRAINER, OWNED, REMOVED
 
 # of run.yaml's sections: the class, and how its keys are written

@@ -1,7 +1,8 @@
 """Copies the pages to build/docs, where the site is built from: `python -m docs.site.stage`.
 
-CONTRIBUTING.md and CHANGELOG.md become pages, too. A link to any other file of the repository that is not in docs/ turns
-into a link to the repository's address. In docs/ itself all links stay relative, as GitHub and editors follow them.
+CONTRIBUTING.md and CHANGELOG.md become pages, too. A link to any other file of the repository that is not in docs/
+turns into a link to the repository's address. In docs/ itself all links stay relative, as GitHub and editors follow
+them.
 """
 
 from __future__ import annotations
