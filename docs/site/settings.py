@@ -124,13 +124,13 @@ def default(section: type[BaseModel], key: str) -> str:
 def as_yaml(value: Any) -> str:
     """A default as it would stand in run.yaml."""
     if isinstance(value, float):
-        return f"{value:g}"
+        return f"{value:g}".replace("e-0", "e-")
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def trainer_defaults() -> str:
     """What `trainer` has where run.yaml does not say otherwise."""
-    return table(("key", "default"), [(f"`trainer.{key}`", f"`{as_yaml(v)}`") for key, v in DEFAULT_TRAINER.items()])
+    return table(("key", "default"), [(f"`{key}`", f"`{as_yaml(v)}`") for key, v in DEFAULT_TRAINER.items()])
 
 
 def trainer_owned() -> str:
