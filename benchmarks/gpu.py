@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+from benchmarks import packed_persistent
 from benchmarks.gpu_steps import Runner, Step
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +29,7 @@ SHAPES = [(16, 32, 300), (16, 32, 200)] if STUB else [
     (8192, 4096, 128256), (8192, 2048, 151936), (16384, 3584, 152064), (4096, 8192, 128256), (8192, 2304, 256000)
 ]  # fmt: skip
 OURS = ("gemms", "ours", "ours_native", "ours_without_stash", "ours_native_without_stash")
+PERSISTENT = ("ours_persistent",) if packed_persistent.is_packed() and not STUB else ()
 RIVALS = ("gemms", "ours", "ours_native", "cce", "trl_fused_scored", "liger_dpo", "liger_sm90", "quack")
 LIGER = ("gemms", "ours", "liger_tp")  # its library starts a communication layer, which may end or hold the process
 TESTED = "tests/cuda"
@@ -60,15 +63,15 @@ def first_call(results: Path) -> list[list[Step]]:
     return [
         *build(),
         [about(results)],
-        [*(tests(backend) for backend in BACKENDS), once()],
+        [*(tests(backend) for backend in BACKENDS), *([tests_of_persistent()] if PERSISTENT else []), once()],
         [accuracy(results)],
-        [head(results, SHAPES[0], OURS, 60)],
+        [head(results, SHAPES[0], OURS + PERSISTENT, 60)],
     ]
 
 
 def second_call(results: Path) -> list[list[Step]]:
     """How fast is it? And last what compute-sanitizer says."""
-    own = [[head(results, shape, OURS, 40)] for shape in SHAPES[1:]]
+    own = [[head(results, shape, OURS + PERSISTENT, 40)] for shape in SHAPES[1:]]
     rivals = [[head(results, shape, RIVALS, 70, "rivals")] for shape in (SHAPES[0], SHAPES[-1])]
     parts = [Step("parts", python("-m", "benchmarks.parts", f"--jsonl={results}", f"--device={DEVICE}"), 70)]
     last = [
@@ -110,6 +113,13 @@ def tests(backend: str) -> Step:
     return Step(f"tests-{backend}", pytest(TESTED, *apart, *few), 110, {"SDPO_TEST_BACKENDS": backend} | on_device())
 
 
+def tests_of_persistent() -> Step:
+    """Those of Triton once more with the packed persistent kernel, which takes the calls that are its own."""
+    step = tests("triton")
+    command = (*step.command, "-p", "benchmarks.packed_persistent")
+    return replace(step, name="tests-persistent", command=command, environment={**step.environment, "SDPO_QUACK": "1"})
+
+
 def once() -> Step:
     """The tests that no backend repeats: Trainer, DDP, and those that end their process."""
     few = ("-k", "refused") if STUB else ()
@@ -131,7 +141,7 @@ def accuracy(results: Path) -> Step:
     cases = ["ours", "ours_native", "ours_without_stash", "ours_native_without_stash", "ours_eager", "trl_fused_scored"]
     size = ["--length=8", "--hidden=16", "--vocabs", "90"] if STUB else ["--hidden=2048", "--vocabs", "151936"]
     command = ["-m", "benchmarks.accuracy", f"--device={DEVICE}", "--together", "--dtypes", "bf16", *size]
-    command += ["--inputs", "plain", "confident", "--cases", *cases, f"--jsonl={results}"]
+    command += ["--inputs", "plain", "confident", "--cases", *cases, *PERSISTENT, f"--jsonl={results}"]
     return Step("accuracy", python(*command), 45)
 
 

@@ -5,6 +5,9 @@ build/gpu/commit                  for results made where there is no git
 build/gpu/triton                  Triton's kernels for sm_90, compiled by SDPO_GPU_PYTHON: a Python of the machine's
                                   version (3.12) with its triton (3.6.0) and any torch. Without one, or where the
                                   machine's Triton is another one, call1 compiles them there, in several processes
+build/gpu/persistent              the persistent kernel for Hopper as libraries, compiled by SDPO_QUACK_PYTHON, a Python
+                                  with g++, nvcc and the extra `quack`. Without one it is not measured. Its
+                                  compiler would take 50 MB of the 64, these take 3
 benchmarks/wheels                 rivals: TRL, Liger, CCE as wheels, and Liger's library for Hopper as *.tar.xz
 """
 
@@ -39,6 +42,7 @@ def main() -> int:
     build_libraries()
     (PACKED / "commit").write_text(commit() + "\n")
     compile_kernels(os.environ.get("SDPO_GPU_PYTHON"))
+    compile_persistent(os.environ.get("SDPO_QUACK_PYTHON"))
     gather_rivals()
     print(calls(size_of_tree(), size_of_carried()))
     return 0
@@ -81,6 +85,17 @@ def compile_kernels(python: str | None) -> None:
             kept = PACKED / "triton" / path.relative_to(CACHE)
             kept.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, kept)
+
+
+def compile_persistent(python: str | None) -> None:
+    """The persistent kernel's libraries, with `python`."""
+    folder = PACKED / "persistent"
+    shutil.rmtree(folder, ignore_errors=True)
+    if python is None:
+        print("SDPO_QUACK_PYTHON is not set: the persistent kernel will not be measured")
+        return
+    command = [python, "-m", "benchmarks.compile_persistent", str(folder), "--link"]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
 
 
 def gather_rivals() -> None:

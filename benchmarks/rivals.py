@@ -9,18 +9,22 @@ raise `CannotRun` with the reason if it cannot run.
 from __future__ import annotations
 
 import importlib
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import packed_persistent
 from benchmarks.problem import IGNORE_INDEX, CannotRun, Problem, Step
 from sdpo_kernels import fused_linear_dpo
 from sdpo_kernels.backends import auto_choice
 from sdpo_kernels.backends.base import EXTRAS, Request
+from sdpo_kernels.backends.triton.persistent import is_installed
 from sdpo_kernels.head import Head
 from sdpo_kernels.integrations import trl as fused_trl
 
@@ -178,6 +182,22 @@ def ours_native_without_stash(problem: Problem) -> Callable[[], Step]:
     return _our_step(problem, 0, "native")
 
 
+def ours_persistent(problem: Problem) -> Callable[[], Step]:
+    """`fused_linear_dpo` with `SDPO_QUACK=1`: QuACK's persistent kernel in place of Triton's tiles."""
+    _needs_hopper(problem, "quack-kernels")
+    if not is_installed():
+        if not packed_persistent.is_packed():
+            raise CannotRun("neither quack-kernels nor libraries packed by benchmarks/gpu.sh are here")
+        packed_persistent.use()
+    step = _our_step(problem, "auto")
+
+    def asked() -> Step:
+        with mock.patch.dict(os.environ, SDPO_QUACK="1"):
+            return step()
+
+    return asked
+
+
 RIVALS: dict[str, Rival] = {
     "gemms": gemms,
     "naive": naive,
@@ -200,6 +220,7 @@ RIVALS: dict[str, Rival] = {
     "ours_eager": ours_eager,
     "ours_native": ours_native,
     "ours_native_without_stash": ours_native_without_stash,
+    "ours_persistent": ours_persistent,
 }
 FLOOR = "gemms"
 

@@ -1,4 +1,4 @@
-"""The command `sdpo`: train, check, score, report, expo and info. Each subcommand only calls into `stepwise/`."""
+"""The command `sdpo`: init, train, check, score, report, expo and info. Each subcommand only calls into `stepwise/`."""
 
 from __future__ import annotations
 
@@ -36,6 +36,24 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to override, e.g. beta=0.05.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and warnings only.")]
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder for the run.")],
+    model: Annotated[
+        str | None, typer.Option(help="A model of yours, a folder or a name on the hub; without it a tiny one is made.")
+    ] = None,
+) -> None:
+    """Write a small run to start from: a run.yaml, preference pairs and a tiny model. It trains in a minute."""
+    from sdpo_kernels.stepwise.common import ranks
+
+    with _reporter().waiting(_LOADING):
+        from sdpo_kernels.stepwise.starter.init import write_starter
+
+    run_file = ranks.once(lambda: write_starter(folder, model))
+    if _is_first():
+        typer.echo(f"wrote {folder}; to train: sdpo train {run_file}")
 
 
 @app.command(context_settings=_TAKES_OVERRIDES)

@@ -68,7 +68,7 @@ def test_every_rival_computes_the_same_loss_and_gradients(name):
         assert error(mine, right) < rounding * size(right)
 
 
-@pytest.mark.parametrize("name", ["liger_sm90", "cce", "quack"])
+@pytest.mark.parametrize("name", ["liger_sm90", "cce", "quack", "ours_persistent"])
 def test_a_cuda_kernel_gives_the_reason_why_it_cannot_run_on_the_cpu(name):
     with pytest.raises(CannotRun, match="kernels need CUDA"):
         RIVALS[name](problem())

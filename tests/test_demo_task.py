@@ -17,17 +17,17 @@ from rich.console import Console
 
 from examples.demo.evaluate import answer_logps, difference, exactly_right, pair_gammas
 from examples.demo.generate import write_answers
-from examples.demo.model import build_model, build_tokenizer, load, save
 from examples.demo.preferences import is_wrong_word, preference_pairs, read_pairs, write_pairs
 from examples.demo.results import Judged, difference_lines, gamma_table, result_rows, result_table, write_results
 from examples.demo.setup import QUICK, Settings, set_up
 from examples.demo.sft import NOT_SCORED, answer_tensors, warm_up
-from examples.demo.task import SOURCES, SPLITS, Problem, draw_words, split_of, warmup_corpus
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.progress import Reporter
 from sdpo_kernels.stepwise.data.pairs import read_pairs as driver_reads
 from sdpo_kernels.stepwise.data.tokenize import tokenize_pairs
 from sdpo_kernels.stepwise.settings.run_file import load_config
+from sdpo_kernels.stepwise.starter.letters import SOURCES, SPLITS, Problem, draw_words, split_of, warmup_corpus
+from sdpo_kernels.stepwise.starter.tiny_model import build_model, build_tokenizer, load, save
 
 words = st.text(ascii_lowercase, min_size=2, max_size=9)
 sources = st.sampled_from(SOURCES)

@@ -39,6 +39,7 @@ LAYERS = [
     {"stepwise.prepare"},
     {"stepwise.stage", "stepwise.score", "stepwise.post"},
     {"stepwise.run", "stepwise.check"},
+    {"stepwise.starter"},
     {"cli"},
     {"__main__"},
 ]

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from examples.demo.generate import write_answers
 from examples.demo.sft import NOT_SCORED, answer_tensors
-from examples.demo.task import Problem
+from sdpo_kernels.stepwise.starter.letters import Problem
 
 
 def exactly_right(

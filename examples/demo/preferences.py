@@ -14,7 +14,7 @@ from string import ascii_lowercase
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from examples.demo.generate import write_answers
-from examples.demo.task import Problem, Source, Split, draw_words
+from sdpo_kernels.stepwise.starter.letters import Problem, Source, Split, draw_words
 
 ROUNDS = 20  # of `count` prompts each; a model that is wrong less often than once in 20 has little to learn here
 

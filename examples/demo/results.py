@@ -17,10 +17,10 @@ from rich import box
 from rich.table import Table
 
 from examples.demo.evaluate import difference, exactly_right, pair_gammas
-from examples.demo.model import load
 from examples.demo.setup import HELDOUT, Settings
-from examples.demo.task import SOURCES, draw_words
 from sdpo_kernels.stepwise.report.comparison import comparison_html, comparison_picture
+from sdpo_kernels.stepwise.starter.letters import SOURCES, draw_words
+from sdpo_kernels.stepwise.starter.tiny_model import load
 
 TITLE = "Sorting letters: the warm start, DPO on all pairs at once, stepwise DPO"
 NOTE = (

@@ -25,13 +25,13 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from examples.demo.evaluate import pair_gammas
-from examples.demo.model import load
 from examples.demo.results import difference_lines, gamma_table, judge, result_rows, result_table, write_results
 from examples.demo.setup import FULL, QUICK, Settings, Start, set_up
 from sdpo_kernels.stepwise.common.errors import Interrupted, UserError
 from sdpo_kernels.stepwise.common.progress import Reporter
 from sdpo_kernels.stepwise.run import run
 from sdpo_kernels.stepwise.settings.run_file import load_config
+from sdpo_kernels.stepwise.starter.tiny_model import load
 
 NAMES = {"dpo": "DPO", "sdpo": "sDPO"}
 

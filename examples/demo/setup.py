@@ -17,14 +17,14 @@ from typing import Any
 
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from examples.demo.model import build_model, build_tokenizer, save
 from examples.demo.preferences import preference_pairs, read_pairs, write_pairs
 from examples.demo.sft import warm_up
-from examples.demo.task import SOURCES, Split, warmup_corpus
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.files import replace_file
 from sdpo_kernels.stepwise.common.progress import Reporter
 from sdpo_kernels.stepwise.settings.yaml_file import write_settings
+from sdpo_kernels.stepwise.starter.letters import SOURCES, Split, warmup_corpus
+from sdpo_kernels.stepwise.starter.tiny_model import build_model, build_tokenizer, save
 
 TRAINING: Split = "preference"
 HELDOUT: Split = "heldout"

@@ -22,15 +22,15 @@ from typing import Any
 import torch
 
 from examples.demo.evaluate import exactly_right, pair_gammas
-from examples.demo.model import load
 from examples.demo.preferences import read_pairs
 from examples.demo.setup import FULL, HELDOUT, QUICK, Settings, pair_file
-from examples.demo.task import SOURCES, draw_words
 from examples.methods.prepare import DEV_PAIRS, FOLDER, prepare
 from sdpo_kernels.stepwise.common.progress import Reporter
 from sdpo_kernels.stepwise.run import run
 from sdpo_kernels.stepwise.settings.run_file import load_config
 from sdpo_kernels.stepwise.settings.yaml_file import read_settings, write_settings
+from sdpo_kernels.stepwise.starter.letters import SOURCES, draw_words
+from sdpo_kernels.stepwise.starter.tiny_model import load
 
 HERE = Path(__file__).parent
 SEEDS = (7, 8, 9)

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import torch
 
-from examples.demo.model import save
 from examples.demo.preferences import write_pairs
 from examples.demo.setup import FULL, QUICK, Settings, set_up, warmed_up
-from examples.demo.task import SOURCES, draw_words
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.progress import Reporter
+from sdpo_kernels.stepwise.starter.letters import SOURCES, draw_words
+from sdpo_kernels.stepwise.starter.tiny_model import save
 
 FOLDER = Path("runs/methods/start")
 PROMPTS = 640  # per source

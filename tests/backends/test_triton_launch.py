@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from sdpo_kernels import backends
 from sdpo_kernels.backends import redone
 from sdpo_kernels.backends.base import EXTRAS, HeadCall, Keep, Needs, PairOutputs, Request, Saved
-from sdpo_kernels.backends.triton import backend, epilogue, gradients, kernels, launch, targets
+from sdpo_kernels.backends.triton import backend, epilogue, gradients, kernels, launch, persistent, targets
 from sdpo_kernels.backends.triton.tiles import PLAIN
 from sdpo_kernels.head import Head
 
@@ -94,6 +94,21 @@ def test_launches_of_a_small_step(launches):
     assert launch_a_step(frozen=True) == (9, 1)
 
 
+def by_quack(monkeypatch) -> None:
+    """From now on every call is one of the persistent kernel's, with tiles of 48 columns."""
+    monkeypatch.setattr(persistent, "serves", lambda *operands: True)
+    monkeypatch.setattr(persistent, "logits", lambda *operands: LAUNCHED.append("persistent"))
+    for module in (persistent, launch):
+        monkeypatch.setattr(module, "PERSISTENT_COLUMNS", 48)
+
+
+def test_launches_of_a_small_step_with_the_persistent_kernel(launches, monkeypatch):
+    """Two more: itself, before the columns that are left over, and the floats that it takes of each row."""
+    by_quack(monkeypatch)
+    assert launch_a_step() == (7, 8)
+    assert [name for name in LAUNCHED if name in ("persistent", "logits_kernel")] == ["persistent", "logits_kernel"]
+
+
 def pair_outputs(n_pairs: int) -> PairOutputs:
     n = 2 * n_pairs
     return PairOutputs(torch.zeros(()), torch.zeros(n), torch.zeros(4, n_pairs), torch.zeros(n))
@@ -104,10 +119,12 @@ def launch_pairs(n_pairs: int) -> None:
     epilogue.pair_epilogue(ref, None, None, ref, counts, 0, 0.1, 0.0, pair_outputs(n_pairs))
 
 
-def test_every_kernel_is_launched_as_the_compiled_ones_that_are_inspected(launches):
+def test_every_kernel_is_launched_as_the_compiled_ones_that_are_inspected(launches, monkeypatch):
     """test_triton_compiles.py compiles with launch.COMPILED; without it Triton 3.9 has no fused multiply-add."""
     launch_a_step()
     launch_pairs(1)
+    by_quack(monkeypatch)
+    launch_a_step()
     assert launches.keys() == KERNELS.keys()
     for name, options in launches.items():
         assert options.get("enable_fp_fusion") is True, name

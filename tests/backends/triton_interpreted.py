@@ -335,7 +335,7 @@ def test_autotuning_takes_the_fastest_tile_once_and_the_answers_stay_right(monke
 
 @pytest.mark.parametrize(
     ("softcap", "pieces", "stash_bytes"),
-    [(None, 2, ALL), (None, 4, 4 * 35 * 64), (5.0, 2, 0), (5.0, 4, ALL)],
+    [(None, 2, ALL), (None, 4, 4 * 35 * 64), (5.0, 2, 0), (5.0, 8, ALL)],
 )
 def test_pieces_of_a_tile(softcap, pieces, stash_bytes, monkeypatch):
     """Targets, padding, bias and the stash's border may be in any of the pieces."""

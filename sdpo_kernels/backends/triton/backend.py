@@ -60,7 +60,7 @@ def chunk_columns(call: HeadCall, tile_columns: int) -> int:
 
 def _forward_columns(rows: Rows, direction: Tensor | None) -> int:
     """Columns per launch of a forward: all, unless W is cast, S is in scratch memory or the extras' sums are many."""
-    call, tile = rows.call, rows.tile.columns
+    call, tile = rows.call, rows.columns
     if call.weight.dtype == call.dtype and direction is None:
         columns = -(-call.weight.shape[0] // tile) * tile
     else:
@@ -103,8 +103,8 @@ def forward(call: HeadCall, keep: Keep) -> HeadForward:
 
 def _sums(rows: Rows, stash: Tensor | None, direction: Tensor | None) -> tuple[Sums, launch.Finished]:
     """The walk and what follows from its sums; rows out of range are recomputed before anything reads them."""
-    n_columns, tile = rows.call.weight.shape[0], rows.tile
-    sums = Sums.of(rows, -(-n_columns // tile.columns), _forward_columns(rows, direction) // tile.columns)
+    n_columns, tile = rows.call.weight.shape[0], rows.columns
+    sums = Sums.of(rows, -(-n_columns // tile), _forward_columns(rows, direction) // tile)
     with precision.full(rows.x.device):
         _walk(rows, sums, stash, direction)
 
@@ -174,7 +174,7 @@ def _stashed(saved: Saved, start: int, stop: int) -> Tensor:
 
 def _scratch_of(scratch: Tensor, rows: Rows, n_columns: int) -> Tensor:
     """The start of `scratch` as a contiguous [N, whole tiles]; the kernel sets columns from `n_columns` on to 0."""
-    n_rows, tile = rows.call.hidden.shape[0], rows.tile.columns
+    n_rows, tile = rows.call.hidden.shape[0], rows.columns
     width = -(-n_columns // tile) * tile
     return scratch[: n_rows * width].view(n_rows, width)
 
@@ -209,7 +209,7 @@ def _backward(call: HeadCall, saved: Saved, grad_logps: Tensor, needs: Needs) ->
     by_target = SortedRows.of(rows.targets, call.weight.shape[0], by.t) if needs.weight or needs.bias else None
 
     # one product takes the whole stash, unless its rows or W have to be copied for it
-    stashed, step = min(saved.keep.n_columns, call.weight.shape[0]), chunk_columns(call, rows.tile.columns)
+    stashed, step = min(saved.keep.n_columns, call.weight.shape[0]), chunk_columns(call, rows.columns)
     copied = call.weight.dtype != call.dtype or saved.rows is not None
     at_once = step if copied else max(stashed, 1)
 

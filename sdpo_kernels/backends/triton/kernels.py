@@ -81,9 +81,9 @@ def target_logits_kernel(
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     if index is not None:
-        inside = (row > 0) & (row < n_indexed)
-        before_it = tl.load(index + row - 1, inside, other=-1)
-        tl.device_assert(tl.load(index + row, inside, other=0) > before_it, "rows: its index must be ascending")
+        follows = (row > 0) & (row < n_indexed)
+        before_it = tl.load(index + row - 1, follows, other=-1)
+        tl.device_assert(tl.load(index + row, follows, other=0) > before_it, "rows: its index must be ascending")
     tl.device_assert((target >= (-1 if SLICE else 0)) & (target < n_columns), "targets: must be in [0, V) or -100")
     one = tl.arange(0, 1)
     if target < 0:
@@ -202,12 +202,12 @@ def epilogue(
 
 
 # otherwise every kind of batch size is compiled separately
-@triton.jit(do_not_specialize=["n_rows", "n_columns", "stash_rows", "first_column"])
+@triton.jit(do_not_specialize=["n_rows", "n_columns", "stash_rows", "first_column", "first_tile"])
 def logits_kernel(
     x, w, bias, targets, shift,  # [N, H], [C, H], [C], [N] int64, [N] float64: k
     sums, parts, gemm_target, stash,  # [tiles of all chunks, N], [tiles of this one, 4, N], [N], [N, stash_stride]
     n_rows, n_columns, width, x_stride, w_stride, stash_rows, stash_columns, stash_stride, stash_start, first_column,
-    before, by,
+    first_tile, before, by,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     CAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, SUMS: tl.constexpr, EXTRAS: tl.constexpr, STORE: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PIECES: tl.constexpr, UPCAST: tl.constexpr,
@@ -231,11 +231,12 @@ def logits_kernel(
     none = tl.zeros([BM], tl.float32)
     found = (none, none, none, none, none + float("-inf"), none)
     pieces = (acc,)
-    if PIECES == 2:
+    if PIECES > 1:
         pieces = halves(acc)
-    if PIECES == 4:
-        left, right = halves(acc)
-        pieces = halves(left) + halves(right)
+    if PIECES > 2:
+        pieces = halves(pieces[0]) + halves(pieces[1])
+    if PIECES > 4:
+        pieces = halves(pieces[0]) + halves(pieces[1]) + halves(pieces[2]) + halves(pieces[3])
     for piece in tl.static_range(PIECES):
         at = piece * (BN // PIECES)
         found = epilogue(
@@ -246,7 +247,7 @@ def logits_kernel(
 
     o, mean, squares, total, top, at_target = found
     if SUMS:
-        tl.store(sums + (first_column // BN + column_tile).to(tl.int64) * n_rows + rows, o, there)
+        tl.store(sums + (first_tile + column_tile).to(tl.int64) * n_rows + rows, o, there)
     if EXTRAS:
         to = parts + column_tile.to(tl.int64) * PARTS * n_rows + rows
         tl.store(to, mean * LN2, there)
@@ -254,6 +255,21 @@ def logits_kernel(
         tl.store(to + 2 * n_rows, total * (by * LN2), there)
         tl.store(to + 3 * n_rows, top * LN2, there)
         tl.store(gemm_target + rows, at_target * LN2, there & here)
+
+
+# otherwise every kind of batch size is compiled separately
+@triton.jit(do_not_specialize=["n_rows", "first_column"])
+def float_rows_kernel(
+    targets, shift,  # [N] int64, [N] float64: k
+    c, relative,  # [N] float32 each
+    n_rows, first_column,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What the persistent kernel takes of each row: c, and the target relative to the first column of its launch."""
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = rows < n_rows
+    tl.store(c + rows, shift_of(tl.load(shift + rows, there, other=0.0)), there)
+    tl.store(relative + rows, (tl.load(targets + rows, there, other=0) - first_column).to(tl.float32), there)
 
 
 @triton.jit

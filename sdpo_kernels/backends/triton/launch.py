@@ -12,9 +12,16 @@ from torch import Tensor
 
 from sdpo_kernels.backends import redone
 from sdpo_kernels.backends.base import HeadCall
-from sdpo_kernels.backends.triton import kernels
+from sdpo_kernels.backends.triton import kernels, persistent
 from sdpo_kernels.backends.triton.redo import redo_kernel
-from sdpo_kernels.backends.triton.tiles import Tile, candidates, fastest, is_autotuned, tile_for
+from sdpo_kernels.backends.triton.tiles import (
+    PERSISTENT_COLUMNS,
+    Tile,
+    candidates,
+    fastest,
+    is_autotuned,
+    tile_for,
+)
 
 ROWS_AT_ONCE = 128  # of the kernels that work on [N] alone
 TILES_AT_ONCE = 16  # whose sums finalize reads together
@@ -36,6 +43,7 @@ class Rows:
     tile: Tile
 
     is_slice: bool = False  # the targets' logits were given
+    persistent: bool = False  # whole tiles go to QuACK's kernel
 
     @classmethod
     def of(cls, call: HeadCall, forward: bool, target_logits: Tensor | None = None) -> Rows:
@@ -51,7 +59,8 @@ class Rows:
         tile = tile_for(x.device, x.dtype, call.head.softcap is not None, bool(call.outputs))
         given = target_logits is not None
         found = x.new_empty(x.shape[0], dtype=torch.float64) if target_logits is None else target_logits.double()
-        rows = cls(call, x, weight, bias, targets.contiguous(), found, tile, given)
+        by_quack = persistent.serves(call, x, weight)
+        rows = cls(call, x, weight, bias, targets.contiguous(), found, tile, given, by_quack)
 
         before, by, capped = head_numbers(call)
         if forward and not given and x.shape[0]:
@@ -62,9 +71,14 @@ class Rows:
                 SLICE=call.is_slice, **ASSERTING,
             )  # fmt: skip
 
-        if x.shape[0] and is_autotuned() and x.dtype == torch.bfloat16:
+        if x.shape[0] and is_autotuned() and x.dtype == torch.bfloat16 and not by_quack:
             rows.tile = rows.fastest_tile()
         return rows
+
+    @property
+    def columns(self) -> int:
+        """Columns of a tile of the walk: a row of `Sums.sums` has the sums of one."""
+        return PERSISTENT_COLUMNS if self.persistent else self.tile.columns
 
     def fastest_tile(self) -> Tile:
         """The fastest tile for a forward of about this shape, kept for this process."""
@@ -135,6 +149,38 @@ def logits(
     rows: Rows, weight: Tensor, start: int, shift: Tensor, sums: Sums | None, stash: Tensor | None, stash_start: int = 0
 ) -> None:
     """Tiles of the columns with the rows `weight` of W, from column `start` on; S goes to `stash` at `stash_start`."""
+    whole = persistent.whole_tiles(weight.shape[0]) if rows.persistent else 0
+    if whole:
+        persistent_logits(rows, weight[:whole], start, shift, sums, stash, stash_start)
+    if whole < weight.shape[0]:
+        triton_logits(rows, weight[whole:], start + whole, shift, sums, stash, stash_start + whole)
+
+
+def persistent_logits(
+    rows: Rows, weight: Tensor, start: int, shift: Tensor, sums: Sums | None, stash: Tensor | None, stash_start: int
+) -> None:
+    """`logits` by QuACK's kernel, of whole tiles."""
+    n_rows, n_columns = rows.x.shape[0], weight.shape[0]
+    if n_rows == 0:
+        return
+
+    # each begins at 16 bytes
+    c, targets = (rows.x.new_empty(n_rows, dtype=torch.float32) for _ in range(2))
+    kernels.float_rows_kernel[(triton.cdiv(n_rows, ROWS_AT_ONCE),)](
+        rows.targets, shift, c, targets, n_rows, start, BLOCK=ROWS_AT_ONCE, **COMPILED
+    )
+
+    _, by, _ = head_numbers(rows.call)
+    tile = start // rows.columns
+    here = None if sums is None else sums.sums[tile : tile + n_columns // rows.columns]
+    s = stash[:, stash_start:] if stash is not None and stash_start < stash.shape[1] else None
+    persistent.logits(rows.x, weight, by, c, targets, here, s)
+
+
+def triton_logits(
+    rows: Rows, weight: Tensor, start: int, shift: Tensor, sums: Sums | None, stash: Tensor | None, stash_start: int
+) -> None:
+    """`logits` by Triton's kernel."""
     call, tile = rows.call, rows.tile
     n_rows, n_columns = rows.x.shape[0], weight.shape[0]
     if n_rows == 0:
@@ -151,7 +197,7 @@ def logits(
         None if sums is None else sums.gemm_target, out,
         n_rows, n_columns, rows.x.shape[1], rows.x.stride(0), weight.stride(0),
         *(stash.shape if stash is not None else (0, 0)), 0 if stash is None else stash.stride(0), stash_start,
-        start,
+        start, start // rows.columns,
         before, by,
         BM=tile.rows, BN=tile.columns, BK=tile.depth, GROUP=tile.group, CAPPED=capped, HAS_BIAS=bias is not None,
         SUMS=sums is not None, EXTRAS=sums is not None and sums.parts is not None, STORE=stash is not None,
@@ -166,11 +212,8 @@ def logits(
 
 def operands(x: Tensor, weight: Tensor, stash: Tensor | None, tile: Tile) -> tuple[object, object, object, bool]:
     """Tensor descriptors if the tile uses them (Hopper and later) and the strides allow it; else pointers."""
-    # of an expanded or overlapping matrix, a row begins before the last one ends
-    matrices = [t for t in (x, weight, stash) if t is not None]
-    separate = all(t.stride(0) >= t.shape[1] for t in matrices)
-    aligned = all(t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in matrices)
-    if not (tile.descriptors and separate and aligned):
+    aligned = all(persistent.is_aligned(matrix) for matrix in (x, weight, stash) if matrix is not None)
+    if not (tile.descriptors and aligned):
         return x, weight, stash, False
     from triton.tools.tensor_descriptor import TensorDescriptor
 

@@ -22,7 +22,7 @@ import torch
 class Tile:
     """Rows, columns and depth of a tile, row tiles that share columns, warps, pipeline stages.
 
-    `descriptors` asks for tensor descriptors, `pieces` of columns (1, 2 or 4) go through the epilogue one by one.
+    `descriptors` asks for tensor descriptors, `pieces` of columns (1, 2, 4 or 8) go through the epilogue one by one.
     """
 
     rows: int
@@ -35,8 +35,8 @@ class Tile:
     pieces: int = 1
 
 
-FLOAT32 = Tile(64, 64, 32, 8, 4, 3)
-FLOAT32_HEAVY = replace(FLOAT32, warps=8, pieces=4)  # with extras
+FLOAT32 = {8: Tile(64, 64, 32, 8, 4, 3, pieces=2), 9: Tile(64, 64, 32, 8, 4, 3)}
+FLOAT32_HEAVY = {8: replace(FLOAT32[8], warps=8, pieces=4)}  # with extras
 PLAIN = {  # bfloat16, by major architecture
     8: Tile(128, 128, 32, 8, 4, 4),
     9: Tile(128, 256, 64, 8, 8, 3, descriptors=True),
@@ -45,12 +45,12 @@ PLAIN = {  # bfloat16, by major architecture
 }
 HEAVY = {  # bfloat16 with softcap or extras
     8: Tile(64, 128, 32, 8, 8, 4),
-    9: Tile(128, 256, 64, 8, 8, 3, descriptors=True, pieces=4),
+    9: Tile(128, 256, 64, 8, 8, 3, descriptors=True, pieces=8),
     10: Tile(128, 64, 64, 8, 8, 3, descriptors=True),
     12: Tile(64, 128, 32, 8, 8, 3, descriptors=True),
 }
 HEAVIEST = HEAVY | {  # bfloat16 with softcap and extras
-    9: replace(HEAVY[9], columns=128, pieces=2),
+    9: replace(HEAVY[9], columns=128, pieces=4),
     10: replace(HEAVY[10], columns=32),
     12: replace(HEAVY[12], columns=64, warps=4),
 }
@@ -61,6 +61,10 @@ OTHERS = [  # SDPO_AUTOTUNE=1 times these and the hand-picked tile, with descrip
     Tile(128, 256, 64, 8, 8, 4),
     Tile(128, 64, 64, 8, 4, 4),
 ]
+HOPPER = (9, 0)  # compute capability
+PERSISTENT_ROWS, PERSISTENT_COLUMNS = 128, 192  # the tile of persistent_kernel.py, on Hopper alone
+PERSISTENT_CLUSTER = 2  # blocks, one below the other, that share each tile of w
+PERSISTENT_GROUP = 8
 INTERPRETED = Tile(16, 32, 16, 2, 1, 1)  # small, so that small tests have many tiles
 
 _FASTEST: dict[tuple[object, ...], Tile] = {}
@@ -69,8 +73,9 @@ _FASTEST: dict[tuple[object, ...], Tile] = {}
 def tiles_of(architecture: int, bf16: bool, capped: bool, extras: bool) -> Tile:
     """The tile for a major architecture; an unknown one gets the tile of the newest known architecture before it."""
     if not bf16:
-        return FLOAT32_HEAVY if extras else FLOAT32
-    known = HEAVIEST if capped and extras else HEAVY if capped or extras else PLAIN
+        known = FLOAT32_HEAVY if extras else FLOAT32
+    else:
+        known = HEAVIEST if capped and extras else HEAVY if capped or extras else PLAIN
     return known[max((major for major in known if major <= architecture), default=8)]
 
 
