@@ -28,7 +28,7 @@ PYTHON_OLDEST ?= python3.12
 OLDEST := build/oldest
 TESTS ?= tests
 
-.PHONY: help demo picture screenshots test lint bench bench-env trainers serve deepspeed sanitize clang arm old-torch \
+.PHONY: help demo picture screenshots test lint docs bench bench-env trainers serve deepspeed sanitize clang arm old-torch \
 	old-triton oldest wheel hub-kernel clean
 
 demo: $(VENV)/.installed  ## train and compare SFT, DPO and stepwise DPO
@@ -38,7 +38,7 @@ picture: demo  ## the picture that README shows
 	cp $(DEMO_OUTPUT)/comparison.png docs/demo.png
 
 # light and wide, dark and narrow; Blink's preferredColorScheme is 0 for dark and 1 for light
-screenshots: demo  ## the screenshots of a report that docs/running.md shows (needs chromium)
+screenshots: demo  ## the screenshots of a report that docs/report.md shows (needs chromium)
 	$(CHROMIUM) --window-size=1200,1480 --blink-settings=preferredColorScheme=1 --screenshot=docs/report-wide.png \
 		file://$(abspath $(DEMO_OUTPUT))/sdpo/report.html
 	$(CHROMIUM) --window-size=390,1480 --blink-settings=preferredColorScheme=0 --screenshot=docs/report-narrow.png \
@@ -52,6 +52,11 @@ lint: $(VENV)/.installed  ## check lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE) $(EMULATOR)
+
+# without network; it fails for a warning, such as a link that leads nowhere
+docs: $(VENV)/.installed  ## build the documentation as a site into build/site
+	$(BIN)/python -m docs.site.stage
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 bench: $(VENV)/.installed  ## run a benchmark: make bench BENCH=accuracy
 	$(BIN)/python -m benchmarks.$(BENCH)
@@ -128,7 +133,7 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) setup.py $(NATIVE)
 		{ echo "cannot make a virtual environment; on Debian: apt-get install python3-venv" >&2; rm -rf $(VENV); exit 1; }
 	$(BIN)/python -m pip install -q --upgrade pip "setuptools>=77"
 	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) torch
-	$(BIN)/python -m pip install -q --no-build-isolation -c $(CONSTRAINTS) -e ".[train,qlora,dev]"
+	$(BIN)/python -m pip install -q --no-build-isolation -c $(CONSTRAINTS) -e ".[train,qlora,docs,dev]"
 	touch $@
 
 # with the CUDA library in it where nvcc is found

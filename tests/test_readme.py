@@ -164,7 +164,7 @@ def test_architecture_names_every_room_and_only_files_that_exist():
     page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     rooms = {name.removeprefix("stepwise.") for layer in LAYERS for name in layer if name.startswith("stepwise.")}
     assert not {name for name in rooms if f"`{name}/`" not in page and f"`{name}.py`" not in page}
-    folders = [ROOT / name for name in ("sdpo_kernels", "tests", "benchmarks", "examples")]
+    folders = [ROOT / name for name in ("sdpo_kernels", "tests", "benchmarks", "examples", "docs")]
     files = {f"/{path.relative_to(ROOT)}" for folder in folders for path in folder.rglob("*.py")}
     files |= {f"/{path.name}" for path in ROOT.glob("*.py")}
     for name in re.findall(r"`([\w/]+\.py)`", page):

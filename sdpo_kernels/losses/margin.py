@@ -80,7 +80,10 @@ def robust(
     f_divergence: str = "reverse_kl",
     f_alpha: float = 0.5,
 ) -> Tensor:
-    """[−(1−ε) log σ(z) + ε log σ(−z)] / (1−2ε), z = βΔ: unbiased under labels flipped at rate ε (arXiv 2403.00409)."""
+    """[−(1−ε) log σ(z) + ε log σ(−z)] / (1−2ε), z = βΔ: unbiased under labels flipped at rate ε (arXiv 2403.00409).
+
+    It may be negative.
+    """
     z = _margin(pair, beta, f_divergence, f_alpha)
     kept = -(1 - label_smoothing) * F.logsigmoid(z) + label_smoothing * F.logsigmoid(-z)
     return kept / (1 - 2 * label_smoothing)
@@ -94,13 +97,16 @@ def hinge(pair: PairLogps, beta: float, *, f_divergence: str = "reverse_kl", f_a
 
 @register("ipo")
 def ipo(pair: PairLogps, beta: float, *, f_divergence: str = "reverse_kl", f_alpha: float = 0.5) -> Tensor:
-    """(a/|w| − b/|l| − 1/(2β))² on log-probs averaged over tokens (IPO, arXiv 2310.12036, eq. 17)."""
+    """(a/|w| − b/|l| − 1/(2β))² on log-probs averaged over tokens, as in TRL (IPO, arXiv 2310.12036, eq. 17)."""
     return (_mean_margin(pair, f_divergence, f_alpha) - 1 / (2 * beta)).square()
 
 
 @register("sigmoid_norm", ln2_at_start=True)
 def sigmoid_norm(pair: PairLogps, beta: float, *, f_divergence: str = "reverse_kl", f_alpha: float = 0.5) -> Tensor:
-    """−log σ(β(a/|w| − b/|l|)): DPO on log-ratios averaged over tokens (Tülu 3, arXiv 2411.15124)."""
+    """−log σ(β(a/|w| − b/|l|)): DPO on log-ratios averaged over tokens (Tülu 3, arXiv 2411.15124).
+
+    Averages are smaller than sums, so it needs a larger β.
+    """
     return -F.logsigmoid(beta * _mean_margin(pair, f_divergence, f_alpha))
 
 
@@ -143,7 +149,10 @@ def exo_pair(
     f_divergence: str = "reverse_kl",
     f_alpha: float = 0.5,
 ) -> Tensor:
-    """KL from (σ(z), σ(−z)) to (1−ε, ε), z = βΔ, ε = label_smoothing above 0 (EXO, arXiv 2402.00856, eq. 16)."""
+    """KL from (σ(z), σ(−z)) to (1−ε, ε), z = βΔ, ε = label_smoothing above 0 (EXO, arXiv 2402.00856, eq. 16).
+
+    TRL's default ε = 0 is an error, in TRL too.
+    """
     z = _margin(pair, beta, f_divergence, f_alpha)
     chosen = z.sigmoid() * (F.logsigmoid(z) - math.log1p(-label_smoothing))
     return chosen + (-z).sigmoid() * (F.logsigmoid(-z) - math.log(label_smoothing))
@@ -158,7 +167,10 @@ def discopop(
     f_divergence: str = "reverse_kl",
     f_alpha: float = 0.5,
 ) -> Tensor:
-    """(1−m)(−log σ(z)) + m exp(−z), m = σ(z/τ), z = βΔ (DiscoPOP, arXiv 2406.08414, eq. 5); its τ is 0.05."""
+    """(1−m)(−log σ(z)) + m exp(−z), m = σ(z/τ), z = βΔ (DiscoPOP, arXiv 2406.08414, eq. 5); its τ is 0.05.
+
+    Finite for every z; TRL's is NaN far below 0.
+    """
     z = _margin(pair, beta, f_divergence, f_alpha)
     # m·exp(−z) in one exponential: separately, they overflow and vanish for z far below 0
     return -F.logsigmoid(z) * (-z / discopop_tau).sigmoid() + (F.logsigmoid(z / discopop_tau) - z).exp()
@@ -168,7 +180,8 @@ def discopop(
 def aot(pair: PairLogps, beta: float, *, label_smoothing: float = 0.0) -> Tensor:
     """DPO's loss of the sorted log π(y_w)/π(y_l) minus the reference's sorted ones (AOT, arXiv 2406.05882).
 
-    Sorted over the batch, so a value belongs to a position in the order, not to a pair; with one pair it is DPO.
+    Sorted over the batch, so a value belongs to a position in the order, not to a pair; with one pair it is DPO. It
+    compares distributions, so it needs large batches.
     """
     policy = (pair.chosen - pair.rejected).sort().values
     reference = (pair.ref_chosen - pair.ref_rejected).sort().values
@@ -187,7 +200,7 @@ def ld_dpo(pair: PairLogps, beta: float, *, ld_alpha: float = 0.5, label_smoothi
     """−log σ(βΔ) where tokens beyond the pair's shorter length weigh α = ld_alpha, 0 … 1 (arXiv 2409.06411).
 
     `pair` holds weighted sums, of the policy and of the reference: `fused_linear_dpo` and the driver compute them. The
-    default of α is ours; 1 is DPO.
+    default of α is ours; 1 is DPO. It must be the only loss.
     """
     return smoothed(beta * pair.delta, label_smoothing)
 
@@ -196,7 +209,8 @@ def ld_dpo(pair: PairLogps, beta: float, *, ld_alpha: float = 0.5, label_smoothi
 def wpo(pair: PairLogps, beta: float, *, label_smoothing: float = 0.0) -> Tensor:
     """w·(−log σ(βΔ)), w = exp(mean_w + mean_l) of log p(y_t) − log Σ_v p_v² over tokens (WPO, arXiv 2406.11827).
 
-    The weights are `pair.weights`, without gradient; `fused_linear_dpo` and the driver compute them.
+    The weights are `pair.weights`, without gradient; `fused_linear_dpo` and the driver compute them, from one more
+    output of the head.
     """
     assert pair.weights is not None
     return pair.weights * smoothed(beta * pair.delta, label_smoothing)
@@ -208,5 +222,6 @@ def diffusion_dpo(pair: PairLogps, beta: float = 5000.0) -> Tensor:
 
     `pair` holds denoising errors [B] in place of log-probs, squared and averaged over a sample's elements, of the
     policy (m) and the reference (r); chosen and rejected share timestep and noise. The counts are not read: pass ones.
+    Only `losses.pair_loss` takes it.
     """
     return -F.logsigmoid(-(beta / 2) * pair.delta)

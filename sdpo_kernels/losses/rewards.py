@@ -24,7 +24,10 @@ def bco_pair(pair: PairLogps, beta: float) -> Tensor:
 
 @register("sppo_hard")
 def sppo_hard(pair: PairLogps, beta: float) -> Tensor:
-    """(a − 1/(2β))² + (b + 1/(2β))²: SPPO (arXiv 2405.00675, eq. 4.7) with wins of probability 1 and 0."""
+    """(a − 1/(2β))² + (b + 1/(2β))²: SPPO (arXiv 2405.00675, eq. 4.7) with wins of probability 1 and 0.
+
+    Of sums over tokens, so its values are large at a small β.
+    """
     return (pair.chosen_logratio - 0.5 / beta).square() + (pair.rejected_logratio + 0.5 / beta).square()
 
 

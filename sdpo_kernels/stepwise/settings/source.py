@@ -61,7 +61,9 @@ class RankedSource(Sampling):
 
     Exactly one of `judge` and `reward_model` is required.
 
-    Args (and those of Sampling):
+    Takes the settings of Sampling, too.
+
+    Args:
         judge: A Python function that scores completions, as 'module:function'.
         reward_model: Folder or Hub name of a sequence classifier with one output.
     """
@@ -79,18 +81,32 @@ class RankedSource(Sampling):
 
 
 class ExecutionSource(Sampling):
-    """CodeLLM DPO (arXiv 2410.18585): programs that pass the user's checker against programs that fail it."""
+    """Pairs programs that pass the user's checker with programs that fail it (CodeLLM DPO, arXiv 2410.18585).
+
+    Takes the settings of Sampling, too.
+
+    Args:
+        command: The checker, as a list of words. It holds {completion}, and may hold {prompt}: paths of files.
+        pairs_per_prompt: Most pairs of one prompt.
+        workers: Programs that run at a time.
+        seconds: Time that a program has.
+        memory_mb: Memory that a program has.
+        processes: Processes and threads that a program may have at a time.
+        file_mb: Size of each file that a program writes, and of all of them.
+        readable: Files and folders that the command may read, at their own paths.
+        unsafe: Run programs without bubblewrap, with resource limits alone.
+    """
 
     kind: Literal["execution"]
-    command: Annotated[tuple[Name, ...], Field(min_length=1)]  # holds {completion}, may hold {prompt}: paths of files
+    command: Annotated[tuple[Name, ...], Field(min_length=1)]
     pairs_per_prompt: Count = 1
     workers: Count = 2
     seconds: Positive = 10.0
     memory_mb: Count = 1024
     processes: Count = 32
     file_mb: Count = 64
-    readable: tuple[Name, ...] = ()  # files and folders that the command may read, at their own paths
-    unsafe: bool = False  # run it without bubblewrap, with resource limits alone
+    readable: tuple[Name, ...] = ()
+    unsafe: bool = False
 
     @model_validator(mode="after")
     def _readable_in_a_sandbox(self) -> ExecutionSource:
@@ -110,7 +126,9 @@ class ExecutionSource(Sampling):
 class DiscriminatorSource(Sampling):
     """Pairs samples by a Bradley–Terry scorer, trained on gold labels where it is least sure (D2PO, arXiv 2405.01511).
 
-    Args (and those of Sampling):
+    Takes the settings of Sampling, too.
+
+    Args:
         judge: A Python function that gives the gold labels, as 'module:function'.
         budget: Pairs that get a gold label, per stage.
         scorer_epochs: Passes over all gold labels so far when the scorer is trained.
@@ -131,7 +149,9 @@ class SelfAugmentedSource(Sampling):
 
     The prompt rows need an `answer` column. With `reference: ema` the running average rewrites, not the policy itself.
 
-    Args (and those of Sampling):
+    Takes the settings of Sampling, too.
+
+    Args:
         samples: Rewritten segments per prompt.
         segment_tokens: Length of a segment. `max_new_tokens` must be at least as large.
         buffer: Pairs kept over all stages; the oldest are removed first.
@@ -159,7 +179,9 @@ class ActiveSource(Sampling):
     These are pairs of prompts on which the policy's answers vary most (entropy), and of those the pairs whose implicit
     rewards differ most. The pairs of a stage are all labels so far.
 
-    Args (and those of Sampling):
+    Takes the settings of Sampling, too.
+
+    Args:
         judge: A Python function that acts as the annotator, as 'module:function'.
         acquire: Pairs labelled per stage.
         keep_prompts: How many prompts of highest entropy the pairs are chosen from, as a multiple of `acquire`.

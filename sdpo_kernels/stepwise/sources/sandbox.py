@@ -4,7 +4,7 @@ r"""Run untrusted programs, such as those a model wrote: each can spoil its own 
     outcome.passed, outcome.reason, outcome.output      # True, "ok", "hello\n"
 
 bubblewrap hides the network, other processes and the user's files. util-linux's prlimit limits each process, and this
-process stops a program at its time, memory or output. docs/methods.md, "Running programs safely", has the details.
+process stops a program at its time, memory or output. docs/methods/sandbox.md has the details.
 """
 
 import os
@@ -26,7 +26,7 @@ LOOK_SECONDS, HEAD_BYTES = 0.05, 2000  # between looks at a running program; of 
 ETC = ["alternatives", "group", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "localtime", "nsswitch.conf", "passwd"]
 SYSTEM = ["/usr", "/bin", "/sbin", "/nix/store", *map(str, Path("/").glob("lib*")), *(f"/etc/{name}" for name in ETC)]
 HIDDEN = ("/", "/tmp", "/dev", "/proc")  # a program has its own
-ADVICE = "apt-get install bubblewrap (0.8 or newer) and allow it (docs/methods.md), or set source.unsafe: true"
+ADVICE = "apt-get install bubblewrap (0.8 or newer) and allow it (docs/methods/sandbox.md), or set source.unsafe: true"
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
-"""docs/memory.md: its plans are what the command prints, its table is that of the result."""
+"""docs/memory.md and memory_by_size.md: their plans are what the commands print, their tables those of the results."""
 
 import json
 from pathlib import Path
 
 import pytest
 
+from benchmarks import memory_sizes
 from benchmarks.memory import CASES, RESULTS, markdown
 from benchmarks.memory_plans import large_runs, printed
 
@@ -30,3 +31,23 @@ def test_the_table_is_that_of_the_result_and_every_plan_is_close():
         assert result["plan"] == pytest.approx(result["resident"], rel=0.15), result["case"]
         if result["tensors"] is not None:
             assert result["plan_tensors"] == pytest.approx(result["tensors"], rel=0.15), result["case"]
+
+
+def test_the_page_of_sizes_is_that_of_the_result():
+    report = json.loads(memory_sizes.RESULTS.read_text(encoding="utf-8"))
+    assert memory_sizes.PAGE.read_text(encoding="utf-8") == memory_sizes.page(report)
+    assert [result["model"] for result in report["results"]] == list(memory_sizes.MODELS)
+    assert all(result["ways"].keys() == memory_sizes.ways().keys() for result in report["results"])
+
+
+@pytest.mark.parametrize(("model", "way"), [("SmolLM2 135M", "all weights"), ("Qwen2.5 0.5B", "QLoRA")])
+def test_plans_by_size_are_what_the_planner_says(model, way):
+    report = json.loads(memory_sizes.RESULTS.read_text(encoding="utf-8"))
+    (result,) = [result for result in report["results"] if result["model"] == model]
+    assert memory_sizes.planned(model, way) == result["ways"][way]
+
+
+def test_the_smallest_gpu_leaves_room_for_cuda():
+    assert memory_sizes.smallest(7 * 2**30) == "7.0 (8)"
+    assert memory_sizes.smallest(7 * 2**30 + 1) == "7.0 (12)"
+    assert memory_sizes.smallest(141 * 2**30) == "141.0 (–)"
