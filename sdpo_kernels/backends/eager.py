@@ -16,7 +16,6 @@ Backward:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -152,7 +151,7 @@ class EagerBackend:
         of_target = None if x.dtype == product_dtype(call.dtype) else torch.zeros_like(coefficient)
         db = call.bias.new_empty(call.bias.shape) if needs.bias and call.bias is not None else None
 
-        scale = _scale(x.dtype, _largest(call, coefficient, grad_entropy))
+        scale = _scale(x.dtype, _largest(call, saved, coefficient, grad_entropy))
         stashed = min(saved.keep.n_columns, call.weight.shape[0])
         for start, stop in vocabulary_chunks(call, stashed):
             w = _operand(call.weight[start:stop], call)
@@ -216,13 +215,14 @@ def _steepest(call: HeadCall) -> float:
     return abs(call.head.logit_scale / call.head.temperature)
 
 
-def _largest(call: HeadCall, coefficient: Tensor, grad_entropy: Tensor | None) -> Tensor:
-    """What no entry of dL/da exceeds: |g| for the log-prob; |h|·(1 + log V) for the entropy, p|log p + H|."""
+def _largest(call: HeadCall, saved: Saved, coefficient: Tensor, grad_entropy: Tensor | None) -> Tensor:
+    """What no entry of dL/da exceeds: |g| for the log-prob; |h|·(1 + H) for the entropy's p|log p + H|."""
     if not coefficient.shape[0]:
         return coefficient.new_zeros(())
     bound = coefficient.abs()
     if grad_entropy is not None:
-        bound = bound + grad_entropy.abs().to(bound.dtype) * (1.0 + math.log(call.weight.shape[0]))
+        assert saved.entropy is not None
+        bound = bound + grad_entropy.abs().to(bound.dtype) * (1.0 + saved.entropy)
     return bound.amax() * _steepest(call)
 
 

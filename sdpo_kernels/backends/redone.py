@@ -7,6 +7,7 @@ hidden states, and a step that is several times slower. The device counts; nothi
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -40,14 +41,17 @@ class Counter:
             return
 
         # a copy that has arrived is read; the next one is only asked for
+        arrived = self._arrived
         if not self.total.is_cuda:
             self._warn_if_many(self.rows)
-        elif self._arrived is None:
+        elif arrived is None:
             if self._calls % CALLS == 0:
                 self._copy.copy_(self.total, non_blocking=True)
-                self._arrived, self._rows_then = torch.cuda.Event(), self.rows
-                self._arrived.record()
-        elif self._arrived.query():
+                event = torch.cuda.Event()
+                event.record()
+                # last: another thread may ask it from here on
+                self._rows_then, self._arrived = self.rows, event
+        elif arrived.query():
             self._warn_if_many(self._rows_then)
             self._arrived = None
 
@@ -66,14 +70,27 @@ _counters: dict[torch.device, Counter] = {}
 
 
 def counter(tensor: Tensor) -> Counter:
-    """The counter of the tensor's device."""
+    """The counter of the tensor's device.
+
+    It outlives the call that asks first, so it is made in a thread of its own, where that call's modes do not hold: in
+    inference mode nothing could be added to it later, and in the warm-up of torch.compile's CUDA graphs it would lie in
+    their memory.
+    """
     if tensor.device not in _counters:
-        _counters[tensor.device] = Counter(tensor.device)
+        stream = torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
+        with ThreadPoolExecutor(1) as other:
+            _counters[tensor.device] = other.submit(_new_counter, tensor.device, stream).result()
     return _counters[tensor.device]
+
+
+def _new_counter(device: torch.device, stream: torch.cuda.Stream | None) -> Counter:
+    with torch.cuda.stream(stream):  # it is 0 before the asking call adds to it
+        return Counter(device)
 
 
 def count(logps: Tensor) -> None:
     """Count the rows of `logps` [N] that a kernel which does not count itself has computed one by one."""
     of_device = counter(logps)
-    of_device.total += (logps < BORDER).sum()
-    of_device.look(logps.shape[0])
+    with torch.cuda.device_of(logps):  # events are recorded on the current device
+        of_device.total += (logps < BORDER).sum()
+        of_device.look(logps.shape[0])

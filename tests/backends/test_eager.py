@@ -16,6 +16,7 @@ from sdpo_kernels.backends.chunk_math import RunningSums
 from sdpo_kernels.backends.eager import EagerBackend, vocabulary_chunks
 from sdpo_kernels.head import Head
 from tests.reference import chunk_columns, error, extras_of, logits_of, random_case, size, target_logps
+from tests.sliced import Sliced
 
 EPS = torch.finfo(torch.float32).eps
 HALF = torch.finfo(torch.float16).eps
@@ -187,3 +188,17 @@ def test_the_scale_is_a_power_of_2_that_fills_float16(bound, dtype):
 @pytest.mark.parametrize("bound", [0.0, torch.nan, torch.inf])
 def test_a_bound_that_is_no_number_scales_nothing(bound):
     assert eager._scale(torch.float16, torch.tensor(bound)) == 1.0
+
+
+@pytest.mark.usefixtures("multiplies_float16")
+def test_entropy_in_a_float16_slice_of_one_column():
+    """The entropy is that of all columns, so the gradient may exceed what the slice's own could."""
+    case = random_case(3, 4, 200_000, dtype=torch.float16, outputs=("entropy",), scale=0.0)
+    case.hidden.fill_(1.0)
+    case.weight[0] = math.log(200_000) / 4  # about half the probability
+    case.targets[:] = 5
+    case.grad, case.grad_entropy = torch.zeros(3, dtype=torch.float64), torch.full((3,), 1.99, dtype=torch.float64)
+    case.settings = {"backend": "eager"}
+    sliced, truth = case.ours(Sliced([0, 1])), case.truth()
+    assert error(sliced["d_hidden"], truth["d_hidden"]) <= 4 * HALF * truth["d_hidden"].abs().max()
+    assert error(sliced["d_weight"][0], truth["d_weight"][0]) <= 4 * HALF * truth["d_weight"][0].abs().max()

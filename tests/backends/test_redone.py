@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 
 import pytest
 import torch
@@ -51,6 +52,34 @@ def test_a_small_share_is_not_warned_of(counter, caplog):
     assert caplog.text == ""
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode(), torch.device("meta")], ids=["inference", "default device"])
+def test_the_first_call_may_be_in_any_mode(mode, monkeypatch):
+    """In inference mode it would be a tensor that nothing can be added to outside."""
+    monkeypatch.setattr(redone, "_counters", {})
+    zeros = torch.zeros(3, device="cpu")
+    with mode:
+        redone.count(zeros - 100)
+    redone.count(zeros - 100)
+    assert int(redone.counter(zeros).total) == 6
+
+
+def test_a_counter_is_made_in_a_thread_of_its_own(monkeypatch):
+    """torch.compile's CUDA graphs take what the calling thread allocates while they warm up, and none of it may stay."""
+    threads = []
+
+    class Recorded(Counter):
+        def __init__(self, device: torch.device) -> None:
+            threads.append(threading.get_ident())
+            super().__init__(device)
+
+    monkeypatch.setattr(redone, "_counters", {})
+    monkeypatch.setattr(redone, "Counter", Recorded)
+    for _ in range(2):
+        redone.count(torch.zeros(3))
+    (thread,) = threads
+    assert thread != threading.get_ident()
+
+
 class Event:
     """Stands in for torch.cuda.Event: arrives at the second question."""
 
@@ -86,3 +115,20 @@ def test_on_a_device_the_counter_is_copied_now_and_then_and_read_when_it_has_arr
         assert caplog.text == ""
         counter.look(100)
     assert f"5000 of {100 * redone.CALLS} rows" in caplog.text
+
+
+def test_a_copy_is_not_asked_for_by_another_thread_before_it_is_under_way(monkeypatch):
+    """An event that is not recorded yet says that it has arrived."""
+    counter = Counter(CPU)
+
+    class Asked(Event):
+        def record(self) -> None:
+            assert counter._arrived is None
+
+    monkeypatch.setattr(torch.cuda, "Event", Asked)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    counter._copy = torch.zeros(1, dtype=torch.int64)
+    counter.total = torch.tensor([5]).as_subclass(OnDevice)
+    for _ in range(redone.CALLS):
+        counter.look(100)
+    assert isinstance(counter._arrived, Asked)

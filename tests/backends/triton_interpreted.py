@@ -301,6 +301,7 @@ def test_wrong_inputs_are_asserted(targets, index, says):
         walk.forward(call, Keep.nothing())
     right = replace(call, targets=torch.tensor([0, 99, 2]), index=torch.tensor([3, 5, 6]))
     walk.forward(right, Keep.nothing())
+    walk.forward(replace(right, index=torch.tensor([[3, 9], [5, 1], [6, 0]])[:, 0]), Keep.nothing())
 
 
 @settings(max_examples=25)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sdpo_kernels import ScoredRows, fused_linear_dpo, linear_logps, logps_op
+from sdpo_kernels.backends import redone
 from sdpo_kernels.backends.base import Keep
 from tests.cuda.common import DEVICE, ON_CUDA, error, needs_cuda, problem
 
@@ -70,6 +71,24 @@ def test_compiled_is_as_eager(mode, given_rows, backend):
             found.append([t.detach().clone() for t in (value, *gradients)])
         for mine, right in zip(found[1], found[0], strict=True):
             assert error(mine, right) < (1e-5 if mine.dim() == 0 else torch.finfo(torch.bfloat16).eps)
+
+
+@needs_cuda
+def test_the_first_call_of_a_process_may_be_a_compiled_one(monkeypatch, backend):
+    """What outlives a call must not lie in the memory of the graph that warms up."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(redone, "_counters", {})
+    hidden, weight, targets = problem(torch.bfloat16, 64, 64, 500)
+    rows = ScoredRows.from_labels(targets[None])
+
+    def logps(hidden: torch.Tensor) -> torch.Tensor:
+        return linear_logps(hidden * 2, weight, targets, rows=rows).logps
+
+    compiled = torch.compile(logps, fullgraph=True, mode="reduce-overhead")
+    with torch.no_grad():
+        for _ in range(3):
+            found = compiled(hidden).clone()
+        assert error(found, logps(hidden)) < 1e-6
 
 
 @pytest.mark.parametrize("keep", [Keep.nothing(), Keep.columns(64), Keep.direction()])

@@ -54,6 +54,7 @@ class Rows:
             x, targets = torch.cat([x, call.ref_hidden.to(call.dtype)]), targets.repeat(2)
         x = x if x.stride(1) == 1 else x.contiguous()
         weight, bias = unit_stride(call.weight), None if call.bias is None else call.bias.contiguous()
+        index = None if call.index is None else call.index.contiguous()
 
         # softcap's tanh and the extras need registers, so their tiles are smaller
         tile = tile_for(x.device, x.dtype, call.head.softcap is not None, bool(call.outputs))
@@ -65,7 +66,7 @@ class Rows:
         before, by, capped = head_numbers(call)
         if forward and not given and x.shape[0]:
             kernels.target_logits_kernel[(x.shape[0],)](
-                x, weight, bias, rows.targets, call.index, rows.target_logits,
+                x, weight, bias, rows.targets, index, rows.target_logits,
                 call.hidden.shape[0], weight.shape[0], x.shape[1], x.stride(0), weight.stride(0), before, by,
                 BLOCK=max(16, min(1024, triton.next_power_of_2(x.shape[1]))), CAPPED=capped, HAS_BIAS=bias is not None,
                 SLICE=call.is_slice, **ASSERTING,
