@@ -172,8 +172,11 @@ def test_architecture_names_every_room_and_only_files_that_exist():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
-def test_examples_load(path, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_examples_load(path, tmp_path, monkeypatch):
+    """Beside the data, where the model of examples/smollm2.yaml has been made."""
+    (tmp_path / "here/runs/real/smollm2/model").mkdir(parents=True)
+    (tmp_path / "shared").symlink_to(ROOT.parent / "shared")
+    monkeypatch.chdir(tmp_path / "here")
     config = load_config(path)
     assert len(config.stages) == 3
     places = ("shared/data/", "runs/smollm2/data/")  # the latter is made of the former

@@ -29,8 +29,10 @@ def chat_rows(count, seed):
     ]
 
 
-def test_both_runs_have_the_same_pairs_and_all_held_out_files(monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_both_runs_have_the_same_pairs_and_all_held_out_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(smollm2, "FOLDER", tmp_path / "runs/smollm2")
+    (tmp_path / "runs/real/smollm2/model").mkdir(parents=True)
     stepwise, whole = (load_config(smollm2.EXAMPLE, smollm2.overrides(name, 42)) for name in ("sDPO", "DPO"))
     assert stepwise == load_config(smollm2.EXAMPLE)
     files = tuple(str(smollm2.FOLDER / f"data/{name}.jsonl") for name in STAGES)
@@ -38,7 +40,8 @@ def test_both_runs_have_the_same_pairs_and_all_held_out_files(monkeypatch):
     assert [stage.data for stage in whole.stages] == [files]
     assert stepwise.eval_data == tuple(map(str, heldout_files(smollm2.FOLDER / "data")))
     assert stepwise.max_length == smollm2_data.LONGEST
-    assert stepwise.model == str(real.RUNS / "smollm2/model")
+    assert stepwise.model == str(tmp_path / "runs/real/smollm2/model")
+    assert real.RUNS == ROOT / "runs/real"
     assert stepwise.output_dir != whole.output_dir
 
 
