@@ -110,11 +110,17 @@ class LMHead:
         if not columns:
             return Operands(hidden, base.weight, bias, None)
 
-        missing = -sum(b.shape[1] for b in columns) % LORA_MULTIPLE
+        missing = self.lora_columns - sum(b.shape[1] for b in columns)
         rows.append(hidden.new_zeros(hidden.shape[0], missing))
         columns.append(base.weight.new_zeros(base.weight.shape[0], missing))
         bias = None if bias is None else bias.to(base.weight.dtype)
         return Operands(torch.cat(rows, 1), base.weight, bias, torch.cat(columns, 1))
+
+    @property
+    def lora_columns(self) -> int:
+        """r of `operands`, filled up; 0 without a LoRA."""
+        ranks = sum(self.module.lora_B[name].weight.shape[1] for name in self._lora_names())
+        return -(-ranks // LORA_MULTIPLE) * LORA_MULTIPLE
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         """Names and parameters of everything trainable in the head."""

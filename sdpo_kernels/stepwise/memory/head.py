@@ -1,7 +1,8 @@
 """What the fused head takes: rows, stash, chunk. The rules are those of `logps.py` and of the backends.
 
 The stash is what the forward keeps so that the backward need not recompute logits; chunks of the vocabulary are scratch
-memory while the head works. A frozen head keeps one vector [H] a scored row instead.
+memory while the head works. A frozen head keeps one vector [H] a scored row instead. A LoRA on it (`lora_b`) trains, so
+it has a stash, and each of its passes makes one weight of both, [W, B].
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ class HeadCase:
     hidden_dtype: torch.dtype
     weight_dtype: torch.dtype
     compute: torch.dtype  # what the products' operands are rounded to
-    trains: bool
+    trains: bool  # the weight, or a LoRA on it
     gathered: bool  # with shared prompts the scored hidden states are copied out first
     device: str  # "cuda" or "cpu"
     memory: int | None = None  # of the device; None: this machine's
     is_cut: bool = False  # spread over the GPUs, as under FSDP2
+    lora: int = 0  # r of a LoRA on the head, whose weight is frozen then
 
 
 @dataclass(frozen=True)
@@ -53,23 +55,26 @@ class HeadMemory:
     @classmethod
     def of(cls, case: HeadCase) -> HeadMemory:
         """The head's memory."""
-        item, rows = case.hidden_dtype.itemsize, case.rows
+        item, rows, width = case.hidden_dtype.itemsize, case.rows, case.width + case.lora
         entering = rows if case.gathered else case.tokens
         hidden = entering * case.width * item
-        own = rows * case.width * item if rows < entering else 0  # the scored rows alone
+        if case.lora:  # [x, s·A·x], and B in the weight's dtype
+            hidden += entering * width * item + case.columns * case.lora * case.weight_dtype.itemsize
+        own = rows * width * item if rows < entering else 0  # the scored rows alone
         stash = 0 if case.is_cut else _stash(case)
         chunk = _cut_chunk(case) if case.is_cut else _chunk(case, stash)
 
         # dX of the scored rows, in float32 while it is summed, then of all hidden states
-        sums = rows * case.width * (4 + (item if item < 4 else 0))
-        scratch = own + sums + (chunk if case.trains or case.is_cut else 0)
-        spread = case.tokens * case.width * item
-        return cls(hidden + stash + ROW_BYTES * rows, stash, own + chunk, scratch + spread, scratch)
+        sums = rows * width * (4 + (item if item < 4 else 0))
+        both = case.columns * width * case.weight_dtype.itemsize if case.lora else 0
+        scratch = own + sums + both + (chunk if case.trains or case.is_cut else 0)
+        spread = case.tokens * width * item
+        return cls(hidden + stash + ROW_BYTES * rows, stash, own + chunk + both, scratch + spread, scratch)
 
 
 def _stash(case: HeadCase) -> int:
     if not case.trains:
-        return 4 * case.rows * case.width
+        return 4 * case.rows * (case.width + case.lora)
     item = _stash_item(case)
     budget = automatic_stash_bytes(case.rows, case.columns, case.width, case.memory or HOST_MEMORY)
     everything = -(-case.columns // STASH_MULTIPLE) * STASH_MULTIPLE
@@ -94,9 +99,10 @@ def _chunk(case: HeadCase, stash: int) -> int:
     if case.device == "cpu":
         return min(CPU_CHUNK, case.rows * left) * item
 
-    columns = min(case.columns, max(STASH_MULTIPLE, GPU_CHUNK // max(case.rows, case.width)))
-    cast = columns * case.width * item if case.weight_dtype != case.compute else 0
-    slab = min(GPU_SLAB, 4 * case.columns * case.width) if case.trains else 0
+    width = case.width + case.lora
+    columns = min(case.columns, max(STASH_MULTIPLE, GPU_CHUNK // max(case.rows, width)))
+    cast = columns * width * item if case.weight_dtype != case.compute else 0
+    slab = min(GPU_SLAB, 4 * case.columns * (case.lora or width)) if case.trains else 0
     return case.rows * min(columns, left) * item + cast + slab
 
 

@@ -90,6 +90,8 @@ class Moments:
         layer = int(growing * ratio) + self.found.forward_fixed + self.sizes.unpacked
         rows = int(self.batch.rows * ratio)
         case = replace(self._head_case(), tokens=self.scored, rows=rows, trains=False)
+        if not self.setup.evaluates:
+            case = replace(case, lora=0)  # the reference has no adapter
         memory = HeadMemory.of(case)
         head = memory.kept - memory.stash + memory.forward
 
@@ -215,9 +217,10 @@ class Moments:
             hidden_dtype=self.found.hidden_dtype,
             weight_dtype=sizes.head_dtype,
             compute=setup.compute or self.found.hidden_dtype,
-            trains=sizes.head_gradient > 0,
+            trains=sizes.head_gradient > 0 or sizes.head_lora > 0,
             gathered=batch.shared,
             device=setup.device,
             memory=setup.memory,
             is_cut=self.head_is_cut,
+            lora=0 if self.head_is_cut else sizes.head_lora,  # a cut head adds its delta to its rows
         )

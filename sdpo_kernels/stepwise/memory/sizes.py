@@ -47,6 +47,7 @@ class Sizes:
     largest: int  # the largest gradient of one weight
     layers: tuple[LayerSizes, ...]
     head_gradient: int  # 0: the head is frozen
+    head_lora: int  # columns of a LoRA on the head, 0: none
     embedding_gradient: int
     head: int  # numbers
     vocabulary: int
@@ -125,6 +126,7 @@ def _sizes(model: Any, setup: Setup) -> Sizes:
         largest=max((_bytes([weight], item) for weight in trained), default=0),
         layers=tuple(_layer(layer, item) for layer in outermost_layers(head.body)),
         head_gradient=_bytes([head_weight], item) if head_weight.requires_grad else 0,
+        head_lora=head.lora_columns,
         embedding_gradient=_bytes([embedding.weight], item) if embedding.weight.requires_grad else 0,
         head=head_weight.numel(),
         vocabulary=head_weight.shape[0],

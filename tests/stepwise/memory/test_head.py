@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdpo_kernels import linear_logps
+from sdpo_kernels import linear_logps, logps_op
 from sdpo_kernels.integrations.sharded_head import sharded_linear_logps
 from sdpo_kernels.stepwise.memory import head
 from sdpo_kernels.stepwise.memory.head import HeadCase, HeadMemory
@@ -34,6 +34,32 @@ def test_what_the_forward_keeps_is_what_linear_logps_keeps(trains, columns):
     found = HeadMemory.of(replace(CASE, columns=columns, trains=trains))
     assert found.stash > 0
     assert found.kept - 4 * 40 * 48 == pytest.approx(kept, abs=40 * head.ROW_BYTES)
+
+
+@pytest.mark.parametrize("columns", [700, 20000])
+def test_a_lora_on_the_head_has_a_stash_and_a_copy_of_the_head_in_both_passes(columns):
+    weight, lora_b = torch.randn(columns, 48), torch.randn(columns, 8, requires_grad=True)
+    hidden, targets = torch.randn(40, 56, requires_grad=True), torch.arange(40)
+    with LiveBytes([hidden, weight, lora_b, targets]) as live:
+        out = linear_logps(hidden, weight, targets, lora_b=lora_b)
+        kept = live.now
+
+    # the op itself, whose own tensors a dispatch mode sees only if it is called directly
+    index, options = torch.arange(40), (1.0, None, 1.0, "", torch.float32, "native", 0, None)
+    with LiveBytes([hidden, weight, lora_b, targets, index]) as inside:
+        del out
+        logps_op._linear_logps(hidden.detach(), weight, targets, None, index, *options, lora_b.detach())
+    both = inside.peak
+
+    given = 4 * (40 * 48 + 40 * 56 + 8 * columns)  # x, [x, s·A·x] and B
+    slack = 40 * head.ROW_BYTES + 4 * 40 * 56
+    found, frozen = (HeadMemory.of(replace(CASE, columns=columns, lora=lora, trains=lora > 0)) for lora in (8, 0))
+    assert found.stash > 2 * frozen.stash
+    assert found.kept - given == pytest.approx(kept, abs=slack)
+    stashed = found.stash // (4 * 40)
+    chunk = 4 * 40 * max(0, columns - stashed)
+    assert found.forward == pytest.approx(both + chunk, abs=slack)
+    assert found.scratch == pytest.approx(both + chunk, abs=slack)
 
 
 def test_a_head_that_is_cut_keeps_no_stash():

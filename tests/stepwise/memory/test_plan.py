@@ -22,9 +22,10 @@ def wide(tmp_path_factory):
         {},
         {"trainer": {"bf16": True, "gradient_checkpointing": True, "optim": "adamw_torch"}},
         {"lora": {"r": 4}, "reference": "ema", "ema": {"decay": 0.5, "sync_steps": 1}},
+        {"lora": {"r": 4, "target_modules": ["q_proj", "lm_head"]}},
         {"trainer": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}, "batching": "padded"},
     ],
-    ids=["full", "checkpointing", "lora", "accumulation"],
+    ids=["full", "checkpointing", "lora", "lora on the head", "accumulation"],
 )
 def test_the_plan_is_within_15_percent_of_the_tensors_that_exist(tmp_path, wide, settings):
     runs.write_rows(tmp_path / "data1.jsonl", runs.make_rows(16, longest=60))

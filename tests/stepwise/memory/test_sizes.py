@@ -44,6 +44,13 @@ def test_an_adapter_as_peft_adds_it():
     assert (sizes.trained, sizes.numbers) == (trained, total)
     assert sizes.weights == 2 * (total - trained) + 4 * trained
     assert (sizes.gradients, sizes.states, sizes.head_gradient) == (4 * trained, 8 * trained, 0)
+    assert sizes.head_lora == 0
+
+
+def test_an_adapter_on_the_head():
+    lora = LoraSettings(r=4, target_modules=["q_proj", "lm_head"], rank_pattern={"lm_head": 11})
+    sizes, _ = measure(config(), BATCH, Setup(dtype=torch.bfloat16, lora=lora))
+    assert (sizes.head_gradient, sizes.head_lora) == (0, 16)
 
 
 @pytest.mark.parametrize(
