@@ -139,6 +139,7 @@ def _resolve_paths(config: RunConfig, file: str, own_folder: str | None) -> RunC
         update={
             "model": _absolute_model(config.model, f"{file}: model"),
             "multi": _absolute_models(config.multi, file),
+            "guiding": config.guiding and _absolute_model(config.guiding, f"{file}: guiding"),
             "output_dir": output,
             "stages": stages,
             "eval_data": _absolute_entries(config.eval_data),
