@@ -58,6 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--quick", action="store_true", help="small data, short warm-up: checks that all runs work")
     options = parser.parse_args(arguments)
+    if not 2 <= len(set(options.seeds)) <= 10:
+        parser.error("--seeds: must be two to ten different ones, for intervals over seeds")
 
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()

@@ -26,9 +26,9 @@ LEVELS = 9  # distances at which two curves are compared
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Mean and 95 % interval of the mean; one value has no interval."""
+    """Mean and 95 % interval of the mean, of two to ten values."""
     mean, count = statistics.mean(values), len(values)
-    half = STUDENT[count - 1] * statistics.stdev(values) / math.sqrt(count) if count > 1 else math.inf
+    half = STUDENT[count - 1] * statistics.stdev(values) / math.sqrt(count)
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": count}
 
 
@@ -119,14 +119,12 @@ def curve(rows: Sequence[Row], method: str, seed: int) -> tuple[list[float], lis
     return [math.log(row["kl"]) for row in of], [accuracy(row) for row in of]
 
 
-def best_beta(rows: Sequence[Row], method: str) -> Interval | None:
+def best_beta(rows: Sequence[Row], method: str) -> Interval:
     """`method` minus DPO, each at its best β, which for a seed is the one that is best on the mean of the others.
 
-    A β chosen on the seed it is judged on would favour the method with the noisier results. None with one seed.
+    A β chosen on the seed it is judged on would favour the method with the noisier results.
     """
     seeds = sorted({row["seed"] for row in rows})
-    if len(seeds) < 2:
-        return None
     return interval([at_best(rows, method, seed) - at_best(rows, "dpo", seed) for seed in seeds])
 
 
