@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from benchmarks.betas_statistics import accuracy
+
 Report = dict[str, Any]
 Markers = dict[str, tuple[str, str]]
 # colour and marker of each method; DPO, which the others are compared with, is black
@@ -33,8 +35,7 @@ def section(report: Report) -> list[str]:
         )
 
         betas = task["betas"]
-        methods = [name for name in DRAWN if (name, betas[0]) in cells]
-        lines = [[f"`{name}`", *(of_cell(cells[name, beta]) for beta in betas)] for name in methods]
+        lines = [[f"`{name}`", *(of_cell(cells[name, beta]) for beta in betas)] for name in methods_of(found)]
         parts.append(table(["method", *(f"β {beta:g}" for beta in betas)], lines))
         parts.append(
             table(
@@ -91,44 +92,63 @@ def shown(value: Report | None, sign: str = "") -> str:
 
 
 def picture(report: Report, pyplot: Any) -> Any:
-    """A column a task: above, accuracy against KL, a line a method; below, differences from DPO at equal distance."""
+    """A column a task: above, accuracy against KL, a line a method; below, paired differences from DPO."""
     results = report["results"]
     figure, grid = pyplot.subplots(
-        2, len(results), figsize=(4 * len(results), 6.4), squeeze=False, layout="constrained", height_ratios=(3, 2)
+        2, len(results), figsize=(4 * len(results), 6.8), squeeze=False, layout="constrained", height_ratios=(3, 2)
     )
     for above, below, found in zip(*grid, results, strict=True):
-        draw_curves(above, found)
+        draw_curves(above, found, [row for row in report["rows"] if row["task"] == found["task"]])
         draw_differences(below, found)
         above.set_title(found["task"])
-    grid[0][0].set_ylabel("accuracy (%), mean and 95 % interval")
+    grid[0][0].set_ylabel("accuracy (%): mean, and each seed")
     grid[0][0].legend(fontsize=8, frameon=False)
+    grid[1][0].legend(fontsize=8, frameon=False)
     return figure
 
 
-def draw_curves(axes: Any, found: Report) -> None:
-    """A line a method through its β, from the largest on the left to the smallest."""
+def draw_curves(axes: Any, found: Report, rows: Sequence[Report]) -> None:
+    """A line a method through the means of its β; small dots are seeds, which differ more than methods do."""
+    from matplotlib.ticker import LogLocator
+
     initial = next(cell for cell in found["cells"] if cell["method"] == "initial_model")
     axes.axhline(100 * initial["accuracy"]["mean"], color="#999999", linewidth=0.8, linestyle=":", label="M₀")
-    for method, (colour, marker) in DRAWN.items():
+    for method in methods_of(found):
+        colour, marker = DRAWN[method]
         of = sorted((c for c in found["cells"] if c["method"] == method), key=lambda cell: cell["kl"]["mean"])
-        values = [100 * cell["accuracy"]["mean"] for cell in of]
-        reach = [100 * (cell["accuracy"]["high"] - cell["accuracy"]["mean"]) for cell in of]
-        distances = [cell["kl"]["mean"] for cell in of]
-        axes.errorbar(distances, values, reach, color=colour, marker=marker, ms=4, lw=1.2, elinewidth=0.4, label=method)
+        means = [[cell["kl"]["mean"] for cell in of], [100 * cell["accuracy"]["mean"] for cell in of]]
+        axes.plot(*means, color=colour, marker=marker, ms=5, lw=1.2, label=method)
+        seeds = [row for row in rows if row["method"] == method]
+        axes.scatter([row["kl"] for row in seeds], [100 * accuracy(row) for row in seeds], s=6, color=colour, alpha=0.5)
+    # a range of less than a decade has too few ticks, or too many, by default
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
     axes.set_xlabel("KL from M₀ (nat a token)")
     axes.grid(linewidth=0.4, alpha=0.6)
 
 
 def draw_differences(axes: Any, found: Report) -> None:
-    """Dots with paired intervals, one a method."""
-    methods = [name for name, value in found["same_distance"].items() if value is not None][::-1]
+    """Two dots a method with their intervals: at equal distance, where distances overlap, and each at its best β."""
+    methods = list(found["best_beta"])[::-1]
     for place, method in enumerate(methods):
-        value, (colour, marker) = found["same_distance"][method], DRAWN[method]
-        reach = 100 * (value["high"] - value["mean"])
-        axes.errorbar(100 * value["mean"], place, xerr=reach, color=colour, marker=marker, ms=5, capsize=3)
+        for key, height, face in (("same_distance", 0.15, DRAWN[method][0]), ("best_beta", -0.15, "white")):
+            if (value := found[key][method]) is None:
+                continue
+            reach, mean = 100 * (value["high"] - value["mean"]), 100 * value["mean"]
+            axes.errorbar(mean, place + height, xerr=reach, color=DRAWN[method][0], fmt="o", ms=5, mfc=face, capsize=2)
+
+    # two empty series for the legend
+    axes.scatter([], [], color="#222222", label="at equal KL")
+    axes.scatter([], [], facecolor="white", edgecolor="#222222", label="each at its best β")
     axes.axvline(0, color="#222222", linewidth=0.8)
     axes.set_yticks(range(len(methods)), methods)
     axes.set_ylim(-0.6, len(methods) - 0.4)
-    axes.set_xlabel("points over DPO at equal distance, paired")
+    axes.set_xlabel("points over DPO, 95 % interval over seeds")
     axes.grid(axis="x", linewidth=0.4, alpha=0.6)
+
+
+def methods_of(found: Report) -> list[str]:
+    """The methods that a task has cells of."""
+    return [name for name in DRAWN if any(cell["method"] == name for cell in found["cells"])]

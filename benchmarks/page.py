@@ -27,7 +27,7 @@ TITLES = {
     "sharded": "A head sharded over two processes",
     "vocab_parallel": "A vocabulary cut over two processes",
     "stages": "SFT, DPO and stepwise DPO over seeds",
-    "betas": "Stages and references over β, at equal distance from M₀",
+    "betas": "Stages and references at equal distance",
     "parts": "Parts of a step on a GPU",
 }
 NOT_ANNOUNCED = {"parts", "body", "sharded", "vocab_parallel", "betas"}  # listed only where it was measured

@@ -25,6 +25,13 @@ STAGE = {"method": "sdpo", "seeds": 2, "exactly_right": SPAN, "gain": None, "ran
 SIDE = {"median_s": 0.5, "min_s": 0.25, "max_s": 1.0, "tokens_a_second": 1234.0, "peak_extra_bytes": 2**20}
 EXACT = {"dtype": "bf16", "vocab": 300, "input": "plain", "case": "ours", "nats": 1e-5, "dx": 2e-3, "dw": 3e-3}
 POINT = {"factor": "vocab", "value": 200, "shape": {"rows": 5}, "results": CASES}
+SWEPT = [
+    {"task": "sorting", "method": method, "seed": seed, "beta": beta, "kl": kl}
+    | {"exactly_right": 0.5 + above, "pair_accuracy": 0.25}
+    for method, above in (("initial_model", -0.25), ("dpo", 0.0), ("sdpo", 0.125), ("random", 0.25))
+    for seed in (1, 2)
+    for beta, kl in (((0.0, 0.0),) if method == "initial_model" else ((1.0, 0.5), (3.0, 0.25)))
+]
 REPORTS: dict[str, dict[str, Any]] = {
     "head": {"shape": {"pairs": 1, "rows": 5}, "results": CASES},
     "accuracy": {"shape": {"pairs": 1}, "results": [EXACT, EXACT | {"input": "confident", "nats": 0.0}]},
@@ -50,15 +57,8 @@ REPORTS: dict[str, dict[str, Any]] = {
     "stages": {"results": [STAGE], "sdpo_minus_dpo": [0.25, -0.125]},
     "betas": {
         "tasks": {"sorting": {"learning_rate": 5e-5, "betas": [1.0, 3.0], "batch": 16}},
-        "results": conclusions(
-            [
-                {"task": "sorting", "method": method, "seed": seed, "beta": beta, "kl": kl}
-                | {"exactly_right": 0.5 + above, "pair_accuracy": 0.25}
-                for method, above in (("initial_model", -0.25), ("dpo", 0.0), ("sdpo", 0.125), ("random", 0.25))
-                for seed in (1, 2)
-                for beta, kl in (((0.0, 0.0),) if method == "initial_model" else ((1.0, 0.5), (3.0, 0.25)))
-            ]
-        ),
+        "rows": SWEPT,
+        "results": conclusions(SWEPT),
     },
 }
 
