@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import pictures, records
+from benchmarks import betas_page, pictures, records
 from benchmarks.measure import ROOT
 
 Report = dict[str, Any]
@@ -27,9 +27,10 @@ TITLES = {
     "sharded": "A head sharded over two processes",
     "vocab_parallel": "A vocabulary cut over two processes",
     "stages": "SFT, DPO and stepwise DPO over seeds",
+    "betas": "Stages and references at equal distance",
     "parts": "Parts of a step on a GPU",
 }
-NOT_ANNOUNCED = {"parts", "body", "sharded", "vocab_parallel"}  # listed only where it was measured
+NOT_ANNOUNCED = {"parts", "body", "sharded", "vocab_parallel", "betas"}  # listed only where it was measured
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -308,6 +309,7 @@ SECTIONS: dict[str, Callable[[Report], list[str]]] = {
     "sharded": sharded_section,
     "vocab_parallel": vocab_parallel_section,
     "stages": stages_section,
+    "betas": betas_page.section,
 }
 
 

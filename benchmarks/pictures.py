@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import betas_page
+
 Report = dict[str, Any]
 OURS, OTHERS, FLOOR = "#cc6677", "#4477aa", "#999999"
 
@@ -113,4 +115,9 @@ def scaling(report: Report, pyplot: Any) -> Any:
     return figure
 
 
-DRAWN: dict[str, Callable[[Report, Any], Any]] = {"head": head, "accuracy": accuracy, "scaling": scaling}
+DRAWN: dict[str, Callable[[Report, Any], Any]] = {
+    "head": head,
+    "accuracy": accuracy,
+    "scaling": scaling,
+    "betas": betas_page.picture,
+}

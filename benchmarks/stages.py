@@ -1,14 +1,15 @@
-"""Does stepwise DPO beat DPO, and DPO its warm start? `python -m benchmarks.stages [--json results.json]`
+"""Does stepwise DPO beat DPO, and DPO its warm start? `python -m benchmarks.stages [--betas] [--json results.json]`
 
 The demo's task (sorting the letters of a word, examples/demo) over seeds, with the functions of
 examples/methods/compare.py. Each seed has its own warm start and pairs; from it, DPO trains on all pairs at once and
 sDPO in three stages, and all three models are judged on the same held-out words. Differences are paired by seed.
-Finished runs in --output are not repeated, so seeds can be added.
+Finished runs in --output are not repeated, so seeds can be added. With --betas: betas.py, which says more.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import measure
+from benchmarks import betas, measure
 from examples.demo.setup import FULL, QUICK, Settings, set_up
 from examples.methods.compare import start_folder, summary, table, train_and_judge
 from sdpo_kernels.stepwise.common.progress import Reporter
@@ -27,6 +28,8 @@ METHODS = ("sft", "dpo", "sdpo")
 
 def main(arguments: list[str] | None = None) -> int:
     """Train and judge every method with every seed."""
+    if "--betas" in (sys.argv[1:] if arguments is None else arguments):
+        return betas.main(arguments)
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stages", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13])
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/stages"))

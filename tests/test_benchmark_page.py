@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import page, pictures
+from benchmarks.betas_statistics import conclusions
 
 ROOT = Path(__file__).resolve().parents[1]
 ABOUT: dict[str, Any] = {
@@ -24,6 +25,13 @@ STAGE = {"method": "sdpo", "seeds": 2, "exactly_right": SPAN, "gain": None, "ran
 SIDE = {"median_s": 0.5, "min_s": 0.25, "max_s": 1.0, "tokens_a_second": 1234.0, "peak_extra_bytes": 2**20}
 EXACT = {"dtype": "bf16", "vocab": 300, "input": "plain", "case": "ours", "nats": 1e-5, "dx": 2e-3, "dw": 3e-3}
 POINT = {"factor": "vocab", "value": 200, "shape": {"rows": 5}, "results": CASES}
+SWEPT = [
+    {"task": "sorting", "method": method, "seed": seed, "beta": beta, "kl": kl}
+    | {"exactly_right": 0.5 + above, "pair_accuracy": 0.25}
+    for method, above in (("initial_model", -0.25), ("dpo", 0.0), ("sdpo", 0.125), ("random", 0.25))
+    for seed in (1, 2)
+    for beta, kl in (((0.0, 0.0),) if method == "initial_model" else ((1.0, 0.5), (3.0, 0.25)))
+]
 REPORTS: dict[str, dict[str, Any]] = {
     "head": {"shape": {"pairs": 1, "rows": 5}, "results": CASES},
     "accuracy": {"shape": {"pairs": 1}, "results": [EXACT, EXACT | {"input": "confident", "nats": 0.0}]},
@@ -47,6 +55,11 @@ REPORTS: dict[str, dict[str, Any]] = {
         ],
     },
     "stages": {"results": [STAGE], "sdpo_minus_dpo": [0.25, -0.125]},
+    "betas": {
+        "tasks": {"sorting": {"learning_rate": 5e-5, "betas": [1.0, 3.0], "batch": 16}},
+        "rows": SWEPT,
+        "results": conclusions(SWEPT),
+    },
 }
 
 
@@ -77,6 +90,13 @@ def test_the_page_shows_every_report_and_its_origin(made):
     assert "| `loss_parallel` | 750 | 250 … 1000 | 1.50 | 0.50 | 4 | 1.2e-01 |" in text
     assert "The two processes share the machine's 2 cores" in text
     assert "seed by seed: +25.0, -12.5." in text
+    assert "| `sdpo` | 62.5 / 0.500 | 62.5 / 0.250 |" in text
+    assert "| `sdpo` | +12.5 (+12.5 … +12.5); KL × 1.00 | +12.5 (+12.5 … +12.5); KL × 1.00 |" in text
+    assert (
+        "| minus `dpo` at β/3 | β 3 against 1 |\n| --- | --- |\n| `sdpo` | +12.5 (+12.5 … +12.5); KL × 0.50 |" in text
+    )
+    assert "| `random` | +25.0 (+25.0 … +25.0) | +25.0 (+25.0 … +25.0) |" in text
+    assert "minus `sdpo` (points): `random` +12.5 (+12.5 … +12.5)." in text
     assert "Not measured yet: `python -m benchmarks.floor`." in text
 
 

@@ -43,6 +43,7 @@ TARGETS = {
 # run, shortened, by tests/test_benchmarks.py, tests/test_benchmark_page.py, tests/stepwise/memory or below
 NAMES = ("accuracy", "scaling", "step", "body", "memory", "stages", "page")
 BENCHMARKS = {f"python -m benchmarks.{name}" for name in NAMES}
+BENCHMARKS |= {"python -m benchmarks.stages --betas"}  # tests/test_betas.py
 
 
 def test_every_command_is_known():

@@ -133,8 +133,10 @@ def planned(prepared: Prepared, target: Target | None) -> PlannedRun:
 
 
 def _say_reference(prepared: Prepared, processes: int, reporter: Reporter) -> None:
-    """Print the further settings of the reference with `multi` and `ema`."""
+    """Print the further settings of the reference with `multi`, `guiding` and `ema`."""
     config = prepared.config
+    if config.guiding is not None:
+        reporter.say(f"guiding    {config.guiding} is the reference of every stage")
     if config.multi is not None:
         options = config.multi
         weights = options.alpha if isinstance(options.alpha, str) else ", ".join(f"{a:g}" for a in options.alpha)

@@ -30,7 +30,7 @@ from sdpo_kernels.stepwise.data.suggestions import PROMPT_NAMES, SYSTEM_NAMES
 from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs, tokenize_pairs
 from sdpo_kernels.stepwise.models.load import load_tokenizer
 from sdpo_kernels.stepwise.models.trial import try_run
-from sdpo_kernels.stepwise.references.multi import check_multi
+from sdpo_kernels.stepwise.references.others import check_others
 from sdpo_kernels.stepwise.references.shared_cache import check_cache_folder
 from sdpo_kernels.stepwise.settings.columns import DataEntry, entry_path
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig, StageConfig
@@ -114,7 +114,7 @@ def prepare(
     parts = [stage.tokens for stage in prepared.stages if stage.prompts is None]
     parts += [] if prepared.eval_tokens is None else [prepared.eval_tokens]
     check_fit(config, prepared.model_config, parts)
-    check_multi(config, prepared.tokenizer, parts)
+    check_others(config, prepared.tokenizer, parts)
     check_cache_folder(config)
     prepared.warnings += position_warnings(prepared.model_config, parts)
 

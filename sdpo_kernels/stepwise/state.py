@@ -63,9 +63,9 @@ class Run:
         # by what they are in the run, so that its folder and the models can be moved
         own = Path(path).parent == self.folder
         name = "initial" if path == self.config.model else Path(path).name if own else path
-        further = () if self.config.multi is None else self.config.multi.models
-        if path in further and path not in known:  # runs of earlier versions have the path
-            name = f"multi.models.{further.index(path)}"
+        others = {path: name for name, path in self.config.other_references.items()}
+        if path in others and path not in known:  # runs of earlier versions have the path
+            name = others[path]
         if name not in known:
             known[name] = digest
             self.manifest.save()
@@ -153,7 +153,9 @@ class Stage:
         self.update(self.spent())
 
     def model_before(self, which: str) -> str:
-        """The model that `previous` or `initial` stands for in this stage; for `ema` and `multi` the policy's start."""
+        """The model that `previous`, `initial` or `guiding` stands for; for `ema` and `multi` the policy's start."""
+        if which == "guiding":
+            return str(self.run.config.guiding)
         # both start from the policy's model: ema's reference moves later, multi's base is it
         if which in ("ema", "multi"):
             which = self.run.config.policy
@@ -165,7 +167,7 @@ class Stage:
     def starts_as_reference(self) -> bool:
         """Whether the policy is its own reference at the stage's start."""
         config = self.run.config
-        if config.reference in ("multi", "none"):
+        if config.reference in ("multi", "guiding", "none"):
             return False
         return self.model_before(config.policy) == self.model_before(config.reference)
 

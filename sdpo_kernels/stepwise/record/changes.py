@@ -26,7 +26,7 @@ PLANNED = ("name", "prompts", "pairs", "dropped", "data_hash", "beta", "loss", "
 # settings that no weight depends on, or that are compared by content
 _FREE = {
     "output_dir", "model", "eval_data", "columns", "prompt", "on_bad_row", "template_time", "trust_remote_code", "post",
-    "reference_cache", "samples", "stages", "trainer", "beta",  # the last three as they hold for each stage
+    "reference_cache", "samples", "guiding", "stages", "trainer", "beta",  # the last three as they hold for each stage
 }  # fmt: skip
 _FREE_OF_TRAINER = {
     "per_device_eval_batch_size", "eval_accumulation_steps", "torch_empty_cache_steps", "skip_memory_metrics",

@@ -25,12 +25,12 @@ from sdpo_kernels.stepwise.models.load import Loaded, release_memory
 from sdpo_kernels.stepwise.record.manifest import Record
 from sdpo_kernels.stepwise.references.cache import read_scores, write_scores
 from sdpo_kernels.stepwise.references.evaluation import EVAL_FILE, EvalData
-from sdpo_kernels.stepwise.references.multi import BASE_FILE, MultiReferences, Part
+from sdpo_kernels.stepwise.references.others import BASE_FILE, OtherReferences, Part
 from sdpo_kernels.stepwise.references.scorer import Scorer
 from sdpo_kernels.stepwise.settings.reference import MultiSettings
 
 REFERENCE_FILE = "reference_logps.safetensors"  # in a stage's folder
-MULTI = "references"  # in a stage's working folder: the log-probs of each of several references
+OTHERS = "references"  # in a stage's working folder: the log-probs of each reference of `multi` or `guiding`
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class StageReferences:
     def score(self) -> StageStart:
         """Score the reference, or read its cache, and return the scores with the policy's starting model.
 
-        1. With `none` nothing is scored; with `multi` every reference is scored and their log-probs are mixed.
+        1. With `none` nothing is scored; with `multi` every reference is scored and their log-probs are mixed; with
+           `guiding` the one model is scored and released before the policy is loaded.
         2. Otherwise load the one reference and score it.
         3. It is also the policy's starting model, unless `policy` names another one: then load that in its place.
 
@@ -72,6 +73,8 @@ class StageReferences:
             return StageStart(self._load(self.policy)[0], torch.zeros(len(self.tokens), 2), none)
         if config.multi is not None:
             return self._score_multi(config.multi)
+        if config.guiding is not None:
+            return self._score_guiding()
 
         loaded, reference_hash = self._load(self.reference)
         started = time.monotonic()
@@ -91,7 +94,7 @@ class StageReferences:
         """With `multi`, the log-probs [n, 2] of the policy's start, which are not the reference's; otherwise None."""
         if self.scorer.config.reference != "multi":
             return None
-        return read_scores(self.folder / MULTI / BASE_FILE, None, len(self.tokens), partial=True)[0]
+        return read_scores(self.folder / OTHERS / BASE_FILE, None, len(self.tokens), partial=True)[0]
 
     def eval_dataset(self) -> PairDataset | None:
         """The evaluation pairs with this reference's log-probs; None if the stage is not evaluated while it trains."""
@@ -100,17 +103,34 @@ class StageReferences:
         reference = self.scorer.config.reference
         if reference == "none":
             return self.evaluation.dataset(None)
-        folder = self.folder / MULTI if reference == "multi" else self.evaluation.folder_of(self.reference)
-        return self.evaluation.dataset(folder)
+        is_other = reference in ("multi", "guiding")
+        return self.evaluation.dataset(self.folder / OTHERS if is_other else self.evaluation.folder_of(self.reference))
+
+    def _score_others(self) -> OtherReferences:
+        """Load, score and release the references of `multi` (but the base) or `guiding`, one at a time."""
+        models = self.scorer.config.other_references
+        references = OtherReferences(models, self.scorer, self.folder / OTHERS, self.check_weights)
+        parts: dict[str, Part] = {"pairs": (self.tokens, self.used)}
+        if self.evaluation is not None:
+            parts["eval"] = (self.evaluation.tokens, None)
+        references.score(parts, self.label)
+        return references
+
+    def _score_guiding(self) -> StageStart:
+        """`guiding`: the one other model is the reference."""
+        started = time.monotonic()
+        references = self._score_others()
+        (key,), (scores,) = references.hashes, references.scores["pairs"]
+        write_scores(self.folder / REFERENCE_FILE, scores, key)
+        if self.evaluation is not None:
+            write_scores(references.folder / EVAL_FILE, references.scores["eval"][0], key)
+        ranks.wait()
+        return StageStart(self._load(self.policy)[0], scores, self._record(key, scores, started))
 
     def _score_multi(self, settings: MultiSettings) -> StageStart:
         """`multi`: score the further references one at a time, then the base, which stays loaded as the policy."""
         started = time.monotonic()
-        references = MultiReferences(settings, self.scorer, self.folder / MULTI, self.check_weights)
-        parts: dict[str, Part] = {"pairs": (self.tokens, self.used)}
-        if self.evaluation is not None:
-            parts["eval"] = (self.evaluation.tokens, None)
-        references.score_others(parts, self.label)
+        references = self._score_others()
 
         # last, so that the base is the one model that stays
         loaded, base_hash = self._load(self.reference)
@@ -119,11 +139,11 @@ class StageReferences:
         )
 
         # the mixture is stored like any other reference; its key is the hash of all its references
-        key, scores = references.combined_hash(base_hash), references.combine("pairs", base)
+        key, scores = references.combined_hash(base_hash), references.combine("pairs", base, settings)
         write_scores(self.folder / REFERENCE_FILE, scores, key)
         if self.evaluation is not None:
             stored = self.evaluation.stored(self.evaluation.folder_of(self.reference))
-            write_scores(references.folder / EVAL_FILE, references.combine("eval", stored), key)
+            write_scores(references.folder / EVAL_FILE, references.combine("eval", stored, settings), key)
         ranks.wait()
 
         record = self._record(key, scores, started) | {"reference_hashes": references.named_hashes(base_hash)}

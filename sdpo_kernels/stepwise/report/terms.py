@@ -125,7 +125,7 @@ def run_loss(manifest: Record) -> LossSum | None:
 def starts_as_reference(stage: Record) -> bool:
     """Whether the stage's policy is its own reference before its first step; an old record does not say."""
     reference, policy = stage.get("reference", "previous"), stage.get("policy", "previous")
-    if reference in ("multi", "none"):
+    if reference in ("multi", "guiding", "none"):
         return False
     # a moving reference starts at the policy, and before the first stage all are the initial model
     return reference == "ema" or stage["index"] == 1 or reference == policy

@@ -1,6 +1,7 @@
-"""The sections `multi` and `ema` of run.yaml: settings of two reference modes.
+"""The settings `multi`, `ema` and `guiding` of run.yaml, one for each of three reference modes.
 
 reference: multi (MRPO, arXiv 2405.16388) scores several models before a stage and mixes their log-probs.
+reference: guiding (Pre-DPO, arXiv 2504.15843) scores one other model, trained on the same pairs before.
 reference: ema (SAPO, arXiv 2405.20830) lets the reference follow the policy while a stage trains.
 """
 
@@ -89,12 +90,16 @@ class EmaSettings(Section):
         return None if self.mode == "fixed" else self.sync_steps or PUBLISHED_SYNC_STEPS
 
 
-def reference_mistakes(reference: str, multi: MultiSettings | None, ema: EmaSettings | None) -> list[tuple[str, str]]:
-    """(key, what is wrong) where the sections `multi` and `ema` do not fit the reference mode."""
+def reference_mistakes(
+    reference: str, multi: MultiSettings | None, ema: EmaSettings | None, guiding: str | None
+) -> list[tuple[str, str]]:
+    """(key, what is wrong) where `multi`, `ema` and `guiding` do not fit the reference mode."""
     mistakes = []
     if reference == "multi" and multi is None:
         mistakes.append(("multi", "is required with reference: multi (it lists the additional references)"))
-    for name, section in (("multi", multi), ("ema", ema)):
+    if reference == "guiding" and guiding is None:
+        mistakes.append(("guiding", "is required with reference: guiding (it names the reference model)"))
+    for name, section in (("multi", multi), ("ema", ema), ("guiding", guiding)):
         if section is not None and reference != name:
             mistakes.append((name, f"was given, but only reference: {name} uses it (reference is {reference})"))
     return mistakes

@@ -139,6 +139,7 @@ def _resolve_paths(config: RunConfig, file: str, own_folder: str | None) -> RunC
         update={
             "model": _absolute_model(config.model, f"{file}: model"),
             "multi": _absolute_models(config.multi, file),
+            "guiding": config.guiding and _absolute_model(config.guiding, f"{file}: guiding"),
             "output_dir": output,
             "reference_cache": config.reference_cache and _absolute(config.reference_cache),
             "stages": stages,

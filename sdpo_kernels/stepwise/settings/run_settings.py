@@ -123,10 +123,11 @@ class RunConfig(Section):
         score_column: Rank by an external score with `order: pair_accuracy`: the name of the column that contains
             chosen minus rejected, or of two columns without their endings '_chosen' and '_rejected'.
         reference: The reference model of a stage: 'previous' (the previous stage's model, sDPO), 'initial' (M₀),
-            'multi' (several models mixed, MRPO), 'ema' (follows the policy while a stage trains, SAPO) or 'none'
-            (reference log-probs of 0).
+            'multi' (several models mixed, MRPO), 'ema' (follows the policy while a stage trains, SAPO), 'guiding'
+            (another model, trained before, Pre-DPO) or 'none' (reference log-probs of 0).
         multi: Settings of `reference: multi`.
         ema: Settings of `reference: ema`.
+        guiding: Folder or Hub name of the model that is the reference of every stage with `reference: guiding`.
         reference_cache: Folder in which log-probs of references outlive the run, for other runs on the same model and
             pairs. By default they are in the run's own folder only.
         policy: Where a stage's weights start: 'previous' (the previous stage's model) or 'initial' (M₀).
@@ -169,9 +170,10 @@ class RunConfig(Section):
     order_score: Literal["sum", "mean"] = "sum"
     tiers: Annotated[Integer, Field(ge=2)] | None = None
     score_column: Text | None = None
-    reference: Literal["previous", "initial", "ema", "multi", "none"] = "previous"
+    reference: Literal["previous", "initial", "ema", "multi", "guiding", "none"] = "previous"
     multi: MultiSettings | None = None
     ema: EmaSettings | None = None
+    guiding: Text | None = None
     reference_cache: Text | None = None
     policy: Literal["previous", "initial"] = "previous"
     loss: Loss = "sigmoid"
@@ -204,7 +206,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         mistakes = [*_order_mistakes(self), *_stage_mistakes(self), *_source_mistakes(self), *post_mistakes(self)]
-        mistakes += [*reference_mistakes(self.reference, self.multi, self.ema), *loss_mistakes(self)]
+        mistakes += reference_mistakes(self.reference, self.multi, self.ema, self.guiding)
+        mistakes += loss_mistakes(self)
         mistakes += quantization_mistakes(self)
 
         if self.samples and self.eval_data is None:
@@ -231,6 +234,14 @@ class RunConfig(Section):
     def loss_sum(self) -> LossSum:
         """The loss with its options: a single loss, or a weighted sum."""
         return losses.loss_sum(self.loss, self.loss_options)
+
+    @property
+    def other_references(self) -> dict[str, str]:
+        """Reference models besides the run's own, by the setting that names them."""
+        if self.guiding is not None:
+            return {"guiding": self.guiding}
+        models = () if self.multi is None else self.multi.models
+        return {f"multi.models.{index}": model for index, model in enumerate(models)}
 
     @property
     def expo(self) -> ExpoSettings | None:

@@ -31,6 +31,7 @@ def test_ln_2_is_said_of_losses_that_start_there():
         ("initial", "previous", {1: LN2}),
         ("previous", "ema", {1: LN2, 2: LN2}),
         ("previous", "multi", {}),
+        ("initial", "guiding", {}),
         ("previous", "none", {}),
     ],
 )

@@ -1,4 +1,4 @@
-"""The sections `multi` and `ema`: defaults, the error line for each mistake, what `sdpo check` prints about them."""
+"""The settings `multi`, `ema` and `guiding`: defaults, the error line for each mistake, what `sdpo check` prints."""
 
 import io
 from pathlib import Path
@@ -32,7 +32,10 @@ MISTAKES = [
     ("reference: multi", "run.yaml: multi: is required with reference: multi"),
     ("multi: {models: [org/a]}", "run.yaml: multi: was given, but only reference: multi uses it (reference is prev"),
     ("ema: {decay: 0.9}", "run.yaml: ema: was given, but only reference: ema uses it (reference is previous)"),
-    ("reference: em", "run.yaml: reference: was 'em', must be 'previous', 'initial', 'ema', 'multi' or 'none'"),
+    ("reference: em", "run.yaml: reference: was 'em', must be 'previous', 'initial', 'ema', 'multi', 'guidi"),
+    ("reference: guiding", "run.yaml: guiding: is required with reference: guiding (it names the reference model)"),
+    ("guiding: org/a", "run.yaml: guiding: was given, but only reference: guiding uses it (reference is previous)"),
+    ("reference: guiding\nguiding: ./nowhere", "run.yaml: guiding: was './nowhere', which is neither a folder nor"),
     ("reference: multi\nmulti: {}", "run.yaml: multi.models: is required"),
     ("reference: multi\nmulti: {models: []}", "run.yaml: multi.models: was [], must not be empty"),
     ("reference: multi\nmulti: {models: [a], epsilno: 1}", "run.yaml: multi.epsilno: unknown key; did you mean 'epsi"),
@@ -84,6 +87,7 @@ def test_defaults_and_absolute_paths(load, tmp_path):
     config = load(SMALL + "reference: multi\nmulti: {models: [other, org/other]}\n")
     assert config.multi.models == (str(tmp_path / "other"), "org/other")
     assert (config.multi.epsilon, config.multi.alpha, config.multi.alpha_convention) == (0.1, "adaptive", "formula")
+    assert load(SMALL + "reference: guiding\nguiding: other\n").guiding == str(tmp_path / "other")
     config = load(SMALL + "reference: ema\nema: {}\n")
     assert (config.ema.decay, config.ema.mode, config.ema.period) == (0.5, "ema", 108)
     assert load(SMALL + "reference: ema\nema: {mode: fixed}\n").ema.period is None
@@ -97,9 +101,10 @@ def test_defaults_and_absolute_paths(load, tmp_path):
         "reference: multi\nmulti: {models: [org/a], alpha_convention: published}",
         "reference: ema\nema: {mode: policy, sync_steps: 7, decay: 0}",
         "reference: ema\nema: {mode: fixed}",
+        "reference: guiding\nguiding: org/a",
     ],
 )
-def test_both_sections_survive_dumping_and_loading(load, lines):
+def test_all_three_survive_dumping_and_loading(load, lines):
     config = load(SMALL + lines + "\n")
     assert load(dump_config(config)) == config
 
@@ -129,6 +134,9 @@ def test_check_lists_the_references(tmp_path, model):
     text = checked(runs.configured(tmp_path, model, reference="multi", multi=options))
     assert f"multi      the base (the policy's start) with {other}" in text
     assert "epsilon 0.1, alpha 0.75, 0.25 (published)" in text
+
+    text = checked(runs.configured(tmp_path, model, reference="guiding", guiding=str(other)))
+    assert f"guiding    {other} is the reference of every stage" in text
 
 
 def test_check_counts_how_often_the_reference_is_updated(tmp_path, model):

@@ -1,10 +1,12 @@
-"""Scoring the references of `reference: multi`: one model after another, never two of them in memory.
+"""Scoring references besides the run's own models: one after another, never two of them in memory.
 
-    references = MultiReferences(settings, scorer, folder, check_weights)
-    references.score_others({"pairs": (tokens, used)}, "stage 1 easy")   # loads, scores, releases each model in turn
-    references.combine("pairs", base_scores)                             # [n, 2], what the stage trains against
+    references = OtherReferences(config.other_references, scorer, folder, check_weights)
+    references.score({"pairs": (tokens, used)}, "stage 1 easy")   # loads, scores, releases each model in turn
+    references.scores["pairs"]                                    # of each model [n, 2]
+    references.combine("pairs", base_scores, config.multi)        # [n, 2], what the stage trains against
 
-The base is the model the policy starts from. It stays in memory, so the stage itself scores it.
+With `guiding` there is one, the reference. With `multi` they are mixed with the base, the model that the policy starts
+from. It stays in memory, so the stage itself scores it.
 """
 
 from __future__ import annotations
@@ -35,28 +37,30 @@ Part = tuple[TokenizedPairs, NDArray[np.int64] | None]  # pairs, and the indices
 BASE_FILE = "base.safetensors"
 
 
-class MultiReferences:
+class OtherReferences:
     """The references of one stage; their scores are cached in `folder`, each model's under its own key."""
 
     def __init__(
-        self, settings: MultiSettings, scorer: Scorer, folder: Path, check_weights: Callable[[str, str], None]
+        self, models: Mapping[str, str], scorer: Scorer, folder: Path, check_weights: Callable[[str, str], None]
     ) -> None:
-        """`check_weights(path, hash)` raises UserError if the weights in `path` have changed during the run."""
-        self.settings, self.folder, self.check_weights = settings, folder, check_weights
+        """`models` by the settings that name them (`RunConfig.other_references`).
+
+        `check_weights(path, hash)` raises UserError if the weights in `path` have changed during the run.
+        """
+        self.models, self.folder, self.check_weights = models, folder, check_weights
         # A stage folder of another LoRA run is loaded from its merged weights: its adapter fits only that run's base.
         self.scorer = dataclasses.replace(scorer, config=scorer.config.model_copy(update={"lora": None}))
         self.hashes: list[str] = []
         self.scores: dict[str, list[Tensor]] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
-    def score_others(self, wanted: Mapping[str, Part], label: str) -> None:
-        """Score every model but the base on each of `wanted`, named sets of pairs; `combine` refers to them by name."""
+    def score(self, wanted: Mapping[str, Part], label: str) -> None:
+        """Score every model on each of `wanted`, named sets of pairs, into `scores`."""
         self.scores = {name: [] for name in wanted}
-        for number in range(len(self.settings.models)):
-            self._score(number, wanted, label)
+        for number, (setting, path) in enumerate(self.models.items()):
+            self._score(number, setting, path, wanted, label)
 
-    def _score(self, number: int, wanted: Mapping[str, Part], label: str) -> None:
-        path = self.settings.models[number]
+    def _score(self, number: int, setting: str, path: str, wanted: Mapping[str, Part], label: str) -> None:
         loaded, digest = self.scorer.load_with_hash(path)
         self.check_weights(path, digest)
 
@@ -65,21 +69,19 @@ class MultiReferences:
         try:
             check_head(loaded.model, torch.from_numpy(first.astype("int64")).to(self.scorer.device))
         except ValueError as error:
-            raise UserError(f"multi.models.{number}: {path}: {error}") from error
+            raise UserError(f"{setting}: {path}: {error}") from error
 
         # scored on everything while it is loaded
         self.hashes.append(digest)
-        text = f"{label}: reference {number + 2} of {len(self.settings.models) + 1}"
         for name, (tokens, used) in wanted.items():
             cache = self.folder / f"{name}-{number}.safetensors"
-            self.scores[name].append(self.scorer.cached(loaded, digest, tokens, text, cache, used))
+            self.scores[name].append(self.scorer.cached(loaded, digest, tokens, f"{label}: {setting}", cache, used))
 
-    def combine(self, name: str, base: Tensor) -> Tensor:
-        """log π̃ [n, 2] of the pairs that `score_others` was given as `name`; `base` [n, 2] are the base's scores.
+    def combine(self, name: str, base: Tensor, options: MultiSettings) -> Tensor:
+        """log π̃ [n, 2] of the pairs that `score` was given as `name`; `base` [n, 2] are the base's scores.
 
         A pair that some reference has not scored is NaN.
         """
-        options = self.settings
         parts = torch.stack([base, *self.scores[name]])
         return combine(parts, epsilon=options.epsilon, alpha=options.alpha, convention=options.alpha_convention)
 
@@ -89,16 +91,16 @@ class MultiReferences:
 
     def named_hashes(self, base_hash: str) -> dict[str, str]:
         """Each reference's hash, by its path."""
-        return {"base": base_hash, **dict(zip(self.settings.models, self.hashes, strict=True))}
+        return {"base": base_hash, **dict(zip(self.models.values(), self.hashes, strict=True))}
 
 
-def check_multi(config: RunConfig, tokenizer: PreTrainedTokenizerBase, parts: list[TokenizedPairs]) -> None:
-    """UserError if a further reference cannot read the run's tokens. Reads configs and tokenizers only, no weights."""
+def check_others(config: RunConfig, tokenizer: PreTrainedTokenizerBase, parts: list[TokenizedPairs]) -> None:
+    """UserError if another reference cannot read the run's tokens. Reads configs and tokenizers only, no weights."""
     vocabulary = tokenizer.get_vocab()
-    for number, path in enumerate(config.multi.models if config.multi is not None else ()):
+    for setting, path in config.other_references.items():
         theirs = config.model_copy(update={"model": path})
         try:
             check_vocabulary(vocabulary, load_tokenizer(theirs).get_vocab(), "all references must share one vocabulary")
             check_fit(theirs, load_model_config(theirs), parts)
         except UserError as error:
-            raise UserError(f"multi.models.{number}: {path}: {error}") from error
+            raise UserError(f"{setting}: {path}: {error}") from error
