@@ -34,12 +34,12 @@ from transformers.utils import logging as transformers_logging
 from benchmarks import measure
 from benchmarks.betas_statistics import accuracy, conclusions
 from benchmarks.betas_tasks import TASKS, Start, Task, judge
-from examples.demo.model import load
 from sdpo_kernels.stepwise import run as driver
 from sdpo_kernels.stepwise.common.files import replace_file
 from sdpo_kernels.stepwise.common.progress import Reporter
 from sdpo_kernels.stepwise.settings.run_file import load_config
 from sdpo_kernels.stepwise.settings.yaml_file import write_settings
+from sdpo_kernels.stepwise.starter.tiny_model import load
 
 METHODS = ("dpo", "sdpo", "reversed", "random", "initial", "ema", "guiding")  # guiding after dpo, whose model it needs
 INITIAL = "initial_model"  # M₀ itself, β 0

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from benchmarks.measure import ROOT
 from examples.demo.evaluate import exactly_right, pair_gammas
-from examples.demo.model import load
 from examples.demo.preferences import read_pairs, write_pairs
 from examples.demo.setup import FULL, HELDOUT, QUICK, pair_file, set_up
-from examples.demo.task import SOURCES, Problem, draw_words
 from sdpo_kernels.stepwise.common.progress import Reporter
+from sdpo_kernels.stepwise.starter.letters import SOURCES, Problem, draw_words
+from sdpo_kernels.stepwise.starter.tiny_model import load
 
 DATA = ROOT.parent / "shared/data"
 TIERS = ("easy", "medium", "hard")
