@@ -64,7 +64,7 @@ def test_the_first_call_may_be_in_any_mode(mode, monkeypatch):
 
 
 def test_a_counter_is_made_in_a_thread_of_its_own(monkeypatch):
-    """CUDA graphs of torch.compile own what the calling thread allocates while they warm up, and none of it may stay."""
+    """What the calling thread allocates while a CUDA graph of torch.compile warms up is the graph's."""
     threads = []
 
     class Recorded(Counter):
