@@ -70,7 +70,7 @@ def linear_logps(
         rows: the scored rows, if known; saves finding them (a host synchronisation on CUDA).
         ref_hidden: [N, H], hidden's dtype: a reference's hidden states that go into the same head (a LoRA model with
             its adapter off). They are scored for the same targets in the same pass over the vocabulary, without
-            gradient.
+            gradient. With lora_b [N, H + r], 0 in the last r columns for a reference without it.
         lora_b: [V, r], weight's dtype, a LoRA on the head: hidden is then [N, H + r], [x, s·A·x] side by side, and is
             multiplied by [W, B]. Neither W + s·B·A nor, of a frozen W, a [V, H] gradient is ever built. On CUDA r is
             best a multiple of 8 (pad both with zeros).
@@ -193,7 +193,7 @@ def check_inputs(
     if hidden.dim() != 2:
         raise ValueError(f"hidden: was of shape {list(hidden.shape)}, must be [N, H]")
     n_rows, width = hidden.shape
-    if lora_b is not None:
+    if lora_b is not None and weight.dim() == 2:
         width -= _check_lora(lora_b, hidden, weight)
     if weight.dim() != 2 or weight.shape[1] != width:
         raise ValueError(f"weight: was of shape {list(weight.shape)}, must be [V, {width}], hidden's H")

@@ -302,6 +302,7 @@ META = torch.device("meta")
         ({"bias": torch.zeros(9, device=META)}, r"bias: was on meta, must be on cpu"),
         ({"lora_b": torch.zeros(8, 1)}, r"lora_b: was of shape \[8, 1\], must be \[9, r\]"),
         ({"lora_b": torch.zeros(9, 0)}, r"lora_b: was of shape \[9, 0\], must be \[9, r\]"),
+        ({"lora_b": torch.zeros(9, 1), "weight": torch.zeros(())}, r"weight: was of shape \[\], must be \[V, "),
         ({"lora_b": torch.zeros(9, 1)}, r"weight: was of shape \[9, 3\], must be \[V, 2\]"),
         ({"lora_b": torch.zeros(9, 1).bfloat16()}, r"lora_b: was of dtype torch.bfloat16, must be torch.float32"),
         ({"lora_b": torch.zeros(9, 1, device=META), "weight": torch.zeros(9, 2)}, r"lora_b: was on meta, must be on"),
