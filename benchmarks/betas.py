@@ -67,7 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
     report = measure.report("stages", arguments, 1, torch.device("cpu")) | {"benchmark": "betas"}
 
     # seed by seed, so that a sweep that is stopped early has whole seeds
-    settings = [Setting(options.output, task, seed, options.quick) for seed in options.seeds for task in options.tasks]
+    output = options.output / "quick" if options.quick else options.output
+    settings = [Setting(output, task, seed, options.quick) for seed in options.seeds for task in options.tasks]
     rows = []
     for row in cells(settings, options.methods):
         rows.append(row)
