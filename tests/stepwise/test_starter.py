@@ -60,7 +60,7 @@ def test_any_name_of_a_folder(name, tmp_path):
     assert settings.output_dir == str(tmp_path / name / "run")
 
 
-@pytest.mark.parametrize("model", ["HuggingFaceTB/SmolLM2-135M-Instruct", "models/with space"])
+@pytest.mark.parametrize("model", ["HuggingFaceTB/SmolLM2-135M-Instruct", "models/with space", "gpt2", "123"])
 def test_a_model_of_ones_own(model, tmp_path):
     run_file = write_starter(tmp_path / "first", model)
     settings = load_config(run_file, [])
@@ -75,6 +75,12 @@ def test_files_of_others_are_left_alone(tmp_path):
     with pytest.raises(UserError, match="already there and not empty"):
         write_starter(tmp_path / "notes.txt", None)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="is the current folder"):
+        write_starter(Path(), None)
 
 
 def test_what_a_kill_left_is_written_again(tmp_path):

@@ -55,6 +55,8 @@ def write_starter(folder: Path, model: str | None) -> Path:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: already there and not empty; give a new folder")
+    if folder.resolve() == Path.cwd():
+        raise UserError(f"{folder}: is the current folder, which cannot be replaced; give a new one")
     staging = folder.with_name(f".{folder.name}.part")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +93,9 @@ def _write(staging: Path, folder: Path, model: str | None) -> None:
 
 def _quoted(text: str) -> str:
     """As a YAML string, with quotes where it needs them."""
-    return text if re.fullmatch(r"[\w./-]+", text, re.ASCII) and not text.startswith("-") else json.dumps(text)
+    # a word without a slash may read as a number or as true
+    is_plain = "/" in text and not text.startswith("-") and re.fullmatch(r"[\w./-]+", text, re.ASCII)
+    return text if is_plain else json.dumps(text)
 
 
 def pairs(source: Source, split: Split, count: int) -> list[dict[str, str]]:
