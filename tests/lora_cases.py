@@ -15,7 +15,7 @@ from sdpo_kernels.backends import get_backend
 from sdpo_kernels.rows import IGNORE_INDEX
 from tests.reference import error
 
-WIDTH, RANK, COLUMNS = 24, 8, 130
+WIDTH, RANK, COLUMNS = 23, 7, 131
 EPS = torch.finfo(torch.bfloat16).eps
 
 
@@ -43,6 +43,11 @@ def check_lora(backend: str, dtype: torch.dtype, stash_bytes: int, base_trains: 
         got = gradients(found, x, b, w) if base_trains else gradients(found, x, b)
     assert widths == [WIDTH + RANK if base_trains else RANK]
     assert torch.equal(found.logps, expected.logps)
+    z = hidden.double() @ weight.double().t() / options.get("temperature", 1.0)
+    cap = options.get("softcap")
+    z = z if cap is None else cap * torch.tanh(z * options["temperature"] / cap) / options["temperature"]
+    truth = z.log_softmax(1).gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1)
+    assert error(found.logps, truth.masked_fill(targets < 0, 0.0)) <= 16 * torch.finfo(torch.float32).eps
     for mine, theirs in zip(got, (dx, dw[:, WIDTH:], dw[:, :WIDTH]), strict=False):
         # a product of fewer columns may be summed in another order
         assert error(mine, theirs) <= (8 * torch.finfo(torch.float32).eps if dtype == torch.float32 else EPS)
