@@ -1,6 +1,6 @@
 """`reference_cache`: a folder of log-probs that outlives a run, for any number of runs, at the same time too.
 
-    entry = SharedEntry.of(folder, key, pairs, made_by(loaded, config, device))
+    entry = SharedEntry.of(folder, key, made_by(loaded, config, device, batches), reporter.say)
     entry.fill(scores, missing)      # takes what is there, and returns the pairs that still have to be scored
     entry.add(scores, missing)
 
