@@ -41,7 +41,7 @@ TARGETS = {
     "python -m benchmarks.floor": ["-m", "benchmarks.floor", "--quick", "--rounds", "1"],
 }
 # run, shortened, by tests/test_benchmarks.py, tests/test_benchmark_page.py, tests/stepwise/memory or below
-NAMES = ("accuracy", "scaling", "step", "body", "memory", "stages", "page")
+NAMES = ("accuracy", "mismatch", "scaling", "step", "body", "memory", "stages", "page")
 BENCHMARKS = {f"python -m benchmarks.{name}" for name in NAMES}
 BENCHMARKS |= {"python -m benchmarks.stages --betas"}  # tests/test_betas.py
 
