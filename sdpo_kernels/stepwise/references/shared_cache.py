@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor
 
 from sdpo_kernels.integrations.causal_lm import unwrap
@@ -84,14 +85,16 @@ class SharedEntry:
     def _read(self, count: int) -> tuple[Tensor | None, str]:
         """The scores and "", or None and why not."""
         try:
-            with safe_open(str(self.path), framework="pt") as stored:
-                seal = (stored.metadata() or {}).get("key")
-                columns = [stored.get_tensor(name) for name in ("chosen", "rejected")]
+            # safe_open opens the file twice, and another run may replace it in between
+            content = self.path.read_bytes()
+            stored = load(content)
         except (SafetensorError, OSError) as error:
             return None, f"cannot be read ({error})"
 
-        if any(column.shape != (count,) or column.dtype != torch.float32 for column in columns):
+        columns = [stored[name] for name in ("chosen", "rejected") if name in stored]
+        if [(column.shape, column.dtype) for column in columns] != [((count,), torch.float32)] * 2:
             return None, f"does not hold {counted(count, 'pair')}"
+        seal = _header(content).get("__metadata__", {}).get("key")
         scores = torch.stack(columns, 1)
         return (scores, "") if seal == self._seal(scores) else (None, "is not what was written under this name")
 
@@ -111,6 +114,12 @@ class SharedEntry:
 
     def _seal(self, scores: Tensor) -> str:
         return hashlib.sha256(self.key.encode() + scores.contiguous().numpy().tobytes()).hexdigest()
+
+
+def _header(content: bytes) -> dict[str, Any]:
+    """The header of a safetensors file: JSON, after its length in eight bytes."""
+    header: dict[str, Any] = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return header
 
 
 def made_by(loaded: Loaded, config: RunConfig, device: torch.device, batches: object) -> dict[str, Any]:
