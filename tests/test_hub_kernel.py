@@ -160,11 +160,12 @@ def test_nothing_in_it_imports_the_package_or_what_a_kernel_may_not_need(python_
     allowed = {"torch", "triton", *sys.stdlib_module_names}
     for path in variants[0].rglob("*.py"):
         assert path.read_bytes() == (variants[1] / path.relative_to(variants[0])).read_bytes()
+        optional = {"cutlass", "quack"} if path.name == "persistent_kernel.py" else set()  # imported on request
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level:
                 names = [node.module]
-            assert {name.split(".")[0] for name in names} <= allowed, (path, names)
+            assert {name.split(".")[0] for name in names} <= allowed | optional, (path, names)
 
 
 def test_the_metadata_is_what_the_loader_reads(python_only):
