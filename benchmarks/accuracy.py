@@ -5,6 +5,7 @@ One DPO step of each peer against float64 on the same (rounded) inputs, over dty
     plain        logits with standard deviation 3, random targets
     confident    every target's logit raised by 30: p → 1, and the gradient consists of 1 − p
     improbable   every target's logit lowered by 40: log-probs of about −55 per token
+    smollm2      with `--inputs smollm2` the answers of real pairs, as a real model scores them (see `real.py`)
 
 Nats: the largest error of a sequence's summed log-prob. dX, dW: the norm of the gradient's error over the gradient's
 norm. The case gemms, the bare-GEMM baseline ("floor") of the other benchmarks, computes no log-probs and is left out.
@@ -26,6 +27,8 @@ from torch import Tensor
 from benchmarks import measure, records, together
 from benchmarks.head import DTYPES
 from benchmarks.problem import IGNORE_INDEX, CannotRun, Problem, Step, Truth, true_step
+from benchmarks.real import answers, load
+from benchmarks.real_models import MODELS
 from benchmarks.rivals import RIVALS
 
 SHIFTS = {"plain": 0.0, "confident": 30.0, "improbable": -40.0}
@@ -48,7 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
     report = measure.report("accuracy", arguments, options.threads, torch.device(options.device))
     report["shape"] = {name: getattr(options, name) for name in ("pairs", "length", "hidden", "device")}
     run = records.Run(options.jsonl, report | {"name": "accuracy"})
-    problems = [(d, v, kind) for d in options.dtypes for v in options.vocabs for kind in options.inputs]
+    # a real model has its own vocabulary
+    shapes = [(v, kind) for kind in options.inputs if kind in SHIFTS for v in options.vocabs]
+    shapes += [(len(load(kind).head), kind) for kind in options.inputs if kind not in SHIFTS]
+    problems = [(dtype, *shape) for dtype in options.dtypes for shape in shapes]
     one = in_this_process if options.together else one_problem
     report["results"] = []
     for dtype, vocab, kind in problems:
@@ -70,7 +76,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--vocabs", type=int, nargs="+", default=[32000, 151936])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
-    parser.add_argument("--inputs", nargs="+", choices=SHIFTS, default=list(SHIFTS))
+    parser.add_argument("--inputs", nargs="+", choices=[*SHIFTS, *MODELS], default=list(SHIFTS))
 
     # the measurement
     parser.add_argument("--cases", nargs="+", choices=RIVALS, default=CASES, metavar="CASE")
@@ -121,6 +127,10 @@ def measure_problem(options: argparse.Namespace) -> dict[str, Any]:
 def problem_and_truth(options: argparse.Namespace, dtype: str, vocab: int, kind: str) -> tuple[Problem, Truth]:
     """The problem of one dtype, vocabulary and input, and its ground truth."""
     torch.set_num_threads(options.threads)
+    if kind not in SHIFTS:
+        problem = answers(load(kind), options.pairs, options.length).cast(DTYPES[dtype])
+        return problem, true_step(problem)
+
     shape = (options.pairs, options.length, options.hidden, vocab)
     problem = with_raised_targets(Problem.random(*shape, 1.0, DTYPES[dtype], options.device), SHIFTS[kind])
     return problem, true_step(problem)

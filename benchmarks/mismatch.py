@@ -3,7 +3,7 @@
 Trainer and inference engine compute the same token's log-prob by different code. A head with bfloat16 logits rounds
 them to 8 bits: at a logit of 40 to 0.25 nat. Here every peer computes one DPO step in which each sequence is one token,
 while the logits grow: the peak, the largest logit of a row, is 5 to 640 on average. Tokens are drawn from the softmax,
-as a model samples them.
+as a model samples them. With `--real smollm2` the rows of a real model and its data come last (see `real.py`).
 
     nat          the largest error of a token's log-prob, against float64 on the same rounded operands
     ÷ peak       the same relative to the peak: what rounding logits to float32 explains is about 1e-7
@@ -29,6 +29,7 @@ from torch import Tensor
 from benchmarks import measure
 from benchmarks.accuracy import relative
 from benchmarks.problem import CannotRun, Problem, Step, Truth, true_step
+from benchmarks.real import load, single_tokens
 from benchmarks.rivals import RIVALS
 
 PEAKS = [5, 10, 20, 40, 80, 160, 320, 640]
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure all peaks; as a child process, one case."""
     options = parse(arguments)
     if options.child:
-        found = [measured(case, peak, options) for case in options.cases for peak in options.peaks]
+        found = [measured(case, point, options) for case in options.cases for point in [*options.peaks, *options.real]]
         print(json.dumps({"results": found}))
         return 0
 
@@ -59,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     report["results"] = []
     for case in options.cases:
         numbers = [f"--{name}={getattr(options, name)}" for name in ("pairs", "hidden", "vocab", "device", "threads")]
-        chosen = ["--cases", case, "--peaks", *map(str, options.peaks)]
+        chosen = ["--cases", case, "--peaks", *map(str, options.peaks), "--real", *options.real]
         answer = measure.run_fresh("benchmarks.mismatch", ["--child", *numbers, *chosen], options.threads)
         report["results"] += answer.get("results", [{"case": case} | answer])
 
@@ -75,6 +76,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--peaks", type=int, nargs="+", default=PEAKS)
+    parser.add_argument("--real", nargs="*", default=[], metavar="MODEL", help="models of benchmarks.real")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -87,6 +89,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def problem_at(options: argparse.Namespace, point: float | str) -> Problem:
+    """The problem at a peak or of a real model, in bfloat16."""
+    if isinstance(point, str):
+        return single_tokens(load(point), options.pairs).cast(torch.bfloat16)
+    return problem_of(options, point)
+
+
 def problem_of(options: argparse.Namespace, peak: float) -> Problem:
     """Sequences of one token, drawn from the softmax of logits whose largest is `peak` on average.
 
@@ -95,8 +104,7 @@ def problem_of(options: argparse.Namespace, peak: float) -> Problem:
     shape = (options.pairs, 1, options.hidden, options.vocab)
     problem = Problem.random(*shape, 1.0, torch.bfloat16, options.device)
     weight = problem.weight.detach()
-    rows = problem.hidden.detach().flatten(0, 1).double()
-    factor = peak / (rows @ weight.double().t()).amax(1).mean().item()
+    factor = peak / peak_of(problem)
 
     hidden, ref = ((states.detach() * factor) for states in (problem.hidden, problem.ref_hidden))
     probs = (hidden.flatten(0, 1).double() @ weight.double().t()).softmax(1)
@@ -104,29 +112,28 @@ def problem_of(options: argparse.Namespace, peak: float) -> Problem:
     return replace(problem, hidden=hidden.requires_grad_(), ref_hidden=ref, labels=drawn)
 
 
-def cast(problem: Problem, dtype: torch.dtype) -> Problem:
-    """The same numbers in another dtype."""
-    names = ("hidden", "weight", "ref_hidden", "ref_weight")
-    changed = {name: getattr(problem, name).detach().to(dtype) for name in names}
-    for name in names[:2]:
-        changed[name].requires_grad_()
-    return replace(problem, **changed)
-
-
-def measured(case: str, peak: float, options: argparse.Namespace) -> dict[str, Any]:
-    """A case's errors at one peak, and what leaves its bits alone."""
+def measured(case: str, point: float | str, options: argparse.Namespace) -> dict[str, Any]:
+    """A case's errors at one peak or on a real model's rows, and what leaves its bits alone."""
     torch.set_num_threads(options.threads)
     rival, dtype = CASES[case]
-    about = {"case": case, "peak": peak}
-    problem = problem_of(options, peak)
+    problem = problem_at(options, point)
     truth = true_step(problem)
+    real = {"real": point} if isinstance(point, str) else {}
+    peak = peak_of(problem) if real else point
+    about = {"case": case, "peak": peak} | real
     try:
-        mine = cast(problem, dtype)
+        mine = problem.cast(dtype)
         step = RIVALS[rival](mine)()
     except CannotRun as reason:
         return about | {"skipped": str(reason)}
     assert step is not None
     return about | errors_of(step, mine, truth, peak) | {"same_bits": same_bits(rival, mine, step.policy_logps)}
+
+
+def peak_of(problem: Problem) -> float:
+    """The largest logit of a row, on average."""
+    rows, weight = problem.hidden.detach().flatten(0, 1).double(), problem.weight.detach().double()
+    return (rows @ weight.t()).amax(1).mean().item()
 
 
 def errors_of(step: Step, problem: Problem, truth: Truth, peak: float) -> dict[str, float]:
@@ -193,9 +200,14 @@ def show(report: dict[str, Any]) -> str:
             skipped[result["case"]] = result["skipped"]
             continue
         figures = [f"{result[name]:.1e}" for name in ("nats", "of_peak", "probability", "dx", "dw")]
-        lines.append([result["case"], str(result["peak"]), *figures, " ".join(result["same_bits"])])
+        lines.append([result["case"], point_of(result), *figures, " ".join(result["same_bits"])])
     table = measure.table(["case", "peak", "nat", "÷ peak", "probability", "dX", "dW", "same bits"], lines)
     return "\n".join([measure.heading(report), "", table, *(f"{case}: {why}" for case, why in skipped.items())])
+
+
+def point_of(result: dict[str, Any]) -> str:
+    """The peak in words, with the model's name where there is one."""
+    return f"{result['real']} ({result['peak']:.0f})" if "real" in result else str(result["peak"])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import gzip
 import importlib.util
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,6 +74,14 @@ class Problem:
             ref_head.to(dtype),
             labels,
         )
+
+    def cast(self, dtype: torch.dtype) -> Problem:
+        """The same numbers in another dtype."""
+        names = ("hidden", "weight", "ref_hidden", "ref_weight")
+        changed = {name: getattr(self, name).detach().to(dtype) for name in names}
+        for name in names[:2]:
+            changed[name].requires_grad_()
+        return replace(self, **changed)
 
     def zero_grad(self) -> None:
         """Drop the gradients, before the next step."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.problem import DATA, CannotRun
+from benchmarks.problem import DATA, IGNORE_INDEX, CannotRun, Problem
 from sdpo_kernels import linear_logps
 
 RUNS = Path(__file__).resolve().parents[1] / "runs" / "real"
@@ -46,6 +46,25 @@ def load(name: str, runs: Path = RUNS) -> Real:
     if not file.is_file():
         raise CannotRun(f"{file} is missing: python -m benchmarks.real --model {name}")
     return Real(**load_file(file))
+
+
+def single_tokens(real: Real, pairs: int) -> Problem:
+    """2 · `pairs` of the rows, spread over all, each a sequence of its own; the reference is the policy."""
+    rows = torch.linspace(0, len(real.targets) - 1, 2 * pairs).long()
+    states, head = real.hidden[rows].unsqueeze(1), real.head
+    return Problem(states, head, states, head, real.targets[rows].unsqueeze(1)).cast(torch.float32)
+
+
+def answers(real: Real, pairs: int, length: int) -> Problem:
+    """The first `pairs` pairs, cut or padded to `length` tokens an answer; the reference is the policy."""
+    every = list(zip(real.hidden.split(real.lengths.tolist()), real.targets.split(real.lengths.tolist()), strict=True))
+    half = len(every) // 2
+    states = torch.zeros(2 * pairs, length, real.hidden.shape[1])
+    labels = torch.full((2 * pairs, length), IGNORE_INDEX)
+    for place, (rows, targets) in enumerate(every[:pairs] + every[half : half + pairs]):
+        kept = min(length, len(targets))
+        states[place, :kept], labels[place, :kept] = rows[:kept], targets[:kept]
+    return Problem(states, real.head, states, real.head, labels).cast(torch.float32)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks import measure
 
 Record = dict[str, Any]
-FLOOR = "gemms"  # as in rivals.py, which imports torch
+FLOORS = ("gemms", "gemms_fp32")  # cases of rivals.py, which imports torch
 
 
 def append(path: Path, record: Record) -> None:
@@ -79,11 +79,11 @@ def case_answers(lines: Iterable[Record]) -> dict[str, Record]:
 
 
 def case_results(answers: dict[str, list[Record]]) -> list[Record]:
-    """A report's results from the answers of every case: median and spread, memory, error, and the ratio to gemms."""
+    """A report's results from the answers of every case: median and spread, memory, error, and the ratio to the faster floor."""
     results = [{"case": case} | measure.summary(found) for case, found in answers.items()]
 
     # no ratio if the floor was not measured
-    floor = next((r.get("median_s") for r in results if r["case"] == FLOOR), None)
+    floor = min((r["median_s"] for r in results if r["case"] in FLOORS and "median_s" in r), default=None)
     for result in results:
         if "median_s" in result:
             result["error_nat"] = answers[result["case"]][0].get("error_nat")

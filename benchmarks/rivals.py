@@ -2,7 +2,7 @@
 
 A step does one DPO step's work at the head: log-probs of the reference without gradient, log-probs of the policy, the
 loss, and the backward into `problem.hidden.grad` and `problem.weight.grad`; it returns a `Step`. All get the same
-tensors. The case gemms is the bare-GEMM baseline ("floor"). To add a peer, write one function and add it to RIVALS;
+tensors. The cases gemms and gemms_fp32 are the bare-GEMM baseline ("floor"), whichever is faster. To add a peer, write one function and add it to RIVALS;
 raise `CannotRun` with the reason if it cannot run.
 """
 
@@ -49,9 +49,26 @@ def gemms(problem: Problem) -> Callable[[], None]:
     return step
 
 
+def gemms_fp32(problem: Problem) -> Callable[[], None]:
+    """The floor on a CPU without bf16 instructions: the same four GEMMs on float32 copies made beforehand."""
+    if problem.hidden.device.type != "cpu":
+        raise CannotRun("on a GPU the 16-bit products are the faster ones")
+    if problem.hidden.dtype == torch.float32:
+        raise CannotRun("the same as `gemms`")
+    return gemms(problem.cast(torch.float32))
+
+
 def naive(problem: Problem) -> Callable[[], Step]:
     """Logits of every row in the model's dtype, log_softmax in float32, autograd: as trainers used to do it."""
     return _dpo_step(problem, _naive_logps(problem))
+
+
+def naive_fp32(problem: Problem) -> Callable[[], Step]:
+    """The float32 head that trainers offer: hidden states and weight are cast, then as `naive`."""
+    if problem.hidden.dtype == torch.float32:
+        raise CannotRun("the same as `naive`")
+    logps = _naive_logps(problem)
+    return _dpo_step(problem, lambda hidden, weight: logps(hidden.float(), weight.float()))
 
 
 def naive_compiled(problem: Problem) -> Callable[[], Step]:
@@ -211,7 +228,9 @@ def ours_persistent(problem: Problem) -> Callable[[], Step]:
 
 RIVALS: dict[str, Rival] = {
     "gemms": gemms,
+    "gemms_fp32": gemms_fp32,
     "naive": naive,
+    "naive_fp32": naive_fp32,
     "naive_compiled": naive_compiled,
     "linear_cross_entropy": linear_cross_entropy,
     "linear_cross_entropy_chunked": linear_cross_entropy_chunked,
@@ -234,7 +253,6 @@ RIVALS: dict[str, Rival] = {
     "ours_native_without_stash": ours_native_without_stash,
     "ours_persistent": ours_persistent,
 }
-FLOOR = "gemms"
 
 
 def _dpo_step(problem: Problem, logps: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Step]:

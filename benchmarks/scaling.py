@@ -1,8 +1,8 @@
 """How do time and memory scale? `python -m benchmarks.scaling [--factors vocab …] [--json results.json]`
 
 The head benchmark (`head.py`: fresh processes that take turns) from one base shape, with one factor changed at a time:
-N (pairs of a fixed length), T (length at a fixed number of pairs), H and V. The case gemms is the bare-GEMM baseline
-("floor"), as in `head.py`.
+N (pairs of a fixed length), T (length at a fixed number of pairs), H and V. gemms and gemms_fp32 are the bare-GEMM
+baseline ("floor"), as in `head.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FACTORS = {
     "hidden": [256, 512, 1024, 2048],
     "vocab": [16000, 32000, 64000, 128000],
 }
-CASES = ["gemms", "naive", "trl_fused_scored", "liger_dpo_eager", "ours"]
+CASES = ["gemms", "gemms_fp32", "naive", "naive_fp32", "trl_fused_scored", "liger_dpo_eager", "ours"]
 QUICK_BASE = {"pairs": 1, "length": 16, "hidden": 32, "vocab": 200}
 QUICK_FACTORS = {"vocab": [200, 400]}
 
@@ -90,7 +90,7 @@ def show(report: dict[str, Any]) -> str:
 
     table = measure.table(["point", "rows", *cases], lines)
     reasons = [f"{case}: not measured, {why}" for case, why in skipped.items()]
-    legend = 'median ms / extra MiB; gemms: the bare-GEMM baseline ("floor")'
+    legend = 'median ms / extra MiB; gemms, gemms_fp32: the bare-GEMM baseline ("floor")'
     return "\n".join([measure.heading(report), legend, "", table, *reasons])
 
 
