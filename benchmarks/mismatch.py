@@ -28,22 +28,12 @@ from torch import Tensor
 
 from benchmarks import measure
 from benchmarks.accuracy import relative
+from benchmarks.mismatch_cases import CASES, point_of
 from benchmarks.problem import CannotRun, Problem, Step, Truth, true_step
 from benchmarks.real import load, single_tokens
 from benchmarks.rivals import RIVALS
 
 PEAKS = [5, 10, 20, 40, 80, 160, 320, 640]
-# a name, the case of rivals.py, the dtype of its operands
-CASES = {
-    "naive bf16": ("naive", torch.bfloat16),
-    "naive fp32": ("naive", torch.float32),
-    "trl": ("trl_fused_scored", torch.bfloat16),
-    "liger": ("liger_dpo_eager", torch.bfloat16),
-    "liger scaled": ("liger_scaled", torch.bfloat16),
-    "torch": ("linear_cross_entropy", torch.bfloat16),
-    "ours": ("ours", torch.bfloat16),
-    "ours without stash": ("ours_without_stash", torch.bfloat16),
-}
 QUICK = {"pairs": 6, "hidden": 64, "vocab": 300, "peaks": [5, 80], "threads": 1}
 
 
@@ -122,7 +112,7 @@ def measured(case: str, point: float | str, options: argparse.Namespace) -> dict
     peak = peak_of(problem) if real else point
     about = {"case": case, "peak": peak} | real
     try:
-        mine = problem.cast(dtype)
+        mine = problem.cast(getattr(torch, dtype))
         step = RIVALS[rival](mine)()
     except CannotRun as reason:
         return about | {"skipped": str(reason)}
@@ -203,11 +193,6 @@ def show(report: dict[str, Any]) -> str:
         lines.append([result["case"], point_of(result), *figures, " ".join(result["same_bits"])])
     table = measure.table(["case", "peak", "nat", "÷ peak", "probability", "dX", "dW", "same bits"], lines)
     return "\n".join([measure.heading(report), "", table, *(f"{case}: {why}" for case, why in skipped.items())])
-
-
-def point_of(result: dict[str, Any]) -> str:
-    """The peak in words, with the model's name where there is one."""
-    return f"{result['real']} ({result['peak']:.0f})" if "real" in result else str(result["peak"])
 
 
 if __name__ == "__main__":

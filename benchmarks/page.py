@@ -13,14 +13,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import betas_page, pictures, records
+from benchmarks import betas_page, mismatch_page, pictures, records
 from benchmarks.measure import ROOT
+from benchmarks.names import name as name_of
 
 Report = dict[str, Any]
 TITLES = {
     "head": "One DPO step at the head",
     "floor": "Ours against the bare-GEMM baseline, over shapes",
     "accuracy": "Log-probs and gradients against float64",
+    "mismatch": "The error of a token's probability as logits grow",
     "scaling": "How time and memory scale",
     "step": "A whole training step against TRL's DPOTrainer",
     "body": "What shared prompts save in a model's body",
@@ -109,6 +111,11 @@ def mebibytes(count: int | None) -> str:
     return "–" if count is None else f"{count / 2**20:.0f}"
 
 
+def named(case: str) -> str:
+    """What a reader knows the case by, and what the command line calls it."""
+    return f"{name_of(case)} (`{case}`)"
+
+
 def milliseconds(seconds: float | None) -> str:
     """Seconds in milliseconds."""
     return "–" if seconds is None else f"{1e3 * seconds:.1f}"
@@ -130,7 +137,7 @@ def head_section(report: Report) -> list[str]:
         spread = f"{1e3 * result['min_s']:.1f} … {1e3 * result['max_s']:.1f}"
         cells = [f"{1e3 * result['median_s']:.1f}", spread, "–" if ratio is None else f"{ratio:.2f}"]
         cells += [mebibytes(result["peak_extra_bytes"]), "–" if error is None else f"{error:.1e}"]
-        lines.append([f"`{result['case']}`", *cells])
+        lines.append([named(result["case"]), *cells])
 
     headings = ["case", "median ms", "min … max", "× floor", "extra MiB", "error (nat)"]
     return [f"Shape: {described(report['shape'])}.", markdown(headings, lines), *not_run(skipped)]
@@ -138,8 +145,8 @@ def head_section(report: Report) -> list[str]:
 
 def floor_section(report: Report) -> list[str]:
     """Medians of each case, and their ratios to the floor."""
-    first = report["results"][0]  # in bf16, with both floors
-    cases = list(first["median_s"])
+    first = report["results"][0]
+    cases = list(dict.fromkeys(case for result in report["results"] for case in result["median_s"]))
     lines = [
         [f"{r['dtype']} {r['shape']}", str(r["rows"]), *(milliseconds(r["median_s"].get(case)) for case in cases)]
         + [f"{ratio:.2f}" for ratio in r["ratio"].values()]
@@ -165,7 +172,7 @@ def accuracy_section(report: Report) -> list[str]:
 
         # a row per case; three errors per input side by side
         lines = [
-            [f"`{case}`", *(errors(of.get((case, kind)), key) for kind in inputs for key in ("nats", "dx", "dw"))]
+            [named(case), *(errors(of.get((case, kind)), key) for kind in inputs for key in ("nats", "dx", "dw"))]
             for case in dict.fromkeys(case for case, _ in of)
         ]
         headings = [f"{dtype}, V {vocab}", *(f"{kind} {key}" for kind in inputs for key in ("nats", "dX", "dW"))]
@@ -196,7 +203,7 @@ def scaling_section(report: Report) -> list[str]:
         lines.append([f"{point['factor']} {point['value']}", str(point["shape"]["rows"]), *cells])
 
     above = f"Base: {described(report['base'])}. Each cell: median ms / extra MiB."
-    return [above, markdown(["point", "scored rows", *(f"`{case}`" for case in cases)], lines), *not_run(skipped)]
+    return [above, markdown(["point", "scored rows", *map(named, cases)], lines), *not_run(skipped)]
 
 
 def step_section(report: Report) -> list[str]:
@@ -212,10 +219,17 @@ def step_section(report: Report) -> list[str]:
             cells = [f"{1e3 * found['median_s']:.1f}", spread, "–" if speed is None else f"{speed:.0f}"]
             through, ratio = found.get("through_the_model"), result.get(f"{side}_over_ours")
             cells += ["–" if through is None else f"{through:.0f}", mebibytes(found["peak_extra_bytes"])]
-            lines.append([result["task"], side, *cells, "" if ratio is None else f"{ratio:.2f}"])
+            if ratio is not None:
+                least, largest = result[f"{side}_over_ours_spread"]
+                cells.append(f"{ratio:.2f} ({least:.2f} … {largest:.2f})")
+            lines.append([result["task"], side, *cells, *([""] if ratio is None else [])])
 
     headings = ["task", "side", "median ms", "min … max", "tokens/s", "through the model", "extra MiB", "÷ ours (time)"]
-    return [markdown(headings, lines), *not_run(skipped)]
+    above = (
+        "Mean step of an epoch over the same pairs; median and spread over rounds, ratios within a round. `ours` shares "
+        "a pair's prompt between its answers, `unshared` does not; `trl` is its DPOTrainer with its own fused head."
+    )
+    return [above, markdown(headings, lines), *not_run(skipped)]
 
 
 def body_section(report: Report) -> list[str]:
@@ -305,6 +319,7 @@ SECTIONS: dict[str, Callable[[Report], list[str]]] = {
     "parts": head_section,  # cases side by side, too
     "floor": floor_section,
     "accuracy": accuracy_section,
+    "mismatch": mismatch_page.section,
     "scaling": scaling_section,
     "step": step_section,
     "body": body_section,

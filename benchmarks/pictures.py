@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import betas_page
+from benchmarks import betas_page, mismatch_page
+from benchmarks.names import name
+from benchmarks.records import FLOORS
 
 Report = dict[str, Any]
 OURS, OTHERS, FLOOR = "#cc6677", "#4477aa", "#999999"
@@ -30,29 +32,35 @@ def draw(report: Report, path: Path) -> None:
 
 def colour(case: str) -> str:
     """The colour of our cases, of the floor (the bare-GEMM baseline), or of a peer."""
-    return OURS if case.startswith("ours") else FLOOR if case == "gemms" else OTHERS
+    return OURS if case.startswith("ours") else FLOOR if case.startswith("gemms") else OTHERS
 
 
 def head(report: Report, pyplot: Any) -> Any:
-    """Bars of time and extra memory, with a line at the floor, the bare-GEMM baseline."""
+    """Bars of time and extra memory with their values, the fastest first, and a line at the bare-GEMM baseline."""
     # bars are drawn from the bottom up
-    found = [result for result in report["results"] if "skipped" not in result][::-1]
-    figure, both = pyplot.subplots(1, 2, figsize=(9, 0.3 * len(found) + 1.2), sharey=True, layout="constrained")
+    found = sorted((r for r in report["results"] if "skipped" not in r), key=lambda r: -r["median_s"])
+    figure, both = pyplot.subplots(1, 2, figsize=(9.6, 0.3 * len(found) + 1.2), sharey=True, layout="constrained")
+    floors = [result for result in found if result["case"] in FLOORS]
+    floor = min(floors, key=lambda result: result["median_s"], default=None)
 
     # at least 1 MiB: a logarithmic axis has no place for 0
     measures = {
-        "median ms (log)": [1e3 * result["median_s"] for result in found],
-        "extra MiB (log)": [max(result["peak_extra_bytes"] or 0, 2**20) / 2**20 for result in found],
+        "milliseconds a step, median (log)": [1e3 * result["median_s"] for result in found],
+        "extra memory, MiB (log)": [max(result["peak_extra_bytes"] or 0, 2**20) / 2**20 for result in found],
     }
-    names = [result["case"] for result in found]
+    names, colours = [name(result["case"]) for result in found], [colour(result["case"]) for result in found]
 
     for axes, (label, values) in zip(both, measures.items(), strict=True):
-        axes.barh(names, values, color=[colour(name) for name in names], height=0.7)
-        if "gemms" in names:
-            axes.axvline(values[names.index("gemms")], color="#222222", linewidth=0.8)
+        bars = axes.barh(names, values, color=colours, height=0.7)
+        axes.bar_label(bars, [f"{value:,.0f}" for value in values], padding=3, fontsize=8)
+        if floor is not None:
+            axes.axvline(values[found.index(floor)], color="#222222", linewidth=0.8)
         axes.set_xscale("log")
+        axes.margins(x=0.15)  # room for the values
         axes.set_xlabel(label)
         axes.spines[["top", "right"]].set_visible(False)
+    if floor is not None:
+        figure.suptitle("line: the four matrix products of a step and nothing else", fontsize=9)
     return figure
 
 
@@ -61,6 +69,7 @@ def accuracy(report: Report, pyplot: Any) -> Any:
     found = [result for result in report["results"] if "skipped" not in result]
     inputs = list(dict.fromkeys(result["input"] for result in found))
     cases = list(dict.fromkeys(result["case"] for result in found))[::-1]
+    names = [name(case) for case in cases]
     figure, panels = pyplot.subplots(
         1, len(inputs), figsize=(3.2 * len(inputs) + 1, 0.3 * len(cases) + 1.6), sharey=True, squeeze=False,
         layout="constrained",
@@ -77,7 +86,7 @@ def accuracy(report: Report, pyplot: Any) -> Any:
             # an empty series with a neutral colour for the legend
             axes.scatter([], [], marker=marker, c="#222222", s=18, label=f"{problem[0]}, V {problem[1]}")
 
-        axes.set_yticks(range(len(cases)), cases)
+        axes.set_yticks(range(len(cases)), names)
         axes.set_xscale("log")
         axes.set_xlabel(f"{kind}: error (nat)")
         axes.grid(axis="x", linewidth=0.4, alpha=0.6)
@@ -100,7 +109,7 @@ def scaling(report: Report, pyplot: Any) -> Any:
             found = [(p["value"], r) for p in points for r in p["results"] if r["case"] == case and "skipped" not in r]
             values = [value for value, _ in found]
             width = 2 if case == "ours" else 1
-            grid[0][column].plot(values, [1e3 * r["median_s"] for _, r in found], "o-", ms=3, lw=width, label=case)
+            grid[0][column].plot(values, [1e3 * r["median_s"] for _, r in found], "o-", ms=3, lw=width, label=name(case))
             # at least 1 MiB, as in `head`
             memory = [max(r["peak_extra_bytes"] or 0, 2**20) / 2**20 for _, r in found]
             grid[1][column].plot(values, memory, "o-", ms=3, lw=width)
@@ -118,6 +127,7 @@ def scaling(report: Report, pyplot: Any) -> Any:
 DRAWN: dict[str, Callable[[Report, Any], Any]] = {
     "head": head,
     "accuracy": accuracy,
+    "mismatch": mismatch_page.picture,
     "scaling": scaling,
     "betas": betas_page.picture,
 }

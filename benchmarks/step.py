@@ -7,9 +7,10 @@ million random parameters and GPT-2's vocabulary of 50,257 on conversations of t
 another of eight layers of width 512, whose body costs more than its head, on all three full stages. Batches have 4
 pairs, the reference's log-probs are computed beforehand, and TRL's gradient checkpointing is off. `unshared` is the
 driver with `prefix_sharing: off`; "through the model" are the tokens a step that go through it. Each round of a side is
-a fresh process, and the sides take turns. Step time is the time between the ends of two optimiser steps, so it includes
-collation, logging and Trainer's own work; the first step of a round is left out. Tokens are those of both sequences of
-a pair, with prompts. Memory is the process's peak minus its memory after the libraries were loaded: model, reference
+a fresh process, and the sides take turns. All sides train one epoch on the same pairs. Batches differ in length, and so
+do their steps, so a side's step time is the mean over a round, from the start of the first step to the end of the last:
+collation, logging and Trainer's own work count. Median and spread are those of rounds, and a ratio is the median of
+ratios within a round. Tokens are those of both sequences of a pair, with prompts. Memory is the process's peak minus its memory after the libraries were loaded: model, reference
 scoring, optimiser and training.
 """
 
@@ -119,23 +120,27 @@ def task_rows(task: Task, pairs: int) -> list[dict[str, Any]]:
 class Round:
     """The measurements of one round."""
 
-    times: list[float]  # of each step except the first
+    times: list[float]  # of each step
     tokens_a_step: float | None = None  # counted by the driver; TRL has the same tokens
     through_the_model: float | None = None  # tokens a step, those of shared prompts once
 
 
 def step_seconds(ends: list[float]) -> list[float]:
-    """The duration of each step except the first, from the ends of all steps."""
+    """The duration of each step, from the start of the first and the ends of all."""
     return [b - a for a, b in itertools.pairwise(ends)]
 
 
 def clock(trainer: Any) -> list[float]:
-    """The times at which each optimiser step of `trainer` ends; the list fills as it trains."""
+    """The start of the first optimiser step of `trainer` and the end of each; the list fills as it trains."""
     from transformers import TrainerCallback
 
     ends: list[float] = []
 
     class Clock(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            if not ends:
+                ends.append(time.perf_counter())
+
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             ends.append(time.perf_counter())
 
@@ -296,10 +301,12 @@ def measure_task(options: argparse.Namespace, task: str) -> dict[str, Any]:
 
     result: dict[str, Any] = {"task": task, "pairs": options.pairs or TASKS[task].pairs, "tokens_a_step": tokens}
     result |= {"max_length": TASKS[task].max_length, "sides": sides}
-    ours = sides["ours"].get("median_s")
     for side in ("unshared", "trl"):
-        if ours is not None and "median_s" in sides[side]:
-            result[f"{side}_over_ours"] = sides[side]["median_s"] / ours
+        if "median_s" in sides["ours"] and "median_s" in sides[side]:
+            rounds = zip(sides[side]["round_means_s"], sides["ours"]["round_means_s"], strict=True)
+            ratios = [theirs / ours for theirs, ours in rounds]
+            result[f"{side}_over_ours"] = statistics.median(ratios)
+            result[f"{side}_over_ours_spread"] = [min(ratios), max(ratios)]
 
     return result
 
@@ -308,6 +315,8 @@ def summary(answers: list[dict[str, Any]], tokens: float | None) -> dict[str, An
     """One side's results over its rounds."""
     found = measure.summary(answers)
     if "times_s" in found:
+        means = [statistics.mean(answer["times_s"]) for answer in answers]
+        found |= {"round_means_s": means, "median_s": statistics.median(means), "min_s": min(means), "max_s": max(means)}
         found["tokens_a_second"] = None if tokens is None else tokens / statistics.mean(found["times_s"])
         found["through_the_model"] = answers[-1]["through_the_model"]
     return found
@@ -332,8 +341,8 @@ def show(report: dict[str, Any]) -> str:
             lines.append([f"{result['task']} {side}", *times, *cells])
         for side in ("unshared", "trl"):
             if f"{side}_over_ours" in result:
-                ratio = f"{result[f'{side}_over_ours']:.2f}"
-                lines.append([f"{result['task']} {side}/ours", ratio, *[""] * 5])
+                ratios = [result[f"{side}_over_ours"], *result[f"{side}_over_ours_spread"]]
+                lines.append([f"{result['task']} {side}/ours", *(f"{ratio:.2f}" for ratio in ratios), *[""] * 3])
 
     headings = ["", "median ms", "min ms", "max ms", "through the model", "tokens/s", "extra MiB"]
     table = measure.table(headings, lines)
