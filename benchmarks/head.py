@@ -1,11 +1,13 @@
 """How close to bare GEMMs is one DPO step at the head? `python -m benchmarks.head [--json results.json]`
 
-Every case does the same work on the same tensors: reference forward, policy forward and backward into hidden states and
-weight (see `rivals.py`). Each is measured in fresh processes, and the cases take turns (A B C A B C), so that other
-load on the machine affects all of them; on CUDA they take turns in one process (`together.py`). The bare-GEMM baseline
-("floor") is the four matrix products on the scored rows and nothing else: the faster of gemms, in the problem's dtype,
-and gemms_fp32, which wins on a CPU without bf16 instructions. Columns: median, minimum and maximum time; ratio of the medians to the floor; peak extra memory (see `measure.py`); the largest error of a sequence's
-summed log-prob against float64.
+Every case gets the same tensors and gives the same log-probs and gradients: reference forward, policy forward and
+backward into hidden states and weight (see `rivals.py`). Ours, the bare GEMMs and trl_fused_scored multiply the scored
+rows alone, the others all rows. Each is measured in fresh processes, and the cases take turns (A B C A B C), so that
+other load on the machine affects all of them; on CUDA they take turns in one process (`together.py`). The bare-GEMM
+baseline ("floor") is the four matrix products on the scored rows and nothing else: the faster of gemms, in the
+problem's dtype, and gemms_fp32, which wins on a CPU without bf16 instructions. Columns: median, minimum and maximum
+time; ratio of the medians to the floor; peak extra memory (see `measure.py`); the largest error of a sequence's summed
+log-prob against float64.
 """
 
 from __future__ import annotations

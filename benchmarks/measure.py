@@ -29,6 +29,8 @@ from typing import Any
 
 import torch
 
+from sdpo_kernels.backends import BACKENDS
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
     "torch", "sdpo-kernels", "triton", "numpy", "transformers", "trl", "liger-kernel",
@@ -179,6 +181,7 @@ def surroundings(threads: int, device: torch.device) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": {
             "processor": _processor(),
+            "instructions": _instructions(),
             "cores": os.cpu_count(),
             "threads": threads,
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -198,6 +201,16 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor()
+
+
+def _instructions() -> str:
+    """What the native backend computes with here, and what torch has beyond it."""
+    native = BACKENDS["native"]
+    usable = native.unavailable_reason is None and native.load_error is None
+    chip = native.operators.cpu_chip() if usable else "no native library"
+    cpuinfo = Path("/proc/cpuinfo")
+    amx = cpuinfo.exists() and " amx_bf16" in cpuinfo.read_text()
+    return f"{chip}, AMX" if amx else chip
 
 
 def _versions() -> dict[str, str]:

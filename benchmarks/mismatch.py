@@ -108,9 +108,8 @@ def measured(case: str, point: float | str, options: argparse.Namespace) -> dict
     rival, dtype = CASES[case]
     problem = problem_at(options, point)
     truth = true_step(problem)
-    real = {"real": point} if isinstance(point, str) else {}
-    peak = peak_of(problem) if real else point
-    about = {"case": case, "peak": peak} | real
+    peak = peak_of(problem) if isinstance(point, str) else point
+    about = {"case": case, "peak": peak} | ({"real": point} if isinstance(point, str) else {})
     try:
         mine = problem.cast(getattr(torch, dtype))
         step = RIVALS[rival](mine)()

@@ -28,8 +28,8 @@ def section(report: Report) -> list[str]:
 
     shape = ", ".join(f"{name} {value}" for name, value in report["shape"].items())
     parts = [
-        f"Shape: {shape}. Each row of the batch is one token, drawn from its own softmax; the peak is the largest logit "
-        "of a row, on average. bf16 operands, except that naive fp32 gets the same numbers in float32. A model's name "
+        f"Shape: {shape}. Each row of the batch is one token, drawn from its own softmax; the peak is a row's largest "
+        "logit, on average. bf16 operands, except that naive fp32 gets the same numbers in float32. A model's name "
         "stands for hidden states and head of that model on real pairs. Truth: float64 on the same numbers."
     ]
     for key, title in ERRORS.items():
@@ -39,7 +39,8 @@ def section(report: Report) -> list[str]:
         ]
         parts.append(table([title, *(f"peak {point}" for point in points)], lines))
 
-    lines = [[case, *(held([of[case, p] for p in points if (case, p) in of], change) for change in BITS)] for case in cases]
+    every = {case: [of[case, p] for p in points if (case, p) in of] for case in cases}
+    lines = [[case, *(held(every[case], change) for change in BITS)] for case in cases]
     headings = ["same bits of the log-probs", "again", "other order", "half the batch", "no stash", "one thread"]
     parts.append(table(headings, lines))
     if skipped:

@@ -1,8 +1,8 @@
 """The page of results, generated and never typed by hand: `python -m benchmarks.page`.
 
 Reads benchmarks/results/**/*.json and *.jsonl (what benchmarks/gpu.sh brings back, see `records.py`) and writes
-docs/benchmarks.md and docs/benchmarks-*.png. Each table names command, machine, versions, commit and date of its JSON.
-Benchmarks without a result are listed as not measured yet.
+docs/benchmarks.md, docs/benchmarks-*.png and the table at the top of README.md. Each table names command, machine,
+versions, commit and date of its JSON. Benchmarks without a result are listed as not measured yet.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import betas_page, mismatch_page, pictures, records
+from benchmarks import betas_page, mismatch_page, pictures, readme_table, records
 from benchmarks.measure import ROOT
 from benchmarks.names import name as name_of
 
@@ -32,6 +32,10 @@ TITLES = {
     "betas": "Stages and references at equal distance",
     "parts": "Parts of a step on a GPU",
 }
+ROWS = (
+    "Ours, the bare GEMMs and `trl_fused_scored` multiply the scored rows alone, the other cases all rows. On a GPU "
+    "TRL itself leaves the others out, on a CPU it does not."
+)
 NOT_ANNOUNCED = {"parts", "body", "sharded", "vocab_parallel", "betas"}  # listed only where it was measured
 
 
@@ -40,12 +44,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.page", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
+    parser.add_argument("--readme", type=Path, help="default: README.md, if --docs is the project's own")
     options = parser.parse_args(arguments)
+    if options.readme is None and options.docs == ROOT / "docs":
+        options.readme = ROOT / "README.md"
 
     reports = read_reports(options.results)
     for name, report in reports.items():
         pictures.draw(report, options.docs / f"benchmarks-{name}.png")
     (options.docs / "benchmarks.md").write_text(page(reports), encoding="utf-8")
+    if options.readme:
+        old = options.readme.read_text(encoding="utf-8")
+        options.readme.write_text(readme_table.put(old, reports), encoding="utf-8")
     return 0
 
 
@@ -88,7 +98,8 @@ def source(report: Report) -> str:
     machine = report["machine"]
     command = report.get("command", f"python -m benchmarks.{report['benchmark']}")
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    processor = machine["processor"] if machine["device"] == "cpu" else machine["device"]
+    instructions = f" ({machine['instructions']})" if "instructions" in machine else ""
+    processor = machine["processor"] + instructions if machine["device"] == "cpu" else machine["device"]
     return (
         f"`{command}` on {processor}, {machine['threads']} threads, load {machine['load_average']:.1f}; {versions}; "
         f"commit {report['commit']}; {report['date'][:10]}."
@@ -140,7 +151,8 @@ def head_section(report: Report) -> list[str]:
         lines.append([named(result["case"]), *cells])
 
     headings = ["case", "median ms", "min … max", "× floor", "extra MiB", "error (nat)"]
-    return [f"Shape: {described(report['shape'])}.", markdown(headings, lines), *not_run(skipped)]
+    above = f"Shape: {described(report['shape'])}. {ROWS} Extra memory includes the gradients."
+    return [above, markdown(headings, lines), *not_run(skipped)]
 
 
 def floor_section(report: Report) -> list[str]:
@@ -162,7 +174,9 @@ def accuracy_section(report: Report) -> list[str]:
     skipped = {r["case"]: r["skipped"] for r in report["results"] if "skipped" in r}
     parts = [
         f"Shape: {described(report['shape'])}. nats: the largest error of a sequence's summed log-prob; dX, dW: "
-        "relative errors of the gradients."
+        "relative errors of the gradients. One random problem each; a model's name stands for its answers to real "
+        "pairs. Rivals run as they come: with bf16 operands they round logits to bf16, `linear_cross_entropy` its losses, "
+        "too."
     ]
 
     ran = [r for r in report["results"] if "skipped" not in r]
@@ -202,7 +216,7 @@ def scaling_section(report: Report) -> list[str]:
                 cells.append(f"{1e3 * result['median_s']:.1f} / {mebibytes(result['peak_extra_bytes'])}")
         lines.append([f"{point['factor']} {point['value']}", str(point["shape"]["rows"]), *cells])
 
-    above = f"Base: {described(report['base'])}. Each cell: median ms / extra MiB."
+    above = f"Base: {described(report['base'])}. Each cell: median ms / extra MiB. {ROWS}"
     return [above, markdown(["point", "scored rows", *map(named, cases)], lines), *not_run(skipped)]
 
 
@@ -226,8 +240,10 @@ def step_section(report: Report) -> list[str]:
 
     headings = ["task", "side", "median ms", "min … max", "tokens/s", "through the model", "extra MiB", "÷ ours (time)"]
     above = (
-        "Mean step of an epoch over the same pairs; median and spread over rounds, ratios within a round. `ours` shares "
-        "a pair's prompt between its answers, `unshared` does not; `trl` is its DPOTrainer with its own fused head."
+        "Mean step of an epoch over the same pairs; median and spread over rounds, ratios within a round. `ours` "
+        "shares a pair's prompt between its answers, `unshared` does not; `trl` is its DPOTrainer with its fused head. On "
+        "a CPU TRL multiplies prompt and padding rows in its head, which it leaves out on a GPU. These models are small "
+        "and their heads a large part of a step: where the body is large, expect less."
     )
     return [above, markdown(headings, lines), *not_run(skipped)]
 
@@ -261,7 +277,8 @@ def sharded_section(report: Report) -> list[str]:
         [*times_of(r), *(mebibytes(r[key]) for key in ("received_bytes", "extra_bytes"))] for r in report["results"]
     ]
     headings = ["case", "median ms", "min … max", "received MiB", "extra MiB"]
-    return [f"Shape of each process: {described(report['shape'])}.", markdown(headings, lines)]
+    above = "Which one is faster depends on the chip. `gathered` fetches the whole head once and keeps it."
+    return [f"Shape of each process: {described(report['shape'])}. {above}", markdown(headings, lines)]
 
 
 def vocab_parallel_section(report: Report) -> list[str]:
@@ -271,12 +288,12 @@ def vocab_parallel_section(report: Report) -> list[str]:
     for r in report["results"]:
         sizes = [f"{r['received_bytes'] / 2**20:.2f}", mebibytes(r["extra_bytes"])]
         lines.append([*times_of(r), f"{r['median_s'] / ours:.2f}", *sizes, f"{r['error_nat']:.1e}"])
-    headings = ["case", "median ms", "min … max", "÷ ours", "sent MiB", "extra MiB", "error (nat)"]
+    headings = ["case", "median ms", "min … max", "÷ ours", "received MiB", "extra MiB", "error (nat)"]
     cores = report["machine"]["cores"]
     return [
         f"Shape: {described(report['shape'])}; each process has all rows and half of the vocabulary. The two processes "
         f"share the machine's {cores} cores and one memory, so times are those of small ranks with free links, and "
-        "what counts is how the cases stand to each other. sent, extra: of one process. error: the largest of a "
+        "what counts is how the cases stand to each other. received, extra: of one process. error: the largest of a "
         "log-prob against float64. On a chip without bf16 instructions torch's bf16 products are very slow, those of "
         "both `loss_parallel` cases, too: there `naive_fp32` alone is a fair rival in time.",
         markdown(headings, lines),

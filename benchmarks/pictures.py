@@ -109,7 +109,9 @@ def scaling(report: Report, pyplot: Any) -> Any:
             found = [(p["value"], r) for p in points for r in p["results"] if r["case"] == case and "skipped" not in r]
             values = [value for value, _ in found]
             width = 2 if case == "ours" else 1
-            grid[0][column].plot(values, [1e3 * r["median_s"] for _, r in found], "o-", ms=3, lw=width, label=name(case))
+            grid[0][column].plot(
+                values, [1e3 * r["median_s"] for _, r in found], "o-", ms=3, lw=width, label=name(case)
+            )
             # at least 1 MiB, as in `head`
             memory = [max(r["peak_extra_bytes"] or 0, 2**20) / 2**20 for _, r in found]
             grid[1][column].plot(values, memory, "o-", ms=3, lw=width)

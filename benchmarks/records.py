@@ -79,7 +79,7 @@ def case_answers(lines: Iterable[Record]) -> dict[str, Record]:
 
 
 def case_results(answers: dict[str, list[Record]]) -> list[Record]:
-    """A report's results from the answers of every case: median and spread, memory, error, and the ratio to the faster floor."""
+    """A report's results from the answers of every case: median, spread, memory, error, ratio to the faster floor."""
     results = [{"case": case} | measure.summary(found) for case, found in answers.items()]
 
     # no ratio if the floor was not measured

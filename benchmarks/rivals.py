@@ -2,8 +2,8 @@
 
 A step does one DPO step's work at the head: log-probs of the reference without gradient, log-probs of the policy, the
 loss, and the backward into `problem.hidden.grad` and `problem.weight.grad`; it returns a `Step`. All get the same
-tensors. The cases gemms and gemms_fp32 are the bare-GEMM baseline ("floor"), whichever is faster. To add a peer, write one function and add it to RIVALS;
-raise `CannotRun` with the reason if it cannot run.
+tensors. The cases gemms and gemms_fp32 are the bare-GEMM baseline ("floor"), whichever is faster. To add a peer, write
+one function and add it to RIVALS; raise `CannotRun` with the reason if it cannot run.
 """
 
 from __future__ import annotations
@@ -87,12 +87,12 @@ def linear_cross_entropy_chunked(problem: Problem) -> Callable[[], Step]:
 
 
 def trl_fused(problem: Problem) -> Callable[[], Step]:
-    """TRL ≥ 1.15's `ChunkedLogProbFunction` on all rows, as TRL calls it; see also `trl_fused_scored`."""
+    """TRL ≥ 1.15's `ChunkedLogProbFunction` on all rows, as TRL calls it on a CPU; see also `trl_fused_scored`."""
     return _dpo_step(problem, _trl_logps(problem, scored_only=False))
 
 
 def trl_fused_scored(problem: Problem) -> Callable[[], Step]:
-    """The same on the scored rows only: TRL with our row compaction."""
+    """The same on the scored rows only, as TRL calls it where Triton runs."""
     return _dpo_step(problem, _trl_logps(problem, scored_only=True))
 
 

@@ -41,9 +41,9 @@ The stages of a run took {seconds} with {threads}, evaluation included, beside o
 
 ![Held-out pair accuracy, reward margin and KL of the initial model, of each stage, and of DPO](smollm2.png)
 
-Judged on {held_out} held-out pairs. In brackets: 95 % intervals over these pairs. Seeds, over which figures are
-means: {seeds}. KL is from the initial model, on the answers of {kl_pairs} of the pairs. The rewards are relative to
-the initial model, with β {beta}.
+Judged on {held_out} held-out pairs. In brackets: 95 % intervals over these pairs. Seeds, over which figures are means:
+{seeds}; how much another order of the pairs would change is not in any interval. KL is from the initial model, on the
+answers of {kl_pairs} of the pairs. The rewards are relative to the initial model, with β {beta}.
 
 {difference}
 

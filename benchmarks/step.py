@@ -10,8 +10,8 @@ driver with `prefix_sharing: off`; "through the model" are the tokens a step tha
 a fresh process, and the sides take turns. All sides train one epoch on the same pairs. Batches differ in length, and so
 do their steps, so a side's step time is the mean over a round, from the start of the first step to the end of the last:
 collation, logging and Trainer's own work count. Median and spread are those of rounds, and a ratio is the median of
-ratios within a round. Tokens are those of both sequences of a pair, with prompts. Memory is the process's peak minus its memory after the libraries were loaded: model, reference
-scoring, optimiser and training.
+ratios within a round. Tokens are those of both sequences of a pair, with prompts. Memory is the process's peak minus
+its memory after the libraries were loaded: model, reference scoring, optimiser and training.
 """
 
 from __future__ import annotations
@@ -316,7 +316,12 @@ def summary(answers: list[dict[str, Any]], tokens: float | None) -> dict[str, An
     found = measure.summary(answers)
     if "times_s" in found:
         means = [statistics.mean(answer["times_s"]) for answer in answers]
-        found |= {"round_means_s": means, "median_s": statistics.median(means), "min_s": min(means), "max_s": max(means)}
+        found |= {
+            "round_means_s": means,
+            "median_s": statistics.median(means),
+            "min_s": min(means),
+            "max_s": max(means),
+        }
         found["tokens_a_second"] = None if tokens is None else tokens / statistics.mean(found["times_s"])
         found["through_the_model"] = answers[-1]["through_the_model"]
     return found

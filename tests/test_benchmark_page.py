@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import page, pictures
+from benchmarks import page, pictures, readme_table
 from benchmarks.betas_statistics import conclusions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,7 +23,15 @@ CASES = [{"case": "gemms"} | RAN | {"ratio_to_floor": 1.0}, {"case": "cce", "ski
 SPAN = {"mean": 0.5, "least": 0.25, "largest": 0.75}
 STAGE = {"method": "sdpo", "seeds": 2, "exactly_right": SPAN, "gain": None, "ranked_right": SPAN}
 SIDE = {"median_s": 0.5, "min_s": 0.25, "max_s": 1.0, "tokens_a_second": 1234.0, "peak_extra_bytes": 2**20}
+STEP = {"task": "grammar", "sides": {"ours": SIDE, "trl": SIDE}}
+STEP |= {"trl_over_ours": 1.5, "trl_over_ours_spread": [1.25, 1.75]}
 EXACT = {"dtype": "bf16", "vocab": 300, "input": "plain", "case": "ours", "nats": 1e-5, "dx": 2e-3, "dw": 3e-3}
+TOKEN = {"nats": 2e-6, "of_peak": 1e-7, "probability": 3e-7, "dx": 2e-3, "dw": 3e-3}
+TOKENS = [
+    {"case": case, "peak": peak, "same_bits": bits} | TOKEN | real
+    for case, bits in (("ours", ["repeated", "order", "batch", "stash", "threads"]), ("trl", ["repeated"]))
+    for peak, real in ((5, {}), (80, {}), (17.6, {"real": "smollm2"}))
+]
 POINT = {"factor": "vocab", "value": 200, "shape": {"rows": 5}, "results": CASES}
 SWEPT = [
     {"task": "sorting", "method": method, "seed": seed, "beta": beta, "kl": kl}
@@ -33,10 +41,11 @@ SWEPT = [
     for beta, kl in (((0.0, 0.0),) if method == "initial_model" else ((1.0, 0.5), (3.0, 0.25)))
 ]
 REPORTS: dict[str, dict[str, Any]] = {
-    "head": {"shape": {"pairs": 1, "rows": 5}, "results": CASES},
+    "head": {"shape": {"pairs": 1, "rows": 5, "dtype": "bf16"}, "results": CASES},
     "accuracy": {"shape": {"pairs": 1}, "results": [EXACT, EXACT | {"input": "confident", "nats": 0.0}]},
+    "mismatch": {"shape": {"pairs": 1}, "results": [*TOKENS, {"case": "liger", "skipped": "not installed"}]},
     "scaling": {"base": {"pairs": 1}, "results": [POINT, POINT | {"value": 400}]},
-    "step": {"results": [{"task": "grammar", "sides": {"ours": SIDE, "trl": SIDE}, "trl_over_ours": 1.5}]},
+    "step": {"results": [STEP]},
     "body": {
         "results": [
             {"task": "full1", "unshared": {"tokens": 3000, "work": 30, "seconds": 2.0}}
@@ -79,12 +88,12 @@ def test_the_page_shows_every_report_and_its_origin(made):
     for kind in REPORTS:
         assert f"`python -m benchmarks.{kind} --quick` on a chip, 2 threads, load 0.5" in text
     assert "commit 0123456789ab; 2026-01-02." in text
-    assert "| `gemms` | 500.0 | 250.0 … 1000.0 | 1.00 | 3 | 1.2e-01 |" in text
+    assert "| bare GEMMs (floor) (`gemms`) | 500.0 | 250.0 … 1000.0 | 1.00 | 3 | 1.2e-01 |" in text
     assert "- `cce`: CUDA alone" in text
-    assert "| `ours` | 1.0e-05 | 2.0e-03 | 3.0e-03 | 0.0e+00 | 2.0e-03 | 3.0e-03 |" in text
+    assert "| ours (`ours`) | 1.0e-05 | 2.0e-03 | 3.0e-03 | 0.0e+00 | 2.0e-03 | 3.0e-03 |" in text
     assert "| vocab 200 | 5 | 500.0 / 3 | – |" in text
     assert "| grammar | ours | 500.0 | 250.0 … 1000.0 | 1234 | – | 1 |  |" in text
-    assert "| grammar | trl | 500.0 | 250.0 … 1000.0 | 1234 | – | 1 | 1.50 |" in text
+    assert "| grammar | trl | 500.0 | 250.0 … 1000.0 | 1234 | – | 1 | 1.50 (1.25 … 1.75) |" in text
     assert "| full1 | 3,000 / 2.0 | 2,000 / 1.6 | 1.50 | 1.50 | 1.25 | 60 % | 75 % |" in text
     assert "| `gathered` | 500 | 250 … 1000 | 2 | 4 |" in text
     assert "| `loss_parallel` | 750 | 250 … 1000 | 1.50 | 0.50 | 4 | 1.2e-01 |" in text
@@ -98,6 +107,32 @@ def test_the_page_shows_every_report_and_its_origin(made):
     assert "| `random` | +25.0 (+25.0 … +25.0) | +25.0 (+25.0 … +25.0) |" in text
     assert "minus `sdpo` (points): `random` +12.5 (+12.5 … +12.5)." in text
     assert "Not measured yet: `python -m benchmarks.floor`." in text
+
+
+def test_the_page_shows_errors_by_peak_and_what_changes_no_bit(made):
+    text = (made / "benchmarks.md").read_text()
+    assert "| largest error of a token's log-prob (nat) | peak 5 | peak 80 | peak smollm2 (18) |" in text
+    assert "| ours (fused_linear_dpo) | 2.0e-06 | 2.0e-06 | 2.0e-06 |" in text
+    assert "| ours | yes | yes | yes | yes | yes |" in text
+    assert "| trl | yes | no | no | – | no |" in text
+    assert "- liger: not installed" in text
+
+
+def test_readmes_table_is_made_of_the_same_results(made):
+    reports = page.read_reports(made)
+    readme = readme_table.put(f"above\n{readme_table.BEGIN}\nold\n{readme_table.END}\nbelow\n", reports)
+    assert readme.startswith(f"above\n{readme_table.BEGIN}\n\n| ")
+    assert readme.endswith(f"{readme_table.END}\nbelow\n")
+    assert "old" not in readme
+    assert "| log-prob's largest error, nat (bf16, smollm2) | 2e-06 | 2e-06 | – | – |" in readme
+    assert "| same bits in another order and in half the batch | yes | no | – | – |" in readme
+    assert "| whole training step of a small model, ÷ ours | 1 | 1.5 … 1.5 | – | – |" in readme
+
+
+def test_the_committed_readme_has_the_table_of_the_committed_results():
+    reports = page.read_reports(ROOT / "benchmarks/results")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme == readme_table.put(readme, reports), "run python -m benchmarks.page"
 
 
 def test_pictures_are_reproducible(made, tmp_path):

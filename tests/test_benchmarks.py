@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import accuracy, head, measure, mismatch, scaling, sharded, stages, vocab_parallel
+from benchmarks.names import NAMES
 from benchmarks.problem import (
     IGNORE_INDEX,
     CannotRun,
@@ -21,7 +22,9 @@ from benchmarks.problem import (
     true_logps,
     true_step,
 )
-from benchmarks.rivals import FLOOR, RIVALS
+from benchmarks.real import Real
+from benchmarks.records import FLOORS, case_results
+from benchmarks.rivals import RIVALS
 from tests.reference import error, size, target_logps
 
 CPU = torch.device("cpu")
@@ -53,7 +56,7 @@ def autograds_step(given):
     return hidden, weight, policy, loss
 
 
-@pytest.mark.parametrize("name", [name for name in RIVALS if name != FLOOR])
+@pytest.mark.parametrize("name", [name for name in RIVALS if name not in FLOORS])
 def test_every_rival_computes_the_same_loss_and_gradients(name):
     given = problem()
     hidden, weight, policy, loss = autograds_step(given)
@@ -129,6 +132,28 @@ def test_errors_of_a_tokens_probability_as_logits_grow(tmp_path, capsys):
     assert "÷ peak" in capsys.readouterr().out
 
 
+def test_rows_of_a_real_model_are_measured_too(tmp_path, monkeypatch):
+    """In this process: the child would look for the model's file."""
+    states, head = torch.randn(40, 16), torch.randn(90, 16)
+    real = Real(states, head, torch.randint(90, (40,)), torch.tensor([10, 10, 10, 10]))
+    monkeypatch.setattr(mismatch, "load", lambda name: real)
+    monkeypatch.setattr(accuracy, "load", lambda name: real)
+
+    options = mismatch.parse(["--pairs=4", "--threads=1"])
+    result = mismatch.measured("ours", "smollm2", options)
+    peaks = (states.bfloat16().double() @ head.bfloat16().double().t()).amax(1)
+    assert peaks.min() < result["peak"] < peaks.max()
+    assert result["of_peak"] < 1e-6
+    assert mismatch.point_of(result) == f"smollm2 ({result['peak']:.0f})"
+
+    found = accuracy.measure_problem(
+        accuracy.parse(
+            ["--inputs=smollm2", "--vocabs=90", "--dtypes=bf16", "--cases=ours", "--length=8", "--threads=1"]
+        )
+    )
+    assert 0 < found["cases"]["ours"]["nats"] < 1e-3
+
+
 def test_the_peak_is_as_asked_and_tokens_are_likely_ones():
     given = mismatch.problem_of(mismatch.parse(["--quick"]), 80.0)
     z = given.hidden.detach().flatten(0, 1).double() @ given.weight.detach().double().t()
@@ -171,8 +196,32 @@ def test_stages_pairs_differences_by_seed():
     assert stages.differences(rows, "sdpo", "dpo") == [0.25, -0.25]
 
 
-def test_the_floor_runs():
-    assert RIVALS[FLOOR](problem(torch.bfloat16))() is None
+def test_the_floors_run():
+    for name in FLOORS:
+        assert RIVALS[name](problem(torch.bfloat16))() is None
+    with pytest.raises(CannotRun, match="the same as `gemms`"):
+        RIVALS["gemms_fp32"](problem())
+
+
+def test_the_faster_floor_is_the_baseline():
+    seconds = {"gemms": 4.0, "gemms_fp32": 2.0, "ours": 3.0}
+    results = case_results({case: [{"times_s": [s], "peak_extra_bytes": 1}] for case, s in seconds.items()})
+    assert [result["ratio_to_floor"] for result in results] == [2.0, 1.0, 1.5]
+
+
+def test_every_rival_has_a_name():
+    assert NAMES.keys() == RIVALS.keys()
+
+
+def test_a_float32_head_has_the_error_of_float32():
+    """Of bf16 operands; the gradients are rounded to bf16 once."""
+    given = problem(torch.bfloat16)
+    found = RIVALS["naive_fp32"](given)()
+    truth = true_step(given)
+    rounding = torch.finfo(torch.float32).eps
+    assert error(found.policy_logps, truth.policy_logps) < 16 * rounding * size(truth.policy_logps)
+    assert mismatch.relative(given.hidden.grad, truth.hidden_grad) < torch.finfo(torch.bfloat16).eps
+    assert mismatch.relative(given.weight.grad, truth.weight_grad) < torch.finfo(torch.bfloat16).eps
 
 
 ALLOCATION = """
@@ -226,7 +275,7 @@ def test_the_head_command_measures_and_writes_its_report(tmp_path, capsys):
     assert ours["ratio_to_floor"] == ours["median_s"] / floor["median_s"]
     assert ours["error_nat"] < 1e-4
     assert "gemms" in shown
-    assert '× floor: ratio to gemms, the bare-GEMM baseline ("floor")' in shown
+    assert '× floor: ratio to gemms or gemms_fp32, the bare-GEMM baseline ("floor"), whichever is faster' in shown
 
 
 def test_cases_take_turns_and_one_that_cannot_run_is_tried_once(monkeypatch, capsys):

@@ -1,6 +1,6 @@
 """How many rows were computed one by one because their log-prob was below about −86, and a warning if they are many.
 
-Such a row reads the whole head again. A few cost nothing; thousands mean a head or targets that do not belong to the
+Such a row reads the whole head again. A few cost little; thousands mean a head or targets that do not belong to the
 hidden states, and a step that is several times slower. The device counts; nothing here waits for it.
 """
 

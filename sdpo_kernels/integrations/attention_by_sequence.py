@@ -31,14 +31,13 @@ from sdpo_kernels.integrations.pieces import Piece, pieces
 
 BLOCK = 64  # queries per block in _attend_in_blocks
 
-# In bfloat16 on CPU, blocks of float32 products beat torch's fused attention: forward + backward of stories260K under
-# autocast 30 -> 22, 118 -> 65 and 186 -> 152 ms at mean lengths 35, 124 and 256. In float32 the fused kernel wins.
+# In bfloat16 on CPU, blocks of float32 products beat torch's fused attention on the chip measured (AMD, AVX-512-BF16):
+# stories260K under autocast, mean lengths 35 to 256. In float32 the fused kernel wins.
 # Blocks keep their probabilities for the backward, so above this length the fused kernel's lower memory matters more.
 BLOCKS_UP_TO = 512
 
-# Queries of a branch at a time in torch's fused attention: each gets only the keys it can see. Forward and backward in
-# float32 relative to a square call whose other rows are thrown away, trunk and branch of 430 and 110: 0.25 (one masked
-# call: 1.14), 200 and 200: 0.53, 150 and 700: 0.92.
+# Queries of a branch at a time in torch's fused attention: each gets only the keys it can see. Faster than one masked
+# call, and than a square call whose other rows are thrown away (`python -m benchmarks.body`).
 BRANCH_QUERIES = 256
 
 PACKED = "sdpo_packed"  # models that switch SDPA off (Gemma 2) refuse a name that contains "sdpa"
