@@ -175,8 +175,8 @@ def accuracy_section(report: Report) -> list[str]:
     parts = [
         f"Shape: {described(report['shape'])}. nats: the largest error of a sequence's summed log-prob; dX, dW: "
         "relative errors of the gradients. One random problem each; a model's name stands for its answers to real "
-        "pairs. Rivals run as they come: with bf16 operands they round logits to bf16, `linear_cross_entropy` its losses, "
-        "too."
+        "pairs. Rivals run as they come: with bf16 operands they round logits to bf16, `linear_cross_entropy` its "
+        "losses, too."
     ]
 
     ran = [r for r in report["results"] if "skipped" not in r]
@@ -241,9 +241,9 @@ def step_section(report: Report) -> list[str]:
     headings = ["task", "side", "median ms", "min … max", "tokens/s", "through the model", "extra MiB", "÷ ours (time)"]
     above = (
         "Mean step of an epoch over the same pairs; median and spread over rounds, ratios within a round. `ours` "
-        "shares a pair's prompt between its answers, `unshared` does not; `trl` is its DPOTrainer with its fused head. On "
-        "a CPU TRL multiplies prompt and padding rows in its head, which it leaves out on a GPU. These models are small "
-        "and their heads a large part of a step: where the body is large, expect less."
+        "shares a pair's prompt between its answers, `unshared` does not; `trl` is its DPOTrainer with its fused head. "
+        "On a CPU TRL multiplies prompt and padding rows in its head, which it leaves out on a GPU. These models are "
+        "small and their heads a large part of a step: where the body is large, expect less."
     )
     return [above, markdown(headings, lines), *not_run(skipped)]
 
