@@ -45,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps({"results": found}))
         return 0
 
+    for name in options.real:
+        load(name)  # one that is missing is said before anything is measured
     report = measure.report("mismatch", arguments, options.threads, torch.device(options.device))
     report["shape"] = {name: getattr(options, name) for name in ("pairs", "hidden", "vocab", "device")}
     report["results"] = []
