@@ -24,6 +24,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two workers begin with the long tests: at the end, neither waits long for the other."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _thawed_at_the_end() -> Iterator[None]:
     """Libraries complain at exit of objects that were not collected."""

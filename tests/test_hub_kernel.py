@@ -21,6 +21,7 @@ import sdpo_kernels
 from sdpo_kernels.backends import BACKENDS
 from tests import hub_kernel
 
+pytestmark = pytest.mark.xdist_group("hub kernel")  # compiled once
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {"hidden": (24, 16), "weight": (130, 16)}
 

@@ -76,6 +76,7 @@ def test_the_options_of_score_are_documented():
     assert sorted(re.findall(r"^\| `(--[a-z]+)[ `]", page, re.M)) == sorted(options)
 
 
+@pytest.mark.slow
 def test_sdpo_commands_run_on_the_yaml_block(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_model(tmp_path / "path/to/your/sft-model")
@@ -117,6 +118,7 @@ def test_benchmarks_run(tmp_path, command):
     assert "ours" in (tmp_path / "found.json").read_text()
 
 
+@pytest.mark.slow
 def test_step_benchmark_runs(data_dir, tmp_path):
     options = ["--tasks", "grammar", "--rounds", "1", "--pairs", "12", "--json", str(tmp_path / "step.json")]
     done = subprocess.run([sys.executable, "-m", "benchmarks.step", *options], capture_output=True, text=True, cwd=ROOT)

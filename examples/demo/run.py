@@ -14,6 +14,7 @@ Nothing is downloaded.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import time
@@ -103,6 +104,7 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    gc.freeze()  # what is imported stays: collections between stages scan only the rest
 
     try:
         demo(output, QUICK if mode == "quick" else FULL, Reporter())

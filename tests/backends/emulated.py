@@ -26,7 +26,7 @@ from sdpo_kernels.backends.native_library import source_digest
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).with_name("emulator")
 FLAGS = [
-    "-std=c++20", "-O1", "-g", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-fsanitize=undefined",
+    "-std=c++20", "-O1", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-fsanitize=undefined",
     "-fno-sanitize-recover=undefined", "-DSDPO_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000",
 ]  # fmt: skip
 

@@ -247,7 +247,7 @@ def step(n, h, v):
     y, go = torch.randint(v, (n,)), torch.randn(n)
     return lambda: linear_logps(x, w, y, backend="native", stash_bytes=0).logps.backward(go)
 step(8, 8, 100)()
-n, h, v = 4096, 256, {columns}
+n, h, v = 4096, 128, {columns}
 print(peak_extra_bytes(step(n, h, v), torch.device("cpu")) - 2 * h * (n + v))
 """
 
@@ -255,14 +255,15 @@ print(peak_extra_bytes(step(n, h, v), torch.device("cpu")) - 2 * h * (n + v))
 @pytest.mark.slow
 def test_without_a_stash_memory_is_small_and_flat_in_the_vocabulary():
     found = []
-    for columns in (64000, 128000):
+    for columns in (16000, 128000):
         done = subprocess.run(
             [sys.executable, "-c", MEMORY.replace("{columns}", str(columns))],
             cwd=ROOT, capture_output=True, text=True, check=True,
         )  # fmt: skip
         found.append(int(done.stdout))
     assert max(found) < 160e6
-    assert found[1] < 1.1 * found[0] + 32e6  # allocators vary by half of that; logits would take 1e9
+    # allocators vary by half of that; logits would take 9e8 more, and dW in float32 6e7
+    assert found[1] < 1.1 * found[0] + 32e6
 
 
 # --- the pair epilogue ------------------------------------------------------------------------------------------

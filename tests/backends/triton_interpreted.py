@@ -1,8 +1,5 @@
 # ruff: noqa: E402
-"""The Triton kernels on CPU tensors, in Triton's interpreter. Run by test_triton.py with TRITON_INTERPRET=1 set.
-
-The interpreter truncates float32 to bfloat16; here it rounds to nearest, as GPUs do.
-"""
+"""The Triton kernels on CPU tensors, in Triton's interpreter. Run by test_triton.py with TRITON_INTERPRET=1 set."""
 
 from __future__ import annotations
 
@@ -11,15 +8,11 @@ from dataclasses import replace
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run this file through tests/backends/test_triton.py"
 
-from typing import Any
-
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterError
 
 from sdpo_kernels import backends, linear_logps, logps_op
 from sdpo_kernels.backends import redone
@@ -29,31 +22,13 @@ from sdpo_kernels.backends.triton import launch
 from sdpo_kernels.backends.triton import tiles as tile_choice
 from sdpo_kernels.backends.triton.tiles import INTERPRETED
 from sdpo_kernels.head import Head
+from tests.backends import interpreter  # noqa: F401 - sets the interpreter up
 from tests.backends.epilogue_cases import check_pair_epilogue, pair_cases
 from tests.exact import ROWS, check_exact, exact_case
 from tests.lora_cases import check_lora
 from tests.reference import Case, check, error, random_case, scored_rows
 from tests.sliced import Sliced
 
-_CONVERT = interpreter._convert_float
-
-
-def rounded(values: np.ndarray, source: Any, to: Any, mode: Any) -> np.ndarray:
-    """In place of the interpreter's own cast: bfloat16's bits, rounded to nearest."""
-    if (source, to) != (tl.float32, tl.bfloat16):
-        return _CONVERT(values, source, to, mode)
-    bits = torch.from_numpy(np.array(values, np.float32)).to(torch.bfloat16).view(torch.uint16).numpy()
-    return bits.reshape(values.shape)
-
-
-def asserted(builder: Any, condition: Any, message: str) -> None:
-    """In place of the interpreter's own, for which every condition holds: it asserts the object that has the value."""
-    assert bool(np.all(condition.data)), message
-
-
-interpreter._convert_float = rounded
-interpreter.InterpreterBuilder.create_assert = asserted
-interpreter.interpreter_builder.options = interpreter.InterpreterOptions(debug=True)  # assertions are looked at
 TRITON = backends.BACKENDS["triton"]
 ALL = 10**12
 EPS = torch.finfo(torch.float32).eps
@@ -140,12 +115,20 @@ def test_rows_in_and_out_of_range(gap, trains, stash_bytes):
     assert int(redone.counter(case.hidden).total) - before == (ours["logps"] < -86.3).sum() >= 10
 
 
+@pytest.fixture
+def larger_tiles(monkeypatch):
+    """Tiles for larger cases: still 3 of rows, 8 of columns with a partial one, and 2 of the depth."""
+    monkeypatch.setattr(tile_choice, "INTERPRETED", replace(INTERPRETED, rows=32, columns=128, depth=32))
+
+
+@pytest.mark.usefixtures("larger_tiles")
 @pytest.mark.parametrize(("head", "stash_bytes"), [("bias", 0), ("softcap", ALL), ("ignored", 0), ("ignored", ALL)])
 def test_gradients_exact_at_the_target(head, stash_bytes):
     """See tests/exact.py."""
     check_exact([exact_case(head, backend="triton", stash_bytes=stash_bytes)], stashed=stash_bytes > 0)
 
 
+@pytest.mark.usefixtures("larger_tiles")
 def test_gradients_exact_at_the_target_in_several_chunks_and_slabs(monkeypatch):
     monkeypatch.setattr(walk, "CHUNK_ELEMENTS", ROWS * 200)
     monkeypatch.setattr(walk, "SLAB_ELEMENTS", 1)
@@ -297,7 +280,7 @@ def test_wrong_inputs_are_asserted(targets, index, says):
         torch.zeros(3, 8), torch.zeros(100, 8), None, torch.tensor(targets), Head(), torch.float32, (), 3,
         ref_hidden=torch.zeros(3, 8), index=torch.tensor(index),
     )  # fmt: skip
-    with pytest.raises(interpreter.InterpreterError, match=says):
+    with pytest.raises(InterpreterError, match=says):
         walk.forward(call, Keep.nothing())
     right = replace(call, targets=torch.tensor([0, 99, 2]), index=torch.tensor([3, 5, 6]))
     walk.forward(right, Keep.nothing())

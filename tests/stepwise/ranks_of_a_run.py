@@ -48,12 +48,17 @@ class Ranks:
         while any(child.process.is_alive() for child in self.children):
             assert time.monotonic() < end, self._stop(signal.SIGKILL) or f"hung after {seconds} s: {self.text}"
             if any(child.process.exitcode not in (None, 0) for child in self.children):
-                time.sleep(0.5)
+                self._wait_for_all(0.5)
                 self._stop(signal.SIGTERM)
-                time.sleep(2.0)
+                self._wait_for_all(2.0)
                 self._stop(signal.SIGKILL)
             time.sleep(0.02)
         return [child.process.exitcode for child in self.children]
+
+    def _wait_for_all(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while any(child.process.is_alive() for child in self.children) and time.monotonic() < end:
+            time.sleep(0.02)
 
     def _stop(self, number: int) -> None:
         for child in self.children:
