@@ -95,6 +95,10 @@ class NativeBackend:
         bf16 = dtype == torch.bfloat16 and (device.type == "cuda" or self.bf16_products)
         return torch.bfloat16 if bf16 else torch.float32
 
+    def uses_grad_tol(self, device: torch.device) -> bool:
+        """Not yet."""
+        return False
+
     def supports(self, request: Request) -> str | None:
         """float32 and bfloat16; on CUDA log-probs only."""
         for dtype in (request.dtype, request.weight_dtype):
