@@ -143,7 +143,7 @@ def timed(problem: Problem, cases: list[Case], rounds: int) -> dict[str, Any]:
             | {"name": case.name, "step_s": step[case], "backward_s": backward[case]}
             | {"spread_s": [min(one.step for one in times[case]), max(one.step for one in times[case])]}
             | {"step_to_gemms": step[case] / base, "step_to_exact": step[case] / step[case.exact]}
-            | {"backward_to_exact": backward[case] / backward[case.exact]}
+            | {"backward_to_exact": None if case.frozen else backward[case] / backward[case.exact]}
             for case in cases
         ]
     }
@@ -182,9 +182,11 @@ def show(report: dict[str, Any]) -> str:
         [f"{one['grad_tol']:.5f}", f"{one['kept']:.3f}", f"{one['dx_error']:.1e}", f"{one['dw_error']:.1e}"]
         for one in report["tolerances"]
     ]
+    # an exact step with a frozen head has no product in its backward
     ratios = ("step_to_gemms", "step_to_exact", "backward_to_exact")
     lines = [
-        [one["name"], f"{one['step_s']:.3f}", f"{one['backward_s']:.3f}", *(f"{one[ratio]:.2f}" for ratio in ratios)]
+        [one["name"], f"{one['step_s']:.3f}", f"{one['backward_s']:.3f}"]
+        + ["–" if one[ratio] is None else f"{one[ratio]:.2f}" for ratio in ratios]
         for one in report["cases"]
     ]
     headings = ["", "step s", "backward s", "step ÷ gemms", "step ÷ exact", "backward ÷ exact"]

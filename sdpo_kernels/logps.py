@@ -80,9 +80,9 @@ def linear_logps(
             min(2·N·V, 4·V·H, an eighth of the device's memory).
         grad_tol: what the backward may leave out, 0 ≤ grad_tol < 1; 0 is exact. Of each row it leaves out tiles of 64
             columns whose probabilities add up to at most grad_tol, so that dL/dz of the row is off by at most
-            grad_tol·|g| (L1 norm; g is the gradient of its log-prob). The target's tile is never left out. 2**-8 costs
-            about as much accuracy as rounding to bfloat16. See "What the backward may leave out" in
-            docs/architecture.md; backends that cannot leave anything out are exact, as is entropy's gradient.
+            grad_tol·|g| (L1 norm; g is the gradient of its log-prob). The target's tile is never left out. Backends
+            that cannot leave anything out are exact, as is entropy's gradient ("What the backward may leave out" in
+            docs/architecture.md).
 
     Returns:
         `LinearLogps`. Logits are never rounded below float32; float32 inputs are multiplied without TF32. NaN inputs
