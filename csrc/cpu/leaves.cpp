@@ -5,18 +5,11 @@
 #include <cstring>
 #include <numeric>
 
+#include "chunks.h"
+
 namespace sdpo::cpu {
 
 namespace {
-
-constexpr int64_t CHUNK_ELEMENTS = int64_t(1) << 22;   // of S in one chunk: 8 MiB in bfloat16
-constexpr int64_t CHUNK_SUMS = int64_t(1) << 20;       // partial sums of a chunk without S: 4 MiB
-constexpr int64_t CACHED_ELEMENTS = int64_t(1) << 21;  // of S that every panel of dX reads again: 4 MiB in bfloat16
-
-int64_t blocks_of_chunk(int64_t n_rows, bool stored) {
-  int64_t rows = std::max<int64_t>(n_rows, 1);
-  return std::max<int64_t>(4, stored ? CHUNK_ELEMENTS / (PANEL * rows) : CHUNK_SUMS / rows);
-}
 
 int64_t panels_of(int64_t columns) { return (columns + PANEL - 1) / PANEL; }
 
@@ -27,17 +20,6 @@ void store(const Matrix& like, void* out, int64_t at, float value) {
     static_cast<uint16_t*>(out)[at] = bf16_of_float(value);
   else
     static_cast<float*>(out)[at] = value;
-}
-
-// Into how many parts the rows of a chunk of `blocks` blocks are split, so that every thread has several tasks.
-int64_t row_parts(int64_t blocks, int64_t n_rows) {
-  int64_t wanted = 4 * int64_t(torch::stable::get_num_threads());
-  int64_t parts = blocks >= wanted ? 1 : (wanted + blocks - 1) / blocks;
-  return std::max<int64_t>(1, std::min(parts, n_rows / (8 * TILE_ROWS)));
-}
-
-int64_t row_border(int64_t part, int64_t parts, int64_t n_rows) {
-  return part == parts ? n_rows : n_rows * part / parts / TILE_ROWS * TILE_ROWS;
 }
 
 }  // namespace
@@ -225,101 +207,6 @@ void Leaves::finish_rows(float* logps, double* state) {
     logps[i] = float(row.logp);
     state[2 * i] = row.lse;
   }
-}
-
-// log Σ exp of all columns but the target, with a running maximum, for a few rows.
-void Leaves::log_sums_online(const std::vector<int64_t>& rows, const Unit* few, const int64_t* targets, double* rest) {
-  int64_t count = int64_t(rows.size()), step = blocks_of_chunk(count, false);
-  auto parts = make_buffer<float>(std::min(step, call.blocks()) * count),
-       maxima = make_buffer<float>(std::min(step, call.blocks()) * count);
-  std::vector<double> top(count, -INFINITY), sum(count, 0.0);
-  for_chunks(call.blocks(), 0, step, step, [&](int64_t first, int64_t blocks) {
-    run_logits({few,
-                count,
-                x_units,
-                call.weight,
-                call.bias,
-                targets,
-                nullptr,
-                call.head,
-                first,
-                parts.get(),
-                maxima.get(),
-                {}},
-               blocks);
-
-    for (int64_t at = 0; at < blocks * count; at++) {
-      int64_t i = at % count;
-      if (maxima[at] == -INFINITY) continue;
-      if (!(maxima[at] <= top[i])) {  // a NaN is kept: sum and top are NaN from then on
-        sum[i] = sum[i] * std::exp(top[i] - maxima[at]) + parts[at];
-        top[i] = maxima[at];
-      } else {
-        sum[i] += parts[at] * std::exp(maxima[at] - top[i]);
-      }
-    }
-  });
-  for (int64_t i = 0; i < count; i++) rest[i] = top[i] + std::log(sum[i]);
-}
-
-// Recomputes rows whose sum is out of float's range (an unlikely target, or one of probability 0):
-//     1. gather them
-//     2. their logsumexp, with a running maximum: log-prob, and k
-//     3. their rows of the stash
-//     4. for a frozen head, their Σ S·W
-void Leaves::redo_rows_out_of_range(const Kept& kept, float* logps, double* state) {
-  std::vector<int64_t> rows, targets;
-  for (int64_t i = 0; i < n_rows; i++)
-    if (out_of_range(total[i], target_logits[i])) {
-      rows.push_back(i);
-      targets.push_back(call.targets[i]);
-    }
-  if (rows.empty()) return;
-
-  Leaves few(on);
-  few.call = call;
-  few.n_rows = few.call.hidden.rows = int64_t(rows.size());
-  few.call.targets = targets.data();
-  few.x_units = x_units;
-  few.x_copy = make_buffer<Unit>(few.n_rows * x_units);
-  few.x = few.x_copy.get();
-  few.shift = make_buffer<float>(few.n_rows);
-  for (int64_t i = 0; i < few.n_rows; i++)
-    std::memcpy(few.x_copy.get() + i * x_units, x + rows[i] * x_units, x_units * sizeof(Unit));
-
-  std::vector<double> rest(rows.size());
-  log_sums_online(rows, few.x, few.call.targets, rest.data());
-  for (int64_t i = 0; i < few.n_rows; i++) {
-    int64_t row = rows[i];
-    if (call.is_slice()) {
-      SliceRow own = slice_row(rest[i]);
-      state[2 * row] = own.sum;
-      few.shift[i] = own.shift;
-    } else {
-      RowResult result = row_result(target_logits[row], rest[i]);
-      logps[row] = float(result.logp);
-      state[2 * row] = result.lse;
-      few.shift[i] = float(result.lse);
-    }
-    state[2 * row + 1] = few.shift[i];
-  }
-
-  for_chunks(kept.blocks, 0, 1, blocks_of_chunk(few.n_rows, false), [&](int64_t first, int64_t count) {
-    Blocks s = part(kept.stash, first);
-    s.row_of = rows.data();
-    few.logits(first, count, s);
-  });
-
-  if (!kept.direction) return;
-  int64_t step = blocks_of_chunk(few.n_rows, true);
-  for_chunks(call.blocks(), 0, 1, step, [&](int64_t first, int64_t count) {
-    Blocks s = few.scratch_blocks(step);
-    few.logits(first, count, s);
-    few.add_hidden_gradient(first, count, s);
-  });
-  for (int64_t i = 0; i < few.n_rows; i++)
-    std::memcpy(hidden_sum.get() + rows[i] * sum_stride, few.hidden_sum.get() + i * sum_stride,
-                sum_stride * sizeof(float));
 }
 
 void Leaves::choose_tiles(double tolerance, const double* state, const Tiles& to) const {

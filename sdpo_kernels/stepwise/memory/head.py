@@ -19,7 +19,7 @@ from sdpo_kernels.logps import HOST_MEMORY, automatic_stash_bytes
 
 GPU_CHUNK = 2**28  # elements of a chunk: CHUNK_ELEMENTS of backends/triton/backend.py
 GPU_SLAB = 4 * 2**23  # bytes of dW before it is rounded: SLAB_ELEMENTS there
-CPU_CHUNK = 2**22  # CHUNK_ELEMENTS of csrc/cpu/leaves.cpp
+CPU_CHUNK = 2**22  # CHUNK_ELEMENTS of csrc/cpu/chunks.h
 CUT_CHUNK = 8192  # rows of W that sharded_linear_logps sends at a time
 ROW_BYTES = 64  # of a scored row's log-prob, state and metrics
 
