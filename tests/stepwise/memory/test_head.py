@@ -86,8 +86,8 @@ def test_a_head_that_is_cut_keeps_no_stash():
 
 def test_the_sizes_of_chunks_are_those_of_the_kernels():
     assert inspect.signature(sharded_linear_logps).parameters["chunk_columns"].default == head.CUT_CHUNK
-    leaves = (ROOT / "csrc/cpu/leaves.cpp").read_text()
-    assert 1 << int(re.search(r"CHUNK_ELEMENTS = int64_t\(1\) << (\d+)", leaves)[1]) == head.CPU_CHUNK
+    chunks = (ROOT / "csrc/cpu/chunks.h").read_text()
+    assert 1 << int(re.search(r"CHUNK_ELEMENTS = int64_t\(1\) << (\d+)", chunks)[1]) == head.CPU_CHUNK
     source = (ROOT / "sdpo_kernels/backends/triton/backend.py").read_text()
     assert 2 ** int(re.search(r"CHUNK_ELEMENTS = 2\*\*(\d+)", source)[1]) == head.GPU_CHUNK
     assert 4 * 2 ** int(re.search(r"SLAB_ELEMENTS = 2\*\*(\d+)", source)[1]) == head.GPU_SLAB
