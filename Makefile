@@ -96,7 +96,7 @@ arm: $(VENV)/.installed  ## compile for 64-bit ARM and run the kernels in qemu
 			-DTORCH_TARGET_VERSION=0x020a000000000000 -DSDPO_BUILT_FROM='"arm"' -isystem "$$include" -isystem "$$include/torch/csrc/api/include" \
 			-c $$source -o build/arm/$$(basename $$source .cpp).o || exit 1; \
 	done
-	$(ARM_CXX) -static build/arm/walk.o build/arm/leaves.o build/arm/base.o build/arm/chip.o -o build/arm/walk
+	$(ARM_CXX) -static build/arm/walk.o build/arm/leaves.o build/arm/redo.o build/arm/tiles.o build/arm/base.o build/arm/chip.o -o build/arm/walk
 	$(ARM_RUN) build/arm/walk
 
 # downloads a wheel of up to 900 MB for each, without its CUDA packages

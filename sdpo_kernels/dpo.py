@@ -41,6 +41,7 @@ def fused_linear_dpo(
     softcap: float | None = None,
     backend: str = "auto",
     stash_bytes: int | str = "auto",
+    grad_tol: float = 0.0,
     vocab_group: dist.ProcessGroup | None = None,
     vocab_slice_rows: Sequence[int] | None = None,
     beta: float = 0.1,
@@ -64,7 +65,8 @@ def fused_linear_dpo(
         ref_logps: [2B] the reference's summed log-probs; or
         ref_hidden, ref_weight, ref_bias: the reference's hidden states (hidden's shape, but its own H) and head, scored
             here without gradient; if ref_weight is weight itself, in one pass with the policy.
-        temperature, logit_scale, softcap, backend, stash_bytes: as in `linear_logps`.
+        temperature, logit_scale, softcap, backend, stash_bytes, grad_tol: as in `linear_logps`; grad_tol, what the
+            policy's backward may leave out, must be 0 with vocab_group.
         vocab_group: the process group over which the heads' rows are divided (tensor parallelism): `weight`, `bias`,
             `ref_weight` and `ref_bias` are this rank's rows, all else is the same on every rank, and so is the result;
             see `vocab_parallel_linear_logps`, whose `slice_rows` is `vocab_slice_rows`. None: the heads are whole.
@@ -105,7 +107,7 @@ def fused_linear_dpo(
     ref_head = None if ref_hidden is None or ref_weight is None else _Head(ref_hidden, ref_weight, ref_bias)
     outputs = ("log_sum_sq_probs",) if wanted.weighs_pairs else ()
     policy = _policy_and_reference(
-        policy_head, ref_head, targets, outputs, stash_bytes, vocab_group, vocab_slice_rows, rows=rows,
+        policy_head, ref_head, targets, outputs, stash_bytes, grad_tol, vocab_group, vocab_slice_rows, rows=rows,
         temperature=temperature, logit_scale=logit_scale, softcap=softcap, backend=backend,
     )  # fmt: skip
 
@@ -153,16 +155,20 @@ def _policy_and_reference(
     targets: Tensor,
     outputs: tuple[str, ...],
     stash_bytes: int | str,
+    grad_tol: float,
     vocab_group: dist.ProcessGroup | None,
     vocab_slice_rows: Sequence[int] | None,
     **options: Any,
 ) -> LinearLogps:
     """Per-token log-probs of the policy with `outputs`; `ref_logps` are the reference's, without gradient."""
 
+    if vocab_group is not None and grad_tol != 0:
+        raise ValueError(f"grad_tol: was {grad_tol!r}, must be 0 with vocab_group: slices of a vocabulary are exact")
+
     def score(head: _Head, stash_bytes: int | str, **more: Any) -> LinearLogps:
         given: dict[str, Any] = {"stash_bytes": stash_bytes, **options, **more}
         if vocab_group is None:
-            return linear_logps(head.flat_hidden, head.weight, targets, bias=head.bias, **given)
+            return linear_logps(head.flat_hidden, head.weight, targets, bias=head.bias, grad_tol=grad_tol, **given)
         given |= {"bias_slice": head.bias, "group": vocab_group, "slice_rows": vocab_slice_rows}
         return vocab_parallel_linear_logps(head.flat_hidden, head.weight, targets, **given)
 
@@ -196,6 +202,7 @@ class FusedLinearDPOLoss(nn.Module):
         softcap: float | None = None,
         backend: str = "auto",
         stash_bytes: int | str = "auto",
+        grad_tol: float = 0.0,
         beta: float = 0.1,
         loss_type: LossType = "sigmoid",
         **loss_options: Any,
@@ -204,7 +211,7 @@ class FusedLinearDPOLoss(nn.Module):
         checked_loss(loss_type, beta, loss_options)
         self.settings: dict[str, Any] = {
             "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap, "backend": backend,
-            "stash_bytes": stash_bytes, "beta": beta, "loss_type": loss_type, **loss_options,
+            "stash_bytes": stash_bytes, "grad_tol": grad_tol, "beta": beta, "loss_type": loss_type, **loss_options,
         }  # fmt: skip
 
     def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor, **inputs: Any) -> DPOOutput:

@@ -56,6 +56,7 @@ def linear_logps(
     lora_b: Tensor | None = None,
     backend: str = "auto",
     stash_bytes: int | str = "auto",
+    grad_tol: float = 0.0,
 ) -> LinearLogps:
     """Log-probability of each target under softmax(z), z = softcap·tanh(scale·(hidden·Wᵀ + bias)/softcap)/temperature.
 
@@ -77,6 +78,11 @@ def linear_logps(
         backend: "auto" or a backend's name; the environment variable SDPO_BACKEND overrides "auto".
         stash_bytes: memory that the forward may use to save the backward recomputing logits; 0 for none. "auto" is
             min(2·N·V, 4·V·H, an eighth of the device's memory).
+        grad_tol: what the backward may leave out, 0 ≤ grad_tol < 1; 0 is exact. Of each row it leaves out tiles of 64
+            columns whose probabilities add up to at most grad_tol, so that dL/dz of the row is off by at most
+            grad_tol·|g| (L1 norm; g is the gradient of its log-prob). The target's tile is never left out. Backends
+            that cannot leave anything out are exact, as is entropy's gradient ("What the backward may leave out" in
+            docs/architecture.md).
 
     Returns:
         `LinearLogps`. Logits are never rounded below float32; float32 inputs are multiplied without TF32. NaN inputs
@@ -106,12 +112,15 @@ def linear_logps(
         index = (targets != IGNORE_INDEX).nonzero().squeeze(1)
     n_rows = hidden.shape[0] if index is None else index.shape[0]
     head_trains = any(t is not None and t.requires_grad for t in (weight, bias, lora_b))
-    keep = _keep(chosen, hidden, weight, head_trains, n_rows, names, dtype, stash_bytes)
+    check_grad_tol(grad_tol)
+    tolerance = float(grad_tol) if chosen.uses_grad_tol(hidden.device) else 0.0
+    keep = _keep(chosen, hidden, weight, head_trains, n_rows, names, dtype, stash_bytes, tolerance)
 
     op = logps_op.linear_logps_finding_op if index is None else logps_op.linear_logps_op
     found = op(
         hidden, weight, targets, bias, index, logit_scale, softcap, temperature, ",".join(names), dtype, chosen.name,
         keep.encode(), None if ref_hidden is None else ref_hidden.detach(), lora_b,
+        keep.grad_tol,
     )  # fmt: skip
     out = logps_op.Outputs(*found)
     requested = {name: getattr(out, name) for name in names}
@@ -127,20 +136,28 @@ def _keep(
     outputs: tuple[str, ...],
     dtype: torch.dtype,
     stash_bytes: int | str,
+    grad_tol: float,
 ) -> Keep:
     """What the forward keeps for the backward."""
     check_stash_bytes(stash_bytes)
     if not torch.is_grad_enabled() or not (hidden.requires_grad or head_trains):
         return Keep.nothing()
-    # the direction is that of the log-prob alone: a gradient of the entropy needs the walk
-    if not head_trains and "entropy" not in outputs:
+    # the direction is that of the log-prob alone: a gradient of the entropy needs the walk. Which tiles are left out is
+    # known when all are summed, too late for a direction: a second walk over the others costs less
+    if not head_trains and "entropy" not in outputs and grad_tol == 0:
         return Keep.direction()
 
-    return columns_to_keep(backend, hidden, weight, n_rows, dtype, stash_bytes)
+    return columns_to_keep(backend, hidden, weight, n_rows, dtype, stash_bytes, grad_tol)
 
 
 def columns_to_keep(
-    backend: Backend, hidden: Tensor, weight: Tensor, n_rows: int, dtype: torch.dtype, stash_bytes: int | str
+    backend: Backend,
+    hidden: Tensor,
+    weight: Tensor,
+    n_rows: int,
+    dtype: torch.dtype,
+    stash_bytes: int | str,
+    grad_tol: float = 0.0,
 ) -> Keep:
     """Whole blocks of columns, as many as fit the budget."""
     n_columns, width = weight.shape
@@ -148,7 +165,7 @@ def columns_to_keep(
     per_column = n_rows * backend.stash_dtype(dtype, hidden.device).itemsize
     everything = -(-weight.shape[0] // STASH_MULTIPLE) * STASH_MULTIPLE
     columns = everything if per_column == 0 else budget // per_column
-    return Keep.columns(min(columns // STASH_MULTIPLE * STASH_MULTIPLE, everything))
+    return Keep.columns(min(columns // STASH_MULTIPLE * STASH_MULTIPLE, everything), grad_tol)
 
 
 def stash_budget(device: torch.device, n_rows: int, head: tuple[int, int], stash_bytes: int | str) -> int:
@@ -170,6 +187,12 @@ def check_stash_bytes(stash_bytes: int | str) -> None:
         return
     if not isinstance(stash_bytes, int) or isinstance(stash_bytes, bool) or stash_bytes < 0:
         raise ValueError(f'stash_bytes: was {stash_bytes!r}, must be "auto" or a number of bytes, at least 0')
+
+
+def check_grad_tol(grad_tol: float) -> None:
+    """ValueError unless it is a number from 0 to below 1."""
+    if isinstance(grad_tol, bool) or not isinstance(grad_tol, (int, float)) or not 0 <= grad_tol < 1:
+        raise ValueError(f"grad_tol: was {grad_tol!r}, must be a number of at least 0 and below 1")
 
 
 def total_memory(device: torch.device) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sdpo_kernels.backends import get_backend
 from sdpo_kernels.backends.base import EXTRAS, HeadCall, Keep, Needs, Saved
+from sdpo_kernels.backends.grad_tol import words_of
 from sdpo_kernels.head import Head, product_dtype
 from sdpo_kernels.namespaces import OPERATORS
 from sdpo_kernels.rows import IGNORE_INDEX, busy_rows, check_ascending, check_targets
@@ -42,6 +43,7 @@ class Inputs(NamedTuple):
     keep: Any = None
     ref_hidden: Any = None
     lora_b: Any = None
+    grad_tol: Any = None
 
 
 class Outputs(NamedTuple):
@@ -55,6 +57,7 @@ class Outputs(NamedTuple):
     is_top1: Tensor
     kept: Tensor  # for the backward, see base.Keep
     ref_logps: Tensor  # [N]
+    tiles: Tensor  # [kept_rows, words] int64, with grad_tol above 0: which tiles the backward takes
 
 
 class _SavedTensors(NamedTuple):
@@ -70,6 +73,7 @@ class _SavedTensors(NamedTuple):
     entropy: Tensor
     kept: Tensor
     lora_b: Tensor | None
+    tiles: Tensor
 
 
 class _Options(NamedTuple):
@@ -81,6 +85,7 @@ class _Options(NamedTuple):
     dtype: torch.dtype
     backend: str
     keep: int
+    grad_tol: float
 
 
 def _linear_logps(
@@ -98,7 +103,8 @@ def _linear_logps(
     keep: int,  # Keep.encode()
     ref_hidden: Tensor | None,  # as hidden, scored by the same head without gradient
     lora_b: Tensor | None,  # [V, r], further columns of the weight
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_tol: float,  # what the backward may leave out of dL/dz
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`Outputs`, as a plain tuple.
 
     1. gather the scored rows
@@ -119,7 +125,7 @@ def _linear_logps(
         check_ascending(index)
         check_targets(call.targets, call.weight.shape[0])
 
-    out = chosen.forward(call, Keep.decode(keep))
+    out = chosen.forward(call, Keep.decode(keep, grad_tol))
 
     ref_logps = out.ref_logps
     if call.ref_hidden is not None and ref_logps is None:
@@ -145,12 +151,13 @@ def _linear_logps(
         is_top1=whole(out.is_top1, torch.bool),
         kept=hidden.new_empty((0, 0)) if out.kept is None else out.kept,
         ref_logps=whole(ref_logps),
+        tiles=hidden.new_empty((0, 0), dtype=torch.int64) if out.tiles is None else out.tiles,
     )[:]  # a slice of a NamedTuple is the plain tuple that an op returns
 
 
 def _fake_linear_logps(*inputs):
     given = Inputs(*inputs)
-    hidden, backend, keep = given.hidden, get_backend(given.backend), Keep.decode(given.keep)
+    hidden, backend, keep = given.hidden, get_backend(given.backend), Keep.decode(given.keep, given.grad_tol)
     n_rows, names, dtype = hidden.shape[0], given.outputs.split(","), product_dtype(given.dtype)
 
     # shapes must be those of the op, also where the number of scored rows is unknown
@@ -161,6 +168,7 @@ def _fake_linear_logps(*inputs):
         kept = hidden.new_empty((0, 0))
     else:
         kept = hidden.new_empty((kept_rows, keep.n_columns), dtype=backend.stash_dtype(given.dtype, hidden.device))
+    tiles = (kept_rows, words_of(given.weight.shape[0])) if keep.grad_tol > 0 else (0, 0)
 
     def vector(wanted: bool, dtype: torch.dtype = dtype) -> Tensor:
         return hidden.new_empty(n_rows if wanted else 0, dtype=dtype)
@@ -174,6 +182,7 @@ def _fake_linear_logps(*inputs):
         is_top1=vector("is_top1" in names, torch.bool),
         kept=kept,
         ref_logps=vector(given.ref_hidden is not None),
+        tiles=hidden.new_empty(tiles, dtype=torch.int64),
     )[:]
 
 
@@ -190,12 +199,14 @@ def _linear_logps_backward(
     entropy: Tensor,
     kept: Tensor,
     lora_b: Tensor | None,
+    tiles: Tensor,
     logit_scale: float,
     softcap: float | None,
     temperature: float,
     dtype: torch.dtype,
     backend: str,
     keep: int,
+    grad_tol: float,
     needs: list[bool],  # gradients of hidden, weight, bias and lora_b
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight, bias and lora_b, contiguous; of size 0 if not needed."""
@@ -219,7 +230,8 @@ def _linear_logps_backward(
         entropy=None if grad_entropy is None else scored(entropy),
         kept=kept,
         rows=rows,
-        keep=Keep.decode(keep),
+        keep=Keep.decode(keep, grad_tol),
+        tiles=tiles if grad_tol > 0 else None,
     )
     h = None if grad_entropy is None else scored(grad_entropy)
     of_hidden, of_weight, of_bias, of_lora = needs
@@ -242,8 +254,8 @@ def _linear_logps_backward(
 
 
 def _fake_linear_logps_backward(
-    grad_logps, grad_entropy, hidden, weight, targets, bias, index, logps, state, entropy, kept, lora_b, logit_scale,
-    softcap, temperature, dtype, backend, keep, needs,
+    grad_logps, grad_entropy, hidden, weight, targets, bias, index, logps, state, entropy, kept, lora_b, tiles,
+    logit_scale, softcap, temperature, dtype, backend, keep, grad_tol, needs,
 ):  # fmt: skip
     def like(tensor: Tensor | None, needed: bool) -> Tensor:
         return tensor.new_empty(tensor.shape) if needed and tensor is not None else hidden.new_empty(0)
@@ -256,17 +268,21 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     given, out = Inputs(*inputs), Outputs(*output)
     unrequested = () if "entropy" in given.outputs.split(",") else (out.entropy,)
     ctx.mark_non_differentiable(
-        out.state, out.log_sum_sq_probs, out.mean_logits, out.is_top1, out.kept, out.ref_logps, *unrequested
-    )
+        out.state, out.log_sum_sq_probs, out.mean_logits, out.is_top1, out.kept, out.ref_logps, out.tiles,
+        *unrequested,
+    )  # fmt: skip
     ctx.set_materialize_grads(False)
 
     # the inputs themselves, [N]-sized vectors, and what `keep` asked for
     saved = _SavedTensors(
         hidden=given.hidden, weight=given.weight, targets=given.targets, bias=given.bias, index=given.index,
         logps=out.logps, state=out.state, entropy=out.entropy, kept=out.kept, lora_b=given.lora_b,
+        tiles=out.tiles,
     )  # fmt: skip
     ctx.save_for_backward(*saved)
-    ctx.options = _Options(given.logit_scale, given.softcap, given.temperature, given.dtype, given.backend, given.keep)
+    ctx.options = _Options(
+        given.logit_scale, given.softcap, given.temperature, given.dtype, given.backend, given.keep, given.grad_tol
+    )
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

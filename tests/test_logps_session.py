@@ -168,6 +168,7 @@ def test_full_precision_that_cannot_begin_leaves_nothing_behind(monkeypatch):
         (Keep.columns(64), "", (True, True, False, True)),
         (Keep.columns(64), "", (True, False, True, True)),
         (Keep.columns(192), "", (False, True, True, False)),
+        (Keep.columns(64, 0.1), "", (True, True, True, False)),
         (Keep.direction(), "", (True, False, False, False)),
     ],
 )
@@ -196,14 +197,15 @@ def test_opcheck(keep, outputs, trains, given, dtype, each_backend):
         keep.encode(),
         case.hidden.detach() if given else None,
         lora_b,
+        keep.grad_tol,
     )
     torch.library.opcheck(logps_op.linear_logps_op, args)
     with torch.no_grad():
-        logps, state, entropy, *_, kept, _ = logps_op.linear_logps_op(*args)
+        logps, state, entropy, *_, kept, _, tiles = logps_op.linear_logps_op(*args)
         grad_entropy = torch.ones(5) if "entropy" in outputs else None
         backward = (
             torch.ones(5), grad_entropy, hidden, weight, case.targets, bias, index, logps, state, entropy, kept,
-            lora_b, *settings, dtype, each_backend, keep.encode(), list(trains),
+            lora_b, tiles, *settings, dtype, each_backend, keep.encode(), keep.grad_tol, list(trains),
         )  # fmt: skip
         torch.library.opcheck(logps_op.linear_logps_backward_op, backward)
 

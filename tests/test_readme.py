@@ -39,6 +39,7 @@ TARGETS = {
     # without the rivals that are compiled: tests/test_benchmarks.py runs those
     "make bench": ["-m", "benchmarks.head", "--quick", "--cases", "gemms", "ours", "naive"],
     "python -m benchmarks.floor": ["-m", "benchmarks.floor", "--quick", "--rounds", "1"],
+    "python -m benchmarks.grad_tol": ["-m", "benchmarks.grad_tol", "--quick", "--rounds", "1"],
 }
 # run, shortened, by tests/test_benchmarks.py, tests/test_benchmark_page.py, tests/stepwise/memory or below
 NAMES = ("accuracy", "mismatch", "scaling", "step", "body", "memory", "stages", "page")
@@ -109,13 +110,16 @@ def test_quick_demo(tmp_path):
     assert (tmp_path / "demo/comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("command", ["make bench", "python -m benchmarks.floor"])
-def test_benchmarks_run(tmp_path, command):
+@pytest.mark.parametrize(
+    ("command", "word"),
+    [("make bench", "ours"), ("python -m benchmarks.floor", "ours"), ("python -m benchmarks.grad_tol", "kept")],
+)
+def test_benchmarks_run(tmp_path, command, word):
     program = [sys.executable, *TARGETS[command], "--json", str(tmp_path / "found.json")]
     done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert "ours" in done.stdout
-    assert "ours" in (tmp_path / "found.json").read_text()
+    assert word in done.stdout
+    assert word in (tmp_path / "found.json").read_text()
 
 
 @pytest.mark.slow

@@ -42,10 +42,10 @@ SDPO_HD int64_t units_of(int64_t count) {
 
 // --- the register tile: rows × 64 columns, over any number of units ---
 
-// The left operand: unit u of step s of row r is row[r][s·step + u·STRIDE].
+// The left operand: unit u of step s of row r is row[r][s·step + u·STRIDE]. Row r's 64 results go to c[r].
 template <class Type, int ROWS, int STRIDE>
-SDPO_HD void tile(const Unit* const* row, int64_t steps, int64_t step, int64_t units, const Unit* panel, float* c,
-                  int64_t c_stride, bool add) {
+SDPO_HD void tile(const Unit* const* row, int64_t steps, int64_t step, int64_t units, const Unit* panel,
+                  float* const* c, bool add) {
   for (int first = 0; first < PANEL; first += TILE_COLUMNS) {
     Vector sum[ROWS][TILE_VECTORS] = {};
     const Unit* b = panel + first;
@@ -73,7 +73,7 @@ SDPO_HD void tile(const Unit* const* row, int64_t steps, int64_t step, int64_t u
 
     for (int r = 0; r < ROWS; r++)
       for (int v = 0; v < TILE_VECTORS; v++) {
-        float* to = c + r * c_stride + first + v * SDPO_LANES;
+        float* to = c[r] + first + v * SDPO_LANES;
         Vector total = add ? load_vector(to) + sum[r][v] : sum[r][v];  // sums of parts: less rounding than one long sum
         memcpy(to, &total, sizeof total);
       }
@@ -82,20 +82,20 @@ SDPO_HD void tile(const Unit* const* row, int64_t steps, int64_t step, int64_t u
 
 template <class Type, int STRIDE>
 __attribute__((noinline)) void any_tile(int64_t rows, const Unit* const* row, int64_t steps, int64_t step,
-                                        int64_t units, const Unit* panel, float* c, int64_t c_stride, bool add) {
+                                        int64_t units, const Unit* panel, float* const* c, bool add) {
   switch (rows) {
     case 6:
-      return tile<Type, 6, STRIDE>(row, steps, step, units, panel, c, c_stride, add);
+      return tile<Type, 6, STRIDE>(row, steps, step, units, panel, c, add);
     case 5:
-      return tile<Type, 5, STRIDE>(row, steps, step, units, panel, c, c_stride, add);
+      return tile<Type, 5, STRIDE>(row, steps, step, units, panel, c, add);
     case 4:
-      return tile<Type, 4, STRIDE>(row, steps, step, units, panel, c, c_stride, add);
+      return tile<Type, 4, STRIDE>(row, steps, step, units, panel, c, add);
     case 3:
-      return tile<Type, 3, STRIDE>(row, steps, step, units, panel, c, c_stride, add);
+      return tile<Type, 3, STRIDE>(row, steps, step, units, panel, c, add);
     case 2:
-      return tile<Type, 2, STRIDE>(row, steps, step, units, panel, c, c_stride, add);
+      return tile<Type, 2, STRIDE>(row, steps, step, units, panel, c, add);
     default:
-      return tile<Type, 1, STRIDE>(row, steps, step, units, panel, c, c_stride, add);
+      return tile<Type, 1, STRIDE>(row, steps, step, units, panel, c, add);
   }
 }
 

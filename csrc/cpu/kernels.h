@@ -24,6 +24,18 @@ struct BlockExtras {
   float top, sum, sum_z, sum_sq, all;  // max z, Σ e, Σ e·(z − top), Σ e², Σ z
 };
 
+// Which rows take part in each block of a chunk; those of block b are row[first[b]] … row[first[b + 1] - 1], ascending.
+struct Lists {
+  const int64_t* first = nullptr;
+  const int32_t* row = nullptr;  // null: all rows take part in every block
+  bool is_all_of_s = false;      // S holds no other rows: one block's after the other's, from first[0] on
+
+  SDPO_HD_MEMBER int64_t count(int64_t block, int64_t n_rows) const {
+    return row ? first[block + 1] - first[block] : n_rows;
+  }
+  SDPO_HD_MEMBER int64_t at(int64_t block, int64_t place) const { return row ? row[first[block] + place] : place; }
+};
+
 // The operands of a chunk's logits.
 struct Logits {
   const Unit* x;  // [n_rows][x_units]
@@ -39,6 +51,7 @@ struct Logits {
   Blocks out;
   BlockExtras* extras = nullptr;  // the shape of sums, or null
   float* target_z = nullptr;      // [n_rows] the target's logit as these products give it; with extras
+  Lists lists = {};               // of the backward: with them no sums are wanted
 };
 
 // dX += S·W over a chunk.
@@ -49,14 +62,17 @@ struct HiddenGradient {
   int64_t n_rows;
   float* sum;      // [n_rows][stride]
   int64_t stride;  // H rounded up to 64
+  Lists lists;
 };
 
 // dW = Sᵀ·(r ⊙ X) + Yᵀ·(t ⊙ X) over a chunk.
 struct WeightGradient {
   Blocks s;
   int64_t n_rows, first_block;
-  const Unit* scaled_x;  // panels of 64 columns of H, each [units of n_rows][64]
-  const Unit* x;         // [n_rows][x_units]
+  const Unit* scaled_x;  // panels of 64 columns of H, each [units of n_rows][64]; with lists each block makes its own
+  const float* r;        // [n_rows]
+  Lists lists;
+  const Unit* x;  // [n_rows][x_units]
   int64_t x_units;
   Targets targets;
   void* out;  // [V, width] contiguous
@@ -71,16 +87,19 @@ struct Kernels {
   // rows of `from` (by `row_of`, or all) as units, padded with 0
   void (*load_rows)(const Matrix& from, int64_t begin, int64_t end, Unit* to);
   int64_t (*logits_scratch)(const Logits&, int64_t rows);
-  void (*logits)(const Logits&, int64_t block, int64_t row_begin, int64_t row_end, void* scratch);
+  // of a block's rows: from place `begin` on to before `end`
+  void (*logits)(const Logits&, int64_t block, int64_t begin, int64_t end, void* scratch);
   int64_t (*hidden_gradient_scratch)();
   void (*hidden_gradient)(const HiddenGradient&, int64_t panel, int64_t row_begin, int64_t row_end, void* scratch);
-  // one panel of r ⊙ X: 64 columns of x [n_rows][x_units] from column 64·panel on
-  void (*scale_rows)(const Unit* x, int64_t n_rows, int64_t x_units, int64_t width, const float* r, int64_t panel,
-                     Unit* to);
+  void (*hidden_gradient_listed)(const HiddenGradient&, int64_t panel, int64_t row_begin, int64_t row_end,
+                                 void* scratch);
+  // one panel of r ⊙ X: 64 columns of x [n_rows][x_units] from column 64·panel on; of the rows in `list`, or of all
+  void (*scale_rows)(const Unit* x, int64_t n_rows, const int32_t* list, int64_t x_units, int64_t width, const float* r,
+                     int64_t panel, Unit* to);
   int64_t (*weight_gradient_scratch)(const WeightGradient&);
   void (*weight_gradient)(const WeightGradient&, int64_t block, void* scratch);
   // of a block: Σ_i r_i S_ij
-  void (*bias_gradient)(const Blocks&, int64_t n_rows, int64_t block, const float* r, double* to);
+  void (*bias_gradient)(const Blocks&, const Lists&, int64_t n_rows, int64_t block, const float* r, double* to);
   // existing logits, row by row: see logits.cpp
   void (*row_sum)(const Matrix& logits, int64_t row, int64_t target, const Reciprocal& temperature, float shift,
                   bool online, double* sum, double* maximum);

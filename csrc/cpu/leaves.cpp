@@ -5,18 +5,11 @@
 #include <cstring>
 #include <numeric>
 
+#include "chunks.h"
+
 namespace sdpo::cpu {
 
 namespace {
-
-constexpr int64_t CHUNK_ELEMENTS = int64_t(1) << 22;   // of S in one chunk: 8 MiB in bfloat16
-constexpr int64_t CHUNK_SUMS = int64_t(1) << 20;       // partial sums of a chunk without S: 4 MiB
-constexpr int64_t CACHED_ELEMENTS = int64_t(1) << 21;  // of S that every panel of dX reads again: 4 MiB in bfloat16
-
-int64_t blocks_of_chunk(int64_t n_rows, bool stored) {
-  int64_t rows = std::max<int64_t>(n_rows, 1);
-  return std::max<int64_t>(4, stored ? CHUNK_ELEMENTS / (PANEL * rows) : CHUNK_SUMS / rows);
-}
 
 int64_t panels_of(int64_t columns) { return (columns + PANEL - 1) / PANEL; }
 
@@ -29,22 +22,16 @@ void store(const Matrix& like, void* out, int64_t at, float value) {
     static_cast<float*>(out)[at] = value;
 }
 
-// Into how many parts the rows of a chunk of `blocks` blocks are split, so that every thread has several tasks.
-int64_t row_parts(int64_t blocks, int64_t n_rows) {
-  int64_t wanted = 4 * int64_t(torch::stable::get_num_threads());
-  int64_t parts = blocks >= wanted ? 1 : (wanted + blocks - 1) / blocks;
-  return std::max<int64_t>(1, std::min(parts, n_rows / (8 * TILE_ROWS)));
-}
-
-int64_t row_border(int64_t part, int64_t parts, int64_t n_rows) {
-  return part == parts ? n_rows : n_rows * part / parts / TILE_ROWS * TILE_ROWS;
-}
-
 }  // namespace
 
 // --- both passes ---
 
-int64_t Leaves::chunk_blocks(bool stored) const { return blocks_of_chunk(n_rows, stored); }
+int64_t Leaves::chunk_blocks(bool stored) const {
+  int64_t blocks = std::max<int64_t>(call.blocks(), 1);
+  int64_t rows = lists.given() ? lists.rows_of(0, call.blocks()) / blocks : n_rows;  // of a block, on average
+  return blocks_of_chunk(rows, stored);
+}
+
 int64_t Leaves::stash_blocks(int64_t kept) const { return std::max<int64_t>(kept, 1); }
 
 void Leaves::begin_forward(const Call& the_call) {
@@ -109,20 +96,29 @@ Blocks Leaves::part(const Blocks& s, int64_t first) const {
 
 Blocks Leaves::scratch_blocks(int64_t count) {
   count = std::min(count, call.blocks());
-  if (!scratch_s) scratch_s = make_buffer<char>(count * n_rows * PANEL * (on.bf16 ? 2 : 4));
+  int64_t rows = count * n_rows;
+  if (lists.given()) {
+    rows = 0;
+    for (int64_t first = 0; first + count <= call.blocks(); first++)
+      rows = std::max(rows, lists.rows_of(first, first + count));
+  }
+  if (!scratch_s) scratch_s = make_buffer<char>(rows * PANEL * (on.bf16 ? 2 : 4));
   return {scratch_s.get(), n_rows, nullptr};
 }
 
 void Leaves::logits(int64_t first, int64_t count, const Blocks& out) {
   bool summed = total != nullptr;
-  if (summed && sums_size < count * n_rows) {
-    sums_size = count * n_rows;
+  sums_from = keeps_sums ? first * n_rows : 0;
+  int64_t needed = (keeps_sums ? call.blocks() : count) * n_rows;
+  if (summed && sums_size < needed) {
+    sums_size = needed;
     sums = make_buffer<float>(sums_size);
     if (row_extras) block_extras = make_buffer<BlockExtras>(sums_size);
   }
 
   run_logits({x, n_rows, x_units, call.weight, call.bias, call.targets, shift.get(), call.head, first,
-              summed ? sums.get() : nullptr, nullptr, out, block_extras.get(), target_z.get()},
+              summed ? sums.get() + sums_from : nullptr, nullptr, out, block_extras.get(), target_z.get(),
+              lists_of(first, out)},
              count);
 }
 
@@ -130,9 +126,14 @@ void Leaves::run_logits(Logits task, int64_t count) {
   int64_t parts = row_parts(count, task.n_rows);
   int64_t scratch = on.logits_scratch(task, (task.n_rows + parts - 1) / parts + TILE_ROWS);
   parallel_tasks(count * parts, scratch, [&](int64_t number, void* memory) {
-    int64_t block = number / parts, part = number % parts;
-    on.logits(task, block, row_border(part, parts, task.n_rows), row_border(part + 1, parts, task.n_rows), memory);
+    int64_t block = number / parts, part = number % parts, rows = task.lists.count(block, task.n_rows);
+    on.logits(task, block, row_border(part, parts, rows), row_border(part + 1, parts, rows), memory);
   });
+}
+
+// S in scratch memory has the listed rows only, a stash has all.
+Lists Leaves::lists_of(int64_t first, const Blocks& s) const {
+  return lists.given() ? lists.from(first, s.data == scratch_s.get()) : Lists{};
 }
 
 double Leaves::target_slope(double target_logit) const {
@@ -150,15 +151,37 @@ void Leaves::add_hidden_gradient(int64_t first, int64_t count, const Blocks& s) 
   if (n_rows == 0 || sum_stride == 0) return;
 
   // every panel of 64 columns of H reads S again: few enough blocks at a time that S stays in cache
+  if (lists.given()) return add_listed_hidden_gradient(first, count, s);
   int64_t panels = sum_stride / PANEL, parts = row_parts(panels, n_rows);
   int64_t step = std::max(BLOCKS_AT_ONCE, CACHED_ELEMENTS / (PANEL * n_rows) / BLOCKS_AT_ONCE * BLOCKS_AT_ONCE);
   for_chunks(count, 0, 1, step, [&](int64_t begin, int64_t blocks) {
-    HiddenGradient task{part(s, begin), call.weight, first + begin, blocks, n_rows, hidden_sum.get(), sum_stride};
+    HiddenGradient task{part(s, begin), call.weight, first + begin, blocks, n_rows, hidden_sum.get(), sum_stride, {}};
     parallel_tasks(panels * parts, on.hidden_gradient_scratch(), [&](int64_t number, void* memory) {
       int64_t panel = number / parts, part = number % parts;
       on.hidden_gradient(task, panel, row_border(part, parts, n_rows), row_border(part + 1, parts, n_rows), memory);
     });
   });
+}
+
+void Leaves::add_listed_hidden_gradient(int64_t first, int64_t count, const Blocks& s) {
+  int64_t panels = sum_stride / PANEL, parts = row_parts(panels, n_rows);
+  for (int64_t begin = 0, end; begin < count; begin = end) {
+    // as many blocks as keep their S in cache, but one at least
+    for (end = begin + 1; end < count; end++)
+      if (lists.rows_of(first + begin, first + end + 1) * PANEL > CACHED_ELEMENTS) break;
+
+    Lists some = lists_of(first, s);
+    Blocks from = part(s, begin);
+    if (some.is_all_of_s)
+      from.data = static_cast<char*>(s.data) + lists.rows_of(first, first + begin) * PANEL * (on.bf16 ? 2 : 4);
+    some.first += begin;
+    HiddenGradient task{from, call.weight, first + begin, end - begin, n_rows, hidden_sum.get(), sum_stride, some};
+    parallel_tasks(panels * parts, on.hidden_gradient_scratch(), [&](int64_t number, void* memory) {
+      int64_t panel = number / parts, part = number % parts;
+      on.hidden_gradient_listed(task, panel, row_border(part, parts, n_rows), row_border(part + 1, parts, n_rows),
+                                memory);
+    });
+  }
 }
 
 // --- forward ---
@@ -167,7 +190,7 @@ void Leaves::add_sums(int64_t count) {
   parallel_rows(n_rows, 64, [&](int64_t begin, int64_t end) {
     for (int64_t block = 0; block < count; block++)
       for (int64_t i = begin; i < end; i++) {
-        total[i] += sums[block * n_rows + i];
+        total[i] += sums[sums_from + block * n_rows + i];
         if (row_extras) add(row_extras[i], block_extras[block * n_rows + i]);
       }
   });
@@ -186,99 +209,11 @@ void Leaves::finish_rows(float* logps, double* state) {
   }
 }
 
-// log Σ exp of all columns but the target, with a running maximum, for a few rows.
-void Leaves::log_sums_online(const std::vector<int64_t>& rows, const Unit* few, const int64_t* targets, double* rest) {
-  int64_t count = int64_t(rows.size()), step = blocks_of_chunk(count, false);
-  auto parts = make_buffer<float>(std::min(step, call.blocks()) * count),
-       maxima = make_buffer<float>(std::min(step, call.blocks()) * count);
-  std::vector<double> top(count, -INFINITY), sum(count, 0.0);
-  for_chunks(call.blocks(), 0, step, step, [&](int64_t first, int64_t blocks) {
-    run_logits({few,
-                count,
-                x_units,
-                call.weight,
-                call.bias,
-                targets,
-                nullptr,
-                call.head,
-                first,
-                parts.get(),
-                maxima.get(),
-                {}},
-               blocks);
-
-    for (int64_t at = 0; at < blocks * count; at++) {
-      int64_t i = at % count;
-      if (maxima[at] == -INFINITY) continue;
-      if (!(maxima[at] <= top[i])) {  // a NaN is kept: sum and top are NaN from then on
-        sum[i] = sum[i] * std::exp(top[i] - maxima[at]) + parts[at];
-        top[i] = maxima[at];
-      } else {
-        sum[i] += parts[at] * std::exp(maxima[at] - top[i]);
-      }
-    }
-  });
-  for (int64_t i = 0; i < count; i++) rest[i] = top[i] + std::log(sum[i]);
-}
-
-// Recomputes rows whose sum is out of float's range (an unlikely target, or one of probability 0):
-//     1. gather them
-//     2. their logsumexp, with a running maximum: log-prob, and k
-//     3. their rows of the stash
-//     4. for a frozen head, their Σ S·W
-void Leaves::redo_rows_out_of_range(const Kept& kept, float* logps, double* state) {
-  std::vector<int64_t> rows, targets;
+void Leaves::choose_tiles(double tolerance, const double* state, const Tiles& to) const {
+  auto whole = make_buffer<double>(n_rows);
   for (int64_t i = 0; i < n_rows; i++)
-    if (out_of_range(total[i], target_logits[i])) {
-      rows.push_back(i);
-      targets.push_back(call.targets[i]);
-    }
-  if (rows.empty()) return;
-
-  Leaves few(on);
-  few.call = call;
-  few.n_rows = few.call.hidden.rows = int64_t(rows.size());
-  few.call.targets = targets.data();
-  few.x_units = x_units;
-  few.x_copy = make_buffer<Unit>(few.n_rows * x_units);
-  few.x = few.x_copy.get();
-  few.shift = make_buffer<float>(few.n_rows);
-  for (int64_t i = 0; i < few.n_rows; i++)
-    std::memcpy(few.x_copy.get() + i * x_units, x + rows[i] * x_units, x_units * sizeof(Unit));
-
-  std::vector<double> rest(rows.size());
-  log_sums_online(rows, few.x, few.call.targets, rest.data());
-  for (int64_t i = 0; i < few.n_rows; i++) {
-    int64_t row = rows[i];
-    if (call.is_slice()) {
-      SliceRow own = slice_row(rest[i]);
-      state[2 * row] = own.sum;
-      few.shift[i] = own.shift;
-    } else {
-      RowResult result = row_result(target_logits[row], rest[i]);
-      logps[row] = float(result.logp);
-      state[2 * row] = result.lse;
-      few.shift[i] = float(result.lse);
-    }
-    state[2 * row + 1] = few.shift[i];
-  }
-
-  for_chunks(kept.blocks, 0, 1, blocks_of_chunk(few.n_rows, false), [&](int64_t first, int64_t count) {
-    Blocks s = part(kept.stash, first);
-    s.row_of = rows.data();
-    few.logits(first, count, s);
-  });
-
-  if (!kept.direction) return;
-  int64_t step = blocks_of_chunk(few.n_rows, true);
-  for_chunks(call.blocks(), 0, 1, step, [&](int64_t first, int64_t count) {
-    Blocks s = few.scratch_blocks(step);
-    few.logits(first, count, s);
-    few.add_hidden_gradient(first, count, s);
-  });
-  for (int64_t i = 0; i < few.n_rows; i++)
-    std::memcpy(hidden_sum.get() + rows[i] * sum_stride, few.hidden_sum.get() + i * sum_stride,
-                sum_stride * sizeof(float));
+    whole[i] = out_of_range(total[i], target_logits[i]) ? 0.0 : std::exp(state[2 * i] - shift[i] - SHIFT);
+  cpu::choose_tiles({sums.get(), call.blocks(), n_rows, call.targets, whole.get()}, tolerance, to);
 }
 
 void Leaves::finish_direction(const float* logps, const double* state, float* direction) {
@@ -316,6 +251,7 @@ void Leaves::begin_backward(const Call& the_call, bool stashed, const float* log
     t[i] = call.targets[i] < 0 ? 0.0f : target_factor(grad[i], call.head.gain, logps[i], slope);
   }
 
+  if (tiles.bits) lists = RowLists(tiles, n_rows, call.blocks());
   if (wanted.hidden) start_hidden_gradient();
   if (wanted.weight || wanted.bias) sort_targets();
   if (!wanted.weight) return;
@@ -323,10 +259,12 @@ void Leaves::begin_backward(const Call& the_call, bool stashed, const float* log
   weight_hidden = wanted.weight_hidden;
   bool is_all = weight_hidden.columns == call.hidden.columns;
   weight_x = is_all ? x : load_rows(weight_hidden, weight_x_copy);
+  if (lists.given()) return;
   int64_t width = weight_hidden.columns, panels = panels_of(width), panel_units = on.units(n_rows) * PANEL;
   scaled_x = make_buffer<Unit>(panels * panel_units);
   parallel_tasks(panels, 0, [&](int64_t panel, void*) {
-    on.scale_rows(weight_x, n_rows, on.units(width), width, r.get(), panel, scaled_x.get() + panel * panel_units);
+    on.scale_rows(weight_x, n_rows, nullptr, on.units(width), width, r.get(), panel,
+                  scaled_x.get() + panel * panel_units);
   });
 }
 
@@ -344,6 +282,8 @@ void Leaves::weight_gradient(int64_t first, int64_t count, const Blocks& s, void
                       n_rows,
                       first,
                       scaled_x.get(),
+                      r.get(),
+                      lists_of(first, s),
                       weight_x,
                       on.units(weight_hidden.columns),
                       sorted_targets(),
@@ -359,7 +299,7 @@ void Leaves::bias_gradient(int64_t first, int64_t count, const Blocks& s, float*
   Targets targets = sorted_targets();
   parallel_tasks(count, 0, [&](int64_t block, void*) {
     double columns[PANEL];
-    on.bias_gradient(s, n_rows, block, r.get(), columns);
+    on.bias_gradient(s, lists_of(first, s), n_rows, block, r.get(), columns);
     int64_t start = (first + block) * PANEL, end = std::min(start + PANEL, call.weight.rows);
     for (int64_t at = targets.first_from(start); targets.is_before(at, end); at++)
       columns[targets.column(at) - start] += t[targets.rows[at]];

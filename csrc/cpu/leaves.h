@@ -8,6 +8,7 @@
 #include "../walk.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "tiles.h"
 
 namespace sdpo::cpu {
 
@@ -17,6 +18,11 @@ void target_logits(const Call& call, double* out);
 class Leaves {
  public:
   explicit Leaves(const Kernels& kernels, RowExtras* extras = nullptr) : on(kernels), row_extras(extras) {}
+
+  // Before a forward: keep all blocks' sums, for `choose_tiles` after it. Before a backward: leave the others out.
+  void keep_sums() { keeps_sums = true; }
+  void choose_tiles(double tolerance, const double* state, const Tiles& to) const;
+  void take(const Tiles& some) { tiles = some; }
 
   void begin_forward(const Call& call);
   void begin_backward(const Call& call, bool stashed, const float* logps, const double* state, const float* grad,
@@ -47,6 +53,8 @@ class Leaves {
   const Unit* load_rows(const Matrix& from, Buffer<Unit>& copy) const;
   void start_hidden_gradient();
   void run_logits(Logits task, int64_t count);
+  void add_listed_hidden_gradient(int64_t first, int64_t count, const Blocks& s);
+  Lists lists_of(int64_t first, const Blocks& s) const;
   void sort_targets();
   Targets sorted_targets() const;
   double target_slope(double target_logit) const;
@@ -67,8 +75,12 @@ class Leaves {
   Buffer<double> own_target_logits;
   Buffer<float> shift;   // [N] k
   Buffer<double> total;  // [N] o
-  Buffer<float> sums;    // [blocks][N]
+  Buffer<float> sums;    // [blocks][N] of a chunk, or of all chunks
   int64_t sums_size = 0;
+  bool keeps_sums = false;
+  int64_t sums_from = 0;  // where the last chunk's sums begin
+  Tiles tiles{};          // which blocks of each row a backward takes; no bits: all
+  RowLists lists;
   Buffer<float> hidden_sum;        // [N][sum_stride]
   Buffer<float> r;                 // [N]
   Buffer<float> t;                 // [N] coefficients of the targets

@@ -10,6 +10,7 @@ const Kernels* table(const char* name) {
       logits<Type>,
       hidden_gradient_scratch<Type>,
       hidden_gradient<Type>,
+      hidden_gradient_listed<Type>,
       scale_rows<Type>,
       weight_gradient_scratch<Type>,
       weight_gradient<Type>,

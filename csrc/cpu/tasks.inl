@@ -2,10 +2,13 @@
 
 SDPO_HD int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// S of the row at `place` of a block.
 template <class Type>
-void* block_row(const Blocks& s, int64_t block, int64_t row) {
-  int64_t at = s.row_of ? s.row_of[row] : row;
-  return (typename Type::Element*)s.data + (block * s.rows + at) * PANEL;
+void* block_row(const Blocks& s, const Lists& lists, int64_t block, int64_t place) {
+  auto* data = (typename Type::Element*)s.data;
+  if (lists.is_all_of_s) return data + (lists.first[block] - lists.first[0] + place) * PANEL;
+  int64_t row = lists.at(block, place), at = s.row_of ? s.row_of[row] : row;
+  return data + (block * s.rows + at) * PANEL;
 }
 
 // --- logits ---
@@ -84,10 +87,10 @@ void finish_rows(const Logits& l, int64_t block, int64_t first, int64_t rows, co
   int64_t start = (l.first_block + block) * PANEL;
   int columns = int(smaller(PANEL, l.weight.rows - start));
   for (int64_t r = 0; r < rows; r++) {
-    int64_t row = first + r, at = block * l.n_rows + row, from_start = l.targets[row] - start;
+    int64_t row = l.lists.at(block, first + r), at = block * l.n_rows + row, from_start = l.targets[row] - start;
     int skip = from_start >= 0 && from_start < PANEL ? int(from_start) : -1;
 
-    auto* out = l.out.data ? (typename Type::Element*)block_row<Type>(l.out, block, row) : nullptr;
+    auto* out = l.out.data ? (typename Type::Element*)block_row<Type>(l.out, l.lists, block, first + r) : nullptr;
     const float* product = c + r * PANEL;
     float sum = l.maxima        ? online_row<Type>(product, bias, l.head, skip, columns, l.maxima + at)
                 : l.head.capped ? exp_row<Type, true>(product, bias, l.head, l.shift[row], skip, columns, out)
@@ -106,7 +109,8 @@ int64_t logits_scratch(const Logits& l, int64_t rows) {
 // One block of 64 columns and some rows: pack the columns of W, multiply, and finish the rows while they are in cache.
 // A width that does not fit one panel is summed in several passes over the rows.
 template <class Type>
-void logits(const Logits& l, int64_t block, int64_t row_begin, int64_t row_end, void* scratch) {
+void logits(const Logits& l, int64_t block, int64_t begin, int64_t end, void* scratch) {
+  if (begin == end) return;
   Unit* panel = (Unit*)scratch;
   float* c = (float*)(panel + smaller(l.x_units, UNITS_AT_ONCE) * PANEL);
   bool at_once = l.x_units <= UNITS_AT_ONCE;
@@ -118,17 +122,21 @@ void logits(const Logits& l, int64_t block, int64_t row_begin, int64_t row_end, 
     int64_t units = smaller(UNITS_AT_ONCE, l.x_units - u);
     pack_turned<Type>(l.weight, start, u, u + units, panel);
 
-    for (int64_t first = row_begin; first < row_end; first += TILE_ROWS) {
-      int64_t rows = smaller(TILE_ROWS, row_end - first);
+    for (int64_t first = begin; first < end; first += TILE_ROWS) {
+      int64_t rows = smaller(TILE_ROWS, end - first);
+      float* tile_c = at_once ? c : c + (first - begin) * PANEL;
       const Unit* a[TILE_ROWS];
-      for (int64_t r = 0; r < rows; r++) a[r] = l.x + (first + r) * l.x_units + u;
-      float* tile_c = at_once ? c : c + (first - row_begin) * PANEL;
+      float* to[TILE_ROWS];
+      for (int64_t r = 0; r < rows; r++) {
+        a[r] = l.x + l.lists.at(block, first + r) * l.x_units + u;
+        to[r] = tile_c + r * PANEL;
+      }
       if (units == 0) memset(tile_c, 0, rows * PANEL * sizeof(float));
 
       // sums of sums: less rounding than one long sum
       for (int64_t part = 0; part < units; part += UNITS_OF_A_SUM) {
         int64_t few = smaller(UNITS_OF_A_SUM, units - part);
-        any_tile<Type, 1>(rows, a, 1, 0, few, panel + part * PANEL, tile_c, PANEL, u + part > 0);
+        any_tile<Type, 1>(rows, a, 1, 0, few, panel + part * PANEL, to, u + part > 0);
         for (int64_t r = 0; r < rows; r++) a[r] += few;
       }
 
@@ -156,22 +164,61 @@ void hidden_gradient(const HiddenGradient& h, int64_t panel, int64_t row_begin, 
     for (int64_t first = row_begin; first < row_end; first += TILE_ROWS) {
       int64_t rows = smaller(TILE_ROWS, row_end - first);
       const Unit* a[TILE_ROWS];
-      for (int64_t r = 0; r < rows; r++) a[r] = (const Unit*)block_row<Type>(h.s, block, first + r);
-      float* c = h.sum + first * h.stride + panel * PANEL;
-      any_tile<Type, 1>(rows, a, blocks, h.s.rows * BLOCK_UNITS, BLOCK_UNITS, packed, c, h.stride, true);
+      float* c[TILE_ROWS];
+      for (int64_t r = 0; r < rows; r++) {
+        a[r] = (const Unit*)block_row<Type>(h.s, h.lists, block, first + r);
+        c[r] = h.sum + (first + r) * h.stride + panel * PANEL;
+      }
+      any_tile<Type, 1>(rows, a, blocks, h.s.rows * BLOCK_UNITS, BLOCK_UNITS, packed, c, true);
+    }
+  }
+}
+
+// The first place of a block whose row is at least `row`.
+inline int64_t place_of(const Lists& lists, int64_t block, int64_t row) {
+  int64_t low = 0, high = lists.count(block, 0);
+  while (low < high) {
+    int64_t middle = (low + high) / 2;
+    if (lists.at(block, middle) < row)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+// The same for the rows that are listed: a tile's rows lie anywhere, so each block is a step of its own.
+template <class Type>
+void hidden_gradient_listed(const HiddenGradient& h, int64_t panel, int64_t row_begin, int64_t row_end, void* scratch) {
+  constexpr int64_t BLOCK_UNITS = PANEL / Type::PER_UNIT;
+  Unit* packed = (Unit*)scratch;
+  for (int64_t block = 0; block < h.n_blocks; block++) {
+    int64_t begin = place_of(h.lists, block, row_begin), end = place_of(h.lists, block, row_end);
+    if (begin == end) continue;
+    pack_rows(Type{}, h.weight, (h.first_block + block) * PANEL, PANEL, panel * PANEL, packed);
+
+    for (int64_t first = begin; first < end; first += TILE_ROWS) {
+      int64_t rows = smaller(TILE_ROWS, end - first);
+      const Unit* a[TILE_ROWS];
+      float* c[TILE_ROWS];
+      for (int64_t r = 0; r < rows; r++) {
+        a[r] = (const Unit*)block_row<Type>(h.s, h.lists, block, first + r);
+        c[r] = h.sum + h.lists.at(block, first + r) * h.stride + panel * PANEL;
+      }
+      any_tile<Type, 1>(rows, a, 1, 0, BLOCK_UNITS, packed, c, true);
     }
   }
 }
 
 template <class Type>
-void scale_rows(const Unit* x, int64_t n_rows, int64_t x_units, int64_t width, const float* r, int64_t panel,
-                Unit* to) {
+void scale_rows(const Unit* x, int64_t n_rows, const int32_t* list, int64_t x_units, int64_t width, const float* r,
+                int64_t panel, Unit* to) {
   typename Type::Element scaled[Type::PER_UNIT][PANEL];
   int64_t columns = smaller(PANEL, width - panel * PANEL);
   for (int64_t u = 0; u < units_of<Type>(n_rows); u++) {
     memset(scaled, 0, sizeof scaled);
     for (int64_t half = 0; half < smaller(Type::PER_UNIT, n_rows - u * Type::PER_UNIT); half++) {
-      int64_t row = u * Type::PER_UNIT + half;
+      int64_t place = u * Type::PER_UNIT + half, row = list ? list[place] : place;
       auto* from = (const typename Type::Element*)(x + row * x_units) + panel * PANEL;
       for (int64_t c = 0; c < columns; c++) scaled[half][c] = Type::element(Type::value(from[c]) * r[row]);
     }
@@ -186,19 +233,19 @@ void scale_rows(const Unit* x, int64_t n_rows, int64_t x_units, int64_t width, c
 
 template <class Type>
 int64_t weight_gradient_scratch(const WeightGradient& w) {
-  return units_of<Type>(w.n_rows) * PANEL * 4;
+  return units_of<Type>(w.n_rows) * PANEL * 4 * (w.lists.row ? 2 : 1);
 }
 
 // A block of S with its rows as the summed dimension: [units of rows][64 columns].
 template <class Type>
-void pack_block(const Blocks& s, int64_t n_rows, int64_t block, Unit* to) {
+void pack_block(const Blocks& s, const Lists& lists, int64_t n_rows, int64_t block, Unit* to) {
   constexpr int PER_UNIT = Type::PER_UNIT;
   static const typename Type::Element none[PANEL] = {};
   for (int64_t u = 0; u < units_of<Type>(n_rows); u++) {
     const typename Type::Element* row[PER_UNIT];
     for (int half = 0; half < PER_UNIT; half++) {
       int64_t i = u * PER_UNIT + half;
-      row[half] = i < n_rows ? (const typename Type::Element*)block_row<Type>(s, block, i) : none;
+      row[half] = i < n_rows ? (const typename Type::Element*)block_row<Type>(s, lists, block, i) : none;
     }
     if constexpr (PER_UNIT == 1)
       memcpy(to + u * PANEL, row[0], PANEL * 4);
@@ -235,21 +282,29 @@ void add_targets(const WeightGradient& w, int64_t start, int64_t panel, float* c
 template <class Type>
 void weight_gradient(const WeightGradient& w, int64_t block, void* scratch) {
   Unit* packed = (Unit*)scratch;
-  pack_block<Type>(w.s, w.n_rows, block, packed);
-  int64_t all_units = units_of<Type>(w.n_rows), start = (w.first_block + block) * PANEL;
-  int64_t columns = smaller(PANEL, w.n_columns - start);
+  int64_t n_rows = w.lists.count(block, w.n_rows), all_units = units_of<Type>(n_rows);
+  int64_t start = (w.first_block + block) * PANEL, columns = smaller(PANEL, w.n_columns - start);
+  Unit* gathered = packed + all_units * PANEL;  // r ⊙ X of the listed rows
+  pack_block<Type>(w.s, w.lists, n_rows, block, packed);
 
   float c[PANEL * PANEL];
   for (int64_t panel = 0; panel * PANEL < w.width; panel++) {
-    const Unit* right = w.scaled_x + panel * all_units * PANEL;
+    const Unit* right = gathered;
+    if (w.lists.row)
+      scale_rows<Type>(w.x, n_rows, w.lists.row + w.lists.first[block], w.x_units, w.width, w.r, panel, gathered);
+    else
+      right = w.scaled_x + panel * all_units * PANEL;
     if (all_units == 0) memset(c, 0, sizeof c);
     for (int64_t u = 0; u < all_units; u += UNITS_AT_ONCE)
       for (int64_t first = 0; first < columns; first += TILE_ROWS) {
         int64_t rows = smaller(TILE_ROWS, columns - first);
         const Unit* a[TILE_ROWS];
-        for (int64_t r = 0; r < rows; r++) a[r] = packed + u * PANEL + first + r;
-        any_tile<Type, PANEL>(rows, a, 1, 0, smaller(UNITS_AT_ONCE, all_units - u), right + u * PANEL,
-                              c + first * PANEL, PANEL, u > 0);
+        float* to[TILE_ROWS];
+        for (int64_t r = 0; r < rows; r++) {
+          a[r] = packed + u * PANEL + first + r;
+          to[r] = c + (first + r) * PANEL;
+        }
+        any_tile<Type, PANEL>(rows, a, 1, 0, smaller(UNITS_AT_ONCE, all_units - u), right + u * PANEL, to, u > 0);
       }
     add_targets<Type>(w, start, panel, c);
     store_tile<Type>(w, start, panel * PANEL, c, columns);
@@ -257,11 +312,12 @@ void weight_gradient(const WeightGradient& w, int64_t block, void* scratch) {
 }
 
 template <class Type>
-void bias_gradient(const Blocks& s, int64_t n_rows, int64_t block, const float* r, double* to) {
+void bias_gradient(const Blocks& s, const Lists& lists, int64_t n_rows, int64_t block, const float* r, double* to) {
   double total[PANEL] = {};
-  for (int64_t i = 0; i < n_rows; i++) {
-    auto* row = (const typename Type::Element*)block_row<Type>(s, block, i);
-    for (int j = 0; j < PANEL; j++) total[j] += double(Type::value(row[j])) * r[i];
+  for (int64_t place = 0; place < lists.count(block, n_rows); place++) {
+    auto* row = (const typename Type::Element*)block_row<Type>(s, lists, block, place);
+    float by = r[lists.at(block, place)];
+    for (int j = 0; j < PANEL; j++) total[j] += double(Type::value(row[j])) * by;
   }
   memcpy(to, total, sizeof total);
 }

@@ -24,6 +24,7 @@ class Keep:
 
     n_columns: int = 0
     is_direction: bool = False
+    grad_tol: float = 0.0  # above 0: also which tiles the backward takes (`grad_tol.py`); never with a direction
 
     @classmethod
     def nothing(cls) -> Keep:
@@ -31,9 +32,9 @@ class Keep:
         return cls()
 
     @classmethod
-    def columns(cls, n_columns: int) -> Keep:
+    def columns(cls, n_columns: int, grad_tol: float = 0.0) -> Keep:
         """A stash of the vocabulary's first columns, a multiple of STASH_MULTIPLE; 0 is `nothing`."""
-        return cls(n_columns=n_columns)
+        return cls(n_columns=n_columns, grad_tol=grad_tol)
 
     @classmethod
     def direction(cls) -> Keep:
@@ -41,9 +42,9 @@ class Keep:
         return cls(is_direction=True)
 
     @classmethod
-    def decode(cls, code: int) -> Keep:
+    def decode(cls, code: int, grad_tol: float = 0.0) -> Keep:
         """The inverse of `encode`."""
-        return cls.direction() if code == _DIRECTION_CODE else cls.columns(code)
+        return cls.direction() if code == _DIRECTION_CODE else cls.columns(code, grad_tol)
 
     def encode(self) -> int:
         """The int that the custom ops take: -1 for the direction, else the number of columns."""
@@ -94,6 +95,7 @@ class HeadForward(NamedTuple):
     is_top1: Tensor | None  # bool: no other column's logit is above the target's
     kept: Tensor | None  # stash [kept_rows, columns] or direction [kept_rows, H], see Keep; the layout is the backend's
     ref_logps: Tensor | None = None  # of ref_hidden; a backend that leaves it out is called again for those rows alone
+    tiles: Tensor | None = None  # [kept_rows, words] int64, given if keep.grad_tol is above 0: see `grad_tol.py`
 
 
 class SliceForward(NamedTuple):
@@ -118,6 +120,7 @@ class Saved(NamedTuple):
     kept: Tensor | None  # as the forward left it
     rows: Tensor | None  # [N] int64: which rows of the forward these are; None: all, in order
     keep: Keep
+    tiles: Tensor | None = None  # as the forward left them
 
 
 class Needs(NamedTuple):
@@ -156,6 +159,9 @@ class Backend(Protocol):
 
     def stash_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         """The dtype of a stash for operands of `dtype` on `device`."""
+
+    def uses_grad_tol(self, device: torch.device) -> bool:
+        """Whether its backward can leave tiles out; a backend that cannot is never given a tolerance: it is exact."""
 
     def supports(self, request: Request) -> str | None:
         """None if the request can be served, else the reason it cannot."""

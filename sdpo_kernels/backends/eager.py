@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdpo_kernels.backends import eager_logits, precision
+from sdpo_kernels.backends import eager_logits, grad_tol, precision
 from sdpo_kernels.backends.base import Gradients, HeadCall, HeadForward, Keep, Needs, Request, Saved, SliceForward
 from sdpo_kernels.backends.chunk_math import RunningSums, dlogits
 from sdpo_kernels.head import product_dtype
@@ -44,6 +44,10 @@ class EagerBackend:
     def stash_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         """The stash holds logits in the dtype that products are summed in."""
         return product_dtype(dtype)
+
+    def uses_grad_tol(self, device: torch.device) -> bool:
+        """Yes, to be compared with; it is not faster for it."""
+        return True
 
     def supports(self, request: Request) -> str | None:
         """Every device and floating dtype that linear_logps accepts."""
@@ -67,8 +71,14 @@ class EagerBackend:
     def forward(self, call: HeadCall, keep: Keep) -> HeadForward:
         """See `base.Backend.forward`."""
         with precision.full(call.hidden.device):
-            sums, kept = self._forward(call, keep)
-        return sums.finish(call.weight.shape[0], kept)
+            sums, kept, tile_sums = self._forward(call, keep)
+        out = sums.finish(call.weight.shape[0], kept)
+        if tile_sums is None:
+            return out
+
+        masses = (tile_sums - out.state).exp()
+        tiles = grad_tol.kept_tiles(masses, call.targets // grad_tol.TILE, keep.grad_tol)
+        return out._replace(tiles=grad_tol.packed(tiles, call.kept_rows))
 
     def supports_slices(self, request: Request) -> str | None:
         """Whatever linear_logps accepts."""
@@ -85,11 +95,11 @@ class EagerBackend:
     def slice_forward(self, call: HeadCall, target_logits: Tensor, keep: Keep) -> SliceForward:
         """See `base.Backend.slice_forward`; with a running maximum, the targets' logits are not needed."""
         with precision.full(call.hidden.device):
-            sums, kept = self._forward(call, keep)
+            sums, kept, _ = self._forward(call, keep)
         return sums.of_slice(kept)
 
-    def _forward(self, call: HeadCall, keep: Keep) -> tuple[RunningSums, Tensor | None]:
-        """The sums over all columns, and what is kept."""
+    def _forward(self, call: HeadCall, keep: Keep) -> tuple[RunningSums, Tensor | None, Tensor | None]:
+        """The sums over all columns, what is kept, and with a tolerance the log-sum of each tile [N, T]."""
         x = _operand(call.hidden, call)
         sums = RunningSums(x.shape[0], x.device, product_dtype(call.dtype), call.outputs)
 
@@ -101,6 +111,7 @@ class EagerBackend:
         direction = kept[: x.shape[0]].zero_() if keep.is_direction else None
         stash = kept[: x.shape[0], : keep.n_columns]
 
+        tile_sums: list[Tensor] = []
         scale = _scale(x.dtype, sums.rest.new_full((), _steepest(call)))
         # chunks do not depend on what is kept: policy and reference get the same bits
         for start, stop in vocabulary_chunks(call):
@@ -109,6 +120,8 @@ class EagerBackend:
             if start < keep.n_columns:
                 stash[:, start:stop] = z[:, : keep.n_columns - start]
             probs, shrink = sums.add(z, call.targets - start)
+            if keep.grad_tol > 0:
+                tile_sums.append(_log_sums_of_tiles(probs) + sums.rest.unsqueeze(1))
 
             # `probs` are relative to the sum so far, so what earlier chunks added shrinks as the sum grows
             if direction is not None:
@@ -118,7 +131,8 @@ class EagerBackend:
 
         if direction is not None:
             self._add_target_(direction, call, sums.z_target)
-        return sums, None if keep == Keep.nothing() else kept
+        kept_or_none = kept if keep.is_direction or keep.n_columns else None
+        return sums, kept_or_none, torch.cat(tile_sums, 1) if tile_sums else None
 
     def _add_target_(self, direction: Tensor, call: HeadCall, z_target: Tensor) -> None:
         """Add the targets' rows of W, times their slopes, to `direction` [N, H]."""
@@ -153,6 +167,10 @@ class EagerBackend:
 
         scale = _scale(x.dtype, _largest(call, saved, coefficient, grad_entropy))
         stashed = min(saved.keep.n_columns, call.weight.shape[0])
+        tiles = None  # those that are taken; the entropy's gradient has no bound by probabilities, so it takes all
+        if saved.tiles is not None and grad_entropy is None:
+            n_tiles = -(-call.weight.shape[0] // grad_tol.TILE)
+            tiles = grad_tol.unpacked(_rows_of(saved.tiles, saved.rows), n_tiles)
         for start, stop in vocabulary_chunks(call, stashed):
             w = _operand(call.weight[start:stop], call)
             if stop <= stashed:
@@ -164,6 +182,8 @@ class EagerBackend:
             # dL/dz, then by the chain rule dL/da of a = x·w + b; z is scratch from here on
             grad = dlogits(z, call.targets - start, saved, coefficient, grad_entropy)
             call.head.times_slope_(grad, z)
+            if tiles is not None:
+                _leave_out_(grad, tiles[:, start // grad_tol.TILE :])
 
             # db is summed before the gradient is rounded to the operands' dtype
             if db is not None:
@@ -195,6 +215,19 @@ def vocabulary_chunks(call: HeadCall, border: int = 0) -> Iterator[tuple[int, in
     for first, last in ((0, border), (border, n_columns)):
         for start in range(first, last, step):
             yield start, min(start + step, last)
+
+
+def _log_sums_of_tiles(probs: Tensor) -> Tensor:
+    """The log-sum of each tile of a chunk [N, C], float64."""
+    padding = -probs.shape[1] % grad_tol.TILE
+    whole = torch.nn.functional.pad(probs, (0, padding)).view(len(probs), -1, grad_tol.TILE)
+    return whole.sum(2, dtype=torch.float64).log()
+
+
+def _leave_out_(grad: Tensor, tiles: Tensor) -> None:
+    """Set the columns of a chunk [N, C] to 0 where `tiles`, from the chunk's first one on, are False."""
+    columns = torch.arange(grad.shape[1], device=grad.device) // grad_tol.TILE
+    grad.masked_fill_(~tiles.index_select(1, columns), 0.0)
 
 
 def _take_targets_(grad: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:

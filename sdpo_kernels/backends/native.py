@@ -36,6 +36,7 @@ from sdpo_kernels.backends.base import (
 )
 from sdpo_kernels.backends.chunk_math import entropy_of, log_sum_sq_of
 from sdpo_kernels.backends.eager import EagerBackend
+from sdpo_kernels.backends.grad_tol import words_of
 from sdpo_kernels.rows import sorted_by_sequence
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -95,6 +96,10 @@ class NativeBackend:
         bf16 = dtype == torch.bfloat16 and (device.type == "cuda" or self.bf16_products)
         return torch.bfloat16 if bf16 else torch.float32
 
+    def uses_grad_tol(self, device: torch.device) -> bool:
+        """On the CPU; the CUDA kernels multiply whole chunks."""
+        return device.type == "cpu"
+
     def supports(self, request: Request) -> str | None:
         """float32 and bfloat16; on CUDA log-probs only."""
         for dtype in (request.dtype, request.weight_dtype):
@@ -133,22 +138,32 @@ class NativeBackend:
         elif keep.n_columns:
             stash = new((call.kept_rows, keep.n_columns), dtype=self.stash_dtype(call.dtype, call.hidden.device))
         kept = direction if stash is None else stash
+        tiles = new((call.kept_rows, words_of(len(call.weight))), dtype=torch.int64) if keep.grad_tol > 0 else None
 
-        row = self._forward(call, None, logps, state, stash, direction)
+        row = self._forward(call, None, logps, state, stash, direction, grad_tol=keep.grad_tol, tiles=tiles)
         redone.count(logps)
         extras = dict.fromkeys(EXTRAS) if row is None else _extras(call, logps, row)
-        return HeadForward(logps, state, **extras, kept=kept)
+        return HeadForward(logps, state, **extras, kept=kept, tiles=tiles)
 
-    def _forward(self, call: HeadCall, target_logits: Tensor | None, *out: Tensor | None) -> dict[str, Tensor] | None:
-        """Fill `out` (log-probs, state, stash, direction); if extras are requested, return their sums."""
-        if not call.outputs:
+    def _forward(
+        self,
+        call: HeadCall,
+        target_logits: Tensor | None,
+        *out: Tensor | None,
+        grad_tol: float = 0.0,
+        tiles: Tensor | None = None,
+    ) -> dict[str, Tensor] | None:
+        """Fill `out` (log-probs, state, stash, direction) and `tiles`; if extras are requested, return their sums."""
+        if not call.outputs and tiles is None:
             with self._full_precision(call.hidden):
                 self.operators.linear_forward(*_inputs(call), target_logits, *out)
             return None
 
-        sums = call.hidden.new_empty((call.hidden.shape[0], len(_ROW_EXTRAS)), dtype=torch.float64)
-        self.operators.linear_forward_extras(*_inputs(call), target_logits, *out, sums)
-        return _normalised(dict(zip(_ROW_EXTRAS, sums.unbind(1), strict=True)))
+        sums = None
+        if call.outputs:
+            sums = call.hidden.new_empty((call.hidden.shape[0], len(_ROW_EXTRAS)), dtype=torch.float64)
+        self.operators.linear_forward_more(*_inputs(call), target_logits, *out, sums, grad_tol, tiles)
+        return None if sums is None else _normalised(dict(zip(_ROW_EXTRAS, sums.unbind(1), strict=True)))
 
     def supports_slices(self, request: Request) -> str | None:
         """Whatever it serves."""
@@ -195,11 +210,15 @@ class NativeBackend:
         if self.on_cuda(call.hidden):
             stash, rows = (stash if stash is None or rows is None else stash.index_select(0, rows)), None
 
-        with self._full_precision(call.hidden):
-            self.operators.linear_backward(
-                *_inputs(call), saved.logps, saved.state, stash, rows, grad_logps.float().contiguous(),
-                _rows(weight_hidden), dx, dw, db,
-            )  # fmt: skip
+        given = (
+            *_inputs(call), saved.logps, saved.state, stash, rows, grad_logps.float().contiguous(),
+            _rows(weight_hidden), dx, dw, db,
+        )  # fmt: skip
+        if saved.tiles is not None:
+            self.operators.linear_backward_tiles(*given, saved.tiles)
+        else:
+            with self._full_precision(call.hidden):
+                self.operators.linear_backward(*given)
 
         if db is not None and call.bias is not None:
             db = db.to(call.bias.dtype)

@@ -1,7 +1,7 @@
 """axolotl's DPO, IPO, KTO and GRPO trainers on these kernels: a plugin, switched on in the YAML.
 
     plugins: [sdpo_kernels.integrations.axolotl.FusedHeadPlugin]
-    fused_head_stash_bytes: 0          # optional: the least memory; `stash_bytes` and `backend` of `trl.patch()`
+    fused_head_stash_bytes: 0          # optional: the least memory; `stash_bytes`, `backend` and `grad_tol`
 
 axolotl's preference trainers are subclasses of TRL's, so the plugin calls `trl.patch()` before the model is loaded and
 undoes it after training. TRL 1.14 reaches the fused head only with `use_liger_kernel=True`, which axolotl spells
@@ -44,6 +44,7 @@ class FusedHeadArgs(BaseModel):
 
     fused_head_backend: str = "auto"
     fused_head_stash_bytes: int | str = "auto"
+    fused_head_grad_tol: float = 0.0
 
 
 class FusedHeadPlugin(BasePlugin):
@@ -62,7 +63,9 @@ class FusedHeadPlugin(BasePlugin):
             ImportError, RuntimeError: TRL is missing, or its version is not known (see `trl.patch`).
         """
         _check(cfg)
-        fused_trl.patch(backend=cfg.fused_head_backend, stash_bytes=cfg.fused_head_stash_bytes)
+        fused_trl.patch(
+            backend=cfg.fused_head_backend, stash_bytes=cfg.fused_head_stash_bytes, grad_tol=cfg.fused_head_grad_tol
+        )
 
     def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
         """The training arguments with which TRL 1.14's trainers reach the head; none from 1.15 on."""

@@ -25,8 +25,13 @@ def head_logps(head: LMHead, hidden: Tensor, targets: Tensor, **options: Any) ->
     """Log-prob of each target [N] under the head, of `hidden` [N, H]; `options` and results are `linear_logps`'s.
 
     Raises:
-        ValueError: the head is divided in a way that is not supported.
+        ValueError: the head is divided in a way that is not supported, or divided with a grad_tol above 0.
     """
+    if head.is_tensor_parallel or head.is_cut:
+        grad_tol = options.pop("grad_tol", 0.0)
+        if grad_tol != 0:
+            raise ValueError(f"grad_tol: was {grad_tol!r}, must be 0 for a head that is divided over processes")
+
     if head.is_tensor_parallel:
         from sdpo_kernels.integrations.sharded_head import tensor_parallel_head_logps
 

@@ -32,7 +32,7 @@ from sdpo_kernels.backends import get_backend
 from sdpo_kernels.integrations import trl_versions as versions
 from sdpo_kernels.integrations.trl_head import FusedHead, FusedHeadWithEntropy, Head
 from sdpo_kernels.integrations.trl_versions import LIGER_LAYERS_OFF, OF_1_14, Seam
-from sdpo_kernels.logps import check_stash_bytes
+from sdpo_kernels.logps import check_grad_tol, check_stash_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Patch:
         _watch_logits()
 
 
-def patch(*, backend: str = "auto", stash_bytes: int | str = "auto") -> Patch:
+def patch(*, backend: str = "auto", stash_bytes: int | str = "auto", grad_tol: float = 0.0) -> Patch:
     """Let TRL's trainers score tokens with `linear_logps`, until `unpatch()` or the end of a `with patch():` block.
 
     Call it before or after creating trainers. A second call replaces the first one's settings; nested blocks each
@@ -78,18 +78,19 @@ def patch(*, backend: str = "auto", stash_bytes: int | str = "auto") -> Patch:
     the log.
 
     Args:
-        backend, stash_bytes: as in `linear_logps`. stash_bytes=0 uses the least memory; "auto" keeps up to 2·N·V bytes
-            that TRL would recompute.
+        backend, stash_bytes, grad_tol: as in `linear_logps`. stash_bytes=0 uses the least memory; "auto" keeps
+            up to 2·N·V bytes that TRL would recompute.
 
     Raises:
         ImportError: TRL is not installed.
         RuntimeError: TRL before 1.14, or a version with another signature of that class. Versions after 1.16 with the
             same signature are patched, with a warning in the log.
-        ValueError: an unknown backend, or stash_bytes that is neither "auto" nor at least 0.
+        ValueError: an unknown backend, stash_bytes that is neither "auto" nor at least 0, or a grad_tol outside [0, 1).
     """
     if backend != "auto":
         get_backend(backend)
     check_stash_bytes(stash_bytes)
+    check_grad_tol(grad_tol)
 
     version = versions.installed()
     seam, name = versions.seam_of(version), versions.text(version)
@@ -99,7 +100,7 @@ def patch(*, backend: str = "auto", stash_bytes: int | str = "auto") -> Patch:
     original = found.replaces if isinstance(found, Head) else found
     seam.check_signature(original)
 
-    ours = HEADS[seam](original, backend, stash_bytes)
+    ours = HEADS[seam](original, backend, stash_bytes, grad_tol)
     replaced = _swap(found, ours)
     _watch_logits()
     if found is original:

@@ -28,6 +28,7 @@ class Head:
     replaces: type  # TRL's class
     backend: str = "auto"
     stash_bytes: int | str = "auto"
+    grad_tol: float = 0.0
 
     def _scored(
         self,
@@ -55,6 +56,7 @@ class Head:
         out = linear_logps(
             hidden, weight, targets.long(), bias=bias, temperature=temperature, logit_scale=logit_scale,
             softcap=softcap, outputs=requested or SAME_KERNEL, backend=self.backend, stash_bytes=self.stash_bytes,
+            grad_tol=self.grad_tol,
         )  # fmt: skip
 
         extras: dict[str, Tensor] = {name: getattr(out, name) for name in requested}

@@ -44,6 +44,9 @@ class EmulatedBackend(NativeBackend):
     def on_cuda(self, tensor: Tensor) -> bool:
         return True
 
+    def uses_grad_tol(self, device: torch.device) -> bool:
+        return False
+
     def stash_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 

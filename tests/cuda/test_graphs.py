@@ -95,5 +95,6 @@ def test_the_first_call_of_a_process_may_be_a_compiled_one(monkeypatch, backend)
 def test_opcheck(keep, backend):
     hidden, weight, targets = problem(torch.float32, 20, 16, 100)
     weight.requires_grad_(not keep.is_direction)
-    args = (hidden, weight, targets, None, None, 1.0, None, 1.0, "", torch.float32, backend, keep.encode(), None, None)
+    settings = (1.0, None, 1.0, "", torch.float32, backend, keep.encode())
+    args = (hidden, weight, targets, None, None, *settings, None, None, 0.0)
     torch.library.opcheck(logps_op.linear_logps_op, args)

@@ -179,6 +179,8 @@ def test_wrong_calls_are_refused() -> None:
         fused_logps(attach_fused_head(tiny_model("llama"), backend="nosuch"))
     with pytest.raises(ValueError, match="stash_bytes: was -1"):
         attach_fused_head(tiny_model("llama"), stash_bytes=-1)
+    with pytest.raises(ValueError, match="grad_tol: was -1"):
+        attach_fused_head(tiny_model("llama"), grad_tol=-1)
 
 
 def liger_like_forward(self, input_ids=None, attention_mask=None, position_ids=None, labels=None, **kwargs):

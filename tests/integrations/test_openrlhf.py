@@ -324,12 +324,13 @@ def test_plain_calls(caplog):
     own = methods()
     openrlhf.unpatch()  # nothing to do
     with caplog.at_level(logging.INFO):
-        openrlhf.patch(backend="eager", stash_bytes=0)
+        openrlhf.patch(backend="eager", stash_bytes=0, grad_tol=0.01)
     assert caplog.messages == [
         "openrlhf 0.11.2: replaced Actor.__init__, Actor.forward, "
         "DPOTrainer.concatenated_forward, to score tokens without logits"
     ]
     first = actor()
+    assert first.model._sdpo_fused.grad_tol == 0.01
 
     # the second call replaces the first: one unpatch() restores what was there
     openrlhf.patch()

@@ -93,6 +93,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "lora": ({"lora": {"r": 2}}, "lora: was set with tp_size: 2, must be left out"),
     "ema": ({"reference": "ema"}, "reference: was 'ema' with tp_size: 2, must be another"),
     "fsdp": ({"trainer": {"fsdp": True}}, "trainer.fsdp: was set with tp_size: 2, must be left out"),
+    "grad_tol": ({"grad_tol": 0.01}, "grad_tol: was 0.01, must be 0 with tp_size or trainer.fsdp"),
 }
 
 

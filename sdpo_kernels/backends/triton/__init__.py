@@ -41,6 +41,10 @@ class TritonBackend:
         """S, the unnormalised probabilities, in the operands' dtype."""
         return dtype
 
+    def uses_grad_tol(self, device: torch.device) -> bool:
+        """Not yet: its products take whole tiles of rows."""
+        return False
+
     def supports(self, request: Request) -> str | None:
         """float32 and bfloat16, on CUDA."""
         for dtype in (request.dtype, request.weight_dtype):

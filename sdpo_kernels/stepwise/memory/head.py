@@ -1,7 +1,8 @@
 """What the fused head takes: rows, stash, chunk. The rules are those of `logps.py` and of the backends.
 
 The stash is what the forward keeps so that the backward need not recompute logits; chunks of the vocabulary are scratch
-memory while the head works. A frozen head keeps one vector [H] a scored row instead. A LoRA on it (`lora_b`) trains, so
+memory while the head works. A frozen head keeps one vector [H] a scored row instead, unless its backward leaves tiles
+out (`grad_tol`). A LoRA on it (`lora_b`) trains, so
 it has a stash, and each of its passes makes one weight of both, [W, B].
 """
 
@@ -18,7 +19,7 @@ from sdpo_kernels.logps import HOST_MEMORY, automatic_stash_bytes
 
 GPU_CHUNK = 2**28  # elements of a chunk: CHUNK_ELEMENTS of backends/triton/backend.py
 GPU_SLAB = 4 * 2**23  # bytes of dW before it is rounded: SLAB_ELEMENTS there
-CPU_CHUNK = 2**22  # CHUNK_ELEMENTS of csrc/cpu/leaves.cpp
+CPU_CHUNK = 2**22  # CHUNK_ELEMENTS of csrc/cpu/chunks.h
 CUT_CHUNK = 8192  # rows of W that sharded_linear_logps sends at a time
 ROW_BYTES = 64  # of a scored row's log-prob, state and metrics
 
@@ -40,6 +41,17 @@ class HeadCase:
     memory: int | None = None  # of the device; None: this machine's
     is_cut: bool = False  # spread over the GPUs, as under FSDP2
     lora: int = 0  # r of a LoRA on the head, whose weight is frozen then
+    grad_tol: float = 0.0
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether its backward leaves tiles out."""
+        return self.grad_tol > 0 and self.device == "cpu" and not self.is_cut
+
+    @property
+    def walks_back(self) -> bool:
+        """Whether its backward goes over the vocabulary again."""
+        return self.trains or self.leaves_out
 
 
 @dataclass(frozen=True)
@@ -67,13 +79,17 @@ class HeadMemory:
         # dX of the scored rows, in float32 while it is summed, then of all hidden states
         sums = rows * width * (4 + (item if item < 4 else 0))
         both = case.columns * width * case.weight_dtype.itemsize if case.lora else 0
-        scratch = own + sums + both + (chunk if case.trains or case.is_cut else 0)
+        scratch = own + sums + both + (chunk if case.walks_back or case.is_cut else 0)
         spread = case.tokens * width * item
-        return cls(hidden + stash + ROW_BYTES * rows, stash, own + chunk + both, scratch + spread, scratch)
+
+        # sums of tiles in the forward, a bit for each until the backward
+        tiles = rows * -(-case.columns // STASH_MULTIPLE) if case.leaves_out else 0
+        kept = hidden + stash + ROW_BYTES * rows + tiles // 8
+        return cls(kept, stash, own + chunk + both + 4 * tiles, scratch + spread, scratch)
 
 
 def _stash(case: HeadCase) -> int:
-    if not case.trains:
+    if not case.walks_back:
         return 4 * case.rows * (case.width + case.lora)
     item = _stash_item(case)
     budget = automatic_stash_bytes(case.rows, case.columns, case.width, case.memory or HOST_MEMORY)
@@ -94,7 +110,7 @@ def _stash_item(case: HeadCase) -> int:
 def _chunk(case: HeadCase, stash: int) -> int:
     """Scratch memory of a chunk: its part of S unless that is stashed, rows of W in another dtype, a slab of dW."""
     item = _stash_item(case)
-    stashed = stash // max(1, case.rows * item) if case.trains else 0
+    stashed = stash // max(1, case.rows * item) if case.walks_back else 0
     left = max(0, case.columns - stashed)
     if case.device == "cpu":
         return min(CPU_CHUNK, case.rows * left) * item

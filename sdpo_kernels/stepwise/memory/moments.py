@@ -223,4 +223,5 @@ class Moments:
             memory=setup.memory,
             is_cut=self.head_is_cut,
             lora=0 if self.head_is_cut else sizes.head_lora,  # a cut head adds its delta to its rows
+            grad_tol=setup.grad_tol,
         )

@@ -38,6 +38,7 @@ class Setup:
     reshards: bool = True  # a layer's weights are dropped again after its forward
     syncs_each: bool = False  # FSDP2 reduces gradients after each micro-batch, not once a step
     follows: bool = False  # reference: ema
+    grad_tol: float = 0.0
     device: str = "cuda"
     memory: int | None = None  # of one GPU, in bytes
 
@@ -65,6 +66,7 @@ class Setup:
             reshards=fsdp.get("reshard_after_forward", True) is not False,
             syncs_each=bool(accumulation.get("sync_each_batch", False)),
             follows=config.reference == "ema",
+            grad_tol=config.grad_tol,
             device=device,
             memory=memory,
         )

@@ -74,7 +74,7 @@ def load_model(path: str, config: RunConfig, precision: Precision) -> Loaded:
     UserError if the model cannot be loaded or has no head the package can use. On several ranks each loads it whole.
     """
     model, adapter = _pretrained(path, config, precision.device)
-    ready_head(model, path)
+    ready_head(model, path, config.grad_tol)
     loaded = Loaded(model, packed=False, by_sequence=False)
     choose_attention(loaded, config, precision)
     if adapter is not None:
@@ -82,12 +82,12 @@ def load_model(path: str, config: RunConfig, precision: Precision) -> Loaded:
     return loaded
 
 
-def ready_head(model: Any, path: str) -> None:
+def ready_head(model: Any, path: str, grad_tol: float) -> None:
     """Switch dropout off and attach the fused head; UserError if the model has none that can be used."""
     # Dropout off, so that the policy in training mode gives the log-probs its reference was scored with.
     disable_dropout(model)
     try:
-        attach_fused_head(model)
+        attach_fused_head(model, grad_tol=grad_tol)
     except ValueError as error:
         raise UserError(f"model: {path} cannot be trained: {error}") from error
 

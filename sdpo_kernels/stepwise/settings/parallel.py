@@ -6,11 +6,16 @@ from typing import Any
 
 
 def parallel_mistakes(config: Any) -> list[tuple[str, str]]:
-    """(setting, mistake) of what a tensor-parallel model cannot do; none with tp_size 1."""
-    if config.tp_size == 1:
-        return []
-    why = f"with tp_size: {config.tp_size}, must be"
+    """(setting, mistake) of what a model that is divided over processes cannot do."""
+    settings = [("trainer", config.trainer), *((f"stages.{i}.trainer", s.trainer) for i, s in enumerate(config.stages))]
     mistakes = []
+    if config.grad_tol and (config.tp_size > 1 or any(trainer.get("fsdp") for _, trainer in settings)):
+        text = f"was {config.grad_tol}, must be 0 with tp_size or trainer.fsdp: a divided head's gradients are exact"
+        mistakes.append(("grad_tol", text))
+    if config.tp_size == 1:
+        return mistakes
+
+    why = f"with tp_size: {config.tp_size}, must be"
     if config.lora is not None:
         mistakes.append(
             ("lora", f"was set {why} left out: PEFT's adapters are not sharded with the layers they change")
@@ -20,7 +25,6 @@ def parallel_mistakes(config: Any) -> list[tuple[str, str]]:
     if config.samples:
         mistakes.append(("samples", f"was {config.samples} {why} 0: one process generates, and the model is on all"))
 
-    settings = [("trainer", config.trainer), *((f"stages.{i}.trainer", s.trainer) for i, s in enumerate(config.stages))]
     for section, trainer in settings:
         for name in ("fsdp", "deepspeed", "torch_compile"):
             if trainer.get(name):

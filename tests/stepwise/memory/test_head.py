@@ -36,6 +36,22 @@ def test_what_the_forward_keeps_is_what_linear_logps_keeps(trains, columns):
     assert found.kept - 4 * 40 * 48 == pytest.approx(kept, abs=40 * head.ROW_BYTES)
 
 
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("columns", [700, 20000])
+def test_with_a_tolerance_a_frozen_head_keeps_what_a_trained_one_does(trains, columns):
+    hidden = torch.randn(40, 48, requires_grad=True)
+    weight = torch.randn(columns, 48, requires_grad=trains)
+    targets = torch.arange(40)
+    with LiveBytes([hidden, weight, targets]) as live:
+        out = linear_logps(hidden, weight, targets, grad_tol=0.01)
+        kept = live.now
+        del out
+    found = HeadMemory.of(replace(CASE, columns=columns, trains=trains, grad_tol=0.01))
+    assert found.kept - 4 * 40 * 48 == pytest.approx(kept, abs=40 * head.ROW_BYTES)
+    on_cuda = replace(CASE, columns=columns, trains=False, device="cuda", grad_tol=0.01)
+    assert HeadMemory.of(on_cuda) == HeadMemory.of(replace(on_cuda, grad_tol=0.0))
+
+
 @pytest.mark.parametrize("columns", [700, 20000])
 def test_a_lora_on_the_head_has_a_stash_and_a_copy_of_the_head_in_both_passes(columns):
     weight, lora_b = torch.randn(columns, 48), torch.randn(columns, 8, requires_grad=True)
@@ -48,7 +64,7 @@ def test_a_lora_on_the_head_has_a_stash_and_a_copy_of_the_head_in_both_passes(co
     index, options = torch.arange(40), (1.0, None, 1.0, "", torch.float32, "native", 0, None)
     with LiveBytes([hidden, weight, lora_b, targets, index]) as inside:
         del out
-        logps_op._linear_logps(hidden.detach(), weight, targets, None, index, *options, lora_b.detach())
+        logps_op._linear_logps(hidden.detach(), weight, targets, None, index, *options, lora_b.detach(), 0.0)
     both = inside.peak
 
     given = 4 * (40 * 48 + 40 * 56 + 8 * columns)  # x, [x, s·A·x] and B
@@ -70,8 +86,8 @@ def test_a_head_that_is_cut_keeps_no_stash():
 
 def test_the_sizes_of_chunks_are_those_of_the_kernels():
     assert inspect.signature(sharded_linear_logps).parameters["chunk_columns"].default == head.CUT_CHUNK
-    leaves = (ROOT / "csrc/cpu/leaves.cpp").read_text()
-    assert 1 << int(re.search(r"CHUNK_ELEMENTS = int64_t\(1\) << (\d+)", leaves)[1]) == head.CPU_CHUNK
+    chunks = (ROOT / "csrc/cpu/chunks.h").read_text()
+    assert 1 << int(re.search(r"CHUNK_ELEMENTS = int64_t\(1\) << (\d+)", chunks)[1]) == head.CPU_CHUNK
     source = (ROOT / "sdpo_kernels/backends/triton/backend.py").read_text()
     assert 2 ** int(re.search(r"CHUNK_ELEMENTS = 2\*\*(\d+)", source)[1]) == head.GPU_CHUNK
     assert 4 * 2 ** int(re.search(r"SLAB_ELEMENTS = 2\*\*(\d+)", source)[1]) == head.GPU_SLAB

@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Lfm2Config, MixtralConfig
 
+from sdpo_kernels import linear_logps
+from sdpo_kernels.integrations import head_logps
 from sdpo_kernels.stepwise.check import check_run
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.progress import Reporter
@@ -36,6 +38,21 @@ def test_a_loaded_model_is_ready_to_train(tmp_path):
     ids = torch.tensor([[5, 6, 7]])
     positions = torch.arange(3)[None]
     assert loaded.model(input_ids=ids, position_ids=positions, logp_targets=ids).logps.shape == (3,)
+
+
+def test_its_head_has_the_runs_tolerance(tmp_path, model, monkeypatch):
+    seen = []
+    monkeypatch.setattr(head_logps, "linear_logps", lambda *args, **options: seen.append(options["grad_tol"]) or done)
+    done = linear_logps(torch.zeros(3, 4), torch.zeros(9, 4), torch.zeros(3, dtype=torch.int64))
+    ids = torch.tensor([[5, 6, 7]])
+    for settings in ({"grad_tol": 0.01}, {}):
+        load(runs.configured(tmp_path, model, batching="padded", **settings)).model(input_ids=ids, logp_targets=ids)
+    assert seen == [0.01, 0.0]
+
+
+def test_sharding_contradicts_a_tolerance(tmp_path, model):
+    with pytest.raises(UserError, match=r"grad_tol: was 0\.01, must be 0 with tp_size or trainer\.fsdp"):
+        runs.configured(tmp_path, model, grad_tol=0.01, trainer={"fsdp": True})
 
 
 def test_padded_batches_if_asked_for(tmp_path, model):
