@@ -1,5 +1,7 @@
 // Chips with AVX2 and FMA.
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include <cmath>  // standard headers come before the target: their inline functions must not use these instructions
 #include <cstdint>
 #include <cstring>

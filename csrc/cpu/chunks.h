@@ -8,9 +8,9 @@
 
 namespace sdpo::cpu {
 
-constexpr int64_t CHUNK_ELEMENTS = int64_t(1) << 22;   // of S in one chunk: 8 MiB in bfloat16
-constexpr int64_t CHUNK_SUMS = int64_t(1) << 20;       // partial sums of a chunk without S: 4 MiB
-constexpr int64_t CACHED_ELEMENTS = int64_t(1) << 21;  // of S that every panel of dX reads again: 4 MiB in bfloat16
+constexpr int64_t CHUNK_ELEMENTS = int64_t(1) << 22;  // of S in one chunk: 8 MiB in bfloat16
+constexpr int64_t CHUNK_SUMS = int64_t(1) << 20;      // partial sums of a chunk without S: 4 MiB
+constexpr int64_t CACHED_BYTES = int64_t(1) << 22;    // of S that every panel of dX reads again
 
 inline int64_t blocks_of_chunk(int64_t n_rows, bool stored) {
   int64_t rows = std::max<int64_t>(n_rows, 1);

@@ -40,15 +40,36 @@ SDPO_HD int64_t units_of(int64_t count) {
   return (count + Type::PER_UNIT - 1) / Type::PER_UNIT;
 }
 
+// --- packed operands ---
+
+// 64 columns, packed by the columns of a register tile: what a tile reads lies in one piece, and fits the first-level
+// cache. In rows of 64 a narrower tile would read a part of each, and all parts fall into a few of the cache's sets.
+SDPO_HD int64_t in_panel(int64_t units, int64_t unit, int64_t column) {
+  return (column / TILE_COLUMNS * units + unit) * TILE_COLUMNS + column % TILE_COLUMNS;
+}
+
+// 64 columns as the rows of a product, likewise packed by the rows of a tile where a tile is narrow.
+constexpr int64_t LEFT_STRIDE = TILE_COLUMNS < PANEL ? TILE_ROWS : PANEL;
+constexpr int64_t LEFT_COLUMNS = (PANEL + LEFT_STRIDE - 1) / LEFT_STRIDE * LEFT_STRIDE;
+SDPO_HD int64_t in_left(int64_t units, int64_t unit, int64_t column) {
+  return (column / LEFT_STRIDE * units + unit) * LEFT_STRIDE + column % LEFT_STRIDE;
+}
+
+struct Panel {
+  const Unit* data;
+  int64_t units;     // of the whole panel
+  int64_t from = 0;  // the first that is read
+};
+
 // --- the register tile: rows × 64 columns, over any number of units ---
 
 // The left operand: unit u of step s of row r is row[r][s·step + u·STRIDE]. Row r's 64 results go to c[r].
 template <class Type, int ROWS, int STRIDE>
-SDPO_HD void tile(const Unit* const* row, int64_t steps, int64_t step, int64_t units, const Unit* panel,
+SDPO_HD void tile(const Unit* const* row, int64_t steps, int64_t step, int64_t units, const Panel& panel,
                   float* const* c, bool add) {
   for (int first = 0; first < PANEL; first += TILE_COLUMNS) {
     Vector sum[ROWS][TILE_VECTORS] = {};
-    const Unit* b = panel + first;
+    const Unit* b = panel.data + in_panel(panel.units, panel.from, first);
     for (int64_t s = 0; s < steps; s++) {
       const Unit* a[ROWS];
       for (int r = 0; r < ROWS; r++) {
@@ -58,7 +79,7 @@ SDPO_HD void tile(const Unit* const* row, int64_t steps, int64_t step, int64_t u
           for (int64_t u = 0; u < units * STRIDE; u += 16) __builtin_prefetch(a[r] + step + u);
       }
 
-      for (int64_t u = 0; u < units; u++, b += PANEL) {
+      for (int64_t u = 0; u < units; u++, b += TILE_COLUMNS) {
         Vector right[TILE_VECTORS];
 #pragma GCC unroll 8
         for (int v = 0; v < TILE_VECTORS; v++) right[v] = load_vector(b + v * SDPO_LANES);
@@ -82,7 +103,7 @@ SDPO_HD void tile(const Unit* const* row, int64_t steps, int64_t step, int64_t u
 
 template <class Type, int STRIDE>
 __attribute__((noinline)) void any_tile(int64_t rows, const Unit* const* row, int64_t steps, int64_t step,
-                                        int64_t units, const Unit* panel, float* const* c, bool add) {
+                                        int64_t units, const Panel& panel, float* const* c, bool add) {
   switch (rows) {
     case 6:
       return tile<Type, 6, STRIDE>(row, steps, step, units, panel, c, add);
@@ -156,7 +177,41 @@ SDPO_HD void transpose_16(const char* from, int64_t stride_bytes, Unit* to) {
 }
 #endif
 
-// Units [begin, end) of 64 rows of `from`, from row `first` on, transposed: panel[unit][row]; rows past the last are 0.
+#if SDPO_LANES == 8
+// Eight floats, or eight numbers of bfloat16 as floats.
+SDPO_HD __m256 load_8(const char* from, bool bf16) {
+  if (!bf16) return _mm256_loadu_ps((const float*)from);
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16));
+}
+
+// Transposes 8 rows of 8 numbers, `stride_bytes` apart, into rows TILE_COLUMNS apart.
+SDPO_HD void transpose_8(const char* from, int64_t stride_bytes, bool bf16, Unit* to) {
+  __m256 r[8], t[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) r[i] = load_8(from + i * stride_bytes, bf16);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++) {
+    r[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
+    r[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
+    r[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
+    r[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
+  }
+  // r[4g + j] holds, in its 128-bit lane l, column 4l + j of rows 4g … 4g+3
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; j++) {
+    _mm256_storeu_ps((float*)(to + j * TILE_COLUMNS), _mm256_permute2f128_ps(r[j], r[4 + j], 0x20));
+    _mm256_storeu_ps((float*)(to + (4 + j) * TILE_COLUMNS), _mm256_permute2f128_ps(r[j], r[4 + j], 0x31));
+  }
+}
+#endif
+
+// Units [begin, end) of 64 rows of `from`, from row `first` on, transposed: a panel whose columns are these rows; rows
+// past the last are 0.
 template <class Type>
 void pack_turned(const Matrix& from, int64_t first, int64_t begin, int64_t end, Unit* panel) {
   int64_t rows = from.rows - first < PANEL ? from.rows - first : PANEL;
@@ -170,24 +225,38 @@ void pack_turned(const Matrix& from, int64_t first, int64_t begin, int64_t end, 
         transpose_16((const char*)from.data + (first + row) * bytes + 4 * u, bytes, panel + (u - begin) * PANEL + row);
   }
 #endif
+#if SDPO_LANES == 8
+  if (rows == PANEL && !from.round) {
+    int64_t size = from.bf16 ? 2 : 4, bytes = from.stride * size;
+    for (; u + 8 <= end && u + 8 <= from.columns; u += 8)
+      for (int64_t row = 0; row < PANEL; row += 8)
+        transpose_8((const char*)from.data + (first + row) * bytes + size * u, bytes, from.bf16,
+                    panel + in_panel(end - begin, u - begin, row));
+  }
+#endif
   for (; u < end; u++)
     for (int64_t row = 0; row < PANEL; row++)
-      panel[(u - begin) * PANEL + row] = row < rows ? row_unit(Type{}, from, first + row, u) : 0;
+      panel[in_panel(end - begin, u - begin, row)] = row < rows ? row_unit(Type{}, from, first + row, u) : 0;
 }
 
-// Rows [first, first + count) of `from`, 64 columns from `column` on: panel[unit of rows][column]; 0 outside.
+// Rows [first, first + count) of `from`, 64 columns from `column` on, as a panel of their units; 0 outside.
 SDPO_HD void pack_rows(F32, const Matrix& from, int64_t first, int64_t count, int64_t column, Unit* panel) {
   int64_t columns = from.columns - column < PANEL ? from.columns - column : PANEL;
   int64_t inside = from.rows - first < count ? from.rows - first : count;
   memset(panel, 0, count * PANEL * sizeof(Unit));
+  // row by row: rows a power of 2 apart fall into few sets of the caches, and would not stay for a second pass
   for (int64_t u = 0; u < inside; u++) {
-    int64_t at = (first + u) * from.stride + column;
-    if (from.bf16)
-      for (int64_t c = 0; c < columns; c++) panel[u * PANEL + c] = Unit(((const uint16_t*)from.data)[at + c]) << 16;
-    else if (from.round)
-      for (int64_t c = 0; c < columns; c++) panel[u * PANEL + c] = bits_of_float(from.number(first + u, column + c));
-    else
-      memcpy(panel + u * PANEL, (const float*)from.data + at, columns * sizeof(float));
+    for (int64_t group = 0; group < columns; group += TILE_COLUMNS) {
+      int64_t few = columns - group < TILE_COLUMNS ? columns - group : TILE_COLUMNS;
+      int64_t at = (first + u) * from.stride + column + group;
+      Unit* to = panel + in_panel(count, u, group);
+      if (from.bf16)
+        for (int64_t c = 0; c < few; c++) to[c] = Unit(((const uint16_t*)from.data)[at + c]) << 16;
+      else if (from.round)
+        for (int64_t c = 0; c < few; c++) to[c] = bits_of_float(from.number(first + u, column + group + c));
+      else
+        memcpy(to, (const float*)from.data + at, few * sizeof(float));
+    }
   }
 }
 

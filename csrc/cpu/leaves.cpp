@@ -153,7 +153,8 @@ void Leaves::add_hidden_gradient(int64_t first, int64_t count, const Blocks& s) 
   // every panel of 64 columns of H reads S again: few enough blocks at a time that S stays in cache
   if (lists.given()) return add_listed_hidden_gradient(first, count, s);
   int64_t panels = sum_stride / PANEL, parts = row_parts(panels, n_rows);
-  int64_t step = std::max(BLOCKS_AT_ONCE, CACHED_ELEMENTS / (PANEL * n_rows) / BLOCKS_AT_ONCE * BLOCKS_AT_ONCE);
+  int64_t cached = CACHED_BYTES / (PANEL * n_rows * (on.bf16 ? 2 : 4));
+  int64_t step = std::max(BLOCKS_AT_ONCE, cached / BLOCKS_AT_ONCE * BLOCKS_AT_ONCE);
   for_chunks(count, 0, 1, step, [&](int64_t begin, int64_t blocks) {
     HiddenGradient task{part(s, begin), call.weight, first + begin, blocks, n_rows, hidden_sum.get(), sum_stride, {}};
     parallel_tasks(panels * parts, on.hidden_gradient_scratch(), [&](int64_t number, void* memory) {
@@ -168,7 +169,7 @@ void Leaves::add_listed_hidden_gradient(int64_t first, int64_t count, const Bloc
   for (int64_t begin = 0, end; begin < count; begin = end) {
     // as many blocks as keep their S in cache, but one at least
     for (end = begin + 1; end < count; end++)
-      if (lists.rows_of(first + begin, first + end + 1) * PANEL > CACHED_ELEMENTS) break;
+      if (lists.rows_of(first + begin, first + end + 1) * PANEL * (on.bf16 ? 2 : 4) > CACHED_BYTES) break;
 
     Lists some = lists_of(first, s);
     Blocks from = part(s, begin);

@@ -136,7 +136,7 @@ void logits(const Logits& l, int64_t block, int64_t begin, int64_t end, void* sc
       // sums of sums: less rounding than one long sum
       for (int64_t part = 0; part < units; part += UNITS_OF_A_SUM) {
         int64_t few = smaller(UNITS_OF_A_SUM, units - part);
-        any_tile<Type, 1>(rows, a, 1, 0, few, panel + part * PANEL, to, u + part > 0);
+        any_tile<Type, 1>(rows, a, 1, 0, few, {panel, units, part}, to, u + part > 0);
         for (int64_t r = 0; r < rows; r++) a[r] += few;
       }
 
@@ -169,7 +169,7 @@ void hidden_gradient(const HiddenGradient& h, int64_t panel, int64_t row_begin, 
         a[r] = (const Unit*)block_row<Type>(h.s, h.lists, block, first + r);
         c[r] = h.sum + (first + r) * h.stride + panel * PANEL;
       }
-      any_tile<Type, 1>(rows, a, blocks, h.s.rows * BLOCK_UNITS, BLOCK_UNITS, packed, c, true);
+      any_tile<Type, 1>(rows, a, blocks, h.s.rows * BLOCK_UNITS, BLOCK_UNITS, {packed, blocks * BLOCK_UNITS}, c, true);
     }
   }
 }
@@ -205,7 +205,7 @@ void hidden_gradient_listed(const HiddenGradient& h, int64_t panel, int64_t row_
         a[r] = (const Unit*)block_row<Type>(h.s, h.lists, block, first + r);
         c[r] = h.sum + h.lists.at(block, first + r) * h.stride + panel * PANEL;
       }
-      any_tile<Type, 1>(rows, a, 1, 0, BLOCK_UNITS, packed, c, true);
+      any_tile<Type, 1>(rows, a, 1, 0, BLOCK_UNITS, {packed, BLOCK_UNITS}, c, true);
     }
   }
 }
@@ -214,8 +214,8 @@ template <class Type>
 void scale_rows(const Unit* x, int64_t n_rows, const int32_t* list, int64_t x_units, int64_t width, const float* r,
                 int64_t panel, Unit* to) {
   typename Type::Element scaled[Type::PER_UNIT][PANEL];
-  int64_t columns = smaller(PANEL, width - panel * PANEL);
-  for (int64_t u = 0; u < units_of<Type>(n_rows); u++) {
+  int64_t columns = smaller(PANEL, width - panel * PANEL), units = units_of<Type>(n_rows);
+  for (int64_t u = 0; u < units; u++) {
     memset(scaled, 0, sizeof scaled);
     for (int64_t half = 0; half < smaller(Type::PER_UNIT, n_rows - u * Type::PER_UNIT); half++) {
       int64_t place = u * Type::PER_UNIT + half, row = list ? list[place] : place;
@@ -226,31 +226,36 @@ void scale_rows(const Unit* x, int64_t n_rows, const int32_t* list, int64_t x_un
       Unit unit = 0;
       for (int half = 0; half < Type::PER_UNIT; half++)
         memcpy((char*)&unit + half * sizeof scaled[0][0], &scaled[half][c], sizeof scaled[0][0]);
-      to[u * PANEL + c] = unit;
+      to[in_panel(units, u, c)] = unit;
     }
   }
 }
 
 template <class Type>
 int64_t weight_gradient_scratch(const WeightGradient& w) {
-  return units_of<Type>(w.n_rows) * PANEL * 4 * (w.lists.row ? 2 : 1);
+  return units_of<Type>(w.n_rows) * (LEFT_COLUMNS + (w.lists.row ? PANEL : 0)) * 4;
 }
 
-// A block of S with its rows as the summed dimension: [units of rows][64 columns].
+// A block of S with its rows as the summed dimension, as a left operand.
 template <class Type>
 void pack_block(const Blocks& s, const Lists& lists, int64_t n_rows, int64_t block, Unit* to) {
   constexpr int PER_UNIT = Type::PER_UNIT;
   static const typename Type::Element none[PANEL] = {};
-  for (int64_t u = 0; u < units_of<Type>(n_rows); u++) {
+  int64_t units = units_of<Type>(n_rows);
+  for (int64_t u = 0; u < units; u++) {
     const typename Type::Element* row[PER_UNIT];
     for (int half = 0; half < PER_UNIT; half++) {
       int64_t i = u * PER_UNIT + half;
       row[half] = i < n_rows ? (const typename Type::Element*)block_row<Type>(s, lists, block, i) : none;
     }
-    if constexpr (PER_UNIT == 1)
-      memcpy(to + u * PANEL, row[0], PANEL * 4);
-    else
-      for (int c = 0; c < PANEL; c++) to[u * PANEL + c] = Unit(row[0][c]) | Unit(row[1][c]) << 16;
+    for (int64_t first = 0; first < PANEL; first += LEFT_STRIDE) {
+      Unit* group = to + in_left(units, u, first);
+      int64_t few = smaller(LEFT_STRIDE, PANEL - first);
+      if constexpr (PER_UNIT == 1)
+        memcpy(group, row[0] + first, few * 4);
+      else
+        for (int64_t c = 0; c < few; c++) group[c] = Unit(row[0][first + c]) | Unit(row[1][first + c]) << 16;
+    }
   }
 }
 
@@ -284,7 +289,7 @@ void weight_gradient(const WeightGradient& w, int64_t block, void* scratch) {
   Unit* packed = (Unit*)scratch;
   int64_t n_rows = w.lists.count(block, w.n_rows), all_units = units_of<Type>(n_rows);
   int64_t start = (w.first_block + block) * PANEL, columns = smaller(PANEL, w.n_columns - start);
-  Unit* gathered = packed + all_units * PANEL;  // r ⊙ X of the listed rows
+  Unit* gathered = packed + all_units * LEFT_COLUMNS;  // r ⊙ X of the listed rows
   pack_block<Type>(w.s, w.lists, n_rows, block, packed);
 
   float c[PANEL * PANEL];
@@ -301,10 +306,11 @@ void weight_gradient(const WeightGradient& w, int64_t block, void* scratch) {
         const Unit* a[TILE_ROWS];
         float* to[TILE_ROWS];
         for (int64_t r = 0; r < rows; r++) {
-          a[r] = packed + u * PANEL + first + r;
+          a[r] = packed + in_left(all_units, u, first) + r;
           to[r] = c + (first + r) * PANEL;
         }
-        any_tile<Type, PANEL>(rows, a, 1, 0, smaller(UNITS_AT_ONCE, all_units - u), right + u * PANEL, to, u > 0);
+        any_tile<Type, LEFT_STRIDE>(rows, a, 1, 0, smaller(UNITS_AT_ONCE, all_units - u), {right, all_units, u}, to,
+                                    u > 0);
       }
     add_targets<Type>(w, start, panel, c);
     store_tile<Type>(w, start, panel * PANEL, c, columns);
