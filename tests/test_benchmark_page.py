@@ -43,6 +43,17 @@ SWEPT = [
 REPORTS: dict[str, dict[str, Any]] = {
     "head": {"shape": {"pairs": 1, "rows": 5, "dtype": "bf16"}, "results": CASES},
     "accuracy": {"shape": {"pairs": 1}, "results": [EXACT, EXACT | {"input": "confident", "nats": 0.0}]},
+    "grad_tol": {
+        "model": "smollm2",
+        "rows": 5,
+        "hidden": 16,
+        "vocab": 90,
+        "tolerances": [{"grad_tol": 2**-8, "kept": 0.25, "dx_error": 4e-3, "dw_error": 8e-4}],
+        "cases": [
+            {"name": "2**-8, stash auto", "step_s": 0.5, "spread_s": [0.25, 0.75], "step_to_gemms": 0.75}
+            | {"step_to_exact": 0.625, "backward_to_exact": None}
+        ],
+    },
     "mismatch": {"shape": {"pairs": 1}, "results": [*TOKENS, {"case": "liger", "skipped": "not installed"}]},
     "scaling": {"base": {"pairs": 1}, "results": [POINT, POINT | {"value": 400}]},
     "step": {"results": [STEP]},
@@ -92,6 +103,8 @@ def test_the_page_shows_every_report_and_its_origin(made):
     assert "- `cce`: CUDA alone" in text
     assert "| ours (`ours`) | 1.0e-05 | 2.0e-03 | 3.0e-03 | 0.0e+00 | 2.0e-03 | 3.0e-03 |" in text
     assert "| vocab 200 | 5 | 500.0 / 3 | – |" in text
+    assert "| 0.00390625 | 25 % | 4.0e-03 | 8.0e-04 |" in text
+    assert "| 2**-8, stash auto | 500 | 250 … 750 | 0.75 | 0.62 | – |" in text
     assert "| grammar | ours | 500.0 | 250.0 … 1000.0 | 1234 | – | 1 |  |" in text
     assert "| grammar | trl | 500.0 | 250.0 … 1000.0 | 1234 | – | 1 | 1.50 (1.25 … 1.75) |" in text
     assert "| full1 | 3,000 / 2.0 | 2,000 / 1.6 | 1.50 | 1.50 | 1.25 | 60 % | 75 % |" in text
