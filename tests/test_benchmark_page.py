@@ -14,12 +14,14 @@ from benchmarks.betas_statistics import conclusions
 ROOT = Path(__file__).resolve().parents[1]
 ABOUT: dict[str, Any] = {
     "date": "2026-01-02T03:04:05+00:00",
-    "machine": {"processor": "a chip", "cores": 2, "threads": 2, "device": "cpu", "load_average": 0.5},
+    "machine": {"processor": "a chip", "cores": 2, "threads": 2, "device": "cpu", "load_average": 0.5}
+    | {"instructions": "avx2"},
     "versions": {"python": "3.11.7", "torch": "2.13.0"},
     "commit": "0123456789ab",
 }
 RAN = {"median_s": 0.5, "min_s": 0.25, "max_s": 1.0, "peak_extra_bytes": 3 * 2**20, "error_nat": 0.125}
 CASES = [{"case": "gemms"} | RAN | {"ratio_to_floor": 1.0}, {"case": "cce", "skipped": "CUDA alone"}]
+RIVALS = [{"case": case} | RAN | {"ratio_to_floor": 1.0} for case in readme_table.HEAD]
 SPAN = {"mean": 0.5, "least": 0.25, "largest": 0.75}
 STAGE = {"method": "sdpo", "seeds": 2, "exactly_right": SPAN, "gain": None, "ranked_right": SPAN}
 SIDE = {"median_s": 0.5, "min_s": 0.25, "max_s": 1.0, "tokens_a_second": 1234.0, "peak_extra_bytes": 2**20}
@@ -41,7 +43,7 @@ SWEPT = [
     for beta, kl in (((0.0, 0.0),) if method == "initial_model" else ((1.0, 0.5), (3.0, 0.25)))
 ]
 REPORTS: dict[str, dict[str, Any]] = {
-    "head": {"shape": {"pairs": 1, "rows": 5, "dtype": "bf16"}, "results": CASES},
+    "head": {"shape": {"pairs": 1, "rows": 5, "dtype": "bf16"}, "results": CASES + RIVALS},
     "accuracy": {"shape": {"pairs": 1}, "results": [EXACT, EXACT | {"input": "confident", "nats": 0.0}]},
     "grad_tol": {
         "model": "smollm2",
@@ -97,7 +99,7 @@ def made(tmp_path: Path) -> Path:
 def test_the_page_shows_every_report_and_its_origin(made):
     text = (made / "benchmarks.md").read_text()
     for kind in REPORTS:
-        assert f"`python -m benchmarks.{kind} --quick` on a chip, 2 threads, load 0.5" in text
+        assert f"`python -m benchmarks.{kind} --quick` on a chip (avx2), 2 threads, load 0.5" in text
     assert "commit 0123456789ab; 2026-01-02." in text
     assert "| bare GEMMs (floor) (`gemms`) | 500.0 | 250.0 … 1000.0 | 1.00 | 3 | 1.2e-01 |" in text
     assert "- `cce`: CUDA alone" in text
@@ -137,9 +139,11 @@ def test_readmes_table_is_made_of_the_same_results(made):
     assert readme.startswith(f"above\n{readme_table.BEGIN}\n\n| ")
     assert readme.endswith(f"{readme_table.END}\nbelow\n")
     assert "old" not in readme
-    assert "| log-prob's largest error, nat (bf16, smollm2) | 2e-06 | 2e-06 | – | – |" in readme
+    assert "| DPO step at the head ÷ bare GEMMs (bf16, CPU with AVX2) | 1.00 | 1.00 | 1.00 | 1.00 |" in readme
+    assert "| its extra memory, gradients included (MiB) | 3 | 3 | 3 | 3 |" in readme
+    assert "| largest error of a token's log-prob (nat; bf16, SmolLM2) | 2e-06 | 2e-06 | – | – |" in readme
     assert "| same bits in another order and in half the batch | yes | no | – | – |" in readme
-    assert "| whole training step of a small model, ÷ ours | 1 | 1.5 … 1.5 | – | – |" in readme
+    assert "| whole training step of a small model ÷ ours | 1 | 1.5 … 1.5 | – | – |" in readme
 
 
 def test_the_committed_readme_has_the_table_of_the_committed_results():
