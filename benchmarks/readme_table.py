@@ -28,7 +28,7 @@ def text(reports: dict[str, Report]) -> str:
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return (
         f"{table}\n\n{named}. Bare GEMMs: the four matrix products of the scored rows. Ours and TRL\nmultiply "
-        "these, Liger and naive PyTorch all rows. Machines, shapes, commits and spreads: [benchmarks](docs/benchmarks.md)."
+        "these, Liger and naive PyTorch all rows. Machines, shapes, commits, spreads: [benchmarks](docs/benchmarks.md)."
     )
 
 
