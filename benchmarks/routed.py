@@ -3,7 +3,8 @@
     python -m benchmarks.routed --model gemma3 --write      # here: the masks of real logits, some MB, and the model
     python -m benchmarks.routed --model gemma3 --device cuda      # there: times of a backward that keeps just these
 
-`--write` needs what `python -m benchmarks.real` has written, and puts tiles.safetensors beside it in runs/real. The time of a backward depends on which tiles are kept and not on the values, so that file, which is small enough to be
+`--write` needs what `python -m benchmarks.real` has written, and puts tiles.safetensors beside it in runs/real. The
+time of a backward depends on which tiles are kept and not on the values, so that file, which is small enough to be
 carried where a model is not, goes with random operands. Accuracy is not measured here.
 
 The model counts the bytes that products load from the second-level cache or memory (`L2`), their arithmetic (`RATE`),

@@ -145,6 +145,7 @@ def _backward(rows: Rows, saved: Saved, by: Factors, trained_x: Tensor, needs: N
             _weight(chunk, rows, by, trained_x, by_target, dw, db, shape)
         if products is not None:
             _hidden(chunk, rows, kept, products)
+        del chunk  # before there is memory for the next one
 
     dx = None
     if products is not None:
