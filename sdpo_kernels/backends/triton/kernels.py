@@ -178,13 +178,17 @@ def epilogue(
         e = tl.where(counted, e, 0.0)
 
     o, mean, squares, total, top, found = sums
-    o += tl.sum(e, 1)
+    of_piece = tl.sum(e, 1)
+    o += of_piece
     if by_part is not None:
-        WIDTH: tl.constexpr = BC if BC < PART else PART
-        parts = tl.sum(tl.reshape(e, [BM, BC // WIDTH, WIDTH]), 2)
-        part = (first_column + column_start) // WIDTH + tl.arange(0, BC // WIDTH)
         below = row_start + tl.arange(0, BM)
-        tl.store(by_part + part.to(tl.int64)[None, :] * n_rows + below[:, None], parts, (below < n_rows)[:, None])
+        to = by_part + ((first_column + column_start) // (BC if BC < PART else PART)).to(tl.int64) * n_rows + below
+        if BC <= PART:
+            tl.store(to, of_piece, below < n_rows)
+        else:
+            parts = tl.sum(tl.reshape(e, [BM, BC // PART, PART]), 2)
+            at = tl.arange(0, BC // PART).to(tl.int64)[None, :] * n_rows
+            tl.store(to[:, None] + at, parts, (below < n_rows)[:, None])
     if EXTRAS:
         # where E is 0 the exponent may be −inf, and 0 · (−inf) is NaN
         mean += tl.sum(e * tl.maximum(t + SHIFT_BITS, -1e30), 1)
