@@ -49,6 +49,7 @@ class Problem:
     bias: bool = False
     frozen: bool = False
     stash: bool = True
+    grad_tol: float = 0.0
 
 
 class NoDriver:
@@ -113,6 +114,9 @@ def problems() -> Iterator[Problem]:
     rows, hidden, vocab = SHAPES[-1]
     yield Problem(rows, hidden, vocab, softcap=30.0)
     yield Problem(1024, 2048, 151936)
+    # of benchmarks/routed.py
+    yield Problem(8192, 576, 49152, stash=False, grad_tol=2**-8)
+    yield Problem(8192, 640, 262144, stash=False, grad_tol=2**-8)
 
     # sizes that no power of two divides, as in tests/cuda
     for dtype, softcap, stash in itertools.product((torch.bfloat16, torch.float32), (None, 5.0), (True, False)):
@@ -155,11 +159,11 @@ def walk(problem: Problem) -> None:
     call = HeadCall(hidden, weight, bias, targets, Head(softcap=problem.softcap), dtype, problem.outputs, problem.rows)
 
     columns = -(-problem.vocab // 64) * 64 if problem.stash else 0
-    keep = Keep.direction() if problem.frozen else Keep.columns(columns)
+    keep = Keep.direction() if problem.frozen else Keep.columns(columns, problem.grad_tol)
     # without gradients first: the reference's forward
     backend.forward(call, Keep.nothing())
     found: HeadForward = backend.forward(call, keep)
-    saved = Saved(found.logps, found.state, None, found.kept, None, keep)
+    saved = Saved(found.logps, found.state, None, found.kept, None, keep, found.tiles)
     needs = Needs(True, not problem.frozen, problem.bias and not problem.frozen)
     backend.backward(call, saved, found.logps, None, needs)
 

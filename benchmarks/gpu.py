@@ -32,6 +32,7 @@ OURS = ("gemms", "ours", "ours_native", "ours_without_stash", "ours_native_witho
 PERSISTENT = ("ours_persistent",) if packed_persistent.is_packed() and not STUB else ()
 RIVALS = ("gemms", "ours", "ours_native", "cce", "trl_fused_scored", "liger_dpo", "liger_sm90", "quack")
 LIGER = ("gemms", "ours", "liger_tp")  # its library starts a communication layer, which may end or hold the process
+MODELS = ("smollm2", "gemma3")  # of benchmarks/real.py, whose masks may have come along
 TESTED = "tests/cuda"
 ALONE = ("test_packed_attention.py", "test_once.py")  # files of TESTED that need a process of their own
 
@@ -80,7 +81,8 @@ def second_call(results: Path) -> list[list[Step]]:
         [sanitizer("memcheck")],
         [sanitizer("racecheck")],
     ]
-    return [*build(), [about(results)], *own[:1], rivals[0], *own[1:], parts, rivals[1], *last]
+    kept = [[routed(results, model)] for model in MODELS]
+    return [*build(), [about(results)], *own[:1], rivals[0], *kept, *own[1:], parts, rivals[1], *last]
 
 
 def python(*arguments: str) -> tuple[str, ...]:
@@ -153,6 +155,12 @@ def head(results: Path, shape: tuple[int, int, int], cases: tuple[str, ...], at_
     chosen = [case for case in cases if not (STUB and case.startswith("liger"))]
     command += [f"--jsonl={results}", "--cases", *chosen]
     return Step(f"{kind}-{rows}-{hidden}-{vocab}", python(*command), at_most)
+
+
+def routed(results: Path, model: str) -> Step:
+    """The backward with grad_tol, by the masks of real rows; without these it says so and ends."""
+    command = ("-m", "benchmarks.routed", f"--model={model}", f"--device={DEVICE}", f"--jsonl={results}")
+    return Step(f"routed-{model}", python(*command), 40)
 
 
 def sanitizer(tool: str) -> Step:

@@ -8,6 +8,9 @@ build/gpu/triton                  Triton's kernels for sm_90, compiled by SDPO_G
 build/gpu/persistent              the persistent kernel for Hopper as libraries, compiled by SDPO_QUACK_PYTHON, a Python
                                   with g++, nvcc and the extra `quack`. Without one it is not measured. Its
                                   compiler would take 50 MB of the 64, these take 3
+runs/real/*/tiles.safetensors     which tiles real rows keep, if `python -m benchmarks.routed --write` has made them:
+                                  without them the backward with grad_tol is not timed. The models themselves are
+                                  never carried, and never committed
 benchmarks/wheels                 rivals: TRL, Liger, CCE as wheels, and Liger's library for Hopper as *.tar.xz
 """
 
@@ -22,12 +25,13 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-from benchmarks.gpu import SECONDS
+from benchmarks.gpu import MODELS, SECONDS
 from benchmarks.measure import ROOT
 
 PACKED = ROOT / "build" / "gpu"
 WHEELS = ROOT / "benchmarks" / "wheels"
-CARRIED = ("sdpo_kernels/_cpu.so", "sdpo_kernels/_cuda.so", "build/gpu", "benchmarks/wheels")
+MASKS = tuple(f"runs/real/{model}/tiles.safetensors" for model in MODELS)
+CARRIED = ("sdpo_kernels/_cpu.so", "sdpo_kernels/_cuda.so", "build/gpu", "benchmarks/wheels", *MASKS)
 MOST_CARRIED = 64 * 2**20  # bytes: the working tree and what is carried
 MOST_COMMAND = 2000  # characters
 SLACK = 60  # seconds between a call's own deadline and the machine's

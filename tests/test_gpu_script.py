@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import accuracy, gpu, gpu_pack, gpu_steps, head, measure, page, records
+from benchmarks import accuracy, gpu, gpu_pack, gpu_steps, head, measure, page, records, routed
 from benchmarks.gpu_steps import Runner, Step
 from benchmarks.rivals import RIVALS
+from sdpo_kernels.backends.grad_tol import packed
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = "own-16-32-300"
@@ -222,7 +223,9 @@ def test_every_command_of_the_plan_can_be_parsed(tmp_path):
             options = parsers[module](rest)
             assert options.together
             assert "ours" in options.cases
-    assert {"benchmarks.head", "benchmarks.accuracy", "benchmarks.parts", "benchmarks.gpu_about", "pytest"} == seen
+    assert {"head", "accuracy", "parts", "routed", "gpu_about"} == {
+        name.removeprefix("benchmarks.") for name in seen
+    } - {"pytest"}
     # what makes a context unusable comes after what it would spoil
     assert [step.name for step in steps][-2:] == ["memcheck", "racecheck"]
     for name in gpu.ALONE:
@@ -257,6 +260,27 @@ def test_a_kernel_compiled_without_data_is_found_by_a_launch(tmp_path):
     code = [sys.executable, "-c", COMPILED_THEN_LAUNCHED]
     done = subprocess.run(code, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_masks_that_did_not_come_along_are_no_failure(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(routed.real, "RUNS", tmp_path)
+    assert routed.main(["--model=gemma3", "--device=cuda"]) == 0
+    assert "gemma3/tiles.safetensors is missing" in capsys.readouterr().out
+
+
+def test_the_structure_of_masks_and_its_cost():
+    """Every second row keeps the first half of the tiles, the others one tile more than none."""
+    tiles = torch.zeros(256, 100, dtype=torch.bool)
+    tiles[::2, :50] = True
+    tiles[1::2, 99] = True
+    found = routed.structure(packed(tiles, 256), 6400)
+    assert found["kept"] == pytest.approx(0.255)
+    assert (found["blocks_sorted"], found["blocks_as_they_come"]) == (pytest.approx(0.255), pytest.approx(0.51))
+    assert (found["lists_of_64"], found["lists_of_128"]) == (pytest.approx(0.255), pytest.approx(0.255))
+
+    everything = dict.fromkeys(found, 1.0)
+    dense, sparse = (routed.predicted(shares, 8192, 640, 262144) for shares in (everything, found))
+    assert dense["backward_ratio"] > 1 > sparse["backward_ratio"] > 0.255
 
 
 def test_the_calls_fit_the_limits():

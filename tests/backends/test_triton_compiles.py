@@ -35,6 +35,8 @@ DIVISIBLE = (
     "stash_stride",
     "stash_columns",
     "stash_start",
+    "tile_step",
+    "row_step",
 )  # by 16, as launches are
 
 
@@ -55,7 +57,9 @@ def compiled(
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def logits_kernel(arch: int, dtype: str, capped: bool, bias: bool, sums: bool, extras: bool, store: bool) -> Any:
+def logits_kernel(
+    arch: int, dtype: str, capped: bool, bias: bool, sums: bool, extras: bool, store: bool, by_part: bool = False
+) -> Any:
     tile = tiles_of(arch // 10, dtype == "bf16", capped, extras)
     matrix = {
         "x": (tile.rows, tile.depth),
@@ -67,7 +71,7 @@ def logits_kernel(arch: int, dtype: str, capped: bool, bias: bool, sums: bool, e
         for name, shape in matrix.items()
     }
     types |= {"bias": f"*{dtype}", "targets": "*i64", "before": "fp32", "by": "fp32"}
-    types |= {"shift": "*fp64"} | dict.fromkeys(("sums", "parts", "gemm_target"), "*fp32")
+    types |= {"shift": "*fp64"} | dict.fromkeys(("sums", "parts", "by_part", "gemm_target"), "*fp32")
     types |= dict.fromkeys(("n_rows", "n_columns", "stash_rows", "first_column", "first_tile", *DIVISIBLE), "i32")
     constants: dict[str, Any] = {
         "BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "GROUP": tile.group, "CAPPED": capped,
@@ -75,6 +79,7 @@ def logits_kernel(arch: int, dtype: str, capped: bool, bias: bool, sums: bool, e
         "PIECES": tile.pieces, "UPCAST": False,
     }  # fmt: skip
     absent = [("bias", bias), ("sums", sums), ("parts", extras), ("gemm_target", extras), ("stash", store)]
+    absent.append(("by_part", by_part))
     constants |= {name: None for name, there in absent if not there}
     return compiled(kernels.logits_kernel, types, constants, arch, tile.warps, tile.stages)
 

@@ -13,7 +13,16 @@ pytest.importorskip("triton")
 from sdpo_kernels import backends
 from sdpo_kernels.backends import redone
 from sdpo_kernels.backends.base import EXTRAS, HeadCall, Keep, Needs, PairOutputs, Request, Saved
-from sdpo_kernels.backends.triton import backend, epilogue, gradients, kernels, launch, persistent, targets
+from sdpo_kernels.backends.triton import (
+    chosen,
+    epilogue,
+    gradients,
+    kernels,
+    launch,
+    persistent,
+    routed_kernels,
+    targets,
+)
 from sdpo_kernels.backends.triton.tiles import PLAIN
 from sdpo_kernels.head import Head
 
@@ -21,7 +30,7 @@ HOPPER = PLAIN[9]
 LAUNCHED: list[str] = []
 KERNELS = {
     name: module
-    for module in (kernels, launch, epilogue, gradients, targets)
+    for module in (kernels, launch, epilogue, gradients, targets, chosen, routed_kernels)
     for name in vars(module)
     if name.endswith("_kernel")
 }
@@ -50,22 +59,24 @@ def launches(monkeypatch) -> dict[str, dict[str, Any]]:
     return found
 
 
-def launch_a_step(frozen: bool = False) -> tuple[int, int]:
+def launch_a_step(frozen: bool = False, grad_tol: float = 0.0) -> tuple[int, int]:
     """Forward and backward of 6 rows and a head of 100 columns, on the CPU; returns the launches of each on a GPU."""
     call = HeadCall(
         hidden=torch.zeros(6, 16), weight=torch.zeros(100, 16), bias=None, targets=torch.zeros(6, dtype=torch.int64),
         head=Head(), dtype=torch.float32, outputs=(), kept_rows=6,
     )  # fmt: skip
-    keep, grad = Keep.direction() if frozen else Keep.columns(128), torch.ones(6)
+    keep, grad = Keep.direction() if frozen else Keep.columns(0 if grad_tol else 128, grad_tol), torch.ones(6)
+    backend = backends.BACKENDS["triton"]
     redone.counter(call.hidden)  # is made once
     LAUNCHED.clear()
     with Launches() as forward:
         out = backend.forward(call, keep)
     of_kernels = len(LAUNCHED)
 
-    saved = Saved(torch.zeros(6), torch.zeros(6, 2, dtype=torch.float64), None, out.kept, None, keep)
+    saved = Saved(torch.zeros(6), torch.zeros(6, 2, dtype=torch.float64), None, out.kept, None, keep, out.tiles)
     with Launches() as backward:
         backend.backward(call, saved, grad, None, Needs(True, not frozen, False))
+    assert not backward.waits
     return forward.count + of_kernels, backward.count + len(LAUNCHED) - of_kernels
 
 
@@ -75,8 +86,10 @@ class Launches(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
+        self.waits = 0  # of the host for the device
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.waits += op.name() == "aten::_local_scalar_dense"
         out = op(*args, **(kwargs or {}))
         if op.name().startswith(("aten::empty", "aten::new_empty")):
             return out
@@ -92,6 +105,13 @@ def test_launches_of_a_small_step(launches):
     """Before the kernels of gradients.py: 6 and 29, frozen 24 and 1."""
     assert launch_a_step() == (5, 8)
     assert launch_a_step(frozen=True) == (9, 1)
+
+
+def test_launches_of_a_small_step_with_a_tolerance(launches):
+    """One chunk; of the 15 in the backward 9 are kernels of ours, the others sort rows, their bits and targets."""
+    assert launch_a_step(grad_tol=0.1) == (5, 15)
+    kept = ["choose", "counts", "lists", "kept_logits", "unions", "hidden", "weight"]
+    assert {f"{name}_kernel" for name in kept} <= set(LAUNCHED)
 
 
 def by_quack(monkeypatch) -> None:
@@ -122,6 +142,7 @@ def launch_pairs(n_pairs: int) -> None:
 def test_every_kernel_is_launched_as_the_compiled_ones_that_are_inspected(launches, monkeypatch):
     """test_triton_compiles.py compiles with launch.COMPILED; without it Triton 3.9 has no fused multiply-add."""
     launch_a_step()
+    launch_a_step(grad_tol=0.1)
     launch_pairs(1)
     by_quack(monkeypatch)
     launch_a_step()

@@ -42,8 +42,8 @@ class TritonBackend:
         return dtype
 
     def uses_grad_tol(self, device: torch.device) -> bool:
-        """Not yet: its products take whole tiles of rows."""
-        return False
+        """Yes: its products take the rows that each tile lists."""
+        return True
 
     def supports(self, request: Request) -> str | None:
         """float32 and bfloat16, on CUDA."""
@@ -67,9 +67,12 @@ class TritonBackend:
         self, call: HeadCall, saved: Saved, grad_logps: Tensor, grad_entropy: Tensor | None, needs: Needs
     ) -> Gradients:
         """See `base.Backend.backward`."""
-        from sdpo_kernels.backends.triton import backend
+        from sdpo_kernels.backends.triton import backend, routed
 
         with _on(call.hidden.device):
+            # the entropy's gradient has no bound by probabilities
+            if saved.tiles is not None and grad_entropy is None:
+                return routed.backward(call, saved, grad_logps, needs)
             return backend.backward(call, saved, grad_logps, grad_entropy, needs)
 
     def supports_slices(self, request: Request) -> str | None:

@@ -17,6 +17,7 @@ Backward:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ from sdpo_kernels.backends.base import (
 )
 from sdpo_kernels.backends.eager import EagerBackend
 from sdpo_kernels.backends.triton import launch
+from sdpo_kernels.backends.triton.chosen import choose
 from sdpo_kernels.backends.triton.gradients import factors_of, finish
 from sdpo_kernels.backends.triton.launch import Rows, Sums
 from sdpo_kernels.backends.triton.targets import SortedRows
@@ -73,11 +75,14 @@ def _forward_columns(rows: Rows, direction: Tensor | None) -> int:
 def forward(call: HeadCall, keep: Keep) -> HeadForward:
     """See `base.Backend.forward`."""
     rows = Rows.of(call, forward=True)
+    if keep.grad_tol > 0:  # QuACK's kernel has no sums of 64 columns
+        rows = replace(rows, persistent=False)
     n_rows = call.hidden.shape[0]
     kept = _buffer_to_keep(rows, keep)
     direction = None if kept is None or not keep.is_direction else kept[:n_rows]
     stash = None if kept is None or keep.is_direction else kept[:n_rows]
-    sums, found = _sums(rows, stash, direction)
+    sums, found = _sums(rows, stash, direction, keep.grad_tol > 0)
+    tiles = choose(rows, sums, found, keep.grad_tol) if keep.grad_tol > 0 else None
     if direction is not None:
         _finish_direction(call, found.logps[:n_rows], found.state[:n_rows], direction, keep)
 
@@ -98,13 +103,16 @@ def forward(call: HeadCall, keep: Keep) -> HeadForward:
         **{name: own(extras[name], name) for name in EXTRAS},
         kept=kept,
         ref_logps=None if call.ref_hidden is None else found.logps[n_rows:].clone(),
+        tiles=tiles,
     )
 
 
-def _sums(rows: Rows, stash: Tensor | None, direction: Tensor | None) -> tuple[Sums, launch.Finished]:
+def _sums(
+    rows: Rows, stash: Tensor | None, direction: Tensor | None, by_tile: bool = False
+) -> tuple[Sums, launch.Finished]:
     """The walk and what follows from its sums; rows out of range are recomputed before anything reads them."""
     n_columns, tile = rows.call.weight.shape[0], rows.columns
-    sums = Sums.of(rows, -(-n_columns // tile), _forward_columns(rows, direction) // tile)
+    sums = Sums.of(rows, -(-n_columns // tile), _forward_columns(rows, direction) // tile, by_tile)
     with precision.full(rows.x.device):
         _walk(rows, sums, stash, direction)
 
@@ -165,7 +173,7 @@ def _walk(rows: Rows, sums: Sums, stash: Tensor | None, direction: Tensor | None
         launch.logits(rows, weight, start, rows.target_logits, sums, stash, start)
 
 
-def _stashed(saved: Saved, start: int, stop: int) -> Tensor:
+def stashed_columns(saved: Saved, start: int, stop: int) -> Tensor:
     """Columns start … stop − 1 of the stash, for the backward's rows."""
     assert saved.kept is not None
     s = saved.kept[:, start:stop]
@@ -219,7 +227,7 @@ def _backward(call: HeadCall, saved: Saved, grad_logps: Tensor, needs: Needs) ->
 
         # stashed columns are read, the others recomputed with the same k
         if stop <= stashed:
-            s = _stashed(saved, start, stop)
+            s = stashed_columns(saved, start, stop)
         else:
             assert weight is not None
             scratch = rows.x.new_empty(rows.x.shape[0] * step) if scratch is None else scratch

@@ -27,6 +27,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 SHIFT_BITS = tl.constexpr(58.0)
 SHIFT = tl.constexpr(40.202536192073015)  # 58 · ln 2 = 58 * log(2)
 LARGEST_SUM = tl.constexpr(1e20)  # above it (log-prob below about −86) a row is recomputed with k = logsumexp
+PART = tl.constexpr(64)  # most columns whose sums `grad_tol` asks for
 # for the extras: Σ E·(z − k), 2**58 · Σ E² (2⁵⁸), Σ z, max z without the target
 PARTS = tl.constexpr(4)
 HALF_SHIFT = tl.constexpr(536870912.0)  # 2**29
@@ -151,12 +152,15 @@ def halves(tile):
 
 @triton.jit
 def epilogue(
-    acc, sums, stash,  # [BM, BC] products of a piece of the tile, 6 × [BM] what the pieces before it summed up
+    acc, sums, by_part, stash,  # [BM, BC] products of a piece of the tile, 6 × [BM] what the pieces before it summed up
     bias, row_start, column_start, targets, c, plain, n_columns,  # targets [BM] int32 relative to column_start
-    stash_rows, stash_columns, stash_stride, stash_start, before, by,
+    n_rows, first_column, stash_rows, stash_columns, stash_stride, stash_start, before, by,
     CAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, EXTRAS: tl.constexpr, STORE: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """S of a piece, stored up to the stash's last row and column; returns Σ E and for the extras the PARTS and z_y."""
+    """S of a piece, stored up to the stash's last row and column; returns Σ E and for the extras the PARTS and z_y.
+
+    With `by_part` Σ E of every PART columns, or of the piece if it has fewer, is stored, too.
+    """
     BM: tl.constexpr = acc.shape[0]
     BC: tl.constexpr = acc.shape[1]
     columns = tl.arange(0, BC)
@@ -174,7 +178,17 @@ def epilogue(
         e = tl.where(counted, e, 0.0)
 
     o, mean, squares, total, top, found = sums
-    o += tl.sum(e, 1)
+    of_piece = tl.sum(e, 1)
+    o += of_piece
+    if by_part is not None:
+        below = row_start + tl.arange(0, BM)
+        to = by_part + ((first_column + column_start) // (BC if BC < PART else PART)).to(tl.int64) * n_rows + below
+        if BC <= PART:
+            tl.store(to, of_piece, below < n_rows)
+        else:
+            parts = tl.sum(tl.reshape(e, [BM, BC // PART, PART]), 2)
+            at = tl.arange(0, BC // PART).to(tl.int64)[None, :] * n_rows
+            tl.store(to[:, None] + at, parts, (below < n_rows)[:, None])
     if EXTRAS:
         # where E is 0 the exponent may be −inf, and 0 · (−inf) is NaN
         mean += tl.sum(e * tl.maximum(t + SHIFT_BITS, -1e30), 1)
@@ -205,7 +219,8 @@ def epilogue(
 @triton.jit(do_not_specialize=["n_rows", "n_columns", "stash_rows", "first_column", "first_tile"])
 def logits_kernel(
     x, w, bias, targets, shift,  # [N, H], [C, H], [C], [N] int64, [N] float64: k
-    sums, parts, gemm_target, stash,  # [tiles of all chunks, N], [tiles of this one, 4, N], [N], [N, stash_stride]
+    sums, parts, by_part, gemm_target, stash,  # [tiles of all chunks, N], [tiles of this one, 4, N], of PART columns
+    # as `sums`, [N], [N, stash_stride]
     n_rows, n_columns, width, x_stride, w_stride, stash_rows, stash_columns, stash_stride, stash_start, first_column,
     first_tile, before, by,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
@@ -240,8 +255,8 @@ def logits_kernel(
     for piece in tl.static_range(PIECES):
         at = piece * (BN // PIECES)
         found = epilogue(
-            pieces[piece], found, stash, bias, row_tile * BM, column + at, target - at, c, plain, n_columns,
-            stash_rows, stash_columns, stash_stride, stash_start, before, by,
+            pieces[piece], found, by_part, stash, bias, row_tile * BM, column + at, target - at, c, plain, n_columns,
+            n_rows, first_column, stash_rows, stash_columns, stash_stride, stash_start, before, by,
             CAPPED, HAS_BIAS, EXTRAS, STORE, DESCRIPTORS,
         )  # fmt: skip
 

@@ -118,18 +118,22 @@ class Sums:
     parts: Tensor | None  # [tiles of a chunk, 4, N] for the extras: see kernels.PARTS
     folded: Tensor | None  # [4, N] float64: three sums and a maximum over the parts of all chunks so far
     gemm_target: Tensor | None  # [N] the target's logit as the tiles computed it
+    by_tile: Tensor | None = None  # [tiles · pieces, N] Σ E for `grad_tol`, of `part_columns` each
+    part_columns: int = 0
 
     @classmethod
-    def of(cls, rows: Rows, n_tiles: int, in_chunk: int) -> Sums:
+    def of(cls, rows: Rows, n_tiles: int, in_chunk: int, by_tile: bool = False) -> Sums:
         """Buffers for all tiles of a walk, at most `in_chunk` of them in one chunk."""
-        n = rows.x.shape[0]
+        n, tile = rows.x.shape[0], rows.tile
         sums = rows.x.new_empty((n_tiles, n), dtype=torch.float32)
+        part = min(kernels.PART.value, tile.columns // tile.pieces) if by_tile else 0
+        parts = sums.new_empty((n_tiles * tile.columns // part, n)) if by_tile else None
         if not rows.call.outputs:
-            return cls(sums, None, None, None)
+            return cls(sums, None, None, None, parts, part)
         folded = sums.new_zeros((4, n), dtype=torch.float64)
         folded[3] = -torch.inf
         # a slice's tiles write it for the targets that it has
-        return cls(sums, sums.new_empty((in_chunk, 4, n)), folded, sums.new_zeros(n))
+        return cls(sums, sums.new_empty((in_chunk, 4, n)), folded, sums.new_zeros(n), parts, part)
 
     def fold(self, n_tiles: int) -> None:
         """Add up the parts of a chunk's tiles: three sums and a maximum."""
@@ -195,7 +199,7 @@ def triton_logits(
     kernels.logits_kernel[grid](
         left, right, bias, rows.targets, shift,
         None if sums is None else sums.sums, None if sums is None else sums.parts,
-        None if sums is None else sums.gemm_target, out,
+        None if sums is None else sums.by_tile, None if sums is None else sums.gemm_target, out,
         n_rows, n_columns, rows.x.shape[1], rows.x.stride(0), weight.stride(0),
         *(stash.shape if stash is not None else (0, 0)), 0 if stash is None else stash.stride(0), stash_start,
         start, start // rows.columns,
