@@ -7,7 +7,7 @@ from typing import Any
 
 Report = dict[str, Any]
 BEGIN, END = "<!-- figures: made by python -m benchmarks.page -->", "<!-- end of figures -->"
-HEADINGS = ["", "ours", "TRL", "Liger", "naive PyTorch"]
+HEADINGS = ["times, memory, errors: less is better", "ours", "TRL", "Liger", "naive PyTorch"]
 HEAD = ("ours", "trl_fused_scored", "liger_dpo", "naive")  # cases of `benchmarks.head` in this order
 TOKENS = ("ours", "trl", "liger", "naive bf16")  # cases of `benchmarks.mismatch`
 CHIPS = {"avx512bf16": "AVX-512-BF16", "avx512bf16, AMX": "AMX", "avx512": "AVX-512", "avx2": "AVX2"}
@@ -26,12 +26,13 @@ def text(reports: dict[str, Report]) -> str:
     versions = next((r["versions"] for r in reports.values() if r["benchmark"] == "mismatch"), {})
     named = ", ".join(f"{name} {versions[key]}" for name, key in RIVALS.items() if key in versions)
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return (
-        f"{table}\n\n{named}. Bare GEMMs: the four matrix products of the scored rows. Ours and TRL\nmultiply "
-        "these, Liger and naive PyTorch all rows. Machines, shapes, commits, spreads: [benchmarks](docs/benchmarks.md)."
-    )
+    return f"{table}\n\n{named}. {NOTE}"
 
 
+NOTE = """Bare GEMMs: torch's four matrix products of the scored rows and nothing else, so
+below 1 our products are the faster ones. TRL is given the scored rows alone, as it takes them on a GPU; on a CPU it
+multiplies all rows, as Liger and naive PyTorch do, and is slower. The row of whole steps is TRL as it runs. Machines,
+shapes, commits, spreads: [benchmarks](docs/benchmarks.md). The words: [glossary](docs/glossary.md)."""
 NAMES = {"smollm2": "SmolLM2", "gemma3": "Gemma 3"}
 RIVALS = {"TRL": "trl", "Liger": "liger-kernel", "torch": "torch"}
 
@@ -49,7 +50,13 @@ def rows(reports: dict[str, Report]) -> Iterable[list[str]]:
     ]
     ratios = [result["trl_over_ours"] for result in steps if "trl_over_ours" in result]
     if ratios:
-        yield ["whole training step of a small model ÷ ours", "1", f"{min(ratios):.1f} … {max(ratios):.1f}", "–", "–"]
+        yield [
+            "whole training step of small models, times ours",
+            "1",
+            f"{min(ratios):.1f} … {max(ratios):.1f}",
+            "–",
+            "–",
+        ]
 
 
 def head_rows(reports: list[Report]) -> Iterable[list[str]]:
@@ -62,9 +69,9 @@ def head_rows(reports: list[Report]) -> Iterable[list[str]]:
         machine = report["machine"]
         chip = f"CPU with {CHIPS[machine['instructions']]}" if machine["device"] == "cpu" else machine["device"]
         kind = f"({report['shape']['dtype']}, {chip})"
-        yield cells(f"DPO step at the head ÷ bare GEMMs {kind}", HEAD, of, ratio)
+        yield cells(f"time of a DPO step at the head ÷ bare GEMMs {kind}", HEAD, of, ratio)
         if not shown:
-            yield cells("its extra memory, gradients included (MiB)", HEAD, of, memory)
+            yield cells(f"its extra memory, gradients included, MiB {kind}", HEAD, of, memory)
         shown += 1
 
 

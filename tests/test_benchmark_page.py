@@ -139,11 +139,11 @@ def test_readmes_table_is_made_of_the_same_results(made):
     assert readme.startswith(f"above\n{readme_table.BEGIN}\n\n| ")
     assert readme.endswith(f"{readme_table.END}\nbelow\n")
     assert "old" not in readme
-    assert "| DPO step at the head ÷ bare GEMMs (bf16, CPU with AVX2) | 1.00 | 1.00 | 1.00 | 1.00 |" in readme
-    assert "| its extra memory, gradients included (MiB) | 3 | 3 | 3 | 3 |" in readme
+    assert "| time of a DPO step at the head ÷ bare GEMMs (bf16, CPU with AVX2) | 1.00 | 1.00 | 1.00 | 1.00 |" in readme
+    assert "| its extra memory, gradients included, MiB (bf16, CPU with AVX2) | 3 | 3 | 3 | 3 |" in readme
     assert "| largest error of a token's log-prob (nat; bf16, SmolLM2) | 2e-06 | 2e-06 | – | – |" in readme
     assert "| same bits in another order and in half the batch | yes | no | – | – |" in readme
-    assert "| whole training step of a small model ÷ ours | 1 | 1.5 … 1.5 | – | – |" in readme
+    assert "| whole training step of small models, times ours | 1 | 1.5 … 1.5 | – | – |" in readme
 
 
 def test_the_committed_readme_has_the_table_of_the_committed_results():

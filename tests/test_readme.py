@@ -31,7 +31,7 @@ COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if line.s
 # `make` itself installs before any of these tests runs
 INSTALLS = {"make test", "make bench-env", "pip install torch"}
 INSTALLS |= {"pip install sdpo-kernels", "pip install sdpo-kernels[hf]", "pip install sdpo-kernels[train]"}
-INSTALLS |= {"pip install sdpo-kernels[train,qlora]", "pip install sdpo-kernels[quack]"}
+INSTALLS |= {"pip install -e '.[train]'", "pip install sdpo-kernels[train,qlora]", "pip install sdpo-kernels[quack]"}
 INFO = {"python -m sdpo_kernels info"}  # run by tests/test_info.py
 # what a make target runs, shortened
 TARGETS = {

@@ -151,9 +151,10 @@ class RunConfig(Section):
             sequences apart.
         prefix_sharing: 'auto' lets the tokens that both answers of a pair begin with, such as the prompt, go through
             the model once, if its attention allows; 'off' never does. Needs packed batches.
-        grad_tol: What the head's backward may leave out: of each token tiles of the vocabulary whose probabilities add
-            up to at most this much; 0 is exact. On the CPU 0.004 saves most of the head's backward and changes its
-            gradients by a few thousandths; on GPUs nothing is left out so far. It must be 0 with `tp_size` and
+        grad_tol: What the head's backward may skip: of each token blocks of 64 vocabulary entries, the least probable
+            first, as long as their probabilities add up to at most this; 0 skips nothing. With 0.0039 (2**-8)
+            most of a real model's head backward on the CPU is skipped, and its gradients change by a few
+            thousandths. It must be 0 with `tp_size` and
             `trainer.fsdp`, which divide the head.
         attn_implementation: The attention that transformers uses, such as 'flash_attention_2' or 'sdpa'. By default
             the fastest one that keeps packed sequences apart; one that does not gets padded batches.
