@@ -128,7 +128,7 @@ def problem_and_truth(options: argparse.Namespace, dtype: str, vocab: int, kind:
     """The problem of one dtype, vocabulary and input, and its ground truth."""
     torch.set_num_threads(options.threads)
     if kind not in SHIFTS:
-        problem = answers(load(kind), options.pairs, options.length).cast(DTYPES[dtype])
+        problem = answers(load(kind), options.pairs, options.length).cast(DTYPES[dtype], options.device)
         return problem, true_step(problem)
 
     shape = (options.pairs, options.length, options.hidden, vocab)

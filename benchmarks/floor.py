@@ -85,9 +85,7 @@ def measured(
     """Medians in seconds of every case on one problem; the cases take turns."""
     problem = Problem.random(*shape, 0.4, DTYPES[dtype], str(device))
     # in float32 both floors are one; without bf16 instructions torch's bf16 products take far longer
-    left_out = (
-        "gemms_fp32" if dtype == "fp32" else None if torch.ops.sdpo_native.cpu_chip() == "avx512bf16" else "gemms"
-    )
+    left_out = "gemms_fp32" if dtype == "fp32" else None if measure.has_bf16() else "gemms"
     wanted = {case: prepare for case, prepare in CASES.items() if case != left_out}
     steps: dict[str, Callable[[], Any]] = {case: prepare(problem) for case, prepare in wanted.items()}
     times: dict[str, list[float]] = {case: [] for case in steps}

@@ -14,6 +14,7 @@ Times are the process's CPU seconds on one thread, to which other load on a shar
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from pathlib import Path
@@ -49,7 +50,9 @@ class Case(NamedTuple):
     @property
     def name(self) -> str:
         """As the table and the JSON call it."""
-        tolerance = f"2**-{round(-torch.tensor(self.grad_tol).log2().item())}" if self.grad_tol else "exact"
+        part, exponent = math.frexp(self.grad_tol)
+        power = f"2**{exponent - 1}" if part == 0.5 else f"{self.grad_tol:g}"
+        tolerance = power if self.grad_tol else "exact"
         return f"{tolerance}, {'frozen head' if self.frozen else f'stash {self.stash}'}"
 
     @property
@@ -94,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def problem_of(model: str, rows: int, quick: bool) -> Problem:
-    """Rows that are sequences of their own, chosen and rejected by turns."""
+    """Rows that are sequences of their own: the first half chosen ones, the others rejected."""
     if model != "random" and not quick:
         return single_tokens(load(model), rows // 2)
     hidden, vocab = (16, 500) if quick else RANDOM

@@ -213,6 +213,12 @@ def _instructions() -> str:
     return f"{chip}, AMX" if amx else chip
 
 
+def has_bf16() -> bool:
+    """Whether the machine's CPU has bf16 instructions, as far as Linux says so."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return not cpuinfo.exists() or any(name in cpuinfo.read_text() for name in ("avx512_bf16", "amx_bf16", " bf16"))
+
+
 def _versions() -> dict[str, str]:
     found = {}
     for package in PACKAGES:

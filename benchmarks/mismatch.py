@@ -84,7 +84,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def problem_at(options: argparse.Namespace, point: float | str) -> Problem:
     """The problem at a peak or of a real model, in bfloat16."""
     if isinstance(point, str):
-        return single_tokens(load(point), options.pairs).cast(torch.bfloat16)
+        return single_tokens(load(point), options.pairs).cast(torch.bfloat16, options.device)
     return problem_of(options, point)
 
 

@@ -237,7 +237,7 @@ def grad_tol_section(report: Report) -> list[str]:
     about = {key: report[key] for key in ("model", "rows", "hidden", "vocab")}
     headings = ["case", "median ms", "min … max", "step ÷ bare GEMMs", "step ÷ exact", "backward ÷ exact"]
     return [
-        f"Hidden states, head and targets of a real model: {described(about)}. CPU seconds of one thread; bare GEMMs: "
+        f"Hidden states, head and targets: {described(about)}. CPU seconds of one thread; bare GEMMs: "
         "the four products in float32. kept: of pairs of a row and a tile of 64 columns. With a frozen head the exact "
         "forward makes the gradient, so its backward is not compared.",
         markdown(["grad_tol", "kept", "dX error", "dW error"], chosen),

@@ -75,13 +75,14 @@ class Problem:
             labels,
         )
 
-    def cast(self, dtype: torch.dtype) -> Problem:
-        """The same numbers in another dtype."""
+    def cast(self, dtype: torch.dtype, device: str | None = None) -> Problem:
+        """The same numbers in another dtype, and on another device."""
         names = ("hidden", "weight", "ref_hidden", "ref_weight")
-        changed = {name: getattr(self, name).detach().to(dtype) for name in names}
+        place = torch.device(device) if device else self.labels.device
+        changed = {name: getattr(self, name).detach().to(place, dtype) for name in names}
         for name in names[:2]:
             changed[name].requires_grad_()
-        return replace(self, **changed)
+        return replace(self, **changed, labels=self.labels.to(place))
 
     def zero_grad(self) -> None:
         """Drop the gradients, before the next step."""

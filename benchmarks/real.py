@@ -59,6 +59,8 @@ def answers(real: Real, pairs: int, length: int) -> Problem:
     """The first `pairs` pairs, cut or padded to `length` tokens an answer; the reference is the policy."""
     every = list(zip(real.hidden.split(real.lengths.tolist()), real.targets.split(real.lengths.tolist()), strict=True))
     half = len(every) // 2
+    if pairs > half:
+        raise CannotRun(f"there are {half} pairs, not {pairs}: python -m benchmarks.real --pairs")
     states = torch.zeros(2 * pairs, length, real.hidden.shape[1])
     labels = torch.full((2 * pairs, length), IGNORE_INDEX)
     for place, (rows, targets) in enumerate(every[:pairs] + every[half : half + pairs]):

@@ -245,6 +245,8 @@ def _linear_logps_backward(
     d_lora: Tensor | None = None
     if dw is not None and lora_b is not None:
         d_lora, dw = dw[:, -lora_b.shape[1] :], dw[:, : weight.shape[1]] if of_weight else None
+        if dw is not None:
+            d_lora = d_lora.clone()  # of a head with one row both are contiguous, and would share memory
 
     def own(gradient: Tensor | None) -> Tensor:
         # an op's outputs may not share memory

@@ -364,3 +364,12 @@ def test_a_backend_that_cannot_serve_says_why_and_auto_warns_once(monkeypatch, c
     monkeypatch.setattr(backends, "AUTO_ORDER", ("picky",))
     with pytest.raises(ValueError, match=r"^backend: none supports this call: Request"):
         call()
+
+
+def test_a_lora_on_a_head_of_one_row():
+    """Both gradients are then contiguous parts of one tensor; an op's outputs may not share memory."""
+    hidden, weight = torch.randn(3, 8), torch.randn(1, 4, requires_grad=True)
+    lora_b = torch.randn(1, 4, requires_grad=True)
+    linear_logps(hidden, weight, torch.zeros(3, dtype=torch.int64), lora_b=lora_b).logps.sum().backward()
+    assert not weight.grad.any()  # the only token has probability 1
+    assert not lora_b.grad.any()

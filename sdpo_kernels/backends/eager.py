@@ -219,8 +219,9 @@ def vocabulary_chunks(call: HeadCall, border: int = 0) -> Iterator[tuple[int, in
 
 def _log_sums_of_tiles(probs: Tensor) -> Tensor:
     """The log-sum of each tile of a chunk [N, C], float64."""
-    padding = -probs.shape[1] % grad_tol.TILE
-    whole = torch.nn.functional.pad(probs, (0, padding)).view(len(probs), -1, grad_tol.TILE)
+    tiles = -(-probs.shape[1] // grad_tol.TILE)
+    padding = tiles * grad_tol.TILE - probs.shape[1]
+    whole = torch.nn.functional.pad(probs, (0, padding)).view(len(probs), tiles, grad_tol.TILE)
     return whole.sum(2, dtype=torch.float64).log()
 
 

@@ -273,6 +273,15 @@ def test_a_nan_stays_in_its_row(stash_bytes, backend):
     assert not found[torch.arange(100) != 4].isnan().any()
 
 
+@pytest.mark.parametrize("stash_bytes", [0, "auto"])
+def test_no_scored_row(stash_bytes, backend):
+    hidden, weight = torch.randn(3, 8, requires_grad=True), torch.randn(100, 8, requires_grad=True)
+    targets = torch.full((3,), -100)
+    linear_logps(hidden, weight, targets, backend=backend, grad_tol=0.1, stash_bytes=stash_bytes).logps.sum().backward()
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
+
+
 def test_the_entropys_gradient_is_exact(backend):
     case = peaked(outputs=("entropy",), grad_entropy=torch.linspace(-1, 1, 100))
     case.settings = {"backend": backend, "grad_tol": 0.05}

@@ -46,7 +46,7 @@ class HeadCase:
     @property
     def leaves_out(self) -> bool:
         """Whether its backward leaves tiles out."""
-        return self.grad_tol > 0 and self.device == "cpu" and not self.is_cut
+        return self.grad_tol > 0 and not self.is_cut
 
     @property
     def walks_back(self) -> bool:
@@ -79,11 +79,10 @@ class HeadMemory:
         # dX of the scored rows, in float32 while it is summed, then of all hidden states
         sums = rows * width * (4 + (item if item < 4 else 0))
         both = case.columns * width * case.weight_dtype.itemsize if case.lora else 0
-        scratch = own + sums + both + (chunk if case.walks_back or case.is_cut else 0)
-        spread = case.tokens * width * item
-
-        # sums of tiles in the forward, a bit for each until the backward
+        # sums of tiles in the forward, a bit for each until the backward, where the kept ones are listed
         tiles = rows * -(-case.columns // STASH_MULTIPLE) if case.leaves_out else 0
+        scratch = own + sums + both + 4 * tiles + (chunk if case.walks_back or case.is_cut else 0)
+        spread = case.tokens * width * item
         kept = hidden + stash + ROW_BYTES * rows + tiles // 8
         return cls(kept, stash, own + chunk + both + 4 * tiles, scratch + spread, scratch)
 
