@@ -163,7 +163,7 @@ def _chunk(rows: Rows, saved: Saved, by: Factors, kept: Kept, start: int, stop: 
     lists = kept.lists(start // TILE, n_tiles)
     weight = rows.weight[start:stop].to(call.dtype)
     if is_stashed:
-        s = stashed_columns(saved, start, stop)
+        s = stashed_columns(saved, start, start + n_tiles * TILE)  # whole tiles: past V the stash is 0
         return Chunk(s, TILE, s.stride(0), start, weight, lists)
 
     before, factor, capped = head_numbers(call)

@@ -130,7 +130,6 @@ def weight_kernel(
     across = tl.cdiv(width, BH) if HAS_DW else 1
     tile, h = tl.program_id(0) // across, tl.program_id(0) % across * BH + tl.arange(0, BH)
     column, inside = tl.arange(0, TILE), (h < width)[None, :]
-    columns = tile * TILE + column
     count, listed = tl.load(counts + tile), lists + tile.to(tl.int64) * n_rows
     acc, of_bias = tl.zeros([TILE, BH], tl.float32), tl.zeros([TILE], tl.float32)
     for start in range(0, count, BK):
@@ -138,7 +137,7 @@ def weight_kernel(
         there = places < count
         rows = tl.load(listed + places, there, other=0).to(tl.int64)
         at = tile.to(tl.int64) * tile_step + rows[:, None] * row_step + column[None, :]
-        left = tl.load(s + at, there[:, None] & (columns < n_columns)[None, :], other=0.0)
+        left = tl.load(s + at, there[:, None], other=0.0)
         if HAS_DB:
             of_bias += tl.sum(left.to(tl.float32) * tl.load(r + rows)[:, None], 0)
         if HAS_DW:
@@ -147,6 +146,7 @@ def weight_kernel(
                 left, right = left.to(tl.float32), right.to(tl.float32)
             acc = tl.dot(left.T, right, acc, input_precision="ieee")
 
+    columns = tile * TILE + column
     if HAS_DB:
         tl.store(db + columns, of_bias, columns < n_columns)
     if HAS_DW:
@@ -194,11 +194,10 @@ def hidden_kernel(
         word = tl.load(words + ((first_tile + tile) // 64).to(tl.int64) * n_rows + places, there, other=0)
         kept = ((word >> ((first_tile + tile) % 64)) & 1) != 0
         from_ = s + tile.to(tl.int64) * tile_step + rows[:, None] * row_step + column[None, :]
+        left = tl.load(from_, kept[:, None], other=0.0)
         columns = tile * TILE + column
-        inside = columns < n_columns  # a stash has room for whole tiles, and past V nothing was written
-        left = tl.load(from_, kept[:, None] & inside[None, :], other=0.0)
         at = columns.to(tl.int64)[:, None] * w_stride + h[None, :]
-        right = tl.load(w + at, inside[:, None] & (h < width)[None, :], other=0.0)
+        right = tl.load(w + at, (columns < n_columns)[:, None] & (h < width)[None, :], other=0.0)
         if UPCAST:
             left, right = left.to(tl.float32), right.to(tl.float32)
         acc = tl.dot(left, right, acc, input_precision="ieee")
