@@ -2,8 +2,8 @@
 
 The stash is what the forward keeps so that the backward need not recompute logits; chunks of the vocabulary are scratch
 memory while the head works. A frozen head keeps one vector [H] a scored row instead, unless its backward leaves tiles
-out (`grad_tol`). A LoRA on it (`lora_b`) trains, so
-it has a stash, and each of its passes makes one weight of both, [W, B].
+out (`grad_tol`). A LoRA on it (`lora_b`) trains, so it has a stash, and each of its passes makes one weight of both,
+[W, B].
 """
 
 from __future__ import annotations

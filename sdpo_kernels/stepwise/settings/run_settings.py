@@ -154,8 +154,7 @@ class RunConfig(Section):
         grad_tol: What the head's backward may skip: of each token blocks of 64 vocabulary entries, the least probable
             first, as long as their probabilities add up to at most this; 0 skips nothing. With 0.0039 (2**-8)
             most of a real model's head backward on the CPU is skipped, and its gradients change by a few
-            thousandths. It must be 0 with `tp_size` and
-            `trainer.fsdp`, which divide the head.
+            thousandths. It must be 0 with `tp_size` and `trainer.fsdp`, which divide the head.
         attn_implementation: The attention that transformers uses, such as 'flash_attention_2' or 'sdpa'. By default
             the fastest one that keeps packed sequences apart; one that does not gets padded batches.
         trust_remote_code: Whether code that comes with the model may run.
