@@ -18,10 +18,10 @@ pytest.importorskip("triton")
 
 from sdpo_kernels.backends.triton import persistent
 from sdpo_kernels.backends.triton.tiles import PERSISTENT_COLUMNS, PERSISTENT_ROWS
+from tests.backends.in_interpreter import check_in_interpreter
 from tests.backends.machine_code import INSTRUCTION, epilogue_length, inspected, stack_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
-INTERPRETED = Path(__file__).with_name("persistent_interpreted.py")
 CUDA_RUNTIME = Path("/usr/local/cuda/lib64/libcudart_static.a")
 WAYS = ("sums", "s", "sums+s")
 ELEMENTS = PERSISTENT_ROWS * PERSISTENT_COLUMNS // 128  # of a thread
@@ -56,14 +56,7 @@ def test_columns_in_whole_tiles():
 
 
 def test_in_the_interpreter():
-    """In a process of its own: Triton reads TRITON_INTERPRET when it is first imported."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", str(INTERPRETED)],
-        cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    check_in_interpreter("persistent_interpreted.py")
 
 
 # ---- its machine code ----

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from sdpo_kernels import backends
 from sdpo_kernels.backends.base import EXTRAS, Request
 from sdpo_kernels.head import Head
+from tests.backends.in_interpreter import check_in_interpreter
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).resolve().parents[2]
-FILE = Path(__file__).with_name("triton_interpreted.py")
 
 
 def request_of(**changes) -> Request:
@@ -48,11 +42,4 @@ PART = "gradients or one_launch or pieces"  # about half of the time
 
 @pytest.mark.parametrize("chosen", [PART, f"not ({PART})"], ids=["some", "the others"])
 def test_in_the_interpreter(chosen):
-    """In a process of its own: Triton reads TRITON_INTERPRET when it is first imported."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", str(FILE), "-k", chosen],
-        cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    check_in_interpreter("triton_interpreted.py", chosen)
