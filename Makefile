@@ -16,7 +16,8 @@ NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 EMULATOR := $(wildcard tests/backends/emulator/* tests/backends/arm/*)
 SANITIZED := build/sanitized
 KERNEL_TESTS = $(BIN)/python -m pytest -q -p no:cacheprovider -m "not slow" \
-	tests/backends/test_native.py tests/test_logits.py tests/test_logps_extremes.py
+	tests/backends/test_native.py tests/backends/test_grad_tol.py tests/backends/test_grad_tol_rule.py \
+	tests/test_logits.py tests/test_logps_extremes.py
 CLANG ?= clang++
 ARM_CXX ?= aarch64-linux-gnu-g++
 ARM_RUN ?= qemu-aarch64
@@ -44,8 +45,9 @@ screenshots: demo  ## the screenshots of a report that docs/report.md shows (nee
 	$(CHROMIUM) --window-size=390,1480 --blink-settings=preferredColorScheme=0 --screenshot=docs/report-narrow.png \
 		file://$(abspath $(DEMO_OUTPUT))/sdpo/report.html
 
+# one thread for each of the two workers, in the processes that tests start, too
 test: $(VENV)/.installed  ## run the tests
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 lint: $(VENV)/.installed  ## check lint, format and types
 	$(BIN)/ruff check .
@@ -92,7 +94,7 @@ arm: $(VENV)/.installed  ## compile for 64-bit ARM and run the kernels in qemu
 	mkdir -p build/arm
 	include="$$($(BIN)/python -c 'import importlib.util as u, pathlib as p; print(p.Path(u.find_spec("torch").origin).parent / "include")')"; \
 	for source in csrc/ops.cpp $(wildcard csrc/cpu/*.cpp) tests/backends/arm/walk.cpp; do \
-		$(ARM_CXX) -std=c++20 -O3 -fwrapv -fPIC -fopenmp-simd -Wall -Werror -Wno-unused-parameter -Wno-maybe-uninitialized \
+		$(ARM_CXX) -std=c++20 -O3 -fwrapv -fPIC -fopenmp-simd -fno-trapping-math -Wall -Werror -Wno-unused-parameter -Wno-maybe-uninitialized \
 			-DTORCH_TARGET_VERSION=0x020a000000000000 -DSDPO_BUILT_FROM='"arm"' -isystem "$$include" -isystem "$$include/torch/csrc/api/include" \
 			-c $$source -o build/arm/$$(basename $$source .cpp).o || exit 1; \
 	done

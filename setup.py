@@ -67,6 +67,7 @@ CUDA_ARCHITECTURES = ("80", "90a", "100", "120")  # binaries; PTX of the first a
 
 CPU_FLAGS = [
     "-std=c++20", "-O3", "-DNDEBUG", "-fwrapv", "-fPIC", "-fopenmp-simd", "-fvisibility=hidden",
+    "-fno-trapping-math",  # or GCC keeps the comparisons of the exponential as branches, unless it has masks (AVX-512)
     "-Wall", "-Wno-unused-parameter", "-Wno-unknown-warning-option", "-Wno-maybe-uninitialized",
 ]  # fmt: skip
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-fno-omit-frame-pointer"]

@@ -7,8 +7,10 @@ Times are the process's CPU seconds on one thread, to which other load on a shar
 
     kept            share of (row, tile of 64 columns) pairs that the backward takes
     dX, dW error    ‖found − exact‖ ÷ ‖exact‖
+    rows of dX      the same of each row's own: the median, 99 of 100, the worst
 
-`--model random` shows what it costs where nothing can be left out.
+`--relative 0.0156` measures tolerances of `grad_tol_relative` beside the others; 2**-6 keeps about as much as 2**-8
+without. `--model random` shows what it costs where nothing can be left out.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import measure
-from benchmarks.problem import Problem
+from benchmarks.problem import CannotRun, Problem
 from benchmarks.real import load, single_tokens
 from benchmarks.real_models import MODELS
 from benchmarks.rivals import gemms
@@ -37,6 +39,7 @@ from sdpo_kernels.head import Head
 ALL = 10**12  # stash_bytes that holds everything
 STASHES = {"auto": "auto", "all": ALL, "none": 0}
 TOLERANCES = (2.0**-8, 2.0**-10)
+ROWS = {"median": 0.5, "99 %": 0.99, "worst": 1.0}
 RANDOM = (576, 49152)  # hidden, vocab
 
 
@@ -46,19 +49,20 @@ class Case(NamedTuple):
     grad_tol: float
     stash: str = "auto"  # of STASHES
     frozen: bool = False  # a head that is not trained
+    relative: bool = False
 
     @property
     def name(self) -> str:
         """As the table and the JSON call it."""
         part, exponent = math.frexp(self.grad_tol)
         power = f"2**{exponent - 1}" if part == 0.5 else f"{self.grad_tol:g}"
-        tolerance = power if self.grad_tol else "exact"
+        tolerance = power + " relative" * self.relative if self.grad_tol else "exact"
         return f"{tolerance}, {'frozen head' if self.frozen else f'stash {self.stash}'}"
 
     @property
     def exact(self) -> Case:
         """The same without a tolerance."""
-        return self._replace(grad_tol=0.0)
+        return self._replace(grad_tol=0.0, relative=False)
 
 
 class Times(NamedTuple):
@@ -73,23 +77,34 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.grad_tol", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=(*MODELS, "random"), default="smollm2")
     parser.add_argument("--rows", type=int, default=2048, help="scored rows, spread over all answers")
-    parser.add_argument("--tolerances", type=float, nargs="+", default=TOLERANCES)
+    parser.add_argument("--tolerances", type=float, nargs="+", default=TOLERANCES, help="0.00390625 is 2**-8")
+    parser.add_argument("--relative", type=float, nargs="+", default=(), help="tolerances of grad_tol_relative, too")
     parser.add_argument("--stashes", choices=STASHES, nargs="+", default=list(STASHES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--quick", action="store_true", help="a tiny random problem")
     options = parser.parse_args(arguments)
+    for tolerance in (*options.tolerances, *options.relative):
+        if not 0 < tolerance < 1:
+            parser.error(f"--tolerances, --relative: was {tolerance:g}, must be above 0 and below 1; 0 is always there")
+    if options.rounds < 1:
+        parser.error(f"--rounds: was {options.rounds}, must be at least 1")
     torch.set_num_threads(1)
 
-    problem = problem_of(options.model, options.rows, options.quick)
-    tolerances = (0.0, *options.tolerances)
-    cases = [Case(tolerance, stash) for stash in options.stashes for tolerance in tolerances]
-    cases += [Case(tolerance, frozen=True) for tolerance in tolerances]
+    try:
+        problem = problem_of(options.model, options.rows, options.quick)
+    except CannotRun as reason:
+        parser.error(str(reason))
+    tolerances = [Case(one) for one in options.tolerances] + [Case(one, relative=True) for one in options.relative]
+    exact_and_some = [Case(0.0), *tolerances]
+    cases = [case._replace(stash=stash) for stash in options.stashes for case in exact_and_some]
+    cases += [case._replace(frozen=True) for case in exact_and_some]
 
     report = measure.report("grad_tol", arguments, 1, torch.device("cpu"))
     n_columns, width = problem.weight.shape
-    report |= {"model": options.model, "rows": problem.labels.numel(), "hidden": width, "vocab": n_columns}
-    report["tolerances"] = [quality(problem, tolerance) for tolerance in options.tolerances]
+    model = "random" if options.quick else options.model
+    report |= {"model": model, "rows": problem.labels.numel(), "hidden": width, "vocab": n_columns}
+    report["tolerances"] = [quality(problem, case) for case in tolerances]
     report |= timed(problem, cases, options.rounds)
     print(show(report))
     measure.write_json(options.json, report)
@@ -111,7 +126,7 @@ def run(problem: Problem, case: Case) -> Times:
     start = time.process_time()
     out = fused_linear_dpo(
         problem.hidden, weight, problem.labels, ref_hidden=problem.ref_hidden, ref_weight=problem.ref_weight,
-        beta=problem.beta, stash_bytes=STASHES[case.stash], grad_tol=case.grad_tol,
+        beta=problem.beta, stash_bytes=STASHES[case.stash], grad_tol=case.grad_tol, grad_tol_relative=case.relative,
     )  # fmt: skip
     middle = time.process_time()
     out.loss.backward()
@@ -152,28 +167,31 @@ def timed(problem: Problem, cases: list[Case], rounds: int) -> dict[str, Any]:
     }
 
 
-def quality(problem: Problem, tolerance: float) -> dict[str, Any]:
+def quality(problem: Problem, case: Case) -> dict[str, Any]:
     """Share of kept pairs, and errors of the gradients relative to exact ones."""
-    exact, found = (gradients(problem, value) for value in (0.0, tolerance))
+    exact, found = (gradients(problem, each) for each in (case.exact, case))
     errors = [((a - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
-    return {"grad_tol": tolerance, "kept": kept_share(problem, tolerance), "dx_error": errors[0], "dw_error": errors[1]}
+    of_rows = ((found[0] - exact[0]).norm(dim=-1) / exact[0].norm(dim=-1)).flatten().sort().values
+    rows = {name: of_rows[int(share * (len(of_rows) - 1))].item() for name, share in ROWS.items()}
+    found_share = {"grad_tol": case.grad_tol, "relative": case.relative, "kept": kept_share(problem, case)}
+    return found_share | {"dx_error": errors[0], "dw_error": errors[1], "dx_rows": rows}
 
 
-def gradients(problem: Problem, tolerance: float) -> tuple[Tensor, Tensor]:
+def gradients(problem: Problem, case: Case) -> tuple[Tensor, Tensor]:
     """Of the hidden states and of the head."""
-    run(problem, Case(tolerance))
+    run(problem, case)
     assert problem.hidden.grad is not None
     assert problem.weight.grad is not None
     return problem.hidden.grad, problem.weight.grad
 
 
-def kept_share(problem: Problem, tolerance: float) -> float:
+def kept_share(problem: Problem, case: Case) -> float:
     """The share of (row, tile) pairs."""
     hidden, weight = problem.hidden.detach().flatten(0, 1), problem.weight.detach()
     dtype = hidden.dtype
     call = HeadCall(hidden, weight, None, problem.labels.flatten(), Head(), dtype, (), len(hidden))
     backend = choose_backend("auto", Request(hidden.device, dtype, dtype, Head(), ()))
-    words = backend.forward(call, Keep.columns(0, tolerance)).tiles
+    words = backend.forward(call, Keep.columns(0, case.grad_tol, case.relative)).tiles
     assert words is not None
     return unpacked(words, -(-len(weight) // TILE)).double().mean().item()
 
@@ -182,7 +200,8 @@ def show(report: dict[str, Any]) -> str:
     """The report as two tables."""
     about = f"{report['model']}: {report['rows']} rows, H {report['hidden']}, V {report['vocab']}"
     quality_lines = [
-        [f"{one['grad_tol']:.5f}", f"{one['kept']:.3f}", f"{one['dx_error']:.1e}", f"{one['dw_error']:.1e}"]
+        [f"{one['grad_tol']:.5f}" + " relative" * one["relative"], f"{one['kept']:.3f}"]
+        + [f"{error:.1e}" for error in (one["dx_error"], one["dw_error"], *one["dx_rows"].values())]
         for one in report["tolerances"]
     ]
     # an exact step with a frozen head has no product in its backward
@@ -194,7 +213,8 @@ def show(report: dict[str, Any]) -> str:
     ]
     headings = ["", "step s", "backward s", "step ÷ gemms", "step ÷ exact", "backward ÷ exact"]
     return "\n".join([
-        measure.heading(report), about, "", measure.table(["grad_tol", "kept", "dX error", "dW error"], quality_lines),
+        measure.heading(report), about, "",
+        measure.table(["grad_tol", "kept", "dX error", "dW error", *(f"row {name}" for name in ROWS)], quality_lines),
         "", f"four bare GEMMs in float32: {report['gemms_s']:.3f} s", measure.table(headings, lines),
     ])  # fmt: skip
 

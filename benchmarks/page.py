@@ -13,7 +13,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import betas_page, mismatch_page, pictures, readme_table, records
+from benchmarks import (
+    betas_page,
+    grad_tol_page,
+    grad_tol_training_page,
+    mismatch_page,
+    pictures,
+    readme_table,
+    records,
+)  # fmt: skip
 from benchmarks.measure import ROOT
 from benchmarks.names import name as name_of
 
@@ -24,6 +32,7 @@ TITLES = {
     "accuracy": "Log-probs and gradients against float64",
     "mismatch": "The error of a token's probability as logits grow",
     "grad_tol": "A backward that leaves small gradients out",
+    "grad_tol_training": "Training with small gradients left out",
     "scaling": "How time and memory scale",
     "step": "A whole training step against TRL's DPOTrainer",
     "body": "What shared prompts save in a model's body",
@@ -37,7 +46,8 @@ ROWS = (
     "Ours, the bare GEMMs and `trl_fused_scored` multiply the scored rows alone, the other cases all rows. On a GPU "
     "TRL itself leaves the others out, on a CPU it does not."
 )
-NOT_ANNOUNCED = {"parts", "body", "sharded", "vocab_parallel", "betas", "grad_tol"}  # listed only where it was measured
+# listed only where it was measured
+NOT_ANNOUNCED = {"parts", "body", "sharded", "vocab_parallel", "betas", "grad_tol", "grad_tol_training"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -85,6 +95,8 @@ def page(reports: dict[str, Report]) -> str:
         parts.append(f"## {title}")
         if not of_kind:
             parts.append(f"Not measured yet: `python -m benchmarks.{kind}`.")
+        if kind in SUMMARIES:
+            parts += SUMMARIES[kind](list(of_kind.values()))
 
         for name, report in of_kind.items():
             parts += [source(report), *SECTIONS[kind](report)]
@@ -221,30 +233,6 @@ def scaling_section(report: Report) -> list[str]:
     return [above, markdown(["point", "scored rows", *map(named, cases)], lines), *not_run(skipped)]
 
 
-def grad_tol_section(report: Report) -> list[str]:
-    """What is kept and how far gradients are off; then each case's time beside the exact step's and bare GEMMs."""
-    chosen = [
-        [f"{one['grad_tol']:g}", f"{100 * one['kept']:.0f} %", f"{one['dx_error']:.1e}", f"{one['dw_error']:.1e}"]
-        for one in report["tolerances"]
-    ]
-    lines = []
-    for case in report["cases"]:
-        least, largest = case["spread_s"]
-        ratios = [case["step_to_gemms"], case["step_to_exact"], case["backward_to_exact"]]
-        cells = [case["name"], f"{1e3 * case['step_s']:.0f}", f"{1e3 * least:.0f} … {1e3 * largest:.0f}"]
-        lines.append([*cells, *("–" if ratio is None else f"{ratio:.2f}" for ratio in ratios)])
-
-    about = {key: report[key] for key in ("model", "rows", "hidden", "vocab")}
-    headings = ["case", "median ms", "min … max", "step ÷ bare GEMMs", "step ÷ exact", "backward ÷ exact"]
-    return [
-        f"Hidden states, head and targets: {described(about)}. CPU seconds of one thread; bare GEMMs: "
-        "the four products in float32. kept: of pairs of a row and a tile of 64 columns. With a frozen head the exact "
-        "forward makes the gradient, so its backward is not compared.",
-        markdown(["grad_tol", "kept", "dX error", "dW error"], chosen),
-        markdown(headings, lines),
-    ]
-
-
 def step_section(report: Report) -> list[str]:
     """Time, speed and memory of the driver, with and without shared prompts, and of TRL."""
     lines, skipped = [], {}
@@ -362,7 +350,8 @@ SECTIONS: dict[str, Callable[[Report], list[str]]] = {
     "floor": floor_section,
     "accuracy": accuracy_section,
     "mismatch": mismatch_page.section,
-    "grad_tol": grad_tol_section,
+    "grad_tol": grad_tol_page.section,
+    "grad_tol_training": grad_tol_training_page.section,
     "scaling": scaling_section,
     "step": step_section,
     "body": body_section,
@@ -370,6 +359,11 @@ SECTIONS: dict[str, Callable[[Report], list[str]]] = {
     "vocab_parallel": vocab_parallel_section,
     "stages": stages_section,
     "betas": betas_page.section,
+}
+# what stands above the reports of a benchmark
+SUMMARIES: dict[str, Callable[[list[Report]], list[str]]] = {
+    "grad_tol": grad_tol_page.summary,
+    "grad_tol_training": grad_tol_training_page.summary,
 }
 
 

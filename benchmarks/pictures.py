@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import betas_page, mismatch_page
+from benchmarks import betas_page, grad_tol_training_page, mismatch_page
 from benchmarks.names import name
 from benchmarks.records import FLOORS
 
@@ -130,6 +130,7 @@ DRAWN: dict[str, Callable[[Report, Any], Any]] = {
     "head": head,
     "accuracy": accuracy,
     "mismatch": mismatch_page.picture,
+    "grad_tol_training": grad_tol_training_page.picture,
     "scaling": scaling,
     "betas": betas_page.picture,
 }

@@ -19,30 +19,30 @@ cpu::Tiles make_tiles(const Tensor& bits, const MaybeTensor& row_of) {
 void linear_forward_with(cpu::RowExtras* extras, Tensor hidden, Tensor weight, MaybeTensor bias, Tensor targets,
                          double scale, double softcap, double temperature, bool bf16, MaybeTensor target_logits,
                          MaybeTensor logps, Tensor state, MaybeTensor stash, MaybeTensor direction, double grad_tol,
-                         MaybeTensor tiles) {
+                         bool grad_tol_relative, MaybeTensor tiles) {
   const cpu::Kernels& kernels = cpu::kernels_for(bf16);
   cpu::Leaves leaves(kernels, extras);
   if (tiles) leaves.keep_sums();
   Kept kept = make_kept(stash, kernels.bf16, stash ? stash->size(0) : 0, std::nullopt, direction);
   forward(leaves, make_call(hidden, weight, bias, targets, scale, softcap, temperature, bf16, target_logits), kept,
           pointer<float>(logps), pointer<double>(state));
-  if (tiles) leaves.choose_tiles(grad_tol, pointer<double>(state), make_tiles(*tiles, std::nullopt));
+  if (tiles) leaves.choose_tiles(grad_tol, grad_tol_relative, pointer<double>(state), make_tiles(*tiles, std::nullopt));
 }
 
 void linear_forward(Tensor hidden, Tensor weight, MaybeTensor bias, Tensor targets, double scale, double softcap,
                     double temperature, bool bf16, MaybeTensor target_logits, MaybeTensor logps, Tensor state,
                     MaybeTensor stash, MaybeTensor direction) {
   linear_forward_with(nullptr, hidden, weight, bias, targets, scale, softcap, temperature, bf16, target_logits, logps,
-                      state, stash, direction, 0.0, std::nullopt);
+                      state, stash, direction, 0.0, false, std::nullopt);
 }
 
 void linear_forward_more(Tensor hidden, Tensor weight, MaybeTensor bias, Tensor targets, double scale, double softcap,
                          double temperature, bool bf16, MaybeTensor target_logits, MaybeTensor logps, Tensor state,
                          MaybeTensor stash, MaybeTensor direction, MaybeTensor extras, double grad_tol,
-                         MaybeTensor tiles) {
+                         bool grad_tol_relative, MaybeTensor tiles) {
   static_assert(sizeof(cpu::RowExtras) == 6 * sizeof(double));
   linear_forward_with(pointer<cpu::RowExtras>(extras), hidden, weight, bias, targets, scale, softcap, temperature, bf16,
-                      target_logits, logps, state, stash, direction, grad_tol, tiles);
+                      target_logits, logps, state, stash, direction, grad_tol, grad_tol_relative, tiles);
 }
 
 void target_logits(Tensor hidden, Tensor weight, MaybeTensor bias, Tensor targets, double scale, double softcap,
@@ -111,7 +111,7 @@ STABLE_TORCH_LIBRARY(sdpo_native, m) {
   m.def(
       "linear_forward_more(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float scale, float softcap, "
       "float temperature, bool bf16, Tensor? target_logits, Tensor(a!)? logps, Tensor(b!) state, Tensor(c!)? stash, "
-      "Tensor(d!)? direction, Tensor(e!)? extras, float grad_tol, Tensor(f!)? tiles) -> ()");
+      "Tensor(d!)? direction, Tensor(e!)? extras, float grad_tol, bool grad_tol_relative, Tensor(f!)? tiles) -> ()");
   m.def(
       "linear_backward_tiles(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float scale, float softcap, "
       "float temperature, bool bf16, Tensor logps, Tensor state, Tensor? stash, Tensor? row_of, Tensor grad, "

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sdpo_kernels.dpo_checks import check_batch, check_counts, check_reference
 from sdpo_kernels.dpo_output import DPOOutput, checked_loss, loss_and_metrics
-from sdpo_kernels.logps import LinearLogps, linear_logps
+from sdpo_kernels.logps import LinearLogps, check_grad_tol, linear_logps
 from sdpo_kernels.losses import LossSum, LossType
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows, all_rows, sequence_logps
 from sdpo_kernels.token_weights import agreement_weights, length_weights
@@ -42,6 +42,7 @@ def fused_linear_dpo(
     backend: str = "auto",
     stash_bytes: int | str = "auto",
     grad_tol: float = 0.0,
+    grad_tol_relative: bool = False,
     vocab_group: dist.ProcessGroup | None = None,
     vocab_slice_rows: Sequence[int] | None = None,
     beta: float = 0.1,
@@ -65,8 +66,8 @@ def fused_linear_dpo(
         ref_logps: [2B] the reference's summed log-probs; or
         ref_hidden, ref_weight, ref_bias: the reference's hidden states (hidden's shape, but its own H) and head, scored
             here without gradient; if ref_weight is weight itself, in one pass with the policy.
-        temperature, logit_scale, softcap, backend, stash_bytes, grad_tol: as in `linear_logps`; grad_tol, what the
-            policy's backward may leave out, must be 0 with vocab_group.
+        temperature, logit_scale, softcap, backend, stash_bytes, grad_tol, grad_tol_relative: as in `linear_logps`;
+            grad_tol, what the policy's backward may leave out, must be 0 with vocab_group.
         vocab_group: the process group over which the heads' rows are divided (tensor parallelism): `weight`, `bias`,
             `ref_weight` and `ref_bias` are this rank's rows, all else is the same on every rank, and so is the result;
             see `vocab_parallel_linear_logps`, whose `slice_rows` is `vocab_slice_rows`. None: the heads are whole.
@@ -106,8 +107,9 @@ def fused_linear_dpo(
     policy_head = _Head(hidden, weight, bias)
     ref_head = None if ref_hidden is None or ref_weight is None else _Head(ref_hidden, ref_weight, ref_bias)
     outputs = ("log_sum_sq_probs",) if wanted.weighs_pairs else ()
+    tolerance = {"grad_tol": grad_tol, "grad_tol_relative": grad_tol_relative}
     policy = _policy_and_reference(
-        policy_head, ref_head, targets, outputs, stash_bytes, grad_tol, vocab_group, vocab_slice_rows, rows=rows,
+        policy_head, ref_head, targets, outputs, stash_bytes, tolerance, vocab_group, vocab_slice_rows, rows=rows,
         temperature=temperature, logit_scale=logit_scale, softcap=softcap, backend=backend,
     )  # fmt: skip
 
@@ -155,20 +157,24 @@ def _policy_and_reference(
     targets: Tensor,
     outputs: tuple[str, ...],
     stash_bytes: int | str,
-    grad_tol: float,
+    tolerance: dict[str, Any],
     vocab_group: dist.ProcessGroup | None,
     vocab_slice_rows: Sequence[int] | None,
     **options: Any,
 ) -> LinearLogps:
     """Per-token log-probs of the policy with `outputs`; `ref_logps` are the reference's, without gradient."""
 
+    grad_tol = tolerance["grad_tol"]
+    check_grad_tol(grad_tol, tolerance["grad_tol_relative"])
     if vocab_group is not None and grad_tol != 0:
-        raise ValueError(f"grad_tol: was {grad_tol!r}, must be 0 with vocab_group: slices of a vocabulary are exact")
+        raise ValueError(
+            f"grad_tol: was {grad_tol!r}, must be 0 with vocab_group: a slice of a head leaves nothing out"
+        )
 
     def score(head: _Head, stash_bytes: int | str, **more: Any) -> LinearLogps:
         given: dict[str, Any] = {"stash_bytes": stash_bytes, **options, **more}
         if vocab_group is None:
-            return linear_logps(head.flat_hidden, head.weight, targets, bias=head.bias, grad_tol=grad_tol, **given)
+            return linear_logps(head.flat_hidden, head.weight, targets, bias=head.bias, **tolerance, **given)
         given |= {"bias_slice": head.bias, "group": vocab_group, "slice_rows": vocab_slice_rows}
         return vocab_parallel_linear_logps(head.flat_hidden, head.weight, targets, **given)
 
@@ -203,15 +209,18 @@ class FusedLinearDPOLoss(nn.Module):
         backend: str = "auto",
         stash_bytes: int | str = "auto",
         grad_tol: float = 0.0,
+        grad_tol_relative: bool = False,
         beta: float = 0.1,
         loss_type: LossType = "sigmoid",
         **loss_options: Any,
     ) -> None:
         super().__init__()
         checked_loss(loss_type, beta, loss_options)
+        check_grad_tol(grad_tol, grad_tol_relative)
         self.settings: dict[str, Any] = {
             "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap, "backend": backend,
-            "stash_bytes": stash_bytes, "grad_tol": grad_tol, "beta": beta, "loss_type": loss_type, **loss_options,
+            "stash_bytes": stash_bytes, "grad_tol": grad_tol, "grad_tol_relative": grad_tol_relative, "beta": beta,
+            "loss_type": loss_type, **loss_options,
         }  # fmt: skip
 
     def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor, **inputs: Any) -> DPOOutput:

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sdpo_kernels import logps_op
-from sdpo_kernels.backends import choose_backend
+from sdpo_kernels.backends import choose_backend, takes_grad_tol
 from sdpo_kernels.backends.base import EXTRAS, STASH_MULTIPLE, Backend, Keep, Request
 from sdpo_kernels.head import Head
 from sdpo_kernels.rows import IGNORE_INDEX, ScoredRows
@@ -57,6 +58,7 @@ def linear_logps(
     backend: str = "auto",
     stash_bytes: int | str = "auto",
     grad_tol: float = 0.0,
+    grad_tol_relative: bool = False,
 ) -> LinearLogps:
     """Log-probability of each target under softmax(z), z = softcap·tanh(scale·(hidden·Wᵀ + bias)/softcap)/temperature.
 
@@ -81,8 +83,11 @@ def linear_logps(
         grad_tol: what the backward may leave out, 0 ≤ grad_tol < 1; 0 is exact. Of each row it leaves out tiles of 64
             columns whose probabilities add up to at most grad_tol, so that dL/dz of the row is off by at most
             grad_tol·|g| (L1 norm; g is the gradient of its log-prob). The target's tile is never left out. Backends
-            that cannot leave anything out are exact, as is entropy's gradient ("What the backward may leave out" in
-            docs/architecture.md).
+            that cannot leave anything out are exact, as is eager unless it is named, and entropy's gradient
+            ("What the backward may leave out" in docs/architecture.md).
+        grad_tol_relative: whether grad_tol is relative to 1 − p of each row, p its target's probability: dL/dz is then
+            off by at most grad_tol·(1 − p)·|g|, half of grad_tol relative to its own L1 norm. Rows whose target is
+            nearly certain keep gradients as accurate as the others'; the same grad_tol leaves out less.
 
     Returns:
         `LinearLogps`. Logits are never rounded below float32; float32 inputs are multiplied without TF32. NaN inputs
@@ -112,15 +117,15 @@ def linear_logps(
         index = (targets != IGNORE_INDEX).nonzero().squeeze(1)
     n_rows = hidden.shape[0] if index is None else index.shape[0]
     head_trains = any(t is not None and t.requires_grad for t in (weight, bias, lora_b))
-    check_grad_tol(grad_tol)
-    tolerance = float(grad_tol) if chosen.uses_grad_tol(hidden.device) else 0.0
+    check_grad_tol(grad_tol, grad_tol_relative)
+    tolerance = float(grad_tol) if takes_grad_tol(backend, chosen, hidden.device) else 0.0
     keep = _keep(chosen, hidden, weight, head_trains, n_rows, names, dtype, stash_bytes, tolerance)
 
     op = logps_op.linear_logps_finding_op if index is None else logps_op.linear_logps_op
     found = op(
         hidden, weight, targets, bias, index, logit_scale, softcap, temperature, ",".join(names), dtype, chosen.name,
         keep.encode(), None if ref_hidden is None else ref_hidden.detach(), lora_b,
-        keep.grad_tol,
+        keep.grad_tol, grad_tol_relative,
     )  # fmt: skip
     out = logps_op.Outputs(*found)
     requested = {name: getattr(out, name) for name in names}
@@ -189,10 +194,12 @@ def check_stash_bytes(stash_bytes: int | str) -> None:
         raise ValueError(f'stash_bytes: was {stash_bytes!r}, must be "auto" or a number of bytes, at least 0')
 
 
-def check_grad_tol(grad_tol: float) -> None:
-    """ValueError unless it is a number from 0 to below 1."""
-    if isinstance(grad_tol, bool) or not isinstance(grad_tol, (int, float)) or not 0 <= grad_tol < 1:
+def check_grad_tol(grad_tol: float, relative: bool) -> None:
+    """ValueError unless it is a number from 0 to below 1, and `relative` a bool."""
+    if isinstance(grad_tol, bool) or not isinstance(grad_tol, Real) or not 0 <= grad_tol < 1:
         raise ValueError(f"grad_tol: was {grad_tol!r}, must be a number of at least 0 and below 1")
+    if not isinstance(relative, bool):
+        raise ValueError(f"grad_tol_relative: was {relative!r}, must be True or False")
 
 
 def total_memory(device: torch.device) -> int:

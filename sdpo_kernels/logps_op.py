@@ -44,6 +44,7 @@ class Inputs(NamedTuple):
     ref_hidden: Any = None
     lora_b: Any = None
     grad_tol: Any = None
+    grad_tol_relative: Any = None
 
 
 class Outputs(NamedTuple):
@@ -104,6 +105,7 @@ def _linear_logps(
     ref_hidden: Tensor | None,  # as hidden, scored by the same head without gradient
     lora_b: Tensor | None,  # [V, r], further columns of the weight
     grad_tol: float,  # what the backward may leave out of dL/dz
+    grad_tol_relative: bool,  # whether that is relative to a row's 1 − p
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`Outputs`, as a plain tuple.
 
@@ -125,7 +127,7 @@ def _linear_logps(
         check_ascending(index)
         check_targets(call.targets, call.weight.shape[0])
 
-    out = chosen.forward(call, Keep.decode(keep, grad_tol))
+    out = chosen.forward(call, Keep.decode(keep, grad_tol, grad_tol_relative))
 
     ref_logps = out.ref_logps
     if call.ref_hidden is not None and ref_logps is None:

@@ -34,6 +34,10 @@ TOKENS = [
     for case, bits in (("ours", ["repeated", "order", "batch", "stash", "threads"]), ("trl", ["repeated"]))
     for peak, real in ((5, {}), (80, {}), (17.6, {"real": "smollm2"}))
 ]
+PAIRED = {"mean": 0.5, "low": 0.25, "high": 0.75, "seeds": [0.25, 0.75]}
+TRAINED = dict.fromkeys(("pair_accuracy", "reward_margin", "reward_chosen", "reward_rejected", "kl"), PAIRED)
+TRAINED["accuracy_minus_initial"] = PAIRED
+APART = {"body": [0.5, 0.25], "head_seen": [1.0, 1.0], "head_unseen": [3.0, 3.0]}
 POINT = {"factor": "vocab", "value": 200, "shape": {"rows": 5}, "results": CASES}
 SWEPT = [
     {"task": "sorting", "method": method, "seed": seed, "beta": beta, "kl": kl}
@@ -50,11 +54,32 @@ REPORTS: dict[str, dict[str, Any]] = {
         "rows": 5,
         "hidden": 16,
         "vocab": 90,
-        "tolerances": [{"grad_tol": 2**-8, "kept": 0.25, "dx_error": 4e-3, "dw_error": 8e-4}],
-        "cases": [
-            {"name": "2**-8, stash auto", "step_s": 0.5, "spread_s": [0.25, 0.75], "step_to_gemms": 0.75}
-            | {"step_to_exact": 0.625, "backward_to_exact": None}
+        "tolerances": [
+            {"grad_tol": 2**-8, "relative": True, "kept": 0.25, "dx_error": 4e-3, "dw_error": 8e-4}
+            | {"dx_rows": {"median": 2e-3, "worst": 5e-3}}
         ],
+        "cases": [
+            {"name": "2**-8 relative, stash auto", "step_s": 0.5, "spread_s": [0.25, 0.75], "step_to_gemms": 0.75}
+            | {"step_to_exact": ratio, "backward_to_exact": None, "grad_tol": 2**-8, "relative": True, "frozen": frozen}
+            for frozen, ratio in ((False, 0.625), (False, 0.875), (True, 1.25))
+        ],
+    },
+    "grad_tol_training": {
+        "settings": {"beta": 0.1},
+        "data": "pairs.jsonl",
+        "pairs": 12,
+        "held_out": 4,
+        "kl_pairs": 2,
+        "seeds": [1, 2],
+        "initial_accuracy": PAIRED,
+        "results": [
+            {"grad_tol": 0.0, "losses": [[0.75] * 12, [0.25] * 12]} | TRAINED,
+            {"grad_tol": 2**-8, "losses": [[0.75] * 8 + [1.0] * 4] * 2, "minus_exact": TRAINED} | TRAINED,
+        ],
+        "seen_tokens": 1234,
+        "update_lengths": {"0": APART, "0.00390625": APART},
+        "distances": {"0.00390625": APART},
+        "distances_between_seeds": APART,
     },
     "mismatch": {"shape": {"pairs": 1}, "results": [*TOKENS, {"case": "liger", "skipped": "not installed"}]},
     "scaling": {"base": {"pairs": 1}, "results": [POINT, POINT | {"value": 400}]},
@@ -105,8 +130,15 @@ def test_the_page_shows_every_report_and_its_origin(made):
     assert "- `cce`: CUDA alone" in text
     assert "| ours (`ours`) | 1.0e-05 | 2.0e-03 | 3.0e-03 | 0.0e+00 | 2.0e-03 | 3.0e-03 |" in text
     assert "| vocab 200 | 5 | 500.0 / 3 | – |" in text
-    assert "| 0.00390625 | 25 % | 4.0e-03 | 8.0e-04 |" in text
-    assert "| 2**-8, stash auto | 500 | 250 … 750 | 0.75 | 0.62 | – |" in text
+    assert "| 0.00390625 | 0.7500 | 0.7500 | 1.0000 | 50.0 (25.0 … 75.0); 25.0, 75.0 | +50.0 (+25.0 … +75.0) |" in text
+    assert (
+        "| 0.00390625 | +50.0 (+25.0 … +75.0) | +0.50000 (+0.25000 … +0.75000) | +0.25000, +0.75000: +100.0 % |" in text
+    )
+    assert "| grad_tol 0.00390625 | 0.500, 0.250 | 1.000, 1.000 | 3.000, 3.000 |" in text
+    assert "of the head's squared update 90 % is there, the rest at the 1,234 tokens" in text
+    assert "| 0.00390625 · (1 − p) | 25 % | 4.0e-03 | 8.0e-04 | 2.0e-03 | 5.0e-03 |" in text
+    assert "| smollm2 | 2**-8 relative | 25 % | 0.62 … 0.88 | 1.25 | 0.4 % | 0 % |" in text
+    assert "| 2**-8 relative, stash auto | 500 | 250 … 750 | 0.75 | 0.62 | – |" in text
     assert "| grammar | ours | 500.0 | 250.0 … 1000.0 | 1234 | – | 1 |  |" in text
     assert "| grammar | trl | 500.0 | 250.0 … 1000.0 | 1234 | – | 1 | 1.50 (1.25 … 1.75) |" in text
     assert "| full1 | 3,000 / 2.0 | 2,000 / 1.6 | 1.50 | 1.50 | 1.25 | 60 % | 75 % |" in text

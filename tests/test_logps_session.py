@@ -169,6 +169,7 @@ def test_full_precision_that_cannot_begin_leaves_nothing_behind(monkeypatch):
         (Keep.columns(64), "", (True, False, True, True)),
         (Keep.columns(192), "", (False, True, True, False)),
         (Keep.columns(64, 0.1), "", (True, True, True, False)),
+        (Keep.columns(64, 0.1, True), "", (True, True, True, False)),
         (Keep.direction(), "", (True, False, False, False)),
     ],
 )
@@ -198,6 +199,7 @@ def test_opcheck(keep, outputs, trains, given, dtype, each_backend):
         case.hidden.detach() if given else None,
         lora_b,
         keep.grad_tol,
+        keep.grad_tol_relative,
     )
     torch.library.opcheck(logps_op.linear_logps_op, args)
     with torch.no_grad():

@@ -189,3 +189,14 @@ def test_citation():
     assert all(author.keys() == {"family-names", "given-names"} for author in paper["authors"])
     (repository,) = re.findall(r'^REPOSITORY = "(.*)"$', (ROOT / "setup.py").read_text(encoding="utf-8"), re.M)
     assert citation["repository-code"] == repository
+
+
+# ---- pytest ----
+
+
+@pytest.mark.xdist_group("kept together")
+def test_xdist_keeps_groups_of_tests_together(request):
+    """xdist 3.8 under pytest 9.2 forgets them without a word, and builds then disturb each other."""
+    if not request.config.getoption("loadgroup", False):
+        pytest.skip("needs --dist loadgroup")
+    assert request.node.nodeid.endswith("@kept together")

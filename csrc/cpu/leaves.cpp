@@ -27,9 +27,14 @@ void store(const Matrix& like, void* out, int64_t at, float value) {
 // --- both passes ---
 
 int64_t Leaves::chunk_blocks(bool stored) const {
+  if (!lists.given()) return blocks_of_chunk(n_rows, stored);
+
+  // as many as hold a chunk's rows on average, and fewer if the fullest chunk would hold more
   int64_t blocks = std::max<int64_t>(call.blocks(), 1);
-  int64_t rows = lists.given() ? lists.rows_of(0, call.blocks()) / blocks : n_rows;  // of a block, on average
-  return blocks_of_chunk(rows, stored);
+  int64_t count = std::min(blocks, blocks_of_chunk(lists.rows_of(0, call.blocks()) / blocks, stored));
+  while (count > blocks_of_chunk(n_rows, stored) && lists.most_rows(count) * PANEL > CHUNK_ELEMENTS)
+    count = std::max(count / 2, blocks_of_chunk(n_rows, stored));
+  return count;
 }
 
 int64_t Leaves::stash_blocks(int64_t kept) const { return std::max<int64_t>(kept, 1); }
@@ -96,12 +101,7 @@ Blocks Leaves::part(const Blocks& s, int64_t first) const {
 
 Blocks Leaves::scratch_blocks(int64_t count) {
   count = std::min(count, call.blocks());
-  int64_t rows = count * n_rows;
-  if (lists.given()) {
-    rows = 0;
-    for (int64_t first = 0; first + count <= call.blocks(); first++)
-      rows = std::max(rows, lists.rows_of(first, first + count));
-  }
+  int64_t rows = lists.given() ? lists.most_rows(count) : count * n_rows;
   if (!scratch_s) scratch_s = make_buffer<char>(rows * PANEL * (on.bf16 ? 2 : 4));
   return {scratch_s.get(), n_rows, nullptr};
 }
@@ -210,10 +210,12 @@ void Leaves::finish_rows(float* logps, double* state) {
   }
 }
 
-void Leaves::choose_tiles(double tolerance, const double* state, const Tiles& to) const {
+void Leaves::choose_tiles(double tolerance, bool relative, const double* state, const Tiles& to) const {
   auto whole = make_buffer<double>(n_rows);
-  for (int64_t i = 0; i < n_rows; i++)
-    whole[i] = out_of_range(total[i], target_logits[i]) ? 0.0 : std::exp(state[2 * i] - shift[i] - SHIFT);
+  for (int64_t i = 0; i < n_rows; i++) {
+    whole[i] = relative ? total[i] : std::exp(state[2 * i] - shift[i] - SHIFT);
+    if (out_of_range(total[i], target_logits[i])) whole[i] = 0.0;
+  }
   cpu::choose_tiles({sums.get(), call.blocks(), n_rows, call.targets, whole.get()}, tolerance, to);
 }
 

@@ -21,7 +21,7 @@ class Leaves {
 
   // Before a forward: keep all blocks' sums, for `choose_tiles` after it. Before a backward: leave the others out.
   void keep_sums() { keeps_sums = true; }
-  void choose_tiles(double tolerance, const double* state, const Tiles& to) const;
+  void choose_tiles(double tolerance, bool relative, const double* state, const Tiles& to) const;
   void take(const Tiles& some) { tiles = some; }
 
   void begin_forward(const Call& call);

@@ -32,6 +32,13 @@ int first_kept(const double* bins, double within) {
   return BINS;
 }
 
+void take_all(int64_t blocks, int64_t* bits) {
+  for (int64_t at = 0; at * WORD < blocks; at++) {
+    int64_t here = std::min(blocks - at * WORD, WORD);
+    bits[at] = int64_t(~uint64_t(0) >> (WORD - here));
+  }
+}
+
 void choose_rows(const TileSums& of, int64_t begin, int64_t count, double within, const Tiles& to, double* bins) {
   std::memset(bins, 0, count * BINS * sizeof(double));
   std::memset(to.bits + begin * to.words, 0, count * to.words * sizeof(int64_t));
@@ -46,11 +53,15 @@ void choose_rows(const TileSums& of, int64_t begin, int64_t count, double within
     }
 
   for (int64_t i = 0; i < count; i++) kept[i] = of.whole[begin + i] == 0.0 ? 0 : first_kept(bins + i * BINS, within);
+  int64_t taken[ROWS_AT_ONCE] = {};
   for (int64_t block = 0; block < of.blocks; block++)
     for (int64_t i = 0; i < count; i++) {
       bool takes = of.targets[begin + i] / PANEL == block || bin_of(Masses{of, begin + i, by[i]}.at(block)) >= kept[i];
+      taken[i] += takes;
       to.bits[(begin + i) * to.words + block / WORD] |= int64_t(uint64_t(takes) << (block % WORD));
     }
+  for (int64_t i = 0; i < count; i++)
+    if (taken[i] > MOST_LISTED * of.blocks) take_all(of.blocks, to.bits + (begin + i) * to.words);
 }
 
 }  // namespace
@@ -64,7 +75,7 @@ void choose_tiles(const TileSums& of, double tolerance, const Tiles& to) {
   });
 }
 
-RowLists::RowLists(const Tiles& tiles, int64_t n_rows, int64_t blocks) {
+RowLists::RowLists(const Tiles& tiles, int64_t n_rows, int64_t n_blocks) : blocks(n_blocks) {
   first = make_buffer<int64_t>(blocks + 1);
   std::memset(first.get(), 0, (blocks + 1) * sizeof(int64_t));
   auto for_bits = [&](int64_t at, const auto& f) {
@@ -75,6 +86,7 @@ RowLists::RowLists(const Tiles& tiles, int64_t n_rows, int64_t blocks) {
   parallel_tasks(tiles.words, 0,
                  [&](int64_t at, void*) { for_bits(at, [&](int64_t block, int64_t) { first[block + 1]++; }); });
   for (int64_t block = 0; block < blocks; block++) first[block + 1] += first[block];
+  if (first[blocks] == blocks * n_rows) return;
 
   row = make_buffer<int32_t>(first[blocks]);
   parallel_tasks(tiles.words, 0, [&](int64_t at, void*) {
@@ -82,6 +94,12 @@ RowLists::RowLists(const Tiles& tiles, int64_t n_rows, int64_t blocks) {
     for (int64_t b = 0; b < WORD && at * WORD + b < blocks; b++) next[b] = first[at * WORD + b];
     for_bits(at, [&](int64_t block, int64_t i) { row[next[block % WORD]++] = int32_t(i); });
   });
+}
+
+int64_t RowLists::most_rows(int64_t count) const {
+  int64_t most = 0;
+  for (int64_t begin = 0; begin + count <= blocks; begin++) most = std::max(most, rows_of(begin, begin + count));
+  return most;
 }
 
 }  // namespace sdpo::cpu

@@ -7,6 +7,7 @@
 namespace sdpo::cpu {
 
 constexpr double TOLERANCE_MARGIN = 1.0 / 1024;  // of the tolerance, for the rounding of logits and sums
+constexpr double MOST_LISTED = 0.75;             // of a row's blocks; where it would take more it takes all
 
 // The choice of every row as bits: bit b of word w is block 64·w + b.
 struct Tiles {
@@ -21,7 +22,7 @@ struct TileSums {
   const float* sums;  // [blocks][n_rows] ΣE of each block without the target
   int64_t blocks, n_rows;
   const int64_t* targets;  // [n_rows]
-  const double* whole;     // [n_rows] ΣE of all columns with the target; 0: all blocks are taken
+  const double* whole;     // [n_rows] ΣE of all columns, or of those without the target; 0: all blocks are taken
 };
 
 void choose_tiles(const TileSums& of, double tolerance, const Tiles& to);
@@ -30,13 +31,15 @@ void choose_tiles(const TileSums& of, double tolerance, const Tiles& to);
 class RowLists {
  public:
   RowLists() = default;
-  RowLists(const Tiles& tiles, int64_t n_rows, int64_t blocks);
+  RowLists(const Tiles& tiles, int64_t n_rows, int64_t n_blocks);
 
-  bool given() const { return row != nullptr; }
+  bool given() const { return row != nullptr; }  // not where every row takes all
   Lists from(int64_t block, bool is_all_of_s) const { return {first.get() + block, row.get(), is_all_of_s}; }
   int64_t rows_of(int64_t begin, int64_t end) const { return first[end] - first[begin]; }  // of blocks [begin, end)
+  int64_t most_rows(int64_t count) const;  // that any `count` blocks in a row have
 
  private:
+  int64_t blocks = 0;
   Buffer<int64_t> first;  // [blocks + 1]
   Buffer<int32_t> row;
 };

@@ -114,6 +114,8 @@ def main() -> None:
     except (Interrupted, KeyboardInterrupt):
         print("stopped; run the same command again to resume", file=sys.stderr)
         sys.exit(130)
+    finally:
+        gc.unfreeze()  # libraries complain at exit of objects that were not collected
 
 
 if __name__ == "__main__":

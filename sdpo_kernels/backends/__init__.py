@@ -54,12 +54,25 @@ def choose_backend_of_rows(name: str, device: torch.device, dtype: torch.dtype) 
     return _choose(name, device, "rows", lambda backend: backend.supports_rows(device, dtype), asked)
 
 
+def takes_grad_tol(name: str, chosen: Backend, device: torch.device) -> bool:
+    """Whether a call that asked for `name` and got `chosen` leaves tiles out.
+
+    Eager is not faster for it. It does where it is named, to be compared with, and is exact as "auto"'s last resort.
+    """
+    is_fallback = _asked_for(name) == "auto" and chosen.name == "eager"
+    return chosen.uses_grad_tol(device) and not is_fallback
+
+
 def pair_backend(name: str, device: torch.device) -> Backend | None:
     """The backend whose pair epilogue serves `device`; None: autograd through losses/."""
-    if name == "auto":
-        name = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    name = _asked_for(name)
     candidates = _auto_order(device, "pairs") if name == "auto" else [name]
     return next((b for b in map(get_backend, candidates) if b.supports_pairs(device) is None), None)
+
+
+def _asked_for(name: str) -> str:
+    """The name that counts: SDPO_BACKEND's instead of "auto"."""
+    return os.environ.get(ENVIRONMENT_VARIABLE, "auto") if name == "auto" else name
 
 
 def _auto_order(device: torch.device, operation: str) -> list[str]:
@@ -81,9 +94,7 @@ def _first_serving(
     name: str, device: torch.device, operation: str, reason_against: Callable[[Backend], str | None], asked: object
 ) -> tuple[Backend, list[tuple[str, str]]]:
     """The backend that serves, and those that "auto" skipped before it."""
-    if name == "auto":
-        name = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
-
+    name = _asked_for(name)
     # a backend asked for by name serves the call or raises: a silent fallback would hide a mistake
     if name != "auto":
         backend = get_backend(name)

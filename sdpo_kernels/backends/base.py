@@ -25,6 +25,7 @@ class Keep:
     n_columns: int = 0
     is_direction: bool = False
     grad_tol: float = 0.0  # above 0: also which tiles the backward takes (`grad_tol.py`); never with a direction
+    grad_tol_relative: bool = False
 
     @classmethod
     def nothing(cls) -> Keep:
@@ -32,9 +33,9 @@ class Keep:
         return cls()
 
     @classmethod
-    def columns(cls, n_columns: int, grad_tol: float = 0.0) -> Keep:
+    def columns(cls, n_columns: int, grad_tol: float = 0.0, grad_tol_relative: bool = False) -> Keep:
         """A stash of the vocabulary's first columns, a multiple of STASH_MULTIPLE; 0 is `nothing`."""
-        return cls(n_columns=n_columns, grad_tol=grad_tol)
+        return cls(n_columns=n_columns, grad_tol=grad_tol, grad_tol_relative=grad_tol_relative)
 
     @classmethod
     def direction(cls) -> Keep:
@@ -42,9 +43,9 @@ class Keep:
         return cls(is_direction=True)
 
     @classmethod
-    def decode(cls, code: int, grad_tol: float = 0.0) -> Keep:
+    def decode(cls, code: int, grad_tol: float = 0.0, grad_tol_relative: bool = False) -> Keep:
         """The inverse of `encode`."""
-        return cls.direction() if code == _DIRECTION_CODE else cls.columns(code, grad_tol)
+        return cls.direction() if code == _DIRECTION_CODE else cls.columns(code, grad_tol, grad_tol_relative)
 
     def encode(self) -> int:
         """The int that the custom ops take: -1 for the direction, else the number of columns."""

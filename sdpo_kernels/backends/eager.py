@@ -76,7 +76,9 @@ class EagerBackend:
         if tile_sums is None:
             return out
 
-        masses = (tile_sums - out.state).exp()
+        # relative to the columns without the target, or to all
+        whole = sums.rest.unsqueeze(1) if keep.grad_tol_relative else out.state
+        masses = (tile_sums - whole).exp()
         tiles = grad_tol.kept_tiles(masses, call.targets // grad_tol.TILE, keep.grad_tol)
         return out._replace(tiles=grad_tol.packed(tiles, call.kept_rows))
 

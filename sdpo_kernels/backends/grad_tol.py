@@ -10,9 +10,14 @@ each row the tiles of least probability are left out while their sum stays withi
        an octave
     2. whole bins are left out, from the lowest one on, while the sum of what is in them stays within the tolerance
     3. the target's tile is kept, and does not count; so is every tile of a row with a NaN
+    4. a row that would take more than three quarters of its tiles takes all: listing them costs more than it saves
 
 The choice depends on a row's probabilities alone, not on g, so the forward makes it. csrc/cpu/tiles.h has the same
 rule.
+
+With `grad_tol_relative` a probability is that among the columns without the target, p_j/(1 − p): what a row leaves out
+is then within grad_tol·(1 − p), relative to what its gradient has. It comes from sums without the target, not
+from a difference, so that it is exact as p → 1.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ from torch import Tensor
 TILE = 64
 WORD = 64  # bits
 MARGIN = 2.0**-10  # of the tolerance, for the rounding of logits and sums
+MOST_LISTED = 0.75  # of a row's tiles; where it would take more it takes all
 _BIN_SHIFT, _BINS = 21, 1024  # 8 bits of exponent, 2 of mantissa
 _ROWS_AT_ONCE = 1024
 
@@ -33,7 +39,10 @@ def words_of(n_columns: int) -> int:
 
 
 def kept_tiles(masses: Tensor, target_tile: Tensor, grad_tol: float) -> Tensor:
-    """Which tiles [N, T] a backward takes, bool, from their probabilities `masses` [N, T] and the target's tile [N]."""
+    """Which tiles [N, T] a backward takes, bool, from their probabilities `masses` [N, T] and the target's tile [N].
+
+    The target's own probability is in none of them.
+    """
     parts = zip(masses.split(_ROWS_AT_ONCE), target_tile.split(_ROWS_AT_ONCE), strict=True)
     return torch.cat([_kept(mass, tile.unsqueeze(1), grad_tol) for mass, tile in parts])
 
@@ -50,7 +59,8 @@ def _kept(masses: Tensor, target_tile: Tensor, grad_tol: float) -> Tensor:
     # a NaN's bin is the highest, and nothing is within a sum that is NaN
     within = of_bin.cumsum(1) <= grad_tol * (1 - MARGIN)
     kept = bins >= within.sum(1, keepdim=True)
-    return kept.scatter_(1, target_tile, True)
+    kept.scatter_(1, target_tile, True)
+    return kept | (kept.sum(1, keepdim=True) > MOST_LISTED * kept.shape[1])
 
 
 def packed(kept: Tensor, rows: int) -> Tensor:

@@ -140,7 +140,8 @@ class NativeBackend:
         kept = direction if stash is None else stash
         tiles = new((call.kept_rows, words_of(len(call.weight))), dtype=torch.int64) if keep.grad_tol > 0 else None
 
-        row = self._forward(call, None, logps, state, stash, direction, grad_tol=keep.grad_tol, tiles=tiles)
+        tolerance = (keep.grad_tol, keep.grad_tol_relative)
+        row = self._forward(call, None, logps, state, stash, direction, tolerance=tolerance, tiles=tiles)
         redone.count(logps)
         extras = dict.fromkeys(EXTRAS) if row is None else _extras(call, logps, row)
         return HeadForward(logps, state, **extras, kept=kept, tiles=tiles)
@@ -150,7 +151,7 @@ class NativeBackend:
         call: HeadCall,
         target_logits: Tensor | None,
         *out: Tensor | None,
-        grad_tol: float = 0.0,
+        tolerance: tuple[float, bool] = (0.0, False),
         tiles: Tensor | None = None,
     ) -> dict[str, Tensor] | None:
         """Fill `out` (log-probs, state, stash, direction) and `tiles`; if extras are requested, return their sums."""
@@ -162,7 +163,7 @@ class NativeBackend:
         sums = None
         if call.outputs:
             sums = call.hidden.new_empty((call.hidden.shape[0], len(_ROW_EXTRAS)), dtype=torch.float64)
-        self.operators.linear_forward_more(*_inputs(call), target_logits, *out, sums, grad_tol, tiles)
+        self.operators.linear_forward_more(*_inputs(call), target_logits, *out, sums, *tolerance, tiles)
         return None if sums is None else _normalised(dict(zip(_ROW_EXTRAS, sums.unbind(1), strict=True)))
 
     def supports_slices(self, request: Request) -> str | None:

@@ -1,7 +1,7 @@
 """axolotl's DPO, IPO, KTO and GRPO trainers on these kernels: a plugin, switched on in the YAML.
 
     plugins: [sdpo_kernels.integrations.axolotl.FusedHeadPlugin]
-    fused_head_stash_bytes: 0          # optional: the least memory; `stash_bytes`, `backend` and `grad_tol`
+    fused_head_stash_bytes: 0          # optional: the least memory; each setting of `trl.patch` is a key
 
 axolotl's preference trainers are subclasses of TRL's, so the plugin calls `trl.patch()` before the model is loaded and
 undoes it after training. TRL 1.14 reaches the fused head only with `use_liger_kernel=True`, which axolotl spells
@@ -45,6 +45,7 @@ class FusedHeadArgs(BaseModel):
     fused_head_backend: str = "auto"
     fused_head_stash_bytes: int | str = "auto"
     fused_head_grad_tol: float = 0.0
+    fused_head_grad_tol_relative: bool = False
 
 
 class FusedHeadPlugin(BasePlugin):
@@ -64,7 +65,10 @@ class FusedHeadPlugin(BasePlugin):
         """
         _check(cfg)
         fused_trl.patch(
-            backend=cfg.fused_head_backend, stash_bytes=cfg.fused_head_stash_bytes, grad_tol=cfg.fused_head_grad_tol
+            backend=cfg.fused_head_backend,
+            stash_bytes=cfg.fused_head_stash_bytes,
+            grad_tol=cfg.fused_head_grad_tol,
+            grad_tol_relative=cfg.fused_head_grad_tol_relative,
         )
 
     def get_training_args(self, cfg: Any) -> dict[str, Any] | None:

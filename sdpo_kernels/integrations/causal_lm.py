@@ -69,12 +69,18 @@ class _Fused:
     backend: str
     stash_bytes: int | str
     grad_tol: float
+    grad_tol_relative: bool
     previous: Callable[..., Any] | None  # the instance's own forward before that, if it had one
     hook: RemovableHandle  # of _check_forward
 
 
 def attach_fused_head(
-    model: Model, *, backend: str = "auto", stash_bytes: int | str = "auto", grad_tol: float = 0.0
+    model: Model,
+    *,
+    backend: str = "auto",
+    stash_bytes: int | str = "auto",
+    grad_tol: float = 0.0,
+    grad_tol_relative: bool = False,
 ) -> Model:
     """Make `model(input_ids=..., logp_targets=...)` return log-probs; returns the same object.
 
@@ -91,10 +97,11 @@ def attach_fused_head(
 
     and returns `LogpsOutput(logps=[N] fp32)`; the key/value cache is off. If the config of a mixture of experts sets
     `output_router_logits`, the output has `aux_loss` too, as the model's own has. Nothing is added to the model's
-    config or state dict. `backend`, `stash_bytes` and `grad_tol` are those of `linear_logps`. A head that is a
-    `fully_shard` group of its own stays sharded: the ranks exchange its rows in chunks (`sharded_linear_logps`). One
-    that ZeRO-3 partitions afterwards is gathered while it is used; one of a tensor-parallel model stays where it is
-    (`vocab_parallel_linear_logps`). Sharded and tensor-parallel heads need grad_tol 0. `detach_fused_head` undoes it.
+    config or state dict. `backend`, `stash_bytes`, `grad_tol` and `grad_tol_relative` are those of `linear_logps`. A
+    head that is a `fully_shard` group of its own stays sharded: the ranks exchange its rows in chunks
+    (`sharded_linear_logps`). One that ZeRO-3 partitions afterwards is gathered while it is used; one of a
+    tensor-parallel model stays where it is (`vocab_parallel_linear_logps`). Sharded and tensor-parallel heads need
+    grad_tol 0. `detach_fused_head` undoes it.
 
     Raises:
         ValueError: no head was found, or ZeRO-3 has partitioned it; the model already has a fused head; the auxiliary
@@ -104,13 +111,14 @@ def attach_fused_head(
     find_head(base)
     find_router_loss(base)
     check_stash_bytes(stash_bytes)
-    check_grad_tol(grad_tol)
+    check_grad_tol(grad_tol, grad_tol_relative)
     if is_attached(base):
         raise ValueError(f"model: was a {type(base).__name__} that already has a fused head, must be one without")
 
     previous = base.__dict__.get("forward")
     hook = base.register_forward_hook(_check_forward, with_kwargs=True)
-    base._sdpo_fused = _Fused(backend, stash_bytes, grad_tol, previous, hook)  # type: ignore[assignment]
+    fused = _Fused(backend, stash_bytes, grad_tol, grad_tol_relative, previous, hook)
+    base._sdpo_fused = fused  # type: ignore[assignment]
 
     # A bound method, so that copy.deepcopy binds the copy's forward to the copy. No __wrapped__: accelerate's
     # unwrap_model follows that chain to its end and would remove the fused head together with its autocast.
@@ -251,6 +259,7 @@ def _fused_logps(
         "backend": fused.backend,
         "stash_bytes": fused.stash_bytes,
         "grad_tol": fused.grad_tol,
+        "grad_tol_relative": fused.grad_tol_relative,
     }
     found = head_logps(head, flat, on_device, **options)
     return found, aux_loss

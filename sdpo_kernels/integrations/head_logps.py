@@ -29,6 +29,7 @@ def head_logps(head: LMHead, hidden: Tensor, targets: Tensor, **options: Any) ->
     """
     if head.is_tensor_parallel or head.is_cut:
         grad_tol = options.pop("grad_tol", 0.0)
+        options.pop("grad_tol_relative", None)  # 0 is 0 either way
         if grad_tol != 0:
             raise ValueError(f"grad_tol: was {grad_tol!r}, must be 0 for a head that is divided over processes")
 

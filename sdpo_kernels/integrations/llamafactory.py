@@ -36,11 +36,10 @@ import torch
 from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from sdpo_kernels.backends import get_backend
 from sdpo_kernels.integrations.causal_lm import attach_fused_head, detach_fused_head, is_attached, unwrap
+from sdpo_kernels.integrations.head_settings import checked_settings
 from sdpo_kernels.integrations.method_patch import MethodPatch, undo
 from sdpo_kernels.integrations.token_logps import TokenLogps, token_logps
-from sdpo_kernels.logps import check_grad_tol, check_stash_bytes
 
 logger = logging.getLogger("sdpo_kernels.integrations.llamafactory")  # the same name if this file is __main__
 
@@ -60,14 +59,20 @@ ELSEWHERE = {
 }
 
 
-def patch(*, backend: str = "auto", stash_bytes: int | str = "auto", grad_tol: float = 0.0) -> MethodPatch:
+def patch(
+    *,
+    backend: str = "auto",
+    stash_bytes: int | str = "auto",
+    grad_tol: float = 0.0,
+    grad_tol_relative: bool = False,
+) -> MethodPatch:
     """Let the DPO and KTO trainers that are made from now on score tokens without logits.
 
     It ends with `unpatch()` or the `with patch():` block; trainers made before that go on with logits. A second call
     replaces the first one's settings. What was replaced is logged (level INFO).
 
     Args:
-        backend, stash_bytes, grad_tol: as in `linear_logps`.
+        backend, stash_bytes, grad_tol, grad_tol_relative: as in `linear_logps`.
 
     Raises:
         ImportError: LLaMA-Factory is not installed.
@@ -75,17 +80,14 @@ def patch(*, backend: str = "auto", stash_bytes: int | str = "auto", grad_tol: f
             Nothing stays replaced. Other versions than 0.9.5 with the same arguments are patched, with a warning.
         ValueError: an unknown backend, stash_bytes that is neither "auto" nor at least 0, or a grad_tol outside [0, 1).
     """
-    if backend != "auto":
-        get_backend(backend)
-    check_stash_bytes(stash_bytes)
-    check_grad_tol(grad_tol)
+    settings = checked_settings(backend, stash_bytes, grad_tol, grad_tol_relative)
     for name, why in ELSEWHERE.items():
         if os.environ.get(name, "0").lower() in ("true", "y", "1"):
             raise RuntimeError(f"{name}: was {os.environ[name]}, must be 0: {why}")
 
     adapter = MethodPatch("llamafactory", TRIED)
     dpo, kto = _trainer("dpo", "CustomDPOTrainer"), _trainer("kto", "CustomKTOTrainer")
-    attach = partial(attach_fused_head, backend=backend, stash_bytes=stash_bytes, grad_tol=grad_tol)
+    attach = partial(attach_fused_head, **settings)
     attaching = partial(_attaching, attach=attach)
     for trainer, name, parameters, ours in (
         (dpo, "__init__", INIT, attaching),

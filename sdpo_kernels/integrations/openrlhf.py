@@ -38,11 +38,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdpo_kernels.backends import get_backend
 from sdpo_kernels.integrations.causal_lm import LogpsOutput, attach_fused_head, detach_fused_head, is_attached
+from sdpo_kernels.integrations.head_settings import checked_settings
 from sdpo_kernels.integrations.method_patch import MethodPatch, undo
 from sdpo_kernels.integrations.token_logps import token_logps
-from sdpo_kernels.logps import check_grad_tol, check_stash_bytes
 from sdpo_kernels.rows import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
@@ -66,30 +65,34 @@ USAGE = (
 )
 
 
-def patch(*, backend: str = "auto", stash_bytes: int | str = "auto", grad_tol: float = 0.0) -> MethodPatch:
+def patch(
+    *,
+    backend: str = "auto",
+    stash_bytes: int | str = "auto",
+    grad_tol: float = 0.0,
+    grad_tol_relative: bool = False,
+) -> MethodPatch:
     """Let OpenRLHF's actors score tokens with the fused head, until `unpatch()` or the end of a `with` block.
 
     Actors made before the call are not changed. A second call replaces the first one; its settings are those of actors
     made after it. Logs once which methods were replaced (level INFO).
 
     Args:
-        backend, stash_bytes, grad_tol: as in `linear_logps`.
+        backend, stash_bytes, grad_tol, grad_tol_relative: as in `linear_logps`.
 
     Raises:
         ImportError: OpenRLHF, or a package that it needs, is not installed.
         RuntimeError: a version whose methods take other parameters than those of 0.11.2; nothing is replaced then.
         ValueError: an unknown backend, stash_bytes that is neither "auto" nor at least 0, or a grad_tol outside [0, 1).
     """
-    if backend != "auto":
-        get_backend(backend)
-    check_stash_bytes(stash_bytes)
-    check_grad_tol(grad_tol)
+    settings = checked_settings(backend, stash_bytes, grad_tol, grad_tol_relative)
 
+    attach = partial(attach_fused_head, **settings)
     new = MethodPatch("openrlhf", TRIED)
     actor = importlib.import_module("openrlhf.models.actor").Actor
     trainer = importlib.import_module("openrlhf.trainer.dpo_trainer").DPOTrainer
     forward = _forward(actor.forward)
-    new.replace(actor, "__init__", INIT, _attaching(actor.__init__, backend, stash_bytes, grad_tol))
+    new.replace(actor, "__init__", INIT, _attaching(actor.__init__, attach))
     new.replace(actor, "forward", FORWARD, forward)
     new.replace(trainer, "concatenated_forward", CONCATENATED, _concatenated(trainer.concatenated_forward, forward))
     new.activate()
@@ -101,7 +104,7 @@ def unpatch() -> None:
     undo("openrlhf")
 
 
-def _attaching(own: Callable[..., None], backend: str, stash_bytes: int | str, grad_tol: float) -> Callable[..., None]:
+def _attaching(own: Callable[..., None], attach: Callable[..., Any]) -> Callable[..., None]:
     """`Actor.__init__`, which also attaches the fused head: after PEFT has wrapped the model, before DeepSpeed does."""
     signature = inspect.signature(own)
 
@@ -112,7 +115,7 @@ def _attaching(own: Callable[..., None], backend: str, stash_bytes: int | str, g
             try:
                 if is_attached(self.model):  # by an earlier actor, perhaps with other settings
                     detach_fused_head(self.model)
-                attach_fused_head(self.model, backend=backend, stash_bytes=stash_bytes, grad_tol=grad_tol)
+                attach(self.model)
             except ValueError as error:
                 reason = str(error)
         if reason is not None:

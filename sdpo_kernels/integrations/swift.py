@@ -35,6 +35,7 @@ import importlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -42,13 +43,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from sdpo_kernels.backends import get_backend
 from sdpo_kernels.integrations.causal_lm import attach_fused_head, detach_fused_head, is_attached
+from sdpo_kernels.integrations.head_settings import checked_settings
 from sdpo_kernels.integrations.lm_head import find_head, unwrap
 from sdpo_kernels.integrations.method_patch import MethodPatch, undo
 from sdpo_kernels.integrations.router_loss import find_router_loss
 from sdpo_kernels.integrations.token_logps import token_logps
-from sdpo_kernels.logps import check_grad_tol, check_stash_bytes
 from sdpo_kernels.rows import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
@@ -63,14 +63,20 @@ LOGPS = ("self", "logits", "labels", "label_pad_token_id", "reduction")
 FORWARD = ("self", "model", "batch")
 
 
-def patch(*, backend: str = "auto", stash_bytes: int | str = "auto", grad_tol: float = 0.0) -> MethodPatch:
+def patch(
+    *,
+    backend: str = "auto",
+    stash_bytes: int | str = "auto",
+    grad_tol: float = 0.0,
+    grad_tol_relative: bool = False,
+) -> MethodPatch:
     """Let ms-swift's DPO, KTO, CPO and ORPO trainers score tokens without logits, until `unpatch()`.
 
     Call it before trainers are created; a second call replaces the first one's settings, for trainers created later.
     Logs once what was replaced (level INFO). As a context manager the result undoes it at the end of the block.
 
     Args:
-        backend, stash_bytes, grad_tol: as in `linear_logps`.
+        backend, stash_bytes, grad_tol, grad_tol_relative: as in `linear_logps`.
 
     Raises:
         ImportError: ms-swift is not installed.
@@ -78,10 +84,7 @@ def patch(*, backend: str = "auto", stash_bytes: int | str = "auto", grad_tol: f
             with the same parameters are patched, with a warning in the log.
         ValueError: an unknown backend, stash_bytes that is neither "auto" nor at least 0, or a grad_tol outside [0, 1).
     """
-    if backend != "auto":
-        get_backend(backend)
-    check_stash_bytes(stash_bytes)
-    check_grad_tol(grad_tol)
+    settings = checked_settings(backend, stash_bytes, grad_tol, grad_tol_relative)
     adapter = MethodPatch("ms-swift", TRIED, logging.getLogger("swift"))
     mixin, dpo = _class("rlhf_mixin", "RLHFTrainerMixin"), _class("dpo_trainer", "DPOTrainer")
     kto, cpo = _class("kto_trainer", "KTOTrainer"), _class("cpo_trainer", "CPOTrainer")
@@ -90,7 +93,8 @@ def patch(*, backend: str = "auto", stash_bytes: int | str = "auto", grad_tol: f
     def wrap(owner: Any, name: str, parameters: Sequence[str], wrapper: Callable[..., Any], *settings: Any) -> None:
         adapter.replace(owner, name, parameters, wrapper(getattr(owner, name, None), *settings))
 
-    wrap(mixin, "__init__", INIT, _attaching, (dpo, kto, cpo, orpo), backend, stash_bytes, grad_tol)
+    attach = partial(attach_fused_head, **settings)
+    wrap(mixin, "__init__", INIT, _attaching, (dpo, kto, cpo, orpo), attach)
     wrap(mixin, "get_per_token_logps", LOGPS, _passing_scores)
     wrap(dpo, "concatenated_forward", (*FORWARD, "is_ref_model"), _on_stand_in)
     wrap(kto, "forward", FORWARD, _on_stand_in)
@@ -157,9 +161,7 @@ class _StandIn:
         )
 
 
-def _attaching(
-    original: Callable[..., None], served: tuple[type, ...], backend: str, stash_bytes: int | str, grad_tol: float
-) -> Any:
+def _attaching(original: Callable[..., None], served: tuple[type, ...], attach: Callable[..., Any]) -> Any:
     """A constructor that attaches the fused head to the models first, or warns why not."""
 
     def __init__(self: Any, model: Any = None, ref_model: Any = None, *_args: Any, **kwargs: Any) -> None:
@@ -169,7 +171,7 @@ def _attaching(
             for each in models if reason is None else ():
                 if is_attached(each):  # by an earlier trainer, perhaps with other settings
                     detach_fused_head(each)
-                attach_fused_head(each, backend=backend, stash_bytes=stash_bytes, grad_tol=grad_tol)
+                attach(each)
             _leave(self, reason)
         original(self, model, ref_model, *_args, **kwargs)
 

@@ -28,11 +28,10 @@ from functools import lru_cache
 from types import TracebackType
 from typing import Any
 
-from sdpo_kernels.backends import get_backend
 from sdpo_kernels.integrations import trl_versions as versions
+from sdpo_kernels.integrations.head_settings import checked_settings
 from sdpo_kernels.integrations.trl_head import FusedHead, FusedHeadWithEntropy, Head
 from sdpo_kernels.integrations.trl_versions import LIGER_LAYERS_OFF, OF_1_14, Seam
-from sdpo_kernels.logps import check_grad_tol, check_stash_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +68,13 @@ class Patch:
         _watch_logits()
 
 
-def patch(*, backend: str = "auto", stash_bytes: int | str = "auto", grad_tol: float = 0.0) -> Patch:
+def patch(
+    *,
+    backend: str = "auto",
+    stash_bytes: int | str = "auto",
+    grad_tol: float = 0.0,
+    grad_tol_relative: bool = False,
+) -> Patch:
     """Let TRL's trainers score tokens with `linear_logps`, until `unpatch()` or the end of a `with patch():` block.
 
     Call it before or after creating trainers. A second call replaces the first one's settings; nested blocks each
@@ -78,8 +83,8 @@ def patch(*, backend: str = "auto", stash_bytes: int | str = "auto", grad_tol: f
     the log.
 
     Args:
-        backend, stash_bytes, grad_tol: as in `linear_logps`. stash_bytes=0 uses the least memory; "auto" keeps
-            up to 2·N·V bytes that TRL would recompute.
+        backend, stash_bytes, grad_tol, grad_tol_relative: as in `linear_logps`. stash_bytes=0 uses the least memory;
+            "auto" keeps up to 2·N·V bytes that TRL would recompute.
 
     Raises:
         ImportError: TRL is not installed.
@@ -87,10 +92,7 @@ def patch(*, backend: str = "auto", stash_bytes: int | str = "auto", grad_tol: f
             same signature are patched, with a warning in the log.
         ValueError: an unknown backend, stash_bytes that is neither "auto" nor at least 0, or a grad_tol outside [0, 1).
     """
-    if backend != "auto":
-        get_backend(backend)
-    check_stash_bytes(stash_bytes)
-    check_grad_tol(grad_tol)
+    settings = checked_settings(backend, stash_bytes, grad_tol, grad_tol_relative)
 
     version = versions.installed()
     seam, name = versions.seam_of(version), versions.text(version)
@@ -100,7 +102,7 @@ def patch(*, backend: str = "auto", stash_bytes: int | str = "auto", grad_tol: f
     original = found.replaces if isinstance(found, Head) else found
     seam.check_signature(original)
 
-    ours = HEADS[seam](original, backend, stash_bytes, grad_tol)
+    ours = HEADS[seam](original, **settings)
     replaced = _swap(found, ours)
     _watch_logits()
     if found is original:

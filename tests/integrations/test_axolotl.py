@@ -74,7 +74,8 @@ def trl(monkeypatch):
 
 def config(rl=RLType.DPO, **keys):
     """A validated configuration: the plugin's own keys have their defaults."""
-    keys = {"fused_head_backend": "auto", "fused_head_stash_bytes": "auto", "fused_head_grad_tol": 0.0} | keys
+    own = {"fused_head_backend": "auto", "fused_head_stash_bytes": "auto"}
+    keys = own | {"fused_head_grad_tol": 0.0, "fused_head_grad_tol_relative": False} | keys
     return DictDefault(rl=rl, **{n: DictDefault(v) if isinstance(v, dict) else v for n, v in keys.items()})
 
 
@@ -83,6 +84,7 @@ def test_axolotl_finds_the_plugins_own_keys(plugin):
     keys = getattr(sys.modules[module], name)
     assert keys().model_dump() == {
         "fused_head_backend": "auto", "fused_head_stash_bytes": "auto", "fused_head_grad_tol": 0.0,
+        "fused_head_grad_tol_relative": False,
     }  # fmt: skip
     assert keys(fused_head_stash_bytes=0).fused_head_stash_bytes == 0
 
@@ -93,12 +95,13 @@ def test_the_page_has_the_plugins_name(plugin):
 
 
 def test_trl_is_patched_for_both_models_and_restored(plugin, trl):
-    cfg = config(fused_head_backend="eager", fused_head_stash_bytes=0, fused_head_grad_tol=0.01)
+    tolerance = {"fused_head_grad_tol": 0.01, "fused_head_grad_tol_relative": True}
+    cfg = config(fused_head_backend="eager", fused_head_stash_bytes=0, **tolerance)
     for _ in ("model", "reference"):  # axolotl loads two
         plugin.pre_model_load(cfg)
         assert {type(held) for held in trl.bound()} == {FusedHeadWithEntropy}
         assert {(held.backend, held.stash_bytes, held.replaces) for held in trl.bound()} == {("eager", 0, trl.theirs)}
-        assert {held.grad_tol for held in trl.bound()} == {0.01}
+        assert {(held.grad_tol, held.grad_tol_relative) for held in trl.bound()} == {(0.01, True)}
     assert isinstance(trl.dpo.selective_log_softmax_and_entropy, LogitsPath)
 
     plugin.post_train_unload(cfg)

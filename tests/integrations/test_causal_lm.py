@@ -181,6 +181,8 @@ def test_wrong_calls_are_refused() -> None:
         attach_fused_head(tiny_model("llama"), stash_bytes=-1)
     with pytest.raises(ValueError, match="grad_tol: was -1"):
         attach_fused_head(tiny_model("llama"), grad_tol=-1)
+    with pytest.raises(ValueError, match="grad_tol_relative: was 'yes'"):
+        attach_fused_head(tiny_model("llama"), grad_tol_relative="yes")
 
 
 def liger_like_forward(self, input_ids=None, attention_mask=None, position_ids=None, labels=None, **kwargs):

@@ -377,11 +377,13 @@ def test_replaced_methods_are_named_and_restored(caplog):
 def test_a_second_patch_has_its_own_settings():
     """For a model that an earlier trainer had, too."""
     model, _ = twins()
-    for settings in ({"stash_bytes": 7}, {"backend": "eager", "stash_bytes": 0, "grad_tol": 0.01}):
+    tolerance = {"grad_tol": 0.01, "grad_tol_relative": True}
+    for settings in ({"stash_bytes": 7}, {"backend": "eager", "stash_bytes": 0, **tolerance}):
         fused.patch(**settings)
         make(model)
     assert (unwrap(model)._sdpo_fused.backend, unwrap(model)._sdpo_fused.stash_bytes) == ("eager", 0)
     assert unwrap(model)._sdpo_fused.grad_tol == 0.01
+    assert unwrap(model)._sdpo_fused.grad_tol_relative
     assert not untouched()
     fused.unpatch()
     assert untouched()

@@ -324,13 +324,14 @@ def test_plain_calls(caplog):
     own = methods()
     openrlhf.unpatch()  # nothing to do
     with caplog.at_level(logging.INFO):
-        openrlhf.patch(backend="eager", stash_bytes=0, grad_tol=0.01)
+        openrlhf.patch(backend="eager", stash_bytes=0, grad_tol=0.01, grad_tol_relative=True)
     assert caplog.messages == [
         "openrlhf 0.11.2: replaced Actor.__init__, Actor.forward, "
         "DPOTrainer.concatenated_forward, to score tokens without logits"
     ]
     first = actor()
     assert first.model._sdpo_fused.grad_tol == 0.01
+    assert first.model._sdpo_fused.grad_tol_relative
 
     # the second call replaces the first: one unpatch() restores what was there
     openrlhf.patch()

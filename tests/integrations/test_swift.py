@@ -337,10 +337,11 @@ def test_settings_reach_the_head_and_a_second_patch_replaces_them(caplog):
     _, other = pair()
     attach_fused_head(other, stash_bytes=64)
     with caplog.at_level(logging.INFO):
-        swift.patch(backend="eager", stash_bytes=0, grad_tol=0.01)
+        swift.patch(backend="eager", stash_bytes=0, grad_tol=0.01, grad_tol_relative=True)
     create(DPOTrainer, model)
     assert (model._sdpo_fused.backend, model._sdpo_fused.stash_bytes) == ("eager", 0)
     assert model._sdpo_fused.grad_tol == 0.01
+    assert model._sdpo_fused.grad_tol_relative
 
     swift.patch()
     create(DPOTrainer, model, other)

@@ -228,8 +228,8 @@ def test_settings_reach_linear_logps(monkeypatch):
     monkeypatch.setattr(trl_head, "linear_logps", spy)
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(5, 8, generator=generator), torch.randn(30, 8, generator=generator)
-    ours = FusedHead(trl_stubs.TheirFunction, "eager", 64, 0.01)
+    ours = FusedHead(trl_stubs.TheirFunction, "eager", 64, 0.01, True)
     ours.apply(hidden, weight, None, torch.arange(5), 2.0, 7, 3.0, 0.5, ())
     expected = {"temperature": 2.0, "softcap": 3.0, "logit_scale": 0.5, "backend": "eager", "stash_bytes": 64}
-    expected["grad_tol"] = 0.01
+    expected |= {"grad_tol": 0.01, "grad_tol_relative": True}
     assert expected.items() <= seen.items()

@@ -97,3 +97,10 @@ def test_the_same_files_every_time(tmp_path):
     for path in sorted(one.rglob("*")):
         if path.is_file() and path.name != "run.yaml":
             assert path.read_bytes() == (other / path.relative_to(one)).read_bytes(), path
+
+
+@pytest.mark.parametrize("model", ["./nowhere", "/nowhere", "../nowhere", "models/of mine/nowhere"])
+def test_a_path_to_no_model(model, tmp_path):
+    with pytest.raises(UserError, match=f"^--model: was '{model}', which is neither a folder nor the name of a hub"):
+        write_starter(tmp_path / "first", model)
+    assert not list(tmp_path.iterdir())

@@ -82,7 +82,7 @@ def forward(call: HeadCall, keep: Keep) -> HeadForward:
     direction = None if kept is None or not keep.is_direction else kept[:n_rows]
     stash = None if kept is None or keep.is_direction else kept[:n_rows]
     sums, found = _sums(rows, stash, direction, keep.grad_tol > 0)
-    tiles = choose(rows, sums, found, keep.grad_tol) if keep.grad_tol > 0 else None
+    tiles = choose(rows, sums, found, keep) if keep.grad_tol > 0 else None
     if direction is not None:
         _finish_direction(call, found.logps[:n_rows], found.state[:n_rows], direction, keep)
 

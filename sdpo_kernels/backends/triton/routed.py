@@ -149,7 +149,8 @@ def _backward(rows: Rows, saved: Saved, by: Factors, trained_x: Tensor, needs: N
 
     dx = None
     if products is not None:
-        dx = finish(call, products.sum(0), by, out=rows.x.new_empty(rows.x.shape, dtype=call.hidden.dtype))
+        total = products[0].add_(products[1])  # [N, H] may be large; `+=` would copy it onto itself, too
+        dx = finish(call, total, by, out=rows.x.new_empty(rows.x.shape, dtype=call.hidden.dtype))
     if db is not None:
         assert by_target is not None
         by_target.add_to(db.unsqueeze(1), torch.ones_like(by.t).unsqueeze(1), 0)

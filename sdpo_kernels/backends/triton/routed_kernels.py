@@ -58,7 +58,7 @@ def either(a, b):
     return a | b
 
 
-@triton.jit(do_not_specialize=["n_rows", "first_tile", "n_tiles"])
+@triton.jit(do_not_specialize=["n_rows", "first_tile", "n_tiles", "span"])
 def unions_kernel(
     words, unions, counts,  # [words, N] → [blocks, SPANS, span] int32, [blocks, SPANS] int32
     n_rows, first_tile, n_tiles, span,
@@ -138,10 +138,11 @@ def weight_kernel(
         rows = tl.load(listed + places, there, other=0).to(tl.int64)
         at = tile.to(tl.int64) * tile_step + rows[:, None] * row_step + column[None, :]
         left = tl.load(s + at, there[:, None], other=0.0)
+        # past the list neither operand may be a row's: 0·NaN is NaN
         if HAS_DB:
-            of_bias += tl.sum(left.to(tl.float32) * tl.load(r + rows)[:, None], 0)
+            of_bias += tl.sum(left.to(tl.float32) * tl.load(r + rows, there, other=0.0)[:, None], 0)
         if HAS_DW:
-            right = tl.load(scaled_x + rows[:, None] * width + h[None, :], inside, other=0.0)
+            right = tl.load(scaled_x + rows[:, None] * width + h[None, :], there[:, None] & inside, other=0.0)
             if UPCAST:
                 left, right = left.to(tl.float32), right.to(tl.float32)
             acc = tl.dot(left.T, right, acc, input_precision="ieee")
@@ -170,7 +171,7 @@ def weight_kernel(
         tl.store(to, acc.to(dw.dtype.element_ty), (columns < n_columns)[:, None] & inside)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_columns", "first_tile"])
+@triton.jit(do_not_specialize=["n_rows", "n_columns", "first_tile", "span"])
 def hidden_kernel(
     s, w, words, order, unions, counts,  # S, [C, width], [words, N], [N], [blocks, SPANS, span], [blocks, SPANS]
     products,  # [SPANS, N, width] float32, to which S·W is added

@@ -77,7 +77,8 @@ def _shorter(setup: Setup) -> Suggestion:
 def _sharded(setup: Setup) -> Suggestion:
     if setup.sharded or setup.gpus == 1 or setup.follows or setup.tp > 1:
         return None
-    return "trainer: {fsdp: true}", replace(setup, sharded=True, syncs_each=setup.accumulation > 1)
+    text = "trainer: {fsdp: true}" + ", grad_tol: 0" * (setup.grad_tol > 0)  # a divided head leaves nothing out
+    return text, replace(setup, sharded=True, syncs_each=setup.accumulation > 1, grad_tol=0.0)
 
 
 def _lora(setup: Setup) -> Suggestion:

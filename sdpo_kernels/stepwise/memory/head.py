@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sdpo_kernels.backends import choose_backend
-from sdpo_kernels.backends.base import STASH_MULTIPLE, Request
+from sdpo_kernels.backends import choose_backend, takes_grad_tol
+from sdpo_kernels.backends.base import STASH_MULTIPLE, Backend, Request
 from sdpo_kernels.head import Head
 from sdpo_kernels.logps import HOST_MEMORY, automatic_stash_bytes
 
@@ -46,7 +46,9 @@ class HeadCase:
     @property
     def leaves_out(self) -> bool:
         """Whether its backward leaves tiles out."""
-        return self.grad_tol > 0 and not self.is_cut
+        if self.grad_tol == 0 or self.is_cut:
+            return False
+        return self.device != "cpu" or takes_grad_tol("auto", _backend(self), torch.device("cpu"))
 
     @property
     def walks_back(self) -> bool:
@@ -78,6 +80,8 @@ class HeadMemory:
 
         # dX of the scored rows, in float32 while it is summed, then of all hidden states
         sums = rows * width * (4 + (item if item < 4 else 0))
+        if case.device != "cpu" and not case.is_cut:
+            sums += rows * width * (4 * case.leaves_out + case.compute.itemsize * case.trains)  # a second sum; r ⊙ X
         both = case.columns * width * case.weight_dtype.itemsize if case.lora else 0
         # sums of tiles in the forward, a bit for each until the backward, where the kept ones are listed
         tiles = rows * -(-case.columns // STASH_MULTIPLE) if case.leaves_out else 0
@@ -101,9 +105,12 @@ def _stash_item(case: HeadCase) -> int:
     """Bytes of one number of the stash."""
     if case.device != "cpu":
         return 2 if case.compute.itemsize == 2 else 4
-    device = torch.device("cpu")
-    backend = choose_backend("auto", Request(device, case.compute, case.weight_dtype, Head(), ()))
-    return backend.stash_dtype(case.compute, device).itemsize
+    return _backend(case).stash_dtype(case.compute, torch.device("cpu")).itemsize
+
+
+def _backend(case: HeadCase) -> Backend:
+    """The backend of a call on the CPU."""
+    return choose_backend("auto", Request(torch.device("cpu"), case.compute, case.weight_dtype, Head(), ()))
 
 
 def _chunk(case: HeadCase, stash: int) -> int:
@@ -117,7 +124,7 @@ def _chunk(case: HeadCase, stash: int) -> int:
     width = case.width + case.lora
     columns = min(case.columns, max(STASH_MULTIPLE, GPU_CHUNK // max(case.rows, width)))
     cast = columns * width * item if case.weight_dtype != case.compute else 0
-    slab = min(GPU_SLAB, 4 * case.columns * (case.lora or width)) if case.trains else 0
+    slab = min(GPU_SLAB, 4 * case.columns * (case.lora or width)) if case.trains and not case.leaves_out else 0
     return case.rows * min(columns, left) * item + cast + slab
 
 

@@ -131,7 +131,7 @@ def load_cut(path: str, config: RunConfig, precision: Precision, cut: Cut, *, tr
     adapter = adapter_of(path, config)
     stored = ranks.agree(lambda: Stored.of(path, config, path if adapter is None else config.model))
     keep_generation_config(stored.model)
-    ready_head(stored.model, path, config.grad_tol)
+    ready_head(stored.model, path, config)
 
     loaded = Loaded(stored.model, packed=False, by_sequence=False)
     new = adapter is None and config.lora is not None and trains

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, 
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.pytorch_utils import Conv1D
 
+from sdpo_kernels.backends.grad_tol import TILE
 from sdpo_kernels.integrations.causal_lm import attach_fused_head, disable_dropout
 from sdpo_kernels.integrations.packed_attention import use_packed_attention, use_shared_prefixes
 from sdpo_kernels.stepwise.common.errors import UserError
@@ -74,7 +75,7 @@ def load_model(path: str, config: RunConfig, precision: Precision) -> Loaded:
     UserError if the model cannot be loaded or has no head the package can use. On several ranks each loads it whole.
     """
     model, adapter = _pretrained(path, config, precision.device)
-    ready_head(model, path, config.grad_tol)
+    ready_head(model, path, config)
     loaded = Loaded(model, packed=False, by_sequence=False)
     choose_attention(loaded, config, precision)
     if adapter is not None:
@@ -82,14 +83,18 @@ def load_model(path: str, config: RunConfig, precision: Precision) -> Loaded:
     return loaded
 
 
-def ready_head(model: Any, path: str, grad_tol: float) -> None:
+def ready_head(model: Any, path: str, config: RunConfig) -> None:
     """Switch dropout off and attach the fused head; UserError if the model has none that can be used."""
     # Dropout off, so that the policy in training mode gives the log-probs its reference was scored with.
     disable_dropout(model)
     try:
-        attach_fused_head(model, grad_tol=grad_tol)
+        attach_fused_head(model, grad_tol=config.grad_tol, grad_tol_relative=config.grad_tol_relative)
     except ValueError as error:
         raise UserError(f"model: {path} cannot be trained: {error}") from error
+
+    if config.grad_tol and (columns := model.config.get_text_config().vocab_size) <= TILE:
+        text = "grad_tol: %g changes nothing: it leaves out blocks of %d vocabulary entries, and the vocabulary has %d"
+        logger.warning(text, config.grad_tol, TILE, columns)
 
 
 def choose_attention(loaded: Loaded, config: RunConfig, precision: Precision) -> None:

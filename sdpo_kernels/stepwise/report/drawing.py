@@ -68,6 +68,9 @@ def render(figure: Figure) -> bytes:
     """`figure` as PNG bytes, at twice the screen's density. Call it inside `picture_style()`."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=PICTURE_DPI, facecolor="white")
+
+    # laid out once: drawn again, as SVG, everything stays where it is
+    figure.set_layout_engine("none")
     return buffer.getvalue()
 
 

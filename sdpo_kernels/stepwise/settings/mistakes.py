@@ -75,9 +75,8 @@ def _mistakes_of(
     raised = problem.get("ctx", {}).get("error")
     if isinstance(raised, SettingErrors):
         top = sections[""].model_fields
-        return [
-            (f"{key}.{below}" if key else below, _top_level_hint(below, text, top)) for below, text in raised.mistakes
-        ]
+        start = f"{key}." if key else ""
+        return [(start + below, _top_level_hint(below, text, top, key)) for below, text in raised.mistakes]
     if raised is not None:
         return [(key, str(raised))]
 
@@ -94,18 +93,21 @@ def _mistakes_of(
         return [(f"{key}.kind", "is required")]
     if kind == "union_tag_invalid":
         return [(f"{key}.kind", f"was {problem['ctx']['tag']!r}, must be one of {problem['ctx']['expected_tags']}")]
-    return [(key, f"was {show(value)}, {_must_be(kind, problem['msg'])}")]
+    return [(key, f"was {show(value)}, {must_be(problem)}")]
 
 
-def _must_be(kind: str, message: str) -> str:
-    """What a value must be, in terms of YAML where pydantic's message speaks of Python types."""
+def must_be(problem: Any) -> str:
+    """What a value must be, of one of pydantic's problems; in terms of YAML where pydantic speaks of Python types."""
     ours = {
         "dict_type": "must be a mapping",
         "model_type": "must be a mapping",
         "tuple_type": "must be a list",
-        "finite_number": "must be finite",
+        "float_parsing": "must be a valid number",
+        "int_parsing": "must be a valid integer",
+        "bool_parsing": "must be true or false",
+        "bool_type": "must be true or false",
     }
-    return ours.get(kind) or message.replace("Input should be", "must be")
+    return ours.get(problem["type"]) or problem["msg"].replace("Input should be", "must be")
 
 
 def _unknown_key(
@@ -151,10 +153,10 @@ def _source_kinds_with(key: str, section: type[BaseModel], sections: Mapping[str
     return [kind for kind, model in kinds.items() if section in kinds.values() and key in model.model_fields]
 
 
-def _top_level_hint(key: str, text: str, top: Iterable[str]) -> str:
-    """For a top-level key put under `trainer`: say where it belongs instead of naming a similar trainer field."""
+def _top_level_hint(key: str, text: str, top: Iterable[str], section: str) -> str:
+    """For a top-level key put under `section`: say where it belongs instead of naming a similar field."""
     if text.startswith("unknown key") and key in top:
-        return f"unknown key; {key!r} belongs at the top level, not under trainer"
+        return f"unknown key; {key!r} belongs at the top level, not under {section.rpartition('.')[2]}"
     return text
 
 

@@ -10,7 +10,7 @@ def parallel_mistakes(config: Any) -> list[tuple[str, str]]:
     settings = [("trainer", config.trainer), *((f"stages.{i}.trainer", s.trainer) for i, s in enumerate(config.stages))]
     mistakes = []
     if config.grad_tol and (config.tp_size > 1 or any(trainer.get("fsdp") for _, trainer in settings)):
-        text = f"was {config.grad_tol}, must be 0 with tp_size or trainer.fsdp: a divided head's gradients are exact"
+        text = f"was {config.grad_tol}, must be 0 with tp_size or trainer.fsdp: a divided head leaves nothing out"
         mistakes.append(("grad_tol", text))
     if config.tp_size == 1:
         return mistakes

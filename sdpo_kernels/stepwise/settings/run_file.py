@@ -137,9 +137,9 @@ def _resolve_paths(config: RunConfig, file: str, own_folder: str | None) -> RunC
     stages = tuple(_absolute_stage(stage) for stage in config.stages)
     return config.model_copy(
         update={
-            "model": _absolute_model(config.model, f"{file}: model"),
+            "model": absolute_model(config.model, f"{file}: model"),
             "multi": _absolute_models(config.multi, file),
-            "guiding": config.guiding and _absolute_model(config.guiding, f"{file}: guiding"),
+            "guiding": config.guiding and absolute_model(config.guiding, f"{file}: guiding"),
             "output_dir": output,
             "reference_cache": config.reference_cache and _absolute(config.reference_cache),
             "stages": stages,
@@ -148,7 +148,7 @@ def _resolve_paths(config: RunConfig, file: str, own_folder: str | None) -> RunC
     )
 
 
-def _absolute_model(model: str, at: str) -> str:
+def absolute_model(model: str, at: str) -> str:
     """A model folder as an absolute path; a Hub name as it is. Raises UserError for what can be neither."""
     if os.path.isdir(os.path.expanduser(model)):
         return _absolute(model)
@@ -160,7 +160,7 @@ def _absolute_model(model: str, at: str) -> str:
 def _absolute_models(multi: MultiSettings | None, file: str) -> MultiSettings | None:
     if multi is None:
         return None
-    models = tuple(_absolute_model(model, f"{file}: multi.models.{i}") for i, model in enumerate(multi.models))
+    models = tuple(absolute_model(model, f"{file}: multi.models.{i}") for i, model in enumerate(multi.models))
     return multi.model_copy(update={"models": models})
 
 

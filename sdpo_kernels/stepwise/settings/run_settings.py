@@ -151,10 +151,14 @@ class RunConfig(Section):
             sequences apart.
         prefix_sharing: 'auto' lets the tokens that both answers of a pair begin with, such as the prompt, go through
             the model once, if its attention allows; 'off' never does. Needs packed batches.
-        grad_tol: What the head's backward may skip: of each token blocks of 64 vocabulary entries, the least probable
-            first, as long as their probabilities add up to at most this; 0 skips nothing. With 0.0039 (2**-8)
-            most of a real model's head backward on the CPU is skipped, and its gradients change by a few
-            thousandths. It must be 0 with `tp_size` and `trainer.fsdp`, which divide the head.
+        grad_tol: How much of the head's backward may be skipped: for each token whole blocks of 64 vocabulary entries,
+            the least probable first, while their probabilities add up to at most this; 0 skips nothing. With 0.0039
+            (2**-8) most of a real model's head backward on the CPU is skipped, and its gradients as a whole change by
+            a few thousandths, those of single tokens by more. It must be 0 with `tp_size` and `trainer.fsdp`, which
+            divide the head.
+        grad_tol_relative: Whether the bound shrinks with 1 − p, p the probability of the token itself, so that
+            tokens the model is sure of keep accurate gradients, too. The same `grad_tol` then skips less: 0.0156
+            (2**-6) about as much as 0.0039 without. It needs a `grad_tol`.
         attn_implementation: The attention that transformers uses, such as 'flash_attention_2' or 'sdpa'. By default
             the fastest one that keeps packed sequences apart; one that does not gets padded batches.
         trust_remote_code: Whether code that comes with the model may run.
@@ -195,6 +199,7 @@ class RunConfig(Section):
     batching: Literal["packed", "padded"] = "packed"
     prefix_sharing: Literal["auto", "off"] = "auto"
     grad_tol: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    grad_tol_relative: bool = False
     attn_implementation: Text | None = None
     trust_remote_code: bool = False
     tp_size: Annotated[Integer, Field(ge=1)] = 1
@@ -219,6 +224,9 @@ class RunConfig(Section):
             mistakes.append(
                 ("eval_data", f"is required with samples: {self.samples}, which are answers to its prompts")
             )
+        if self.grad_tol_relative and "grad_tol" not in self.model_fields_set:  # a 0 that is written down is meant
+            text = "was true, needs a grad_tol: for example 0.0156, or 0 for exact gradients"
+            mistakes.append(("grad_tol_relative", text))
         if self.dtype == "bfloat16" and self.lora is None:
             text = (
                 "was 'bfloat16' without lora, must be float32: updates at lr 5e-7 vanish in bf16 weights "

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from sdpo_kernels.stepwise.settings.fsdp import FSDP_KEYS, check_fsdp_config
-from sdpo_kernels.stepwise.settings.mistakes import SettingErrors, did_you_mean, show
+from sdpo_kernels.stepwise.settings.mistakes import SettingErrors, did_you_mean, must_be, show
 
 DEFAULT_TRAINER: dict[str, Any] = {
     "learning_rate": 5e-7,
@@ -209,8 +209,8 @@ def convert(hint: Any, value: Any) -> Any:
     try:
         converted = TypeAdapter(hint, config=limits).validate_python(value)
     except ValidationError as error:
-        wanted = {problem["msg"].replace("Input should be ", "") for problem in error.errors()}
-        raise ValueError(f"was {show(value)}, must be {' or '.join(sorted(wanted))}") from None
+        choices = sorted({must_be(problem).removeprefix("must be ") for problem in error.errors()})
+        raise ValueError(f"was {show(value)}, must be {' or '.join(choices)}") from None
 
     # the config stays plain YAML, as the user wrote it: 10 stays 10, not 10.0, and no enum members
     if isinstance(value, int) and isinstance(converted, float):

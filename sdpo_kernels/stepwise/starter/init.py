@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sdpo_kernels.stepwise.common.errors import UserError
 from sdpo_kernels.stepwise.common.files import empty_folder, publish_folder
+from sdpo_kernels.stepwise.settings.run_file import absolute_model
 from sdpo_kernels.stepwise.starter.letters import Source, Split, draw_words
 from sdpo_kernels.stepwise.starter.tiny_model import build_model, build_tokenizer, save
 
@@ -51,12 +52,14 @@ def write_starter(folder: Path, model: str | None) -> Path:
     """Write the folder, which must not exist or be empty, and return its run file; without `model` a tiny one is made.
 
     Raises:
-        UserError: there are files in `folder`, or it cannot be written.
+        UserError: there are files in `folder`, or it cannot be written; `model` is a path of no folder.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: already there and not empty; give a new folder")
     if folder.resolve() == Path.cwd():
         raise UserError(f"{folder}: is the current folder, which cannot be replaced; give a new one")
+    if model is not None:
+        absolute_model(model, "--model")
     staging = folder.with_name(f".{folder.name}.part")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

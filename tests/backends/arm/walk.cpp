@@ -54,7 +54,8 @@ void one_shape(int64_t n_rows, int64_t width, int64_t n_columns, double softcap,
   Kept kept{stashed ? call.blocks() : 0, {stash.data(), n_rows, nullptr}, nullptr};
   cpu::Leaves on_forward(cpu::kernels_for(false)), on_backward(cpu::kernels_for(false));
   forward(on_forward, call, kept, logps.data(), state.data());
-  backward(on_backward, call, kept, logps.data(), state.data(), grad.data(), {dx.data(), dw.data(), nullptr});
+  Gradients gradients{dx.data(), dw.data(), nullptr, call.hidden};
+  backward(on_backward, call, kept, logps.data(), state.data(), grad.data(), gradients);
 
   std::vector<double> right_dx(x.size()), right_dw(w.size()), z(n_columns), slope(n_columns);
   for (int64_t i = 0; i < n_rows; i++) {

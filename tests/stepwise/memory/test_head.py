@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sdpo_kernels import linear_logps, logps_op
+from sdpo_kernels.backends import BACKENDS
 from sdpo_kernels.integrations.sharded_head import sharded_linear_logps
 from sdpo_kernels.stepwise.memory import head
 from sdpo_kernels.stepwise.memory.head import HeadCase, HeadMemory
@@ -64,7 +65,7 @@ def test_a_lora_on_the_head_has_a_stash_and_a_copy_of_the_head_in_both_passes(co
     index, options = torch.arange(40), (1.0, None, 1.0, "", torch.float32, "native", 0, None)
     with LiveBytes([hidden, weight, lora_b, targets, index]) as inside:
         del out
-        logps_op._linear_logps(hidden.detach(), weight, targets, None, index, *options, lora_b.detach(), 0.0)
+        logps_op._linear_logps(hidden.detach(), weight, targets, None, index, *options, lora_b.detach(), 0.0, False)
     both = inside.peak
 
     given = 4 * (40 * 48 + 40 * 56 + 8 * columns)  # x, [x, s·A·x] and B
@@ -91,3 +92,13 @@ def test_the_sizes_of_chunks_are_those_of_the_kernels():
     source = (ROOT / "sdpo_kernels/backends/triton/backend.py").read_text()
     assert 2 ** int(re.search(r"CHUNK_ELEMENTS = 2\*\*(\d+)", source)[1]) == head.GPU_CHUNK
     assert 4 * 2 ** int(re.search(r"SLAB_ELEMENTS = 2\*\*(\d+)", source)[1]) == head.GPU_SLAB
+
+
+def test_eager_leaves_nothing_out(monkeypatch):
+    """As the last resort of "auto", which it is where there are no compiled kernels."""
+    exact = HeadMemory.of(replace(CASE, trains=False))
+    monkeypatch.setenv("SDPO_BACKEND", "auto")
+    monkeypatch.setattr(type(BACKENDS["native"]), "supports", lambda self, request: "not now")
+    as_exact = HeadMemory.of(replace(CASE, trains=False))
+    assert HeadMemory.of(replace(CASE, trains=False, grad_tol=0.01)) == as_exact
+    assert as_exact.stash == exact.stash  # a direction

@@ -69,6 +69,10 @@ def test_each_change_brings_what_a_plan_with_it_says(plan):
     assert (sharded.sharded, sharded.pairs, sharded.max_length, sharded.syncs_each) == (True, 1, 1024, True)
     assert all(change.together.total < plan.total for change in found.values())
 
+    # what is proposed must be allowed
+    tolerant = replace(base, setup=replace(base.setup, grad_tol=0.01))
+    assert "trainer: {fsdp: true}, grad_tol: 0" in [change.text for change in changes(TASK, tolerant, quantises=True)]
+
 
 def test_one_gpu_can_hold_the_base_in_four_bits():
     setup = replace(SETUP, gpus=1, memory=2**29)

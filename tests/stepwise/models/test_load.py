@@ -42,12 +42,27 @@ def test_a_loaded_model_is_ready_to_train(tmp_path):
 
 def test_its_head_has_the_runs_tolerance(tmp_path, model, monkeypatch):
     seen = []
-    monkeypatch.setattr(head_logps, "linear_logps", lambda *args, **options: seen.append(options["grad_tol"]) or done)
+
+    def spy(*args, **options):
+        seen.append((options["grad_tol"], options["grad_tol_relative"]))
+        return done
+
+    monkeypatch.setattr(head_logps, "linear_logps", spy)
     done = linear_logps(torch.zeros(3, 4), torch.zeros(9, 4), torch.zeros(3, dtype=torch.int64))
     ids = torch.tensor([[5, 6, 7]])
-    for settings in ({"grad_tol": 0.01}, {}):
+    for settings in ({"grad_tol": 0.01, "grad_tol_relative": True}, {}):
         load(runs.configured(tmp_path, model, batching="padded", **settings)).model(input_ids=ids, logp_targets=ids)
-    assert seen == [0.01, 0.0]
+    assert seen == [(0.01, True), (0.0, False)]
+
+
+def test_a_tolerance_that_can_leave_nothing_out_is_said(tmp_path, model, caplog):
+    load(runs.configured(tmp_path, runs.make_model(tmp_path / "large", vocab_size=65), grad_tol=0.01))
+    assert "grad_tol" not in caplog.text
+    load(runs.configured(tmp_path, model, grad_tol=0.01))
+    assert (
+        "grad_tol: 0.01 changes nothing: it leaves out blocks of 64 vocabulary entries, and the vocabulary has 44"
+        in (caplog.text)
+    )
 
 
 def test_sharding_contradicts_a_tolerance(tmp_path, model):

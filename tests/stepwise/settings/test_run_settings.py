@@ -128,9 +128,14 @@ def test_lora_settings(write):
 
 MISTAKES = [
     ("beta: -1", "run.yaml: beta: was -1, must be greater than 0"),
-    ("beta: .inf", "run.yaml: beta: was inf, must be finite"),
+    ("beta: .inf", "run.yaml: beta: was inf, must be a finite number"),
     ("beta: true", "run.yaml: beta: was true, must be a number"),
-    ("beta: abc", "run.yaml: beta: was 'abc', must be a valid number, unable to parse string as a number"),
+    ("beta: abc", "run.yaml: beta: was 'abc', must be a valid number"),
+    ("grad_tol_relative: true", "run.yaml: grad_tol_relative: was true, needs a grad_tol: for example 0.0156, or 0"),
+    (
+        "lora: {grad_tol: 0.1}",
+        "run.yaml: lora.grad_tol: unknown key; 'grad_tol' belongs at the top level, not under lora",
+    ),
     ("beta: null", "run.yaml: beta: was null, must be a valid number"),
     ("bta: 1", "run.yaml: bta: unknown key; did you mean 'beta'?"),
     ("learning_rate: 1", "run.yaml: learning_rate: unknown key; did you mean 'trainer.learning_rate'?"),
@@ -188,7 +193,7 @@ MISTAKES = [
     ("lora: {target_modules: 3}", "run.yaml: lora.target_modules: was 3, must be all-linear, a pattern or a list"),
     ("lora: yes", "run.yaml: lora: was 'yes', must be a mapping"),
     ("trainer: 3", "run.yaml: trainer: was 3, must be a mapping"),
-    ("trust_remote_code: maybe", "run.yaml: trust_remote_code: was 'maybe', must be a valid boolean"),
+    ("trust_remote_code: maybe", "run.yaml: trust_remote_code: was 'maybe', must be true or false"),
     ("7: x", "run.yaml: 7: was 7, "),
     ("trainer: {learning_rat: 1}", "run.yaml: trainer.learning_rat: unknown key; did you mean 'learning_rate'?"),
     ("trainer: {zzzz: 1}", "run.yaml: trainer.zzzz: unknown key; no similar name exists"),
@@ -197,6 +202,7 @@ MISTAKES = [
     ("trainer: {learning_rate: true}", "run.yaml: trainer.learning_rate: was true, must be a number"),
     ("trainer: {learning_rate: 0}", "run.yaml: trainer.learning_rate: was 0, must be above 0"),
     ("trainer: {learning_rate: .nan}", "run.yaml: trainer.learning_rate: was nan, must be a finite number"),
+    ("trainer: {gradient_checkpointing: 3}", "run.yaml: trainer.gradient_checkpointing: was 3, must be true or false"),
     ("trainer: {seed: 1.5}", "run.yaml: trainer.seed: was 1.5, must be a valid integer"),
     ("trainer: {per_device_train_batch_size: 0}", "run.yaml: trainer.per_device_train_batch_size: was 0, must"),
     ("trainer: {max_steps: 0}", "run.yaml: trainer.max_steps: was 0, must be at least 1 and at most 2147483647"),
@@ -214,6 +220,7 @@ def test_a_mistake_is_one_clear_line(write, line, expected):
     message = refusal(write(SMALL + line + "\n"))
     assert message.startswith(expected)
     assert "\n" not in message
+    assert "unable to" not in message
 
 
 STAGE_MISTAKES = [
@@ -254,6 +261,13 @@ def test_a_mistake_in_a_stage_is_one_clear_line(write, stages, expected):
     message = refusal(write(f"model: m\noutput_dir: o\nstages: {stages}\n"))
     assert message.startswith(expected)
     assert "\n" not in message
+
+
+def test_exact_gradients_may_be_asked_for_beside_a_relative_tolerance(write):
+    """As `sdpo check` proposes it for a run with one; and a config that was saved is read again."""
+    config = load_config(write(SMALL + "grad_tol_relative: true\ngrad_tol: 0\n"))
+    assert (config.grad_tol, config.grad_tol_relative) == (0, True)
+    assert RunConfig.model_validate(config.model_dump()) == config
 
 
 def test_order_margin_needs_exactly_one_stage(write):
