@@ -51,7 +51,7 @@ REFUSED = [
     ({"layer_replication": [[0, 1]]}, "lora.layer_replication: cannot be set: it changes the base model"),
     ({"init_lora_weights": "pissa"}, "lora.init_lora_weights: was 'pissa', must be true, gaussian or orthogonal"),
     ({"init_lora_weights": False}, "lora.init_lora_weights: was false, must be true, gaussian or orthogonal"),
-    ({"use_rslora": 3}, "lora.use_rslora: was 3, must be a valid boolean"),
+    ({"use_rslora": 3}, "lora.use_rslora: was 3, must be true or false"),
     ({"bias": "some"}, "lora.bias: was 'some', must be 'none', 'all' or 'lora_only'"),
     ({"rslora": True}, "lora.rslora: unknown key; did you mean 'use_rslora'?"),
     ({"rank": 8}, "lora.rank: unknown key; did you mean 'rank_pattern'?"),
