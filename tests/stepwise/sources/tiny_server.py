@@ -70,12 +70,14 @@ class Handler(BaseHTTPRequestHandler):
     """One request."""
 
     server: TinyServer
+    counted = False  # whether this request is one of `at_once`
 
     def log_message(self, *_: object) -> None:
         """Nothing on stderr."""
 
     def reply(self, status: int, value: Any, **headers: str) -> bool:
         """Answer with JSON, or with text as it is."""
+        self._ended()  # before the client can read the answer, and send its next request
         content = value.encode() if isinstance(value, str) else json.dumps(value).encode()
         self.send_response(status)
         for name, text in {"Content-Length": str(len(content)), **headers}.items():
@@ -101,9 +103,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         server = self.server
-        with server.lock:
-            server.at_once += 1
-            server.most_at_once = max(server.most_at_once, server.at_once)
+        self._began()
         try:
             if self._wrong_key() or (server.fault is not None and server.fault(self, body)):
                 return
@@ -112,8 +112,19 @@ class Handler(BaseHTTPRequestHandler):
                 return
             self._answer(body)
         finally:
-            with server.lock:
-                server.at_once -= 1
+            self._ended()
+
+    def _began(self) -> None:
+        server, self.counted = self.server, True
+        with server.lock:
+            server.at_once += 1
+            server.most_at_once = max(server.most_at_once, server.at_once)
+
+    def _ended(self) -> None:
+        if self.counted:
+            self.counted = False
+            with self.server.lock:
+                self.server.at_once -= 1
 
     def _answer(self, body: dict[str, Any]) -> None:
         server, chat = self.server, self.path == "/v1/chat/completions"
