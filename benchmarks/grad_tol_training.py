@@ -11,6 +11,7 @@ on the same held-out pairs, beside the model of the same seed that was trained w
 Intervals are 95 % of 2,000 bootstrap samples of the held-out pairs; differences are paired. Runs and data are in
 runs/grad-tol-training: what is finished is not repeated, what was stopped begins again. --quick: a few pairs.
 `--pairs 1000 --seeds 1` trains for 500 steps instead of 100, an hour and a quarter: does what is left out add up?
+`--relative`: tolerances are relative to 1 − p (`grad_tol_relative`); the exact runs are the same.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--pairs", type=int, default=FULL.trained, help="to train on, two a step; default: 200")
+    parser.add_argument("--relative", action="store_true", help="tolerances relative to 1 - p of each token")
     parser.add_argument("--quick", action="store_true", help="a few pairs: checks that all runs work")
     parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args(arguments)
@@ -79,10 +81,14 @@ def main(arguments: list[str] | None = None) -> int:
     found = measure.report("grad_tol_training", arguments, torch.get_num_threads(), torch.device("cpu"))
 
     # all tolerances of a seed before the next one: a command that is stopped leaves whole seeds
-    configs = {(tol, seed): settings(folder, start, sizes, tol, seed) for seed in options.seeds for tol in TOLERANCES}
+    configs = {
+        (tol, seed): settings(folder, start, sizes, tol, seed, relative=options.relative and tol > 0)
+        for seed in options.seeds
+        for tol in TOLERANCES
+    }
     for config in configs.values():
         train(config, folder)
-    found |= about(configs[0.0, options.seeds[0]], sizes, options.seeds)
+    found |= about(configs[0.0, options.seeds[0]], sizes, options.seeds) | {"relative": options.relative}
     found |= judge(configs, options.seeds, sizes, folder / "data")
 
     measure.write_json(options.json, found)
@@ -102,12 +108,15 @@ def write_pairs(folder: Path, sizes: Sizes) -> None:
     publish_folder(staging, folder)
 
 
-def settings(folder: Path, start: Path, sizes: Sizes, grad_tol: float, seed: int) -> RunConfig:
+def settings(
+    folder: Path, start: Path, sizes: Sizes, grad_tol: float, seed: int, *, relative: bool = False
+) -> RunConfig:
     """The settings of one run: only the tolerance, the seed and the folder differ."""
     given = {
         "model": str(start),
-        "output_dir": str(folder / f"tol-{grad_tol:g}-seed-{seed}"),
+        "output_dir": str(folder / f"tol-{grad_tol:g}{'-relative' * relative}-seed-{seed}"),
         "grad_tol": grad_tol,
+        "grad_tol_relative": relative,
         "beta": 0.1,
         "max_length": LONGEST,
         "reference_cache": str(folder / "references"),

@@ -40,13 +40,14 @@ def about(report: Report) -> str:
     orders = "in the same order. Means"
     if seeds > 1:
         orders = f"and each of {seeds} orders of the pairs (seeds). Means over seeds,"
+    relative = ", both relative to 1 − p of each token (`grad_tol_relative`)" if report.get("relative") else ""
     steps, initial = len(report["results"][0]["losses"][0]), report["initial_accuracy"]["mean"]
     return (
         f"SmolLM2-135M-Instruct, trained by DPO with the driver: all weights, {steps} steps on {report['pairs']} pairs "
         f"of `{report['data']}` ({settings}), once for each tolerance {orders} on {held_out}, of which the "
         f"initial model ranks {100 * initial:.1f} % right; KL from it, on the answers of {report['kl_pairs']} of them. "
         "In brackets: 95 % intervals over the held-out pairs, which do not say what another order would change. "
-        "0.00390625 is 2**-8, 0.015625 is 2**-6."
+        f"0.00390625 is 2**-8, 0.015625 is 2**-6{relative}."
     )
 
 

@@ -89,9 +89,19 @@ def test_it_trains_and_judges_every_tolerance(tiny, monkeypatch):
     before = (folder / "tol-0-seed-1/manifest.json").stat().st_mtime_ns
     assert grad_tol_training.main(command) == 0
     assert (folder / "tol-0-seed-1/manifest.json").stat().st_mtime_ns == before
-    assert f"all weights, {len(exact['losses'][0])} steps on 8 pairs" in "\n".join(
-        grad_tol_training_page.section(found)
-    )
+    text = "\n".join(grad_tol_training_page.section(found))
+    assert f"all weights, {len(exact['losses'][0])} steps on 8 pairs" in text
+    assert "relative to 1 − p" not in text
+
+    # relative runs are others, and stand beside the same exact ones
+    assert grad_tol_training.main([*command, "--relative"]) == 0
+    relative = json.loads((tiny / "found.json").read_text())
+    assert (folder / "tol-0-seed-1/manifest.json").stat().st_mtime_ns == before
+    assert relative["results"][0] == exact
+    assert relative["results"][-1]["losses"] != exact["losses"]
+    chosen = json.loads((folder / "tol-0.015625-relative-seed-2/manifest.json").read_text())["config"]
+    assert (chosen["grad_tol"], chosen["grad_tol_relative"]) == (2**-6, True)
+    assert "relative to 1 − p" in "\n".join(grad_tol_training_page.section(relative))
 
 
 def test_runs_differ_in_tolerance_seed_and_folder_alone():
@@ -101,6 +111,9 @@ def test_runs_differ_in_tolerance_seed_and_folder_alone():
     )
     assert {key for key in one if one[key] != other[key]} == {"grad_tol", "output_dir", "trainer"}
     assert {key for key in one["trainer"] if one["trainer"][key] != other["trainer"][key]} == {"seed"}
+
+    relative = grad_tol_training.settings(folder, Path("m"), sizes, 2**-8, 2, relative=True).model_dump()
+    assert {key for key in one if relative[key] != other[key]} == {"grad_tol_relative", "output_dir"}
 
 
 def test_thirds_are_all_of_a_run():
