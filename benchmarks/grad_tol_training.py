@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import measure, problem, real, smollm2, smollm2_data
+from benchmarks import grad_tol_training_page, measure, problem, real, smollm2, smollm2_data
 from benchmarks.real_models import model_folder
 from sdpo_kernels.stepwise.common.files import empty_folder, publish_folder
 from sdpo_kernels.stepwise.data.pairs import read_pairs
@@ -263,7 +263,9 @@ def table(found: Row) -> str:
     for row in found["results"]:
         apart = [row.get("minus_exact", {}).get(key) for key in ("reward_margin", "kl")]
         measured = [row["pair_accuracy"], row["reward_margin"], row["kl"], *apart]
-        lines.append([f"{row['grad_tol']:g}", *(smollm2.span(value, 4) for value in measured)])
+        lines.append(
+            [grad_tol_training_page.label(found, row["grad_tol"]), *(smollm2.span(value, 4) for value in measured)]
+        )
     headings = ["grad_tol", "pair accuracy", "reward margin", "KL", "margin minus exact", "KL minus exact"]
     return measure.table(headings, lines)
 

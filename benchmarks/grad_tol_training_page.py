@@ -40,7 +40,7 @@ def about(report: Report) -> str:
     orders = "in the same order. Means"
     if seeds > 1:
         orders = f"and each of {seeds} orders of the pairs (seeds). Means over seeds,"
-    relative = ", both relative to 1 − p of each token (`grad_tol_relative`)" if report.get("relative") else ""
+    relative = ", both times 1 − p of each token (`grad_tol_relative`)" if report.get("relative") else ""
     steps, initial = len(report["results"][0]["losses"][0]), report["initial_accuracy"]["mean"]
     return (
         f"SmolLM2-135M-Instruct, trained by DPO with the driver: all weights, {steps} steps on {report['pairs']} pairs "
@@ -59,7 +59,7 @@ def outcomes(report: Report) -> str:
         cells = [f"{value:.4f}" for value in thirds(curve(row["losses"]))]
         cells += [f"{shown(row['pair_accuracy'], 100, 1)}; {right}", shown(row["accuracy_minus_initial"], 100, 1, "+")]
         cells.append(shown(row["reward_margin"], 1, 4))
-        lines.append([f"{row['grad_tol']:g}", *cells, shown(row["kl"], 1, 4)])
+        lines.append([label(report, row["grad_tol"]), *cells, shown(row["kl"], 1, 4)])
     losses = [f"loss, {name} third" for name in ("first", "second", "last")]
     headings = ["grad_tol", *losses, "pair accuracy %; by seed", "change (points)", "reward margin", "KL (nat a token)"]
     return table(headings, lines)
@@ -79,7 +79,7 @@ def changes(report: Report) -> list[str]:
         for key in ("reward_chosen", "reward_rejected"):
             part = f"{100 * apart[key]['mean'] / abs(exact[key]['mean']):+.1f} % of its size"
             rewards.append(f"{by_seed(apart[key]['seeds'], '+.4f')}: {part}")
-        lines.append([f"{row['grad_tol']:g}", *cells, *rewards])
+        lines.append([label(report, row["grad_tol"]), *cells, *rewards])
 
     headings = ["minus exact", "pair accuracy (points)", "reward margin", "by seed: mean ÷ exact"]
     headings += ["KL (nat a token)", "by seed: mean ÷ exact", "chosen reward, by seed", "rejected reward, by seed"]
@@ -90,12 +90,13 @@ def changes(report: Report) -> list[str]:
 
 def weights(report: Report) -> list[str]:
     """How far weights are from the exact run's, beside the distance of two exact runs."""
-    found = {f"grad_tol {tol}": of for tol, of in report["distances"].items()}
+    found = {f"grad_tol {label(report, float(tol))}": of for tol, of in report["distances"].items()}
     if len(report["seeds"]) > 1:
         found["exact, another seed"] = report["distances_between_seeds"]
     lines = [[name, *(by_seed(of[part], ".3f") for part in PARTS)] for name, of in found.items()]
     for tol, of in report["update_lengths"].items():
-        lines.append([f"length of the update, grad_tol {tol}", *(by_seed(of[part], ".3f") for part in PARTS)])
+        name = f"length of the update, grad_tol {label(report, float(tol))}"
+        lines.append([name, *(by_seed(of[part], ".3f") for part in PARTS)])
 
     exact = report["update_lengths"]["0"]
     seen, unseen = (sum(length**2 for length in exact[part]) for part in ("head_seen", "head_unseen"))
@@ -106,6 +107,11 @@ def weights(report: Report) -> list[str]:
         f"there, the rest at the {report['seen_tokens']:,} tokens of the training pairs. What is left out shows there, "
         "too. (The head is tied to the embedding.)",
     ]
+
+
+def label(report: Report, grad_tol: float) -> str:
+    """A tolerance as the tables name it."""
+    return f"{grad_tol:g}" + " · (1 − p)" * (report.get("relative", False) and grad_tol > 0)
 
 
 def by_seed(values: list[float], form: str) -> str:
@@ -150,7 +156,9 @@ def picture(report: Report, pyplot: Any) -> Any:
     # the exact curve is drawn first, so that those that hide it are seen to lie on it
     for row, colour in zip(report["results"], COLOURS, strict=False):
         style, losses = "-" if row is exact else "--", curve(row["losses"])
-        left.plot(steps, smoothed(losses), style, lw=1.2, color=colour, label=f"grad_tol {row['grad_tol']:g}")
+        left.plot(
+            steps, smoothed(losses), style, lw=1.2, color=colour, label=f"grad_tol {label(report, row['grad_tol'])}"
+        )
         if row is exact:
             continue
         for one, exact_one in zip(row["losses"], exact["losses"], strict=True):

@@ -91,7 +91,7 @@ def test_it_trains_and_judges_every_tolerance(tiny, monkeypatch):
     assert (folder / "tol-0-seed-1/manifest.json").stat().st_mtime_ns == before
     text = "\n".join(grad_tol_training_page.section(found))
     assert f"all weights, {len(exact['losses'][0])} steps on 8 pairs" in text
-    assert "relative to 1 − p" not in text
+    assert "1 − p" not in text
 
     # relative runs are others, and stand beside the same exact ones
     assert grad_tol_training.main([*command, "--relative"]) == 0
@@ -101,7 +101,10 @@ def test_it_trains_and_judges_every_tolerance(tiny, monkeypatch):
     assert relative["results"][-1]["losses"] != exact["losses"]
     chosen = json.loads((folder / "tol-0.015625-relative-seed-2/manifest.json").read_text())["config"]
     assert (chosen["grad_tol"], chosen["grad_tol_relative"]) == (2**-6, True)
-    assert "relative to 1 − p" in "\n".join(grad_tol_training_page.section(relative))
+    text = "\n".join(grad_tol_training_page.section(relative))
+    assert "| 0 |" in text
+    assert "| 0.015625 · (1 − p) |" in text
+    assert "length of the update, grad_tol 0.015625 · (1 − p)" in text
 
 
 def test_runs_differ_in_tolerance_seed_and_folder_alone():
