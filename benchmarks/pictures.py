@@ -56,6 +56,7 @@ def head(report: Report, pyplot: Any) -> Any:
         if floor is not None:
             axes.axvline(values[found.index(floor)], color="#222222", linewidth=0.8)
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter("")  # these labels overlap, and the bars have their values
         axes.margins(x=0.15)  # room for the values
         axes.set_xlabel(label)
         axes.spines[["top", "right"]].set_visible(False)
