@@ -332,20 +332,14 @@ def test_a_stop_while_references_are_scored(world, tmp_path):
 # ---- two at once ----
 
 
-def slow() -> None:
-    quick()
-    genuine = StageTrainer.training_step
-
-    def training_step(self: StageTrainer, *args: Any, **kwargs: Any) -> Any:
-        time.sleep(0.3)
-        return genuine(self, *args, **kwargs)
-
-    StageTrainer.training_step = training_step
+def stalls() -> None:
+    """The first step lasts until the process is killed."""
+    StageTrainer.training_step = lambda *_args, **_kwargs: time.sleep(600)
 
 
 def test_a_second_process_on_the_same_run_is_an_error(world, tmp_path):
     run = tmp_path / "run"
-    first = world.start(run, slow)
+    first = world.start(run, stalls)
     first.wait_for((run / ".stage-1-s1").exists)
     second = world.start(run)
     assert second.wait() == 2
