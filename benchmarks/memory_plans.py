@@ -39,11 +39,12 @@ def printed(architecture: dict[str, Any], setup: Any) -> str:
 
     from sdpo_kernels.stepwise.memory.batch import Lengths
     from sdpo_kernels.stepwise.memory.of_run import PlannedRun, Task
+    from sdpo_kernels.stepwise.memory.sizes import Measured
     from sdpo_kernels.stepwise.memory.table import plan_lines
     from sdpo_kernels.stepwise.memory.target import Target
 
     config = LlamaConfig(vocab_size=128256, num_key_value_heads=8, max_position_embeddings=8192, **architecture)
     lengths = Lengths(*(np.full(8, count) for count in (1023, 1023, 300, 2 * 724)))
-    task = Task(config, lengths, packed=True, shared=True)
+    task = Task(Measured(config), lengths, packed=True, shared=True)
     found = PlannedRun("s1", task, task.plan(setup))
     return "\n".join(plan_lines(found, Target(setup.gpus, setup.memory), quantises=True))

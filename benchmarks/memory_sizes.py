@@ -75,11 +75,12 @@ def planned(model: str, way: str) -> dict[str, int]:
 
     from sdpo_kernels.stepwise.memory.batch import Lengths
     from sdpo_kernels.stepwise.memory.of_run import Task
+    from sdpo_kernels.stepwise.memory.sizes import Measured
 
     sizes = dict(MODELS[model])
     config = AutoConfig.for_model(sizes.pop("model_type"), max_position_embeddings=8192, **sizes)
     lengths = Lengths(*(np.full(8, count) for count in (1023, 1023, 300, 2 * 724)))
-    plan = Task(config, lengths, packed=True, shared=True).plan(ways()[way])
+    plan = Task(Measured(config), lengths, packed=True, shared=True).plan(ways()[way])
     return {"weights": plan.sizes.numbers, "bytes": plan.total}
 
 

@@ -21,6 +21,7 @@ from sdpo_kernels.stepwise.data.tokenize import TokenizedPairs
 from sdpo_kernels.stepwise.memory.batch import Lengths, MicroBatch, largest, largest_scored, longest
 from sdpo_kernels.stepwise.memory.plan import Plan
 from sdpo_kernels.stepwise.memory.setup import Setup
+from sdpo_kernels.stepwise.memory.sizes import Measured
 from sdpo_kernels.stepwise.memory.target import Target
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
 from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
@@ -34,12 +35,11 @@ class NotPlanned(Exception):
 class Task:
     """What is trained: all of it stays the same when the setup changes."""
 
-    model_config: Any
+    model: Measured
     lengths: Lengths  # of the pairs that are trained on
     packed: bool
     shared: bool  # prompts go through the model once for both answers
     evaluated: Lengths | None = None  # of eval_data
-    trust_remote_code: bool = False
 
     def plan(self, setup: Setup, batch: MicroBatch | None = None) -> Plan:
         """The plan with `setup`; without a `batch` the longest pairs come together. NotPlanned if the model fails."""
@@ -49,7 +49,7 @@ class Task:
         of_all = [lengths] if self.evaluated is None else [lengths, self.evaluated.cut(setup.max_length)]
         batches = (largest_scored(a, setup.scored_pairs, packed=self.packed, shared=self.shared) for a in of_all)
         try:
-            return Plan.of(self.model_config, batch, max(batches), setup, trust_remote_code=self.trust_remote_code)
+            return Plan.of(self.model, batch, max(batches), setup)
         except Exception as error:  # the model's own code runs, and may need values
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise NotPlanned(f"this model's code does not run on tensors without values ({reason})") from error
@@ -86,13 +86,14 @@ def plan_run(
     device = "cuda" if target is not None or torch.cuda.is_available() else "cpu"
     goal = _goal(config, target)
     evaluated = None if eval_tokens is None else Lengths.of(eval_tokens)
+    model = Measured(model_config, trust_remote_code=config.trust_remote_code)
 
     # of stages with equal settings the largest micro-batch counts
     found: list[tuple[str, Task, Setup, MicroBatch]] = []
     for stage, lengths in zip(stages, _all_lengths(config, stages), strict=True):
         args = training_arguments(config, stage.config, Path(config.output_dir), Path(config.output_dir))
         setup = Setup.of(config, args, goal.gpus, device, goal.memory)
-        task = Task(model_config, lengths, packed, shared, evaluated, config.trust_remote_code)
+        task = Task(model, lengths, packed, shared, evaluated)
         schedule = Schedule.of(len(lengths.chosen), args, setup.replicas) if _order_is_known(config, stage) else None
         task, batch = _largest(task, setup, schedule)
 

@@ -1,6 +1,6 @@
 """The memory plan: what one GPU holds at each moment of a step, and the moment when that is most.
 
-plan = Plan.of(model_config, batch, setup)
+plan = Plan.of(Measured(model_config), batch, scored, setup)
 plan.fullest.parts       # {"weights": bytes, "gradients": bytes, …}
 plan.total
 """
@@ -8,12 +8,11 @@ plan.total
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from sdpo_kernels.stepwise.memory.batch import MicroBatch
 from sdpo_kernels.stepwise.memory.moments import Moment, Moments
 from sdpo_kernels.stepwise.memory.setup import Setup
-from sdpo_kernels.stepwise.memory.sizes import Sizes, measure
+from sdpo_kernels.stepwise.memory.sizes import Measured, Sizes
 from sdpo_kernels.stepwise.models.optimizer_states import OptimizerStates
 
 RESERVE = 2**30  # of a GPU, for CUDA's own state and for gaps between blocks: assumed, not measured
@@ -29,14 +28,12 @@ class Plan:
     moments: tuple[Moment, ...]
 
     @classmethod
-    def of(
-        cls, model_config: Any, batch: MicroBatch, scored: int, setup: Setup, *, trust_remote_code: bool = False
-    ) -> Plan:
+    def of(cls, model: Measured, batch: MicroBatch, scored: int, setup: Setup) -> Plan:
         """Plan the training of this model on `batch`; the largest batch that is scored has `scored` tokens.
 
         Raises whatever building or tracing the model raises.
         """
-        sizes, found = measure(model_config, batch, setup, trust_remote_code=trust_remote_code)
+        sizes, found = model.measure(batch, setup)
         return cls(setup, batch, sizes, tuple(Moments(setup, batch, scored, sizes, found).all()))
 
     @property

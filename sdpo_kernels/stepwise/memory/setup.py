@@ -6,7 +6,7 @@ setup = Setup.of(config, args, gpus=8, memory=80 * 2**30)
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,12 @@ from transformers import TrainingArguments
 from sdpo_kernels.stepwise.models.precision import Precision, asks_for_fsdp
 from sdpo_kernels.stepwise.settings.lora import LoraSettings
 from sdpo_kernels.stepwise.settings.run_settings import RunConfig
+
+# settings of the steps around a micro-batch, which change neither the model nor what its layers keep
+_OF_STEPS = (
+    "checkpointing", "pairs", "accumulation", "scored_pairs", "evaluates", "max_length", "reshards", "syncs_each",
+    "follows", "grad_tol", "gpus", "memory",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,14 @@ class Setup:
             device=device,
             memory=memory,
         )
+
+    def of_model(self) -> Setup:
+        """What the model's sizes and activations depend on; the rest has its default.
+
+        How large a micro-batch is, the batch says.
+        """
+        rest: dict[str, Any] = {field.name: field.default for field in fields(self) if field.name in _OF_STEPS}
+        return replace(self, **rest)
 
     @property
     def replicas(self) -> int:

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from sdpo_kernels.stepwise.memory.batch import Lengths, longest
-from sdpo_kernels.stepwise.memory.setup import Setup
-from sdpo_kernels.stepwise.memory.sizes import measure
+from sdpo_kernels.stepwise.memory.setup import _OF_STEPS, Setup
+from sdpo_kernels.stepwise.memory.sizes import Measured, measure
 from sdpo_kernels.stepwise.settings.lora import LoraSettings
 
 BATCH = longest(Lengths.longest(33), 1, packed=True, shared=False)
@@ -129,3 +129,31 @@ def test_a_llamas_activations_follow_the_formula(setup, per_token, shape):
     assert found.layers[0].copies == (
         2 * (2 * hidden**2 + 2 * hidden * kv + 3 * hidden * intermediate) if setup.autocast else 0
     )
+
+
+@pytest.mark.parametrize("base", [Setup(compute=torch.bfloat16), Setup(compute=torch.bfloat16, gpus=4, sharded=True)])
+def test_settings_of_the_steps_change_nothing_of_a_measurement(base):
+    other = {
+        "checkpointing": True, "pairs": 1, "accumulation": 2, "scored_pairs": 1, "evaluates": True, "max_length": 512,
+        "reshards": False, "syncs_each": True, "follows": True, "grad_tol": 0.01, "gpus": 8, "memory": 2**30,
+    }  # fmt: skip
+    assert other.keys() == set(_OF_STEPS)
+    assert measure(config(), BATCH, replace(base, **other)) == measure(config(), BATCH, base)
+
+
+def test_a_measurement_is_taken_once(monkeypatch):
+    from sdpo_kernels.stepwise.memory import sizes
+
+    calls = []
+
+    def counted(model_config, batch, setup, **options):
+        calls.append((batch, setup))
+        return measure(model_config, batch, setup, **options)
+
+    monkeypatch.setattr(sizes, "measure", counted)
+    model, setup = Measured(config()), Setup(compute=torch.bfloat16)
+    shorter = longest(Lengths.longest(17), 1, packed=True, shared=False)
+    cases = [(BATCH, setup), (BATCH, replace(setup, memory=1)), (shorter, setup), (BATCH, replace(setup, compute=None))]
+    for batch, wanted in cases * 2:
+        assert model.measure(batch, wanted) == measure(config(), batch, wanted)
+    assert len(calls) == 3

@@ -12,6 +12,7 @@ from sdpo_kernels.stepwise.memory.batch import Lengths
 from sdpo_kernels.stepwise.memory.changes import changes
 from sdpo_kernels.stepwise.memory.of_run import NotPlanned, PlannedRun, Task
 from sdpo_kernels.stepwise.memory.setup import Setup
+from sdpo_kernels.stepwise.memory.sizes import Measured
 from sdpo_kernels.stepwise.memory.table import line, plan_lines
 from sdpo_kernels.stepwise.memory.target import Target
 from sdpo_kernels.stepwise.models.optimizer_states import OptimizerStates
@@ -20,7 +21,7 @@ from sdpo_kernels.stepwise.settings.lora import LoraSettings
 CONFIG = LlamaConfig(
     vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=6, num_attention_heads=16
 )
-TASK = Task(CONFIG, Lengths(*(np.full(8, n) for n in (600, 600, 200, 800))), packed=True, shared=True)
+TASK = Task(Measured(CONFIG), Lengths(*(np.full(8, n) for n in (600, 600, 200, 800))), packed=True, shared=True)
 SETUP = Setup(pairs=4, gpus=2, memory=3 * 2**30)
 
 
@@ -173,4 +174,4 @@ def test_a_model_that_cannot_run_without_values_has_no_plan(monkeypatch):
         modeling_llama.LlamaMLP, "forward", lambda self, x: genuine(self, x) if float(x.detach().sum()) < 1 else x
     )
     with pytest.raises(NotPlanned, match="this model's code does not run on tensors without values"):
-        TASK.plan(SETUP)
+        replace(TASK, model=Measured(CONFIG)).plan(SETUP)
