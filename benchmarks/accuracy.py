@@ -5,7 +5,8 @@ One DPO step of each peer against float64 on the same (rounded) inputs, over dty
     plain        logits with standard deviation 3, random targets
     confident    every target's logit raised by 30: p → 1, and the gradient consists of 1 − p
     improbable   every target's logit lowered by 40: log-probs of about −55 per token
-    smollm2      with `--inputs smollm2` the answers of real pairs, as a real model scores them (see `real.py`)
+    smollm2      with `--inputs smollm2` the answers of real pairs, as a real model scores them; any model that
+                 `benchmarks.real` has extracted will do
 
 Nats: the largest error of a sequence's summed log-prob. dX, dW: the norm of the gradient's error over the gradient's
 norm. The case gemms, the bare-GEMM baseline ("floor") of the other benchmarks, computes no log-probs and is left out.
@@ -27,10 +28,10 @@ from torch import Tensor
 from benchmarks import measure, records, together
 from benchmarks.head import DTYPES
 from benchmarks.problem import IGNORE_INDEX, CannotRun, Problem, Step, Truth, true_step
-from benchmarks.real import answers, load
-from benchmarks.real_models import MODELS
+from benchmarks.real import answers, load, require
 from benchmarks.rivals import RIVALS
 
+INPUTS = "plain, confident, improbable, or a model that benchmarks.real has extracted"
 SHIFTS = {"plain": 0.0, "confident": 30.0, "improbable": -40.0}
 # cases with the same arithmetic as another one run only if asked for
 CASES = [
@@ -48,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(measure_problem(options)))
         return 0
 
+    require(kind for kind in options.inputs if kind not in SHIFTS)
     report = measure.report("accuracy", arguments, options.threads, torch.device(options.device))
     report["shape"] = {name: getattr(options, name) for name in ("pairs", "length", "hidden", "device")}
     run = records.Run(options.jsonl, report | {"name": "accuracy"})
@@ -76,7 +78,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--vocabs", type=int, nargs="+", default=[32000, 151936])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
-    parser.add_argument("--inputs", nargs="+", choices=[*SHIFTS, *MODELS], default=list(SHIFTS))
+    parser.add_argument("--inputs", nargs="+", metavar="INPUT", default=list(SHIFTS), help=INPUTS)
 
     # the measurement
     parser.add_argument("--cases", nargs="+", choices=RIVALS, default=CASES, metavar="CASE")

@@ -30,7 +30,7 @@ from benchmarks import measure
 from benchmarks.accuracy import relative
 from benchmarks.mismatch_cases import CASES, point_of
 from benchmarks.problem import CannotRun, Problem, Step, Truth, true_step
-from benchmarks.real import load, single_tokens
+from benchmarks.real import load, require, single_tokens
 from benchmarks.rivals import RIVALS
 
 PEAKS = [5, 10, 20, 40, 80, 160, 320, 640]
@@ -45,8 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps({"results": found}))
         return 0
 
-    for name in options.real:
-        load(name)  # one that is missing is said before anything is measured
+    require(options.real)
     report = measure.report("mismatch", arguments, options.threads, torch.device(options.device))
     report["shape"] = {name: getattr(options, name) for name in ("pairs", "hidden", "vocab", "device")}
     report["results"] = []

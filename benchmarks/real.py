@@ -6,11 +6,17 @@ through it, and writes what its head takes to runs/real/<model>/head.safetensors
 
     real = load("smollm2")
     logits = real.hidden[:100] @ real.head.T      # those of the model
+
+A model of your own is a folder that transformers loads; the folder's name is then the model's in other benchmarks:
+
+    python -m benchmarks.real --model path/to/my-model --data pairs.jsonl
+    python -m benchmarks.grad_tol --model my-model
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,12 +25,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.problem import DATA, IGNORE_INDEX, CannotRun, Problem
+from benchmarks.real_models import MODELS, Packaged, answer, model_folder
 from sdpo_kernels import linear_logps
 
 RUNS = Path(__file__).resolve().parents[1] / "runs" / "real"
 FILES = (
     "stage1_orca_gsm8k.jsonl.gz", "stage2_ultrafeedback.jsonl.gz", "stage3_human_chat.jsonl.gz", "eval.jsonl.gz",
 )  # fmt: skip
+TAKEN = ("random", "plain", "confident", "improbable")  # what other benchmarks call inputs that are no model's
 HIGHEST_NATS = 2.0  # a token, of a model that is as it should be; a wrong tokenizer or weight gives 3 and more
 
 
@@ -42,14 +50,30 @@ def load(name: str, runs: Path = RUNS) -> Real:
     """What `python -m benchmarks.real --model name` has written; CannotRun if it has not."""
     from safetensors.torch import load_file
 
+    return Real(**load_file(file_of(name, runs)))
+
+
+def file_of(name: str, runs: Path = RUNS) -> Path:
+    """The file of model `name`; CannotRun if there is none."""
     file = runs / name / "head.safetensors"
     if not file.is_file():
-        raise CannotRun(f"{file} is missing: python -m benchmarks.real --model {name}")
-    return Real(**load_file(file))
+        model = name if name in MODELS else f"FOLDER/{name} --data FILE"
+        raise CannotRun(f"{file} is missing: python -m benchmarks.real --model {model}")
+    return file
+
+
+def require(names: Iterable[str]) -> None:
+    """End the program in one line if a model has not been extracted, before anything is measured."""
+    try:
+        for name in names:
+            file_of(name)
+    except CannotRun as reason:
+        raise SystemExit(str(reason)) from None
 
 
 def single_tokens(real: Real, pairs: int) -> Problem:
-    """2 · `pairs` of the rows, spread over all, each a sequence of its own; the reference is the policy."""
+    """2 · `pairs` of the rows, or all, spread over them, each a sequence of its own; the reference is the policy."""
+    pairs = min(pairs, len(real.targets) // 2)
     rows = torch.linspace(0, len(real.targets) - 1, 2 * pairs).long()
     states, head = real.hidden[rows].unsqueeze(1), real.head
     return Problem(states, head, states, head, real.targets[rows].unsqueeze(1)).cast(torch.float32)
@@ -73,38 +97,73 @@ def main(arguments: list[str] | None = None) -> int:
     """Get the model, check it, and write its hidden states."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from benchmarks.real_models import MODELS, answer, model_folder
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
 
+    known = MODELS.get(options.model)
+    if known is not None:
+        print(known.licence)
+    folder = Path(options.model) if known is None else model_folder(options.model, RUNS)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if known is not None:
+        check_answer(known, model, tokenizer)
+
+    real = extract(model, tokenizer, options.data, options.pairs, options.max_length)
+    nats = nats_per_token(real)
+    print(f"{len(real.targets):,} tokens of {len(real.lengths)} answers: {nats:.3f} nat a token")
+    if known is not None and nats > HIGHEST_NATS:
+        raise SystemExit(f"not as it should be: {HIGHEST_NATS} nat are the most")
+
+    file = RUNS / (folder.resolve().name if known is None else options.model) / "head.safetensors"
+    write(real, file)
+    print(f"written: {file}")
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.real", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", choices=MODELS, default="smollm2")
-    parser.add_argument("--pairs", type=int, default=8, help="from each of the four files of the full pack")
+    parser.add_argument("--model", default="smollm2", help=f"{', '.join(MODELS)} or a folder that transformers loads")
+    parser.add_argument("--data", type=Path, nargs="+", metavar="FILE", help="pairs (default: the full pack)")
+    parser.add_argument("--pairs", type=int, default=8, help="from each file")
     parser.add_argument("--max-length", type=int, default=1024, help="tokens of prompt and answer together")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
 
-    known = MODELS[options.model]
-    print(known.licence)
-    folder = model_folder(options.model, RUNS)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if options.model not in MODELS:
+        folder = Path(options.model)
+        if not (folder / "config.json").is_file():
+            parser.error(f"--model: was {options.model!r}, must be {', '.join(MODELS)} or a folder with a config.json")
+        if folder.resolve().name in {*MODELS, *TAKEN}:
+            parser.error(f"--model: {folder.resolve().name!r} means something else here; give the folder another name")
+    for file in options.data or ():
+        if not file.exists():
+            parser.error(f"--data: {file} is missing")
+    if options.pairs < 1:
+        parser.error(f"--pairs: was {options.pairs}, must be at least 1")
+    options.data = options.data or [DATA / "full" / name for name in FILES]
+    return options
 
+
+def check_answer(known: Packaged, model: Any, tokenizer: Any) -> None:
+    """Stop if the model does not know what it is known to know: a wrong tokenizer or weight."""
     said = answer(model, tokenizer, known.question)
     print(f"{known.question} {said!r}")
-    real = extract(model, tokenizer, [DATA / "full" / name for name in FILES], options.pairs, options.max_length)
-    nats = nats_per_token(real)
-    print(f"{len(real.targets):,} tokens of {len(real.lengths)} answers: {nats:.3f} nat a token")
-    if known.answer not in said or nats > HIGHEST_NATS:
-        raise SystemExit(f"not as it should be: the answer has {known.answer!r}, and {HIGHEST_NATS} nat are the most")
-
-    write(real, RUNS / options.model / "head.safetensors")
-    return 0
+    if known.answer not in said:
+        raise SystemExit(f"not as it should be: the answer has {known.answer!r}")
 
 
 def extract(model: Any, tokenizer: Any, files: list[Path], pairs: int, max_length: int) -> Real:
     """The rows that score `pairs` pairs of each file, spread over it, tokenised as the driver does."""
+    from sdpo_kernels.integrations.lm_head import find_head
     from sdpo_kernels.stepwise.data.pairs import read_pairs
     from sdpo_kernels.stepwise.data.tokenize import tokenize_pairs
+
+    head = find_head(model)
+    if head.bias() is not None or head.softcap is not None:
+        raise SystemExit("the model's head has a bias or a softcap, which these benchmarks leave out")
+    weight = head.weight().detach() * head.logit_scale
 
     chosen, rejected = [], []
     for file in files:
@@ -118,12 +177,11 @@ def extract(model: Any, tokenizer: Any, files: list[Path], pairs: int, max_lengt
     for sequence in chosen + rejected:
         ids = torch.from_numpy(sequence.ids).long()
         with torch.no_grad():
-            states = model.base_model(ids[None, :-1], use_cache=False).last_hidden_state[0]
+            states = head.hidden(input_ids=ids[None, :-1], use_cache=False)[0]
         hidden.append(states[sequence.prompt_length - 1 :])
         targets.append(ids[sequence.prompt_length :])
 
-    head = model.get_output_embeddings().weight.detach()
-    return Real(torch.cat(hidden), head, torch.cat(targets), torch.tensor([len(rows) for rows in targets]))
+    return Real(torch.cat(hidden), weight, torch.cat(targets), torch.tensor([len(rows) for rows in targets]))
 
 
 def nats_per_token(real: Real) -> float:

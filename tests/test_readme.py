@@ -41,8 +41,9 @@ TARGETS = {
     "python -m benchmarks.floor": ["-m", "benchmarks.floor", "--quick", "--rounds", "1"],
     "python -m benchmarks.grad_tol": ["-m", "benchmarks.grad_tol", "--quick", "--rounds", "1", "--relative", "0.01"],
 }
-# run, shortened, by tests/test_benchmarks.py, tests/test_benchmark_page.py, tests/stepwise/memory or below
-NAMES = ("accuracy", "mismatch", "scaling", "step", "body", "memory", "stages", "page")
+# run, shortened, by tests/test_benchmarks.py, tests/test_benchmark_page.py, tests/test_benchmark_real.py,
+# tests/stepwise/memory or below
+NAMES = ("real", "accuracy", "mismatch", "scaling", "step", "body", "memory", "stages", "page")
 BENCHMARKS = {f"python -m benchmarks.{name}" for name in NAMES}
 BENCHMARKS |= {"python -m benchmarks.stages --betas"}  # tests/test_betas.py
 
