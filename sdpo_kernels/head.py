@@ -44,7 +44,8 @@ class Head:
 
 
 def _require(name: str, value: float, wanted: str, holds: Callable[[float], bool]) -> None:
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and holds(value)):
+    # math.isfinite would end torch.compile's graph where the number is a symbol
+    if not (isinstance(value, (int, float)) and -math.inf < value < math.inf and holds(value)):
         raise ValueError(f"{name}: was {value!r}, must be {wanted}")
 
 

@@ -227,6 +227,19 @@ def test_compile_without_a_graph_break(given):
         assert torch.equal(compiled[name], value), name
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("option", ["logit_scale", "softcap", "temperature"])
+def test_compile_with_numbers_that_change(option, dynamic):
+    """A number that changes becomes a symbol, as all are with dynamic=True."""
+    torch._dynamo.reset()
+    compiled = torch.compile(linear_logps, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for number in (1.0, 0.7, 0.5):
+        case = random_case(7, 5, 90, **{option: number})
+        found, wanted = case.ours(compiled), case.ours()
+        for name, value in wanted.items():
+            assert value is None or torch.equal(found[name], value), (name, number)
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_with_strided_tensors(backend):
     """A head stored [H, V], as Conv1D does, and hidden states stored [H, N]."""
