@@ -218,7 +218,8 @@ def _linear_logps_backward(
     rows = busy_rows(grad_logps.index_select(0, index), of_entropy)
     if rows is not None:
         index = index[rows]
-    elif index.shape[0] != kept.shape[0]:  # the forward did not know the number of scored rows
+    elif index.shape[0] != (kept if grad_tol == 0 else tiles).shape[0]:
+        # the forward did not know the number of scored rows
         rows = torch.arange(index.shape[0], device=index.device)
     head = Head(logit_scale, softcap, temperature)
     call = _scored(hidden, _whole(weight, lora_b), targets, bias, index, head, dtype, "", 0)

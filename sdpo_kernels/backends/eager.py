@@ -76,8 +76,10 @@ class EagerBackend:
         if tile_sums is None:
             return out
 
-        # relative to the columns without the target, or to all
-        whole = sums.rest.unsqueeze(1) if keep.grad_tol_relative else out.state
+        # relative to the columns without the target, or to all; a target that is NaN or inf is not in the first
+        whole = (
+            sums.rest.masked_fill(out.logps.isnan(), torch.nan).unsqueeze(1) if keep.grad_tol_relative else out.state
+        )
         masses = (tile_sums - whole).exp()
         tiles = grad_tol.kept_tiles(masses, call.targets // grad_tol.TILE, keep.grad_tol)
         return out._replace(tiles=grad_tol.packed(tiles, call.kept_rows))

@@ -310,6 +310,16 @@ def test_compiled_it_gives_the_same(backend):
         assert value is None or torch.equal(compiled[name], value), name
 
 
+@pytest.mark.parametrize("stash_bytes", [0, ALL])
+def test_compiled_with_nothing_scored(stash_bytes, backend):
+    """The graph does not know the number of scored rows: what the forward keeps has room for all."""
+    torch._dynamo.reset()
+    case = peaked(settings={"backend": backend, "grad_tol": 0.05, "stash_bytes": stash_bytes})
+    case.targets.fill_(IGNORE_INDEX)
+    compiled = case.ours(torch.compile(linear_logps, fullgraph=True, backend="aot_eager"))
+    assert not any(value.any() for value in compiled.values() if value is not None)
+
+
 FULLEST_CHUNK = """
 import resource, torch
 from sdpo_kernels import linear_logps

@@ -172,6 +172,17 @@ def test_a_nan_stays_in_its_row(stash_bytes, backend):
     assert not found[torch.arange(100) != 4].isnan().any()
 
 
+def test_a_target_that_is_infinite_keeps_its_row_whole(backend):
+    """Its log-prob is NaN, though all other columns are as they should be."""
+    case = peaked(trains=("hidden",))
+    column = case.targets[4]
+    case.hidden[:, 0], case.weight[:, 0] = 0.0, 0.0
+    case.hidden[4, 0], case.weight[column, 0] = 1e30, 1e30
+    assert tiles_of(case, backend, 0.05, relative=True)[4].all()
+    case.settings = {"backend": backend, "grad_tol": 0.05, "grad_tol_relative": True}
+    assert case.ours()["d_hidden"][4].isnan().all()
+
+
 # --- through the public functions -------------------------------------------------------------------------------
 
 

@@ -291,6 +291,14 @@ def _in_environment(names):
     os.environ.update(names)
 
 
+def test_a_tolerance_with_fsdp_by_accelerates_launcher_is_an_error(tmp_path, model):
+    yaml = runs.write_settings(tmp_path, model, grad_tol=0.01)
+    asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    child = runs.Child(tmp_path, "train", yaml, fault=_in_environment, options=(asked,))
+    assert child.wait() == 2, child.text
+    assert "error: grad_tol: was 0.01, must be 0 with FSDP, which accelerate's launcher asks for" in child.text
+
+
 @pytest.mark.parametrize("count", ["abc", "0", "-1", ""])
 def test_an_invalid_number_of_processes_is_a_one_line_error(tmp_path, model, count):
     yaml = runs.write_settings(tmp_path, model)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sdpo_kernels.backends import choose_backend, takes_grad_tol
+from sdpo_kernels.backends import choose_backend, takes_grad_tol, triton
 from sdpo_kernels.backends.base import STASH_MULTIPLE, Backend, Request
 from sdpo_kernels.head import Head
 from sdpo_kernels.logps import HOST_MEMORY, automatic_stash_bytes
@@ -48,7 +48,9 @@ class HeadCase:
         """Whether its backward leaves tiles out."""
         if self.grad_tol == 0 or self.is_cut:
             return False
-        return self.device != "cpu" or takes_grad_tol("auto", _backend(self), torch.device("cpu"))
+        if self.device != "cpu":
+            return {self.compute, self.weight_dtype} <= set(triton.DTYPES)
+        return takes_grad_tol("auto", _backend(self), torch.device("cpu"))
 
     @property
     def walks_back(self) -> bool:

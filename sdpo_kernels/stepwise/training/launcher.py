@@ -14,7 +14,8 @@ from sdpo_kernels.stepwise.settings.trainer_arguments import training_arguments
 
 
 def require_launcher(config: RunConfig, folder: Path) -> None:
-    """UserError if a stage that is not done asks for FSDP or DeepSpeed and was started without torchrun.
+    """UserError if a stage that is not done asks for FSDP or DeepSpeed and was started without torchrun, or for FSDP
+    by accelerate's launcher with a setting that it does not go with.
 
     This comes before any model is loaded: one that needs several GPUs does not fit one.
     """
@@ -28,6 +29,11 @@ def require_launcher(config: RunConfig, folder: Path) -> None:
         if stage.name in done:
             continue
         args = training_arguments(config, stage, folder, folder)
+        if asks_for_fsdp(args) and config.grad_tol:  # trainer.fsdp is looked at with the settings
+            raise UserError(
+                f"grad_tol: was {config.grad_tol}, must be 0 with FSDP, which accelerate's launcher asks for: a "
+                "divided head leaves nothing out"
+            )
         if asks_for_fsdp(args) and ranks.launched() == 1:
             raise UserError(
                 "trainer.fsdp: needs several processes; start them with torchrun --nproc_per_node 8 -m sdpo_kernels … "

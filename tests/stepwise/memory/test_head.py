@@ -102,3 +102,10 @@ def test_eager_leaves_nothing_out(monkeypatch):
     as_exact = HeadMemory.of(replace(CASE, trains=False))
     assert HeadMemory.of(replace(CASE, trains=False, grad_tol=0.01)) == as_exact
     assert as_exact.stash == exact.stash  # a direction
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_on_a_gpu_float16_is_computed_by_eager_which_leaves_nothing_out(trains):
+    half = dict.fromkeys(("hidden_dtype", "weight_dtype", "compute"), torch.float16)
+    case = replace(CASE, **half, trains=trains, device="cuda")
+    assert HeadMemory.of(replace(case, grad_tol=0.01)) == HeadMemory.of(case)
