@@ -245,10 +245,22 @@ def test_kills_at_random_events_one_after_the_other(world, tmp_path, seed):
     world.check_ends_the_same(run)
 
 
+def takes_its_time() -> None:
+    """No run is over before it is killed, however quick the machine."""
+    quick()
+    genuine = StageTrainer.training_step
+
+    def training_step(self: StageTrainer, *args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.2)
+        return genuine(self, *args, **kwargs)
+
+    StageTrainer.training_step = training_step
+
+
 def test_kills_from_outside_at_random_times(world, tmp_path):
     draw, run, kills = random.Random(5), tmp_path / "run", 0
     for _ in range(4):
-        child = world.start(run)
+        child = world.start(run, takes_its_time)
         child.process.join(draw.uniform(0.05, 0.8))
         child.signal(signal.SIGKILL)
         kills += child.wait() == -signal.SIGKILL
